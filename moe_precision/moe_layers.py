@@ -1,0 +1,334 @@
+"""Finds the Mixture-of-Experts layers of a model by structure: which parameter is the router, which hold the experts.
+
+This is the only file that knows how model families lay out routers and experts. It never changes a model and never
+looks at a model's class name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_NUMBERED = re.compile(r"^(?:expert_?)?\d+$", re.IGNORECASE)
+_EXPERT_NAME = re.compile(r"expert|moe", re.IGNORECASE)
+_ROUTER_NAME = re.compile(r"(?:^|[._])(?:routers?|gate|gating|wg|classifier|switch|route)(?:$|[._])", re.IGNORECASE)
+_NOT_ROUTER = re.compile(r"noise|shared|gate_proj|per_layer|forget|attn|attention|norm|embed|lora_|bias", re.IGNORECASE)
+_MAX_CLIMB = 3  # how many parents above the experts may hold the router
+
+
+class MoELayerError(ValueError):
+    """The model has no Mixture-of-Experts layer, or one that cannot be described without guessing."""
+
+
+def clean_name(name: str) -> str:
+    """Removes the wrappers of torch.compile, DDP, FSDP, activation checkpointing and PEFT from a module path."""
+    name = name.removeprefix("base_model.model.")
+    while (cleaned := _WRAPPERS.sub("", name)) != name:
+        name = cleaned
+    return name
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a history and a plan know of a layer.
+
+    Attributes:
+        router: Clean name of the router's weight, ``(rows, d)`` with row ``e`` belonging to expert ``e``; a few
+            families have more rows than experts (shared or null experts), which come last.
+        num_experts: Number of routed experts ``E``.
+        projections: Name of each expert matrix -> ``(out, in)``, in the order of the forward pass. Fused families
+            name the parameter (``gate_up_proj``), others the path inside one expert (``wi``).
+    """
+
+    router: str
+    num_experts: int
+    projections: dict[str, tuple[int, int]]
+
+    @property
+    def expert_size(self) -> int:
+        """Weights of one expert, all matrices together."""
+        return sum(out * inp for out, inp in self.projections.values())
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LayerShape:
+        """Inverse of `to_dict`."""
+        shapes = {name: (int(out), int(inp)) for name, (out, inp) in data["projections"].items()}
+        return cls(data["router"], data["num_experts"], shapes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for checkpoints and JSON."""
+        shapes = {name: list(shape) for name, shape in self.projections.items()}
+        return {"router": self.router, "num_experts": self.num_experts, "projections": shapes}
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One router with its experts.
+
+    Attributes:
+        name: Clean module path of the smallest module that holds router and experts, e.g. ``model.layers.0.mlp``.
+        experts: Clean module path of the container that holds the experts.
+        shape: Router, number of experts and the shapes of their matrices.
+        fused: Experts are slices of 3-D parameters; else each expert is a module of its own.
+        transposed: The parameters hold ``(in, out)`` matrices.
+    """
+
+    name: str
+    experts: str
+    shape: LayerShape
+    fused: bool
+    transposed: bool
+    _model: nn.Module = field(repr=False, compare=False)
+    _raw_router: str = field(repr=False, compare=False)
+    _raw_experts: str = field(repr=False, compare=False)
+
+    @property
+    def router(self) -> str:
+        """Clean name of the router's weight."""
+        return self.shape.router
+
+    @property
+    def num_experts(self) -> int:
+        """Number of routed experts."""
+        return self.shape.num_experts
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Name of each expert matrix -> ``(out, in)``."""
+        return self.shape.projections
+
+    def router_weight(self) -> Tensor:
+        """The router's weight as the model holds it now, ``(rows, d)``, any float dtype."""
+        return self._model.get_parameter(self._raw_router)
+
+    def container(self) -> nn.Module:
+        """The module that holds the experts."""
+        return self._model.get_submodule(self._raw_experts)
+
+    def expert_modules(self) -> list[nn.Module]:
+        """One module an expert, in order of expert index. Only for families that are not fused."""
+        return _numbered_children(self.container())
+
+    def expert_weights(self, expert: int) -> dict[str, Tensor]:
+        """The matrices of one expert, each ``(out, in)``, detached views of the model's own parameters."""
+        if not 0 <= expert < self.num_experts:
+            raise IndexError(f"layer {self.name!r} has experts 0..{self.num_experts - 1}, got {expert}")
+        if self.fused:
+            bank = {name: self.container().get_parameter(name).detach()[expert] for name in self.projections}
+            return {name: weight.T if self.transposed else weight for name, weight in bank.items()}
+        module = self.expert_modules()[expert]
+        return {name: module.get_parameter(_weight_name(module, name)).detach() for name in self.projections}
+
+    def first_projection(self, expert: int) -> Tensor:
+        """The matrix whose rows are the expert's hidden neurons (``wi``, ``w1`` or the gate), ``(neurons, in)``."""
+        weight = next(iter(self.expert_weights(expert).values()))
+        shapes = list(self.projections.values())
+        if not (self.fused and shapes[0][0] == 2 * shapes[-1][1]):
+            return weight
+        if getattr(self.container(), "is_concatenated", True):
+            return weight[: weight.shape[0] // 2]  # [gate; up]
+        return weight[0::2]  # gate and up interleaved
+
+
+def find_moe_layers(model: nn.Module, skip_unrouted: bool = False) -> list[MoELayer]:
+    """Finds every Mixture-of-Experts layer of a model, in module order.
+
+    Experts are found as 3-D parameters that share their first dimension (fused families) or as a numbered list of
+    equal modules; the router is the matrix near them with one row an expert.
+
+    Args:
+        model: Any module, on any device (meta included), wrapped or not.
+        skip_unrouted: Leave out containers of experts for which no router is found instead of raising.
+
+    Raises:
+        MoELayerError: No layer at all, experts without a router, or two equally good routers.
+    """
+    containers = list(_expert_containers(model))
+    layers, problems = [], []
+    for path, num_experts, fused, named in containers:
+        found = _find_router(model, path, num_experts, named, [p for p, *_ in containers])
+        if isinstance(found, str):
+            if named:
+                problems.append(found)
+            continue
+        if found is not None:
+            layers.append(_describe(model, path, num_experts, fused, *found))
+    if problems and not skip_unrouted:
+        raise MoELayerError("; ".join(problems))
+    if not layers:
+        raise MoELayerError(
+            f"no Mixture-of-Experts layer found in {type(model).__name__}: expected experts as 3-D parameters or as a "
+            "numbered list of equal modules, with a router that has one row an expert. Is this a dense model?"
+        )
+    return layers
+
+
+def root_model(module: nn.Module) -> nn.Module:
+    """The transformers model inside a LightningModule or a wrapper, or the module itself if it holds none.
+
+    Layer names are relative to it, so that a plan made in training fits the checkpoint saved afterwards.
+    """
+    return next((part for part in module.modules() if isinstance(part, PreTrainedModel)), module)
+
+
+def _expert_containers(model: nn.Module) -> Iterator[tuple[str, int, bool, bool]]:
+    """Yields ``(path, num_experts, fused, named like experts)``; containers inside a container are left out."""
+    taken: list[str] = []
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        leaf = path.rpartition(".")[2]
+        if "shared" in leaf or any(path.startswith(parent + ".") for parent in taken):
+            continue
+        named = bool(_EXPERT_NAME.search(leaf) or _EXPERT_NAME.search(type(module).__name__))
+        fused = _fused_parameters(module)
+        if fused:
+            first = next(iter(fused.values()))
+            if id(first) in seen:
+                continue  # one bank under two names: encoder and decoder share it
+            seen.add(id(first))
+            taken.append(path)
+            yield path, min(_shape(p)[0] for p in fused.values()), True, named
+            continue
+        children = _numbered_children(module)
+        if len(children) >= 2 and _are_experts(children):
+            named = named or any(name.lower().startswith("expert") for name, _ in module.named_children())
+            taken.append(path)
+            yield path, len(children), False, named
+
+
+def _shape(parameter: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: a ZeRO-3 placeholder
+
+
+def _fused_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Own 3-D float parameters of a module that share their first dimension, or those of its one-weight children."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return {}
+    own: dict[str, Tensor] = {
+        n: p for n, p in module.named_parameters(recurse=False) if len(_shape(p)) == 3 and p.is_floating_point()
+    }
+    if not own:
+        for child_name, child in module.named_children():
+            weights = list(child.named_parameters(recurse=False))
+            if len(weights) == 1 and len(_shape(weights[0][1])) == 3 and not isinstance(child, nn.modules.conv._ConvNd):
+                own[f"{child_name}.{weights[0][0]}"] = weights[0][1]
+    sizes = {_shape(p)[0] for p in own.values()}
+    return own if len(own) >= 2 and len(sizes) == 1 and min(sizes) >= 2 else {}
+
+
+def _numbered_children(module: nn.Module) -> list[nn.Module]:
+    """Children called ``0``, ``expert_0``, ``expert0``, ... in order of number; empty if the numbers have gaps."""
+    numbered = {}
+    for name, child in module.named_children():
+        if _NUMBERED.match(name) and next(child.parameters(), None) is not None:
+            numbered[int(re.sub(r"\D", "", name))] = child
+    return [numbered[i] for i in sorted(numbered)] if sorted(numbered) == list(range(len(numbered))) else []
+
+
+def _are_experts(children: list[nn.Module]) -> bool:
+    """Equal modules that hold matrices and vectors only, with at least one matrix and no attention or embedding."""
+
+    def signature(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+        return [(name, _shape(p)) for name, p in module.named_parameters()]
+
+    first = signature(children[0])
+    if not any(len(shape) == 2 for _, shape in first) or any(len(shape) > 2 for _, shape in first):
+        return False
+    for name, module in children[0].named_modules():
+        if re.search(r"attn|attention", name, re.IGNORECASE) or isinstance(module, nn.Embedding):
+            return False
+    return all(type(child) is type(children[0]) and signature(child) == first for child in children[1:])
+
+
+def _find_router(
+    model: nn.Module, path: str, num_experts: int, named: bool, containers: list[str]
+) -> tuple[str, str] | str | None:
+    """Looks for the router around one container, from the container itself outwards.
+
+    Returns:
+        ``(raw router name, raw path of the module that holds both)``; a message if experts that are named as such
+        have no clear router; None if an unnamed list is no Mixture-of-Experts layer after all.
+    """
+    parts = path.split(".") if path else []
+    best: dict[tuple, list[tuple[str, str]]] = {}  # rank, the lowest is the best -> (router name, root path)
+    for climb in range(min(_MAX_CLIMB, len(parts)) + 1):
+        root_path = ".".join(parts[: len(parts) - climb])
+        root = model.get_submodule(root_path)
+        if climb and isinstance(root, (nn.ModuleList, nn.ModuleDict)):
+            break
+        prefix = f"{root_path}." if root_path else ""
+        for name, parameter in root.named_parameters():
+            rank = _router_rank(name, _shape(parameter), num_experts, named)
+            if rank is not None and not _belongs_elsewhere(prefix, name, path, containers):
+                best.setdefault((*rank[:2], climb, *rank[2:]), []).append((prefix + name, root_path))
+        if any(rank[0] == 0 for rank in best):
+            break  # a matrix that is called a router: no need to look further out
+    if not best:
+        message = f"experts at {clean_name(path)!r} have no router: no matrix with {num_experts} rows near them"
+        return message if named else None
+    winners = best[min(best)]
+    if len(winners) > 1:
+        names = ", ".join(clean_name(full) for full, _ in winners)
+        return f"experts at {clean_name(path)!r} have several possible routers: {names}"
+    return winners[0]
+
+
+def _router_rank(name: str, shape: tuple[int, ...], num_experts: int, named: bool) -> tuple[int, ...] | None:
+    """How well a parameter would do as a router, lower is better; None if it cannot be one."""
+    relative = name.removesuffix(".weight").removesuffix(".base_layer")
+    if len(shape) != 2 or _NOT_ROUTER.search(relative):
+        return None
+    router_like = bool(_ROUTER_NAME.search(relative))
+    extra = shape[0] - num_experts  # rows of shared or null experts
+    if extra and not (router_like and 0 < extra <= 3 * num_experts):
+        return None
+    if not named and (extra or not router_like):
+        return None
+    return (0 if router_like else 1, int(extra > 0), extra, relative.count("."))
+
+
+def _belongs_elsewhere(prefix: str, name: str, path: str, containers: list[str]) -> bool:
+    """Whether a parameter is a weight of an expert, or sits in a branch with other experts: it is their router then."""
+    full, branch = prefix + name, prefix + name.split(".")[0]
+    if full.startswith(path + "."):
+        return bool(_NUMBERED.match(full.removeprefix(path + ".").split(".")[0]))
+    return any(f"{other}.".startswith(f"{branch}.") for other in containers if other != path)
+
+
+def _describe(model: nn.Module, path: str, num_experts: int, fused: bool, router: str, root: str) -> MoELayer:
+    container = model.get_submodule(path)
+    transposed = False
+    projections: dict[str, tuple[int, int]] = {}
+    if fused:
+        shapes = {name: _shape(p)[1:] for name, p in _fused_parameters(container).items()}
+        width = _shape(model.get_parameter(router))[1]
+        first = next(iter(shapes.values()))
+        transposed = bool(getattr(container, "is_transposed", first[0] == width and first[1] != width))
+        projections = {n: (s[1], s[0]) if transposed else (s[0], s[1]) for n, s in shapes.items()}
+    else:
+        expert = _numbered_children(container)[0]
+        for name, parameter in expert.named_parameters():
+            if len(_shape(parameter)) == 2:
+                rows, columns = _shape(parameter)
+                projections[name.removesuffix(".weight")] = (rows, columns)
+    return MoELayer(
+        name=clean_name(root),
+        experts=clean_name(path),
+        shape=LayerShape(clean_name(router), num_experts, projections),
+        fused=fused,
+        transposed=transposed,
+        _model=model,
+        _raw_router=router,
+        _raw_experts=path,
+    )
+
+
+def _weight_name(module: nn.Module, projection: str) -> str:
+    """Full parameter name of a projection inside one expert: ``wi`` -> ``wi.weight``, unless it is a bare parameter."""
+    return projection if projection in dict(module.named_parameters()) else f"{projection}.weight"

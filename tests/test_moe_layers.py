@@ -1,0 +1,136 @@
+"""Routers and experts are found by structure, with the right names, counts and shapes."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moe_precision.moe_layers import MoELayerError, clean_name, find_moe_layers, root_model
+from tests.conftest import DECODER, PlainMoE, build
+
+# family -> layers, first layer's name, router below it, projections
+EXPECTED = {
+    "mixtral": (2, "model.layers.0.mlp", "gate.weight", {"gate_up_proj": (256, 64), "down_proj": (64, 128)}),
+    "qwen2_moe": (2, "model.layers.0.mlp", "gate.weight", {"gate_up_proj": (64, 64), "down_proj": (64, 32)}),
+    "qwen3_moe": (2, "model.layers.0.mlp", "gate.weight", {"gate_up_proj": (128, 64), "down_proj": (64, 64)}),
+    "olmoe": (2, "model.layers.0.mlp", "gate.weight", {"gate_up_proj": (256, 64), "down_proj": (64, 128)}),
+    "deepseek_v3": (2, "model.layers.1.mlp", "gate.weight", {"gate_up_proj": (64, 64), "down_proj": (64, 32)}),
+    "gpt_oss": (2, "model.layers.0.mlp", "router.weight", {"gate_up_proj": (256, 64), "down_proj": (64, 128)}),
+    "switch_transformers": (
+        2,
+        "encoder.block.1.layer.1.mlp",
+        "router.classifier.weight",
+        {"wi": (128, 64), "wo": (64, 128)},
+    ),
+    "nllb-moe": (
+        2,
+        "model.encoder.layers.1.ffn",
+        "router.classifier.weight",
+        {"fc1": (128, 64), "fc2": (64, 128)},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_families(family):
+    count, name, router, projections = EXPECTED[family]
+    model = build(family)
+    layers = find_moe_layers(model)
+    assert len(layers) == count
+    first = layers[0]
+    assert first.name == name
+    assert first.router == f"{name}.{router}"
+    assert first.num_experts == 8
+    assert first.projections == projections
+    assert first.router_weight() is model.get_parameter(first.router)
+    for layer in layers:
+        for expert in range(8):
+            assert {n: tuple(w.shape) for n, w in layer.expert_weights(expert).items()} == projections
+
+
+def test_weights_are_the_models_own():
+    model = build("gpt_oss")  # holds (E, in, out), gate and up rows interleaved
+    layer = find_moe_layers(model)[0]
+    bank = model.get_parameter("model.layers.0.mlp.experts.gate_up_proj")
+    torch.testing.assert_close(layer.expert_weights(3)["gate_up_proj"], bank[3].T)
+    torch.testing.assert_close(layer.first_projection(3), bank[3].T[0::2])
+    mixtral = build("mixtral")
+    layer = find_moe_layers(mixtral)[1]
+    bank = mixtral.get_parameter("model.layers.1.mlp.experts.gate_up_proj")
+    torch.testing.assert_close(layer.first_projection(5), bank[5, :128])
+    switch = build("switch_transformers")
+    layer = find_moe_layers(switch)[0]
+    assert layer.first_projection(2) is not None
+    own = switch.get_parameter("encoder.block.1.layer.1.mlp.experts.expert_2.wi.weight")
+    torch.testing.assert_close(layer.first_projection(2), own)
+
+
+def test_a_users_own_moe():
+    layers = find_moe_layers(nn.Sequential(PlainMoE(), nn.Linear(32, 32), PlainMoE()))
+    assert [(layer.name, layer.router, layer.experts) for layer in layers] == [
+        ("0", "0.router.weight", "0.experts"),
+        ("2", "2.router.weight", "2.experts"),
+    ]
+    assert layers[0].projections == {"0": (64, 32), "2": (32, 64)}
+
+
+def test_more_than_ten_experts_keep_their_order():
+    model = PlainMoE(experts=12)
+    layer = find_moe_layers(model)[0]
+    for expert in range(12):
+        assert layer.expert_weights(expert)["0"].data_ptr() == model.experts[expert][0].weight.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "layers"),
+    [
+        ("jetmoe", {"num_local_experts": 4, "kv_channels": 16, "num_key_value_heads": 2}, 4),  # two routers a layer
+        ("gemma4_text", {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "head_dim": 16}, 2),
+        ("zaya", {}, 40),  # an MLP router with one row more than experts
+    ],
+)
+def test_less_common_layouts_on_meta(model_type, changes, layers):
+    sizes = {**DECODER, "moe_intermediate_size": 32, **changes} if changes else {}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+    assert len(find_moe_layers(model)) == layers
+
+
+def test_wrappers_do_not_change_names(mixtral):
+    names = [(layer.name, layer.router) for layer in find_moe_layers(mixtral)]
+    compiled = torch.compile(mixtral)
+    assert [(layer.name, layer.router) for layer in find_moe_layers(compiled)] == names
+    assert clean_name("module._orig_mod.model.layers.0._checkpoint_wrapped_module.mlp") == "model.layers.0.mlp"
+    assert clean_name("encoder.submodule.gate") == "encoder.submodule.gate"
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = mixtral
+
+    assert root_model(Wrapper()) is mixtral
+
+
+def test_a_dense_model_is_an_error():
+    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **DECODER))
+    with pytest.raises(MoELayerError, match=r"no Mixture-of-Experts layer found in LlamaForCausalLM.*dense"):
+        find_moe_layers(dense)
+
+
+def test_experts_without_a_router_are_an_error():
+    model = nn.Sequential(PlainMoE(), PlainMoE(router=False))
+    with pytest.raises(MoELayerError, match=r"experts at '1\.experts' have no router: no matrix with 4 rows"):
+        find_moe_layers(model)
+    assert [layer.name for layer in find_moe_layers(model, skip_unrouted=True)] == ["0"]
+
+
+def test_two_possible_routers_are_reported():
+    model = PlainMoE()
+    model.gate = nn.Linear(32, 4, bias=False)
+    with pytest.raises(MoELayerError, match=r"several possible routers: router\.weight, gate\.weight"):
+        find_moe_layers(model)
+
+
+def test_expert_index_out_of_range(mixtral):
+    with pytest.raises(IndexError, match=r"experts 0\.\.7, got 8"):
+        find_moe_layers(mixtral)[0].expert_weights(8)
