@@ -1,0 +1,254 @@
+"""From an order of experts and a budget to a bit-width for each expert, and from signals to that order.
+
+Pure functions; `allocate` puts them together into a plan. Methods are looked up by name in `METHODS`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from .moe_layers import find_moe_layers
+from .plan import LayerPlan, PrecisionPlan, check_group_size, check_widths, model_type_of
+from .router_norms import HistoryError, RouterNormHistory, router_norms
+
+ZETA = 3.0  # how many times larger a MaxVar must be to overtake, as in the paper
+
+
+class AllocationError(ValueError):
+    """A budget that the given widths cannot meet, or a method that lacks what it reads."""
+
+
+def rank_experts(change: Tensor, max_variance: Tensor | None = None, zeta: float = ZETA) -> list[int]:
+    """Orders the experts of one layer, the one that gets the most bits first (arXiv 2604.06515).
+
+    Ascending by the change of router norm; ties keep the order of the experts. Then one pass from the last expert to
+    the first: an expert whose maximum variance is more than ``zeta`` times that of an expert before it moves in front
+    of the first such one.
+
+    Args:
+        change: Change of router norm (or the final norm where no baseline is known), ``(E,)``.
+        max_variance: Maximum intra-neuron variance, ``(E,)``, or None to order by the change alone.
+        zeta: The factor of the reorder rule, positive.
+
+    Returns:
+        Expert indices.
+    """
+    if change.ndim != 1 or not change.isfinite().all():
+        raise AllocationError(f"expected finite changes of shape (E,), got shape {tuple(change.shape)}: {change}")
+    order = torch.argsort(change, stable=True).tolist()
+    if max_variance is None:
+        return order
+    if max_variance.shape != change.shape:
+        raise AllocationError(f"{len(change)} changes but max_variance has shape {tuple(max_variance.shape)}")
+    variance = max_variance.tolist()
+    for expert in reversed(list(order)):
+        place = order.index(expert)
+        for earlier in range(place):
+            if zeta * variance[order[earlier]] < variance[expert]:
+                order.insert(earlier, order.pop(place))
+                break
+    return order
+
+
+def bits_from_order(order: Sequence[int], average_bits: float, bits: Sequence[int]) -> list[int]:
+    """Gives each expert of a layer a width by the paper's two- and three-level rules (arXiv 2604.06515).
+
+    The total never exceeds ``E * average_bits`` and is the largest that the levels reach.
+
+    Args:
+        order: Expert indices, most bits first.
+        average_bits: Bits an expert may have on average, between the lowest and the highest level.
+        bits: One, two or three different levels; three must be equally spaced.
+
+    Returns:
+        Bits, indexed by expert.
+
+    Raises:
+        AllocationError: The levels or the average are out of range.
+    """
+    levels = sorted(set(bits))
+    check_budget(average_bits, bits)
+    count = len(order)
+    low, high = levels[0], levels[-1]
+    spare = count * (Fraction(str(average_bits)) - low)  # bits to hand out above the lowest level
+    if len(levels) == 1:
+        widths = [low] * count
+    elif len(levels) == 2:
+        n_high = int(spare / (high - low))
+        widths = [high] * n_high + [low] * (count - n_high)
+    else:
+        middle, span = levels[1], high - low
+        units = int(spare / Fraction(span, 2))  # n_middle + 2 n_high
+        average = Fraction(str(average_bits))
+        if average > high - Fraction(span, 3):
+            n_high = units // 2
+        elif average >= high - Fraction(2 * span, 3):
+            n_high = (2 * units - count) // 3  # the most with n_low <= n_middle
+        else:
+            n_high = 0
+        n_high = min(max(n_high, units - count, 0), units // 2)
+        n_middle = units - 2 * n_high
+        widths = [high] * n_high + [middle] * n_middle + [low] * (count - n_high - n_middle)
+    by_expert = [0] * count
+    for expert, width in zip(order, widths, strict=True):
+        by_expert[expert] = width
+    return by_expert
+
+
+def check_budget(average_bits: float, bits: Sequence[int]) -> None:
+    """Checks levels and average before any work.
+
+    Raises:
+        AllocationError: More than three levels, unequal spacing, or an average outside of the levels.
+    """
+    levels = sorted(set(bits))
+    check_widths(levels)
+    if len(levels) > 3:
+        raise AllocationError(f"the paper's rule takes one, two or three levels, got {len(levels)}: {levels}")
+    if len(levels) == 3 and levels[1] - levels[0] != levels[2] - levels[1]:
+        raise AllocationError(f"three levels must be equally spaced (as in 1, 2, 3 or 2, 3, 4), got {levels}")
+    if not levels[0] <= average_bits <= levels[-1]:
+        raise AllocationError(f"average_bits={average_bits} is outside of the levels {levels}; give levels around it")
+
+
+@dataclass(frozen=True)
+class LayerSignals:
+    """What a method may look at: ``norm`` is the change of router norm, or the final norm without a baseline."""
+
+    norm: Tensor  # (E,)
+    max_variance: Tensor | None  # (E,)
+
+
+def _order_router_norm(signals: LayerSignals, generator: torch.Generator) -> list[int]:
+    return rank_experts(signals.norm, signals.max_variance)
+
+
+def _order_reversed(signals: LayerSignals, generator: torch.Generator) -> list[int]:
+    return _order_router_norm(signals, generator)[::-1]
+
+
+def _order_random(signals: LayerSignals, generator: torch.Generator) -> list[int]:
+    return torch.randperm(len(signals.norm), generator=generator).tolist()
+
+
+def _order_uniform(signals: LayerSignals, generator: torch.Generator) -> list[int]:
+    return list(range(len(signals.norm)))
+
+
+METHODS: dict[str, Callable[[LayerSignals, torch.Generator], list[int]]] = {
+    "router_norm": _order_router_norm,  # the paper; the default
+    "reversed": _order_reversed,  # controls
+    "random": _order_random,
+    "uniform": _order_uniform,
+}
+
+
+def check_method(method: str, average_bits: float, bits: Sequence[int]) -> None:
+    """Checks a method's name and budget; ``uniform`` ignores ``bits`` and takes a whole ``average_bits``."""
+    if method not in METHODS:
+        raise AllocationError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}")
+    if method == "uniform":
+        if average_bits != int(average_bits):
+            raise AllocationError(f"method 'uniform' gives all experts one width: average_bits={average_bits} is none")
+        check_widths([int(average_bits)])
+    else:
+        check_budget(average_bits, bits)
+
+
+def allocate(
+    model: nn.Module | None = None,
+    history: RouterNormHistory | str | os.PathLike | None = None,
+    method: str = "router_norm",
+    average_bits: float = 2.5,
+    bits: Sequence[int] = (2, 3),
+    group_size: int = 128,
+    seed: int = 0,
+) -> PrecisionPlan:
+    """Makes a precision plan: a width for each expert, layer by layer, with the same counts in every layer.
+
+    Args:
+        model: The model, for its final router norms and its variances; not needed if ``history`` holds them.
+        history: Recorded router norms, or the path of such a file. Without it the final norm takes the place of the
+            change, and the plan says ``"baseline": "none"``: its ranking then assumes equal norms at the start.
+        method: A name from `METHODS`.
+        average_bits: Nominal bits an expert may have on average.
+        bits: The levels to choose from.
+        group_size: Weights that share a scale and an offset, along the input dimension.
+        seed: For ``method="random"``.
+
+    Raises:
+        AllocationError: Levels, average or method are out of range.
+        PlanError: The group size does not divide an expert's input width.
+        HistoryError: The history is empty or of another model.
+        MoELayerError: The model has no Mixture-of-Experts layer.
+    """
+    check_method(method, average_bits, bits)
+    if isinstance(history, (str, os.PathLike)):
+        history = RouterNormHistory.load(history)
+    baseline: int | None = None
+    if model is not None:
+        layers = find_moe_layers(model)
+        final = RouterNormHistory.of(layers, model_type_of(model))
+        final.record(0, router_norms(layers))
+        final.measure_variance(layers)
+        if history is None:
+            history = final
+        elif history.layers != final.layers:
+            raise HistoryError(
+                f"the history is of another model: it has layers {list(history.layers)}, "
+                f"the model has {list(final.layers)}, or their shapes differ"
+            )
+        else:
+            history.max_variance = final.max_variance
+    if history is None:
+        raise AllocationError("allocate needs a model, a history, or both")
+    if len(history.steps) >= 2:
+        baseline = history.steps[0]
+    elif model is None:
+        raise HistoryError(f"the history holds {len(history.steps)} records: no training step was recorded")
+
+    generator = torch.Generator().manual_seed(seed)
+    plans = {}
+    for name, shape in history.layers.items():
+        norms = history.norms[name]
+        norm = norms[-1] if baseline is None else history.change(name)
+        variance = history.max_variance.get(name)
+        order = METHODS[method](LayerSignals(norm, variance), generator)
+        levels = [int(average_bits)] if method == "uniform" else bits
+        widths = bits_from_order(order, average_bits, levels)
+        check_group_size(group_size, name, shape.projections)
+        signals = {"final_router_norm" if baseline is None else "router_norm_change": _readable(norm)}
+        if variance is not None:
+            signals["max_variance"] = _readable(variance)
+        plans[name] = LayerPlan(
+            shape=shape,
+            projection_bits={projection: list(widths) for projection in shape.projections},
+            order=order,
+            router_norms=({} if baseline is None else {"first": _readable(norms[0])}) | {"last": _readable(norms[-1])},
+            signals=signals,
+        )
+    settings: dict[str, float | int | list[int]] = {"average_bits": average_bits, "bits": sorted(set(bits))}
+    if method in ("router_norm", "reversed"):
+        settings["zeta"] = ZETA
+    if method == "random":
+        settings["seed"] = seed
+    return PrecisionPlan(
+        model_type=history.model_type,
+        layers=plans,
+        group_size=group_size,
+        asked_average_bits=average_bits,
+        method=method,
+        settings=settings,
+        baseline_step=baseline,
+        last_step=history.steps[-1] if baseline is not None else None,
+    )
+
+
+def _readable(values: Tensor) -> list[float]:
+    return [float(f"{value:.7g}") for value in values.tolist()]  # what a float32 holds, and no more digits
