@@ -1,0 +1,32 @@
+"""Mixed-precision plans for Mixture-of-Experts models, read off training itself.
+
+A callback records the L2 norm of every expert's router row during training and writes a precision plan at the end; a
+quantize step turns plan and weights into a smaller model. Importing this package registers the quantizer with
+transformers, so that packed checkpoints load with ``from_pretrained``.
+"""
+
+from .allocation import AllocationError, allocate, bits_from_order, rank_experts
+from .moe_layers import MoELayer, MoELayerError, find_moe_layers
+from .plan import PlanError, PrecisionPlan
+from .quantize import PlanQuantizationConfig, QuantizationError, UnsupportedLayoutError, quantize_model
+from .router_norms import HistoryError, RouterNormHistory
+from .version import __version__
+
+__all__ = [
+    "AllocationError",
+    "HistoryError",
+    "MoELayer",
+    "MoELayerError",
+    "PlanError",
+    "PlanQuantizationConfig",
+    "PrecisionPlan",
+    "QuantizationError",
+    "RouterNormHistory",
+    "UnsupportedLayoutError",
+    "__version__",
+    "allocate",
+    "bits_from_order",
+    "find_moe_layers",
+    "quantize_model",
+    "rank_experts",
+]

@@ -1,0 +1,130 @@
+"""Checkpoint folders: are they whole, how many bytes do their experts take, and from a float one to a packed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedModel
+
+from .files import folder_replaced_when_done
+from .plan import PrecisionPlan
+from .quantize import PlanQuantizationConfig
+
+_OF_AN_EXPERT = re.compile(r"(?:^|\.)experts\.")
+_NOT_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*.bin", "*.pt")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that is missing, incomplete or damaged."""
+
+
+def weight_files(folder: str | os.PathLike) -> list[Path]:
+    """The safetensors files of a checkpoint, after checking that all are there and whole.
+
+    Raises:
+        CheckpointError: The folder, its config.json or a shard is missing, or a file is truncated.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"no checkpoint folder at {str(folder)!r}; expected what save_pretrained writes")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{str(folder)!r} has no config.json; expected what save_pretrained writes")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError) as error:
+            raise CheckpointError(f"{str(index)!r} is damaged: {error}") from error
+    else:
+        names = ["model.safetensors"]
+    files = [folder / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{str(folder)!r} lacks the weight file {file.name!r}; copy it again")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                opened.keys()
+        except SafetensorError as error:
+            raise CheckpointError(f"{str(file)!r} is truncated or damaged: {error}; copy it again") from error
+    return files
+
+
+def tensor_bytes(folder: str | os.PathLike) -> dict[str, int]:
+    """Bytes that each tensor takes in a checkpoint's files, read from their headers."""
+    sizes = {}
+    for file in weight_files(folder):
+        with open(file, "rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                sizes[name] = end - start
+    return sizes
+
+
+def stored_bits_per_expert_weight(folder: str | os.PathLike, plan: PrecisionPlan) -> float:
+    """Bits a routed expert's weight takes in a checkpoint, measured from the bytes of its files.
+
+    Counts every tensor below a module called ``experts``: codes, scales, offsets and sentinels, or float weights.
+
+    Args:
+        folder: A float or packed checkpoint.
+        plan: Any plan for the same model, for the number of expert weights.
+    """
+    weights = sum(layer.shape.expert_size * layer.shape.num_experts for layer in plan.layers.values())
+    in_bytes = sum(size for name, size in tensor_bytes(folder).items() if _OF_AN_EXPERT.search(name))
+    return 8 * in_bytes / weights
+
+
+def load_model(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+    """Loads a checkpoint with the class that its config names; keyword arguments go to ``from_pretrained``.
+
+    Raises:
+        CheckpointError: The folder is incomplete, or names a class that transformers does not have.
+    """
+    weight_files(folder)
+    architectures = AutoConfig.from_pretrained(folder).architectures or []
+    model_class = getattr(transformers, architectures[0], None) if architectures else None
+    if model_class is None:
+        raise CheckpointError(f"{os.fspath(folder)!r} names architectures {architectures}, which transformers lacks")
+    return model_class.from_pretrained(folder, **kwargs)
+
+
+def quantize_checkpoint(
+    checkpoint: str | os.PathLike,
+    plan: PrecisionPlan | str | os.PathLike,
+    out: str | os.PathLike,
+    non_expert_bits: int | None = None,
+) -> PreTrainedModel:
+    """Quantizes a float checkpoint by a plan while it loads, and saves the packed model with its tokenizer.
+
+    Args:
+        checkpoint: Folder of a float checkpoint.
+        plan: A plan, or the path of its file.
+        out: Folder to write; it appears in one step, when it is complete.
+        non_expert_bits: 8 or 4 to quantize the other linear layers too.
+
+    Returns:
+        The packed model.
+
+    Raises:
+        CheckpointError: The checkpoint is incomplete, or packed already.
+        PlanError: The plan is for another model.
+    """
+    config = PlanQuantizationConfig(plan, non_expert_bits)
+    weight_files(checkpoint)
+    if getattr(AutoConfig.from_pretrained(checkpoint), "quantization_config", None) is not None:
+        raise CheckpointError(f"{os.fspath(checkpoint)!r} is quantized already; quantize the float checkpoint instead")
+    model = load_model(checkpoint, quantization_config=config)
+    with folder_replaced_when_done(out) as temporary:
+        model.save_pretrained(temporary)
+        ignore = shutil.ignore_patterns(*_NOT_WEIGHTS)
+        shutil.copytree(checkpoint, temporary, ignore=ignore, dirs_exist_ok=True)
+    return model

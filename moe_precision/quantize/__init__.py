@@ -1,0 +1,9 @@
+"""The step after training: a plan and float weights in, a packed model out that saves, loads and runs.
+
+Importing this package registers the quantizer with transformers.
+"""
+
+from .hf import PlanHfQuantizer, PlanQuantizationConfig, QuantizationError, quantize_model
+from .replace import UnsupportedLayoutError
+
+__all__ = ["PlanHfQuantizer", "PlanQuantizationConfig", "QuantizationError", "UnsupportedLayoutError", "quantize_model"]

@@ -1,0 +1,198 @@
+"""The quantizer that transformers knows as ``quant_method = "moe_precision"``, registered when this file is imported.
+
+`from_pretrained` with a `PlanQuantizationConfig` quantizes a float checkpoint while it loads; a checkpoint that was
+saved from such a model loads like any other. `quantize_model` does the same to a model that is already in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..plan import PlanError, PrecisionPlan, as_plan
+from .packed import packed_experts_forward
+from .replace import EXPERTS_IMPLEMENTATION, Target, find_targets, replace_weight
+
+QUANT_METHOD = "moe_precision"
+
+
+class QuantizationError(RuntimeError):
+    """A checkpoint whose experts could not all be read or quantized."""
+
+
+@register_quantization_config(QUANT_METHOD)
+class PlanQuantizationConfig(QuantizationConfigMixin):
+    """Tells `from_pretrained` to quantize by a precision plan.
+
+    Args:
+        plan: A `PrecisionPlan`, its dict, or the path of its file.
+        non_expert_bits: 8 or 4 to quantize the other linear layers too; routers, embeddings, norms and the output
+            head always keep their precision. None, the default, quantizes experts only.
+
+    Raises:
+        PlanError: The plan or ``non_expert_bits`` is not valid.
+
+    Example:
+        >>> config = PlanQuantizationConfig("precision_plan.json")
+        >>> model = AutoModelForCausalLM.from_pretrained("checkpoint", quantization_config=config)
+        >>> model.save_pretrained("quantized")
+    """
+
+    def __init__(
+        self, plan: PrecisionPlan | dict | str | os.PathLike, non_expert_bits: int | None = None, **_: Any
+    ) -> None:
+        if non_expert_bits not in (None, 4, 8):
+            raise PlanError(f"non_expert_bits must be 4, 8 or None, got {non_expert_bits!r}")
+        self.quant_method = QUANT_METHOD
+        self.plan = as_plan(plan)
+        self.non_expert_bits = non_expert_bits
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: the widths, without the signals that led to them."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "plan": self.plan.without_signals().to_dict(),
+            "non_expert_bits": self.non_expert_bits,
+        }
+
+
+class _PackWeight(ConversionOps):
+    """transformers hands it each float weight as it is read; the packed form goes straight into the model."""
+
+    def __init__(self, quantizer: PlanHfQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        name, model, missing = kwargs["full_layer_name"], kwargs["model"], kwargs["missing_keys"]
+        (weight,) = input_dict.values()
+        weight = weight[0] if isinstance(weight, list) else weight
+        self.quantizer.pack(model, name, weight)
+        if missing is not None:
+            missing.discard(name)
+        return {}
+
+
+@register_quantizer(QUANT_METHOD)
+class PlanHfQuantizer(HfQuantizer):
+    """Packs experts by a plan, while a float checkpoint loads or before a packed one is read."""
+
+    quantization_config: PlanQuantizationConfig
+
+    def __init__(self, quantization_config: PlanQuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._waiting: dict[str, Target] = {}  # parameters of a float checkpoint not packed yet
+
+    @property
+    def plan(self) -> PrecisionPlan:
+        """The plan that this quantizer carries out."""
+        return self.quantization_config.plan
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        targets = find_targets(model, self.plan, self.quantization_config.non_expert_bits)
+        if self.pre_quantized:
+            for target in targets:
+                replace_weight(model, target, self.plan.group_size, weight=None)
+        else:
+            self._waiting = {target.parameter: target for target in targets}
+        if any(target.fused for target in targets):
+            model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+        return model
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        return not self.pre_quantized and param_name in self._waiting
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _PackWeight(self)
+
+    def pack(self, model: PreTrainedModel, name: str, weight: Tensor) -> None:
+        """Quantizes one float weight into the model."""
+        replace_weight(model, self._waiting[name], self.plan.group_size, weight)
+        del self._waiting[name]
+
+    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
+        # A packed checkpoint holds the names of the module tree, so nothing is renamed, merged or split.
+        return [] if self.pre_quantized else weight_conversions
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self._waiting:
+            raise QuantizationError(
+                f"{len(self._waiting)} expert weights were not in the checkpoint, the first is "
+                f"{next(iter(self._waiting))!r}; is the checkpoint complete and of this model?"
+            )
+        unread = [
+            name
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if any(name.startswith(layer + ".") for layer in self.plan.layers)
+            and not getattr(tensor, "_is_hf_initialized", False)  # transformers' mark of a tensor that was read
+        ]
+        if unread:
+            raise QuantizationError(
+                f"{len(unread)} tensors of routers and experts were not in the checkpoint, the first is {unread[0]!r}; "
+                "is the checkpoint complete?"
+            )
+        _finish(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def quantize_model(
+    model: nn.Module,
+    plan: PrecisionPlan | dict | str | os.PathLike,
+    non_expert_bits: int | None = None,
+) -> nn.Module:
+    """Quantizes a model in memory, in place, by a precision plan.
+
+    Args:
+        model: A transformers model, or any module whose experts are lists of ``nn.Linear`` modules.
+        plan: A `PrecisionPlan`, its dict, or the path of its file.
+        non_expert_bits: 8 or 4 to quantize the other linear layers too.
+
+    Returns:
+        The same model, in evaluation mode. A transformers model can be saved with ``save_pretrained``.
+
+    Raises:
+        PlanError: The plan is for another model.
+        UnsupportedLayoutError: Experts in a layout that cannot be packed yet.
+    """
+    config = PlanQuantizationConfig(plan, non_expert_bits)
+    targets = find_targets(model, config.plan, non_expert_bits)
+    for target in tqdm(targets, desc="Quantizing", unit="weight"):
+        weight = model.get_parameter(target.parameter).detach()
+        replace_weight(model, target, config.plan.group_size, weight)
+    if isinstance(model, PreTrainedModel):
+        if any(target.fused for target in targets):
+            model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+        quantizer = PlanHfQuantizer(config, pre_quantized=False)
+        model.hf_quantizer = quantizer
+        model.is_quantized, model.quantization_method = True, QUANT_METHOD
+        model.config.quantization_config = config
+        model.config._is_quantized = True
+        _finish(model)
+    return model.eval()
+
+
+def _finish(model: PreTrainedModel) -> None:
+    """What every packed transformers model needs, however it came about."""
+    model._weight_conversions = []  # saved under the names of the module tree
+    # Weights mapped from a file start at any address, and the last bits of a CPU matrix product depend on it. Copies at
+    # torch's own alignment give the same logits before saving and after loading.
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.is_floating_point() and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, packed_experts_forward)

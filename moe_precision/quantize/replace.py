@@ -1,0 +1,159 @@
+"""Swaps float experts for packed ones: the list of weights a plan quantizes, and how each is replaced.
+
+The same few functions serve a live model, a float checkpoint that is quantized while it loads, and a packed
+checkpoint whose empty modules are made before its tensors are read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..moe_layers import MoELayer, find_moe_layers
+from ..plan import PlanError, PrecisionPlan, check_group_size, model_type_of
+from .packed import PackedLinear, PackedProjection, sentinel
+
+EXPERTS_IMPLEMENTATION = "moe_precision"
+
+
+class UnsupportedLayoutError(NotImplementedError):
+    """The model's experts are laid out in a way that cannot be packed yet."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parameter that becomes packed.
+
+    Attributes:
+        parameter: Full name of the float parameter.
+        bits: Width of each expert for a fused parameter ``(E, ...)``, or one width for a matrix.
+        shape: ``(out, in)`` of each matrix.
+        transposed: The parameter holds ``(in, out)`` matrices.
+    """
+
+    parameter: str
+    bits: list[int]
+    shape: tuple[int, int]
+    fused: bool
+    transposed: bool = False
+
+    @property
+    def module(self) -> str:
+        """Path of the module that owns the parameter."""
+        return self.parameter.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        """The parameter's own name in that module."""
+        return self.parameter.rpartition(".")[2]
+
+
+def find_targets(model: nn.Module, plan: PrecisionPlan, non_expert_bits: int | None) -> list[Target]:
+    """Lists the parameters that a plan quantizes, after checking that plan and model belong together.
+
+    Raises:
+        PlanError: The plan is for another model, or a group size does not divide.
+        UnsupportedLayoutError: Experts in a layout that cannot be packed yet.
+        MoELayerError: No Mixture-of-Experts layer.
+    """
+    layers = find_moe_layers(model)
+    plan.check_layers({layer.name: layer.shape for layer in layers}, model_type_of(model))
+    targets = []
+    for layer in layers:
+        targets += _expert_targets(layer, plan.layers[layer.name].projection_bits)
+    if non_expert_bits is not None:
+        targets += _non_expert_targets(model, layers, non_expert_bits, plan.group_size)
+    return targets
+
+
+def _expert_targets(layer: MoELayer, projection_bits: dict[str, list[int]]) -> list[Target]:
+    container = layer.container()
+    path = layer.experts
+    if layer.fused:
+        if not (hasattr(container, "has_gate") and hasattr(container, "is_transposed")):
+            raise UnsupportedLayoutError(
+                f"layer {layer.name!r}: the experts ({type(container).__name__}) are fused, but not through "
+                "transformers' experts interface (use_experts_implementation), so packed experts cannot run there yet"
+            )
+        return [
+            Target(f"{path}.{name}", projection_bits[name], shape, fused=True, transposed=layer.transposed)
+            for name, shape in layer.projections.items()
+        ]
+    targets = []
+    names = {id(module): name for name, module in container.named_children()}
+    for index, expert in enumerate(layer.expert_modules()):
+        for projection, shape in layer.projections.items():
+            parameter = f"{projection}.weight" if projection != "weight" else "weight"
+            owner = expert.get_submodule(parameter.rpartition(".")[0])
+            if not isinstance(owner, nn.Linear):
+                raise UnsupportedLayoutError(
+                    f"layer {layer.name!r}: {projection!r} of expert {index} belongs to a {type(owner).__name__}, "
+                    "expected an nn.Linear"
+                )
+            bits = projection_bits[projection][index]
+            if bits < 16:
+                targets.append(Target(f"{path}.{names[id(expert)]}.{parameter}", [bits], shape, fused=False))
+    return targets
+
+
+def _non_expert_targets(model: nn.Module, layers: list[MoELayer], bits: int, group_size: int) -> list[Target]:
+    """Every ``nn.Linear`` outside of experts, except routers, the output embeddings and tied weights."""
+    if bits not in (4, 8):
+        raise PlanError(f"non_expert_bits must be 4, 8 or None, got {bits}")
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    routers = {layer.router for layer in layers}
+    targets = []
+    for path, module in model.named_modules():
+        name = f"{path}.weight"
+        inside = any(path.startswith(layer.experts + ".") for layer in layers)
+        if not isinstance(module, nn.Linear) or module is head or inside or name in routers | tied:
+            continue
+        if any(router.startswith(path + ".") for router in routers):
+            continue
+        check_group_size(group_size, path, {"weight": (module.out_features, module.in_features)})
+        targets.append(Target(name, [bits], (module.out_features, module.in_features), fused=False))
+    return targets
+
+
+@torch.no_grad()
+def replace_weight(model: nn.Module, target: Target, group_size: int, weight: Tensor | None) -> None:
+    """Puts a packed weight in the place of a float parameter.
+
+    Args:
+        model: The model, changed in place.
+        target: Which parameter.
+        group_size: Weights that share a scale and an offset.
+        weight: The float weight to quantize, ``(E, ...)`` for a fused target; None for empty buffers on the
+            parameter's device, to be filled from a packed checkpoint.
+    """
+    module = model.get_submodule(target.module)
+    parameter = module.get_parameter(target.name)
+    device = parameter.device if weight is None else weight.device
+    if target.fused:
+        packed = PackedProjection(target.bits, target.shape, group_size, parameter.dtype, device)
+        if weight is not None:
+            for expert in range(len(target.bits)):
+                matrix = weight[expert]
+                packed.put(expert, matrix.T if target.transposed else matrix)
+        del module._parameters[target.name]
+        module.register_buffer(target.name, sentinel(parameter.dtype, device))
+        if not hasattr(module, "packed"):
+            module.packed = nn.ModuleDict()
+        module.get_submodule("packed").add_module(target.name, packed)
+        new: list[nn.Module] = [packed]
+        module.get_buffer(target.name)._is_hf_initialized = True  # type: ignore[attr-defined]
+    else:
+        assert isinstance(module, nn.Linear)
+        linear = PackedLinear(module, target.bits[0], group_size, device)
+        if weight is not None:
+            linear.packed.put(0, weight)
+        parent, _, leaf = target.module.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, linear)
+        new = [linear]
+    if weight is not None:  # transformers must not initialise these buffers again
+        for buffer in (buffer for part in new for buffer in part.buffers()):
+            buffer._is_hf_initialized = True  # type: ignore[attr-defined]
