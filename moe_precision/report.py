@@ -1,0 +1,55 @@
+"""Pictures of a recorded run: the router-norm curves of every layer, and the change as a layers x experts heatmap."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .plan import PrecisionPlan
+from .router_norms import RouterNormHistory
+
+_MAX_COLUMNS = 4
+
+
+def plot_router_norms(history: RouterNormHistory, plan: PrecisionPlan | None = None) -> Figure:
+    """One panel a layer, one curve an expert; with a plan, curves are coloured by the expert's bits."""
+    columns = min(_MAX_COLUMNS, len(history.layers))
+    rows = math.ceil(len(history.layers) / columns)
+    figure = Figure(figsize=(3.6 * columns, 2.8 * rows), layout="constrained")
+    axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
+    widths = sorted({b for layer in plan.layers.values() for b in layer.bits}) if plan else []
+    for axis, (name, norms) in zip(axes, history.norms.items(), strict=False):
+        for expert in range(norms.shape[1]):
+            color, label = None, None
+            if plan is not None:
+                bits = plan.layers[name].bits[expert]
+                color = f"C{widths.index(bits)}"
+                label = f"{bits} bits" if plan.layers[name].bits.index(bits) == expert else None
+            axis.plot(history.steps, norms[:, expert], lw=1.2, color=color, label=label)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("optimizer step")
+        axis.set_ylabel("router L2 norm")
+        if plan is not None:
+            axis.legend(fontsize=7)
+    for axis in axes[len(history.layers) :]:
+        axis.remove()
+    return figure
+
+
+def plot_change_heatmap(history: RouterNormHistory) -> Figure:
+    """Change of router norm since the baseline, a row a layer and a column an expert."""
+    changes = [history.change(name) for name in history.layers]
+    width = max(len(change) for change in changes)
+    grid = torch.full((len(changes), width), math.nan)
+    for row, change in enumerate(changes):
+        grid[row, : len(change)] = change
+    figure = Figure(figsize=(1.5 + min(12, 0.35 * width), 1.2 + min(10, 0.35 * len(changes))), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(grid.numpy(), aspect="auto", cmap="viridis", interpolation="nearest")
+    axis.set_xlabel("expert")
+    axis.set_ylabel("MoE layer")
+    figure.colorbar(image, ax=axis, label="change of router L2 norm")
+    return figure
