@@ -1,0 +1,193 @@
+"""The command line: ``moe-precision fit | plan | show | quantize | evaluate | demo``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from . import tables
+from .allocation import METHODS, allocate
+from .checkpoints import load_model, quantize_checkpoint, stored_bits_per_expert_weight, tensor_bytes
+from .files import check_writable
+from .plan import PrecisionPlan
+from .version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status. User errors print one line and return 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["fit"] and len(arguments) > 1:
+        fit(arguments[1:])
+        return 0
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError, NotImplementedError) as error:
+        print(f"moe-precision {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def fit(arguments: Sequence[str]) -> Any:
+    """Trains a recipe: ``LightningCLI fit`` with these arguments; returns the data module that it trained on."""
+    import warnings
+
+    from pytorch_lightning.cli import LightningCLI
+
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
+    return LightningCLI(args=["fit", *arguments], save_config_kwargs={"overwrite": True}).datamodule
+
+
+def _plan(options: argparse.Namespace) -> None:
+    check_writable(options.output)
+    source = {"model": load_model(options.source)} if Path(options.source).is_dir() else {"history": options.source}
+    plan = allocate(
+        **source,
+        method=options.method,
+        average_bits=options.average_bits,
+        bits=options.bits,
+        group_size=options.group_size,
+        seed=options.seed,
+    )
+    plan.save(options.output)
+    Console().print(tables.plan_table(plan))
+    print(f"wrote {options.output}")
+
+
+def _show(options: argparse.Namespace) -> None:
+    plan = PrecisionPlan.load(options.plan)
+    if options.diff:
+        lines = plan.diff(PrecisionPlan.load(options.diff))
+        print("\n".join(lines) or "the plans give every expert the same bits")
+        return
+    Console().print(tables.plan_table(plan))
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    plan = PrecisionPlan.load(options.plan)
+    check_writable(Path(options.out, "config.json"))
+    quantize_checkpoint(options.checkpoint, plan, options.out, options.non_expert_bits)
+    before, after = (sum(tensor_bytes(folder).values()) / 1e6 for folder in (options.checkpoint, options.out))
+    bits = stored_bits_per_expert_weight(options.out, plan)
+    print(f"wrote {options.out}: {before:.2f} MB -> {after:.2f} MB, {bits:.3f} stored bits per expert weight")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from .evaluation import evaluate
+    from .recipes import SummarizationDataModule, TextDataModule
+
+    model = load_model(options.checkpoint, **({} if options.dtype == "auto" else {"dtype": options.dtype}))
+    module = SummarizationDataModule if model.config.is_encoder_decoder else TextDataModule
+    data = module(dataset=options.dataset, tokenizer=options.checkpoint, max_val_tokens=options.max_tokens)
+    data.setup("validate")
+    result = evaluate(model, data.val_dataloader(), data.token_counts)
+    Console().print(tables.evaluation_table({Path(options.checkpoint).name: result}))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .demo import run_demo
+
+    run_demo(Path(options.output), options.max_steps)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moe-precision",
+        description="Mixed-precision plans for Mixture-of-Experts models, read off training itself.",
+        epilog="moe-precision COMMAND --help explains a command by an example.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: object, summary: str, example: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        return command
+
+    add(
+        "fit",
+        lambda options: commands.choices["fit"].print_help(),
+        "Train a recipe with the callback; every LightningCLI option works (--print_config lists them).",
+        "moe-precision fit --config recipes/pretrain_mixtral.yaml --trainer.max_steps 200",
+    )
+
+    plan = add(
+        "plan",
+        _plan,
+        "Make a plan again with other bits, from the norms that a run recorded; no training, no model.",
+        "moe-precision plan runs/demo/precision_plan.history.safetensors --average-bits 2.25 --bits 2 3 "
+        "--group-size 64 -o plan_2.25.json",
+    )
+    plan.add_argument(
+        "source",
+        help="the history beside a plan (x.history.safetensors), or a checkpoint folder: without a history, experts "
+        "are ranked by their final norms and the plan says so",
+    )
+    plan.add_argument("--average-bits", type=float, default=2.5, help="bits an expert on average (default 2.5)")
+    plan.add_argument("--bits", type=int, nargs="+", default=[2, 3], help="levels to choose from (default 2 3)")
+    plan.add_argument("--method", default="router_norm", choices=list(METHODS), help="how experts are ranked")
+    plan.add_argument("--group-size", type=int, default=128, help="weights that share a scale (default 128)")
+    plan.add_argument("--seed", type=int, default=0, help="for --method random")
+    plan.add_argument("-o", "--output", default="precision_plan.json", help="default precision_plan.json")
+
+    show = add(
+        "show",
+        _show,
+        "Print a plan as a table, or where two plans differ.",
+        "moe-precision show runs/demo/precision_plan.json --diff plan_2.25.json",
+    )
+    show.add_argument("plan", help="a plan's JSON file")
+    show.add_argument("--diff", metavar="OTHER", help="another plan: print the experts whose bits differ")
+
+    quantize = add(
+        "quantize",
+        _quantize,
+        "Quantize a float checkpoint by a plan; OUT loads with from_pretrained after `import moe_precision`.",
+        "moe-precision quantize runs/demo/checkpoint runs/demo/precision_plan.json runs/demo/quantized",
+    )
+    quantize.add_argument("checkpoint", help="folder of a float checkpoint, as save_pretrained writes it")
+    quantize.add_argument("plan", help="a plan's JSON file")
+    quantize.add_argument("out", help="folder to write")
+    quantize.add_argument(
+        "--non-expert-bits", type=int, choices=[4, 8], help="quantize the other linear layers too (default: leave them)"
+    )
+
+    evaluate = add(
+        "evaluate",
+        _evaluate,
+        "Loss and perplexity of a float or packed checkpoint, mean and on the rarest tenth of target tokens.",
+        "moe-precision evaluate runs/demo/quantized-plan --max-tokens 50000",
+    )
+    evaluate.add_argument("checkpoint", help="checkpoint folder that holds its tokenizer")
+    evaluate.add_argument(
+        "--dataset",
+        default="python-stdlib",
+        help="a `datasets` name, local text files, or python-stdlib (default): the standard library's source",
+    )
+    evaluate.add_argument("--max-tokens", type=int, help="use at most this many validation tokens")
+    evaluate.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32 or bfloat16")
+
+    demo = add(
+        "demo",
+        _demo,
+        "Train a small Mixtral, make its plan, quantize, reload and compare; minutes on two CPU cores.",
+        "moe-precision demo --output runs/demo",
+    )
+    demo.add_argument("--output", default="runs/demo", help="folder of the run (default runs/demo)")
+    demo.add_argument("--max-steps", type=int, help="optimizer steps (default: the recipe's)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

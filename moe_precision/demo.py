@@ -1,0 +1,123 @@
+"""The whole way in one command: train a small Mixtral, make its plan, quantize, reload, compare.
+
+Every row of the table is a folder that was written to disk and loaded again with ``from_pretrained``. Controls stand
+beside the plan: the same counts of bits in random and in reversed order.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from .allocation import allocate
+from .checkpoints import load_model, quantize_checkpoint, stored_bits_per_expert_weight, weight_files
+from .cli import fit
+from .evaluation import Evaluation, evaluate
+from .plan import PrecisionPlan
+from .report import plot_router_norms
+from .router_norms import RouterNormHistory
+
+_RECIPE_ROOT = "runs/pretrain_mixtral"
+_FOLDER_NAME = re.compile(r"[^a-z0-9]+")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the table; ``nominal_bits`` is None for the float model."""
+
+    model: str
+    nominal_bits: float | None
+    stored_bits: float
+    file_mb: float
+    evaluation: Evaluation
+
+
+def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
+    """Trains, plans, quantizes and evaluates; prints the table and leaves everything in ``output``.
+
+    Args:
+        output: Folder of the run.
+        max_steps: Optimizer steps; None takes the recipe's.
+
+    Returns:
+        The rows of the table.
+    """
+    disable_progress_bar()  # transformers', one for each of many small loads and saves
+    output.mkdir(parents=True, exist_ok=True)
+    recipe = files("moe_precision.recipes").joinpath("pretrain_mixtral.yaml").read_text(encoding="utf-8")
+    config = output / "recipe.yaml"
+    config.write_text(recipe.replace(_RECIPE_ROOT, output.as_posix()), encoding="utf-8")
+    data = fit(["--config", str(config), *([] if max_steps is None else ["--trainer.max_steps", str(max_steps)])])
+
+    checkpoint, history = output / "checkpoint", RouterNormHistory.load(output / "precision_plan.history.safetensors")
+    plan = PrecisionPlan.load(output / "precision_plan.json")
+    picture = output / "router_norms.png"
+    plot_router_norms(history, plan).savefig(picture, dpi=120)
+
+    plans: dict[str, PrecisionPlan | None] = {"float": None}
+    group_size = plan.group_size
+    for level in sorted(plan.settings["bits"], reverse=True):
+        uniform = allocate(history=history, method="uniform", average_bits=level, group_size=group_size)
+        plans[f"uniform {level} bits"] = uniform
+    plans["plan"] = plan
+    for method in ("reversed", "random"):
+        settings = {"average_bits": plan.asked_average_bits, "bits": plan.settings["bits"], "group_size": group_size}
+        plans[f"{method} order"] = allocate(history=history, method=method, **settings)
+
+    rows = []
+    for name, chosen in plans.items():
+        folder = checkpoint
+        if chosen is not None:
+            folder = output / f"quantized-{_FOLDER_NAME.sub('-', name).strip('-')}"
+            quantize_checkpoint(checkpoint, chosen, folder)
+        model = load_model(folder, dtype=torch.float32)  # float32 activations: compares weights, not rounding
+        result = evaluate(model, data.val_dataloader(), data.token_counts, f"Evaluating {name}")
+        rows.append(
+            Row(
+                model=name,
+                nominal_bits=None if chosen is None else chosen.average_bits,
+                stored_bits=stored_bits_per_expert_weight(folder, plan),
+                file_mb=sum(file.stat().st_size for file in weight_files(folder)) / 1e6,
+                evaluation=result,
+            )
+        )
+    (output / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+    _report(rows, output)
+    return rows
+
+
+def _report(rows: list[Row], output: Path) -> None:
+    table = Table(box=box.MARKDOWN)
+    columns = ("model", "nominal bits", "stored bits", "file MB", "loss", "perplexity", "rare loss", "rare perplexity")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        e = row.evaluation
+        table.add_row(
+            row.model,
+            "-" if row.nominal_bits is None else f"{row.nominal_bits:.2f}",
+            f"{row.stored_bits:.2f}",
+            f"{row.file_mb:.2f}",
+            f"{e.loss:.4f}",
+            f"{e.perplexity:.3f}",
+            f"{e.rare_loss:.4f}",
+            f"{e.rare_perplexity:.1f}",
+        )
+    console = Console(width=120)
+    console.print(table)
+    tokens = rows[0].evaluation.tokens
+    console.print(
+        f"stored bits: bytes of all expert tensors in the file, per expert weight. Losses in nats over {tokens} "
+        "validation tokens; rare: the tenth of them seen least in training. random: one draw."
+    )
+    console.print(f"\nIn {output}: precision_plan.json, precision_plan.history.safetensors, router_norms.png,")
+    console.print("checkpoint/ (float), quantized-*/ (packed), checkpoints/ (to resume), wandb/ (offline run)")
