@@ -122,8 +122,10 @@ def quantize_checkpoint(
     weight_files(checkpoint)
     if getattr(AutoConfig.from_pretrained(checkpoint), "quantization_config", None) is not None:
         raise CheckpointError(f"{os.fspath(checkpoint)!r} is quantized already; quantize the float checkpoint instead")
-    model = load_model(checkpoint, quantization_config=config)
+    if Path(out).resolve() == Path(checkpoint).resolve():
+        raise CheckpointError(f"the packed model would replace the float checkpoint {os.fspath(checkpoint)!r}")
     with folder_replaced_when_done(out) as temporary:
+        model = load_model(checkpoint, quantization_config=config)
         model.save_pretrained(temporary)
         ignore = shutil.ignore_patterns(*_NOT_WEIGHTS)
         shutil.copytree(checkpoint, temporary, ignore=ignore, dirs_exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def _show(options: argparse.Namespace) -> None:
 
 def _quantize(options: argparse.Namespace) -> None:
     plan = PrecisionPlan.load(options.plan)
-    check_writable(Path(options.out, "config.json"))
+    check_writable(Path(options.out).parent / "config.json")
     quantize_checkpoint(options.checkpoint, plan, options.out, options.non_expert_bits)
     before, after = (sum(tensor_bytes(folder).values()) / 1e6 for folder in (options.checkpoint, options.out))
     bits = stored_bits_per_expert_weight(options.out, plan)
@@ -83,9 +84,11 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     model = load_model(options.checkpoint, **({} if options.dtype == "auto" else {"dtype": options.dtype}))
     module = SummarizationDataModule if model.config.is_encoder_decoder else TextDataModule
-    data = module(dataset=options.dataset, tokenizer=options.checkpoint, max_val_tokens=options.max_tokens)
+    data = module(dataset=options.dataset, tokenizer=options.checkpoint)
     data.setup("validate")
-    result = evaluate(model, data.val_dataloader(), data.token_counts)
+    assert data.token_counts is not None
+    batches = data.val_dataloader()
+    result = evaluate(model, list(islice(batches, options.max_batches)), data.token_counts)
     Console().print(tables.evaluation_table({Path(options.checkpoint).name: result}))
 
 
@@ -167,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         _evaluate,
         "Loss and perplexity of a float or packed checkpoint, mean and on the rarest tenth of target tokens.",
-        "moe-precision evaluate runs/demo/quantized-plan --max-tokens 50000",
+        "moe-precision evaluate runs/demo/quantized-plan --max-batches 20",
     )
     evaluate.add_argument("checkpoint", help="checkpoint folder that holds its tokenizer")
     evaluate.add_argument(
@@ -175,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         default="python-stdlib",
         help="a `datasets` name, local text files, or python-stdlib (default): the standard library's source",
     )
-    evaluate.add_argument("--max-tokens", type=int, help="use at most this many validation tokens")
+    evaluate.add_argument("--max-batches", type=int, help="use at most this many validation batches of 16")
     evaluate.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32 or bfloat16")
 
     demo = add(

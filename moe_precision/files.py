@@ -31,8 +31,16 @@ def replaced_when_done(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def folder_replaced_when_done(path: str | os.PathLike) -> Iterator[Path]:
-    """The same for a folder: yields a temporary one beside ``path``, which takes its place if the block ends well."""
+    """The same for a checkpoint folder: yields a temporary one beside ``path``, which takes its place at the end.
+
+    Raises:
+        FileExistsError: ``path`` is a folder that holds something else than a checkpoint, or a file.
+    """
     path = Path(path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file()):
+        raise FileExistsError(
+            f"{str(path)!r} exists and is no checkpoint folder; choose another one, nothing is replaced"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:

@@ -150,14 +150,20 @@ def find_moe_layers(model: nn.Module, skip_unrouted: bool = False) -> list[MoELa
         MoELayerError: No layer at all, experts without a router, or two equally good routers.
     """
     containers = list(_expert_containers(model))
-    layers, problems = [], []
+    paths = [path for path, *_ in containers]
+    layers: list[MoELayer] = []
+    problems: list[str] = []
+    taken: list[str] = []
     for path, num_experts, fused, named in containers:
-        found = _find_router(model, path, num_experts, named, [p for p, *_ in containers])
-        if isinstance(found, str):
-            if named:
-                problems.append(found)
+        if any(path.startswith(outer + ".") for outer in taken):
+            continue  # part of an expert
+        found = _find_router(model, path, num_experts, named, paths)
+        if found is None:
             continue
-        if found is not None:
+        taken.append(path)
+        if isinstance(found, str):
+            problems.append(found)
+        else:
             layers.append(_describe(model, path, num_experts, fused, *found))
     if problems and not skip_unrouted:
         raise MoELayerError("; ".join(problems))
@@ -178,28 +184,27 @@ def root_model(module: nn.Module) -> nn.Module:
 
 
 def _expert_containers(model: nn.Module) -> Iterator[tuple[str, int, bool, bool]]:
-    """Yields ``(path, num_experts, fused, named like experts)``; containers inside a container are left out."""
-    taken: list[str] = []
+    """Yields ``(path, num_experts, fused, named like experts)`` for all that may hold experts, outer ones first."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         leaf = path.rpartition(".")[2]
-        if "shared" in leaf or any(path.startswith(parent + ".") for parent in taken):
+        if "shared" in leaf:
             continue
-        named = bool(_EXPERT_NAME.search(leaf) or _EXPERT_NAME.search(type(module).__name__))
         fused = _fused_parameters(module)
         if fused:
             first = next(iter(fused.values()))
-            if id(first) in seen:
-                continue  # one bank under two names: encoder and decoder share it
-            seen.add(id(first))
-            taken.append(path)
-            yield path, min(_shape(p)[0] for p in fused.values()), True, named
+            if id(first) not in seen:  # else one bank under two names: encoder and decoder share it
+                seen.add(id(first))
+                yield path, min(_shape(p)[0] for p in fused.values()), True, _named_like_experts(path, module)
             continue
         children = _numbered_children(module)
         if len(children) >= 2 and _are_experts(children):
-            named = named or any(name.lower().startswith("expert") for name, _ in module.named_children())
-            taken.append(path)
-            yield path, len(children), False, named
+            yield path, len(children), False, _named_like_experts(path, module)
+
+
+def _named_like_experts(path: str, module: nn.Module) -> bool:
+    own = f"{path.rpartition('.')[2]} {type(module).__name__}"
+    return bool(_EXPERT_NAME.search(own)) or any(n.lower().startswith("expert") for n, _ in module.named_children())
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:
@@ -232,7 +237,7 @@ def _numbered_children(module: nn.Module) -> list[nn.Module]:
 
 
 def _are_experts(children: list[nn.Module]) -> bool:
-    """Equal modules that hold matrices and vectors only, with at least one matrix and no attention or embedding."""
+    """Equal modules of matrices and vectors only, with at least one matrix, and no attention, embedding or experts."""
 
     def signature(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
         return [(name, _shape(p)) for name, p in module.named_parameters()]
@@ -243,6 +248,8 @@ def _are_experts(children: list[nn.Module]) -> bool:
     for name, module in children[0].named_modules():
         if re.search(r"attn|attention", name, re.IGNORECASE) or isinstance(module, nn.Embedding):
             return False
+        if name and len(_numbered_children(module)) >= 2 and _named_like_experts(name, module):
+            return False  # a stack of layers with experts of their own
     return all(type(child) is type(children[0]) and signature(child) == first for child in children[1:])
 
 

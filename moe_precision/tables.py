@@ -26,7 +26,10 @@ def plan_table(plan: PrecisionPlan) -> Table:
     for column in ("layer", "projection", "experts by bits", "most bits to experts"):
         table.add_column(column, overflow="fold")
     for name, layer in plan.layers.items():
-        for projection, widths in layer.projection_bits.items():
+        projections = layer.projection_bits
+        if all(widths == next(iter(projections.values())) for widths in projections.values()):
+            projections = {"all": layer.bits}
+        for projection, widths in projections.items():
             counts = sorted(Counter(widths).items(), reverse=True)
             by_bits = ", ".join(f"{count} x {bits}" for bits, count in counts)
             top = [e for e in layer.order or range(len(widths)) if widths[e] == counts[0][0]]

@@ -90,7 +90,8 @@ class SummarizationDataModule(pl.LightningDataModule):
 
     A batch is a dict with `input_ids` and `attention_mask`, int64, (batch, document), and `labels`, int64, (batch,
     summary), -100 on the padding; both are as long as the longest in the batch. After `setup`, `tokenizer` is the
-    tokenizer. `pretraining_blocks` gives running text of the same training split for span corruption.
+    tokenizer and `token_counts`, int64, (vocab,), says how often each token occurs in the training summaries.
+    `pretraining_blocks` gives running text of the same training split for span corruption.
 
     Args:
         dataset: "python-stdlib", a local file, folder or glob of Python source, or a name for `datasets.load_dataset`.
@@ -131,6 +132,7 @@ class SummarizationDataModule(pl.LightningDataModule):
         super().__init__()
         self.save_hyperparameters()
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.token_counts: Tensor | None = None
         self._examples: dict[str, list[Example]] = {}
 
     def setup(self, stage: str | None = None) -> None:
@@ -153,6 +155,8 @@ class SummarizationDataModule(pl.LightningDataModule):
             random.Random(args["seed"]).shuffle(rows)
             examples[split] = self._tokenize(rows[:limit], split)
         self._examples = examples
+        summaries = torch.tensor([token for _, summary in examples["train"] for token in summary])
+        self.token_counts = torch.bincount(summaries, minlength=len(self.tokenizer))  # (vocab,)
 
     def _running_text(self) -> list[str]:
         args = self.hparams

@@ -74,6 +74,31 @@ def test_a_users_own_moe():
     assert layers[0].projections == {"0": (64, 32), "2": (32, 64)}
 
 
+def test_a_stack_of_layers_is_not_a_list_of_experts():
+    """As many equal layers as experts, so that the stack itself looks like experts with a router in each."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, stack):
+            super().__init__()
+            self.moe_stack = stack
+
+    for stack in (nn.Sequential(*(PlainMoE() for _ in range(4))), nn.ModuleList(PlainMoE() for _ in range(4))):
+        found = find_moe_layers(Wrapper(stack))
+        assert [layer.name for layer in found] == [f"moe_stack.{i}" for i in range(4)]
+
+
+def test_unnamed_lists_need_a_router_with_exactly_their_number_of_rows():
+    class Layer(nn.Module):
+        def __init__(self, rows):
+            super().__init__()
+            self.branches = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+            self.gate = nn.Linear(16, rows, bias=False)
+
+    assert find_moe_layers(Layer(4))[0].projections == {"weight": (16, 16)}
+    with pytest.raises(MoELayerError, match="no Mixture-of-Experts layer"):
+        find_moe_layers(Layer(5))
+
+
 def test_more_than_ten_experts_keep_their_order():
     model = PlainMoE(experts=12)
     layer = find_moe_layers(model)[0]

@@ -263,6 +263,18 @@ def test_damaged_checkpoints(tmp_path, mixtral):
         quantize_checkpoint(tmp_path / "float", plan, tmp_path / "out")
 
 
+def test_folders_that_are_not_replaced(tmp_path, mixtral):
+    plan = allocate(mixtral, group_size=64)
+    mixtral.save_pretrained(tmp_path / "float")
+    with pytest.raises(CheckpointError, match="would replace the float checkpoint"):
+        quantize_checkpoint(tmp_path / "float", plan, tmp_path / "float" / ".." / "float")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("keep me")
+    with pytest.raises(FileExistsError, match="no checkpoint folder"):
+        quantize_checkpoint(tmp_path / "float", plan, tmp_path / "notes")
+    assert (tmp_path / "notes" / "diary.txt").read_text() == "keep me"
+
+
 def test_an_interrupted_quantization_leaves_the_old_folder(tmp_path, mixtral, monkeypatch):
     mixtral.save_pretrained(tmp_path / "float")
     quantize_checkpoint(tmp_path / "float", allocate(mixtral, group_size=64), tmp_path / "out")
