@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-from moe_precision.allocation import allocate, check_method
+from moe_precision.allocation import allocate, levels_of
 from moe_precision.callbacks.wandb_media import log_to_wandb
 from moe_precision.files import check_writable
 from moe_precision.moe_layers import MoELayer, find_moe_layers, root_model
@@ -66,7 +67,7 @@ class RouterNormMonitor(Callback):
         every_n_steps: int | None = None,
         export_to: str = "precision_plan.json",
     ) -> None:
-        check_method(method, average_bits, bits)
+        levels_of(method, average_bits, bits)
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1 or None, got {every_n_steps}")
         if Path(export_to).suffix != ".json":
@@ -80,15 +81,24 @@ class RouterNormMonitor(Callback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(export_to=Path(self.export_to).name)
+        return self._generate_state_key(export_to=self.export_to)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         self._path, self._layers, self.plan = None, [], None
+        if trainer.global_step == 0:  # a checkpoint is restored after setup; what another fit recorded does not count
+            self.history = RouterNormHistory()
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._path = Path(trainer.default_root_dir, self.export_to)
             check_writable(self._path)
+        later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
+        for callback in later:
+            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+                rank_zero_warn(
+                    f"RouterNormMonitor: {type(callback).__name__} comes later in the list of callbacks and changes "
+                    "the weights after the last norms are read. Put RouterNormMonitor behind it."
+                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = root_model(pl_module)
@@ -98,7 +108,7 @@ class RouterNormMonitor(Callback):
             check_group_size(self.group_size, name, layer.projections)
         experts = sum(layer.num_experts for layer in self._layers)
         rank_zero_info(f"RouterNormMonitor: {len(self._layers)} MoE layers with {experts} experts")
-        if self.history.steps and self.history.steps[-1] <= trainer.global_step:
+        if self.history.steps:
             if self.history.layers != fresh.layers:
                 raise HistoryError(
                     f"the checkpoint's router norms are of layers {list(self.history.layers)}, this model has "
@@ -126,6 +136,9 @@ class RouterNormMonitor(Callback):
         if len(self.history.steps) < 2:
             rank_zero_warn("RouterNormMonitor: no plan is written, because no optimizer step was taken.")
             return
+        writes = trainer.is_global_zero and self._path is not None
+        if writes:
+            self.history.save(self._history_path)  # whatever happens below, the record is kept
         self.history.measure_variance(self._layers)
         self.plan = allocate(
             history=self.history,
@@ -134,12 +147,14 @@ class RouterNormMonitor(Callback):
             bits=self.bits,
             group_size=self.group_size,
         )
-        if trainer.is_global_zero and self._path is not None:
+        if writes:
+            assert self._path is not None
             self.history.save(self._history_path)
             self.plan.save(self._path)
             rank_zero_info(f"RouterNormMonitor: wrote {self._path} ({self.plan.average_bits:.3g} bits on average)")
             for logger in trainer.loggers:
                 log_to_wandb(logger, self.history, self.plan, self._path)
+        trainer.strategy.barrier("RouterNormMonitor.on_train_end")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._layers:  # on_train_start was never called
@@ -167,6 +182,7 @@ class RouterNormMonitor(Callback):
         if self.history.steps and step <= self.history.steps[-1]:
             return
         self.history.record(step, router_norms(self._layers))
-        metrics = self.history.metrics()
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+        if trainer.loggers and trainer.is_global_zero:
+            metrics = self.history.metrics()
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=step)

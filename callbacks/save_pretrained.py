@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, PreTrainedModel
 
 from moe_precision.files import check_writable, folder_replaced_when_done
@@ -40,20 +42,25 @@ class SavePretrained(Callback):
         model = root_model(pl_module)
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"SavePretrained found no transformers model in {type(pl_module).__name__}")
-        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        # Whole tensors on the CPU of rank 0, under every strategy; a collective, so on all ranks.
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if trainer.is_global_zero:
+            self._write(trainer, model, state)
+        trainer.strategy.barrier("SavePretrained.on_train_end")
+
+    def _write(self, trainer: Trainer, model: PreTrainedModel, state: dict[str, Any]) -> None:
+        dtype = model.dtype if self.dtype is None else _DTYPES[self.dtype]
+        if self.dtype is not None:
+            state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
         folder = Path(trainer.default_root_dir, self.dirpath)
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         with folder_replaced_when_done(folder) as temporary:
-            if self.dtype is None:
-                model.save_pretrained(temporary)
-            else:
-                dtype = _DTYPES[self.dtype]
-                state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-                model.save_pretrained(temporary, state_dict=state)
-                config = AutoConfig.from_pretrained(temporary)
-                config.dtype = dtype  # save_pretrained wrote the dtype of the live model
-                config.save_pretrained(temporary)
+            model.save_pretrained(temporary, state_dict=state)
+            config = AutoConfig.from_pretrained(temporary)
+            config.dtype = dtype  # save_pretrained wrote the dtype of the live model
+            config.save_pretrained(temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
         rank_zero_info(f"SavePretrained: wrote {folder}")

@@ -6,9 +6,11 @@ Pure functions; `allocate` puts them together into a plan. Methods are looked up
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +46,8 @@ def rank_experts(change: Tensor, max_variance: Tensor | None = None, zeta: float
     order = torch.argsort(change, stable=True).tolist()
     if max_variance is None:
         return order
-    if max_variance.shape != change.shape:
-        raise AllocationError(f"{len(change)} changes but max_variance has shape {tuple(max_variance.shape)}")
+    if max_variance.shape != change.shape or not max_variance.isfinite().all():
+        raise AllocationError(f"expected {len(change)} finite variances, got {max_variance}")
     variance = max_variance.tolist()
     for expert in reversed(list(order)):
         place = order.index(expert)
@@ -72,11 +74,10 @@ def bits_from_order(order: Sequence[int], average_bits: float, bits: Sequence[in
     Raises:
         AllocationError: The levels or the average are out of range.
     """
-    levels = sorted(set(bits))
     check_budget(average_bits, bits)
-    count = len(order)
+    levels, average, count = sorted(set(bits)), _exact(average_bits), len(order)
     low, high = levels[0], levels[-1]
-    spare = count * (Fraction(str(average_bits)) - low)  # bits to hand out above the lowest level
+    spare = count * (average - low)  # bits to hand out above the lowest level
     if len(levels) == 1:
         widths = [low] * count
     elif len(levels) == 2:
@@ -85,7 +86,6 @@ def bits_from_order(order: Sequence[int], average_bits: float, bits: Sequence[in
     else:
         middle, span = levels[1], high - low
         units = int(spare / Fraction(span, 2))  # n_middle + 2 n_high
-        average = Fraction(str(average_bits))
         if average > high - Fraction(span, 3):
             n_high = units // 2
         elif average >= high - Fraction(2 * span, 3):
@@ -99,6 +99,11 @@ def bits_from_order(order: Sequence[int], average_bits: float, bits: Sequence[in
     for expert, width in zip(order, widths, strict=True):
         by_expert[expert] = width
     return by_expert
+
+
+def _exact(average_bits: float) -> Fraction:
+    """The fraction that was meant: 2.3 and 8 / 3 are not the floats they are written as."""
+    return Fraction(average_bits).limit_denominator(100_000)
 
 
 def check_budget(average_bits: float, bits: Sequence[int]) -> None:
@@ -149,16 +154,21 @@ METHODS: dict[str, Callable[[LayerSignals, torch.Generator], list[int]]] = {
 }
 
 
-def check_method(method: str, average_bits: float, bits: Sequence[int]) -> None:
-    """Checks a method's name and budget; ``uniform`` ignores ``bits`` and takes a whole ``average_bits``."""
+def levels_of(method: str, average_bits: float, bits: Sequence[int]) -> list[int]:
+    """The levels a method chooses from, after checking its name and budget; ``uniform`` has its average alone.
+
+    Raises:
+        AllocationError: Unknown method, or a budget that the levels cannot meet.
+        PlanError: A width that is not 1 to 8 or 16.
+    """
     if method not in METHODS:
         raise AllocationError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}")
     if method == "uniform":
-        if average_bits != int(average_bits):
+        if average_bits not in range(17):
             raise AllocationError(f"method 'uniform' gives all experts one width: average_bits={average_bits} is none")
-        check_widths([int(average_bits)])
-    else:
-        check_budget(average_bits, bits)
+        bits = [int(average_bits)]
+    check_budget(average_bits, bits)
+    return sorted(set(bits))
 
 
 def allocate(
@@ -174,8 +184,9 @@ def allocate(
 
     Args:
         model: The model, for its final router norms and its variances; not needed if ``history`` holds them.
-        history: Recorded router norms, or the path of such a file. Without it the final norm takes the place of the
-            change, and the plan says ``"baseline": "none"``: its ranking then assumes equal norms at the start.
+        history: Recorded router norms, or the path of such a file: the change is measured from its first record, up to
+            the model if there is one, else up to its last record. Without a history the final norm takes the place of
+            the change, and the plan says ``"baseline": "none"``: its ranking then assumes equal norms at the start.
         method: A name from `METHODS`.
         average_bits: Nominal bits an expert may have on average.
         bits: The levels to choose from.
@@ -188,66 +199,79 @@ def allocate(
         HistoryError: The history is empty or of another model.
         MoELayerError: The model has no Mixture-of-Experts layer.
     """
-    check_method(method, average_bits, bits)
+    levels = levels_of(method, average_bits, bits)
     if isinstance(history, (str, os.PathLike)):
         history = RouterNormHistory.load(history)
-    baseline: int | None = None
+    if history is not None and not history.steps:
+        raise HistoryError("the history holds no record")
     if model is not None:
-        layers = find_moe_layers(model)
-        final = RouterNormHistory.of(layers, model_type_of(model))
-        final.record(0, router_norms(layers))
-        final.measure_variance(layers)
-        if history is None:
-            history = final
-        elif history.layers != final.layers:
+        final = _measured(model)
+        if history is not None and history.layers != final.layers:
             raise HistoryError(
                 f"the history is of another model: it has layers {list(history.layers)}, "
                 f"the model has {list(final.layers)}, or their shapes differ"
             )
-        else:
-            history.max_variance = final.max_variance
-    if history is None:
+    elif history is None:
         raise AllocationError("allocate needs a model, a history, or both")
-    if len(history.steps) >= 2:
-        baseline = history.steps[0]
-    elif model is None:
-        raise HistoryError(f"the history holds {len(history.steps)} records: no training step was recorded")
+    elif len(history.steps) < 2:
+        raise HistoryError("the history holds the baseline alone: no training step was recorded")
+    else:
+        final = history
 
     generator = torch.Generator().manual_seed(seed)
-    plans = {}
-    for name, shape in history.layers.items():
-        norms = history.norms[name]
-        norm = norms[-1] if baseline is None else history.change(name)
-        variance = history.max_variance.get(name)
-        order = METHODS[method](LayerSignals(norm, variance), generator)
-        levels = [int(average_bits)] if method == "uniform" else bits
-        widths = bits_from_order(order, average_bits, levels)
+    first_norms = None if history is None else history.first
+    plans: dict[str, LayerPlan] = {}
+    unmoved = []
+    for name, shape in final.layers.items():
         check_group_size(group_size, name, shape.projections)
-        signals = {"final_router_norm" if baseline is None else "router_norm_change": _readable(norm)}
+        last, variance = final.last[name], final.max_variance.get(name)
+        norm = last if first_norms is None else last - first_norms[name]
+        if first_norms is not None and not norm.any():
+            unmoved.append(name)
+        order = METHODS[method](LayerSignals(norm, variance), generator)
+        widths = bits_from_order(order, average_bits, levels)
+        signals = {"final_router_norm" if first_norms is None else "router_norm_change": _readable(norm)}
         if variance is not None:
             signals["max_variance"] = _readable(variance)
+        router_norms_of = {} if first_norms is None else {"first": _readable(first_norms[name])}
         plans[name] = LayerPlan(
             shape=shape,
             projection_bits={projection: list(widths) for projection in shape.projections},
             order=order,
-            router_norms=({} if baseline is None else {"first": _readable(norms[0])}) | {"last": _readable(norms[-1])},
+            router_norms=router_norms_of | {"last": _readable(last)},
             signals=signals,
         )
-    settings: dict[str, float | int | list[int]] = {"average_bits": average_bits, "bits": sorted(set(bits))}
+    settings: dict[str, Any] = {"average_bits": average_bits, "bits": levels}
     if method in ("router_norm", "reversed"):
         settings["zeta"] = ZETA
     if method == "random":
         settings["seed"] = seed
+    if unmoved:
+        settings["layers_without_change"] = unmoved
+        warnings.warn(
+            f"the routers of {len(unmoved)} layers did not change at all, the first is {unmoved[0]!r}: are they frozen "
+            "or trained through an adapter? Their experts are ranked by variance and index alone; the plan says so.",
+            stacklevel=2,
+        )
     return PrecisionPlan(
-        model_type=history.model_type,
+        model_type=final.model_type,
         layers=plans,
         group_size=group_size,
         asked_average_bits=average_bits,
         method=method,
         settings=settings,
-        baseline_step=baseline,
-        last_step=history.steps[-1] if baseline is not None else None,
+        baseline_step=None if history is None else history.steps[0],
+        last_step=None if history is None else history.steps[-1],
     )
+
+
+def _measured(model: nn.Module) -> RouterNormHistory:
+    """The model's norms and variances as they are now."""
+    layers = find_moe_layers(model)
+    final = RouterNormHistory.of(layers, model_type_of(model))
+    final.record(0, router_norms(layers))
+    final.measure_variance(layers)
+    return final
 
 
 def _readable(values: Tensor) -> list[float]:

@@ -6,19 +6,20 @@ import json
 import os
 import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .files import folder_replaced_when_done
 from .plan import PrecisionPlan
 from .quantize import PlanQuantizationConfig
 
 _OF_AN_EXPERT = re.compile(r"(?:^|\.)experts\.")
-_NOT_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*.bin", "*.pt")
+_WRITTEN_HERE = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.bin", "*.pt")
 
 
 class CheckpointError(ValueError):
@@ -80,6 +81,8 @@ def stored_bits_per_expert_weight(folder: str | os.PathLike, plan: PrecisionPlan
     """
     weights = sum(layer.shape.expert_size * layer.shape.num_experts for layer in plan.layers.values())
     in_bytes = sum(size for name, size in tensor_bytes(folder).items() if _OF_AN_EXPERT.search(name))
+    if in_bytes == 0:
+        raise CheckpointError(f"{os.fspath(folder)!r} has no tensor below a module called 'experts'")
     return 8 * in_bytes / weights
 
 
@@ -90,11 +93,15 @@ def load_model(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
         CheckpointError: The folder is incomplete, or names a class that transformers does not have.
     """
     weight_files(folder)
-    architectures = AutoConfig.from_pretrained(folder).architectures or []
+    return _model_class(folder, AutoConfig.from_pretrained(folder)).from_pretrained(folder, **kwargs)
+
+
+def _model_class(folder: str | os.PathLike, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    architectures = config.architectures or []
     model_class = getattr(transformers, architectures[0], None) if architectures else None
     if model_class is None:
         raise CheckpointError(f"{os.fspath(folder)!r} names architectures {architectures}, which transformers lacks")
-    return model_class.from_pretrained(folder, **kwargs)
+    return model_class
 
 
 def quantize_checkpoint(
@@ -118,15 +125,31 @@ def quantize_checkpoint(
         CheckpointError: The checkpoint is incomplete, or packed already.
         PlanError: The plan is for another model.
     """
-    config = PlanQuantizationConfig(plan, non_expert_bits)
-    weight_files(checkpoint)
-    if getattr(AutoConfig.from_pretrained(checkpoint), "quantization_config", None) is not None:
+    quantization = PlanQuantizationConfig(plan, non_expert_bits)
+    files = weight_files(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint)
+    model_class = _model_class(checkpoint, config)
+    if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{os.fspath(checkpoint)!r} is quantized already; quantize the float checkpoint instead")
-    if Path(out).resolve() == Path(checkpoint).resolve():
-        raise CheckpointError(f"the packed model would replace the float checkpoint {os.fspath(checkpoint)!r}")
+    if Path(out).resolve().is_relative_to(Path(checkpoint).resolve()):
+        raise CheckpointError(f"{os.fspath(out)!r} is, or lies in, the float checkpoint; choose another folder")
     with folder_replaced_when_done(out) as temporary:
-        model = load_model(checkpoint, quantization_config=config)
+        with ExitStack() as opened:
+            # Read and not mapped, so that the memory of a tensor is free again as soon as it is packed.
+            shards = [opened.enter_context(safe_open(file, "pt", backend="pread")) for file in files]
+            tensors = {name: shard.get_slice(name) for shard in shards for name in shard.keys()}  # noqa: SIM118
+            model, info = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=config.dtype,
+                quantization_config=quantization,
+                output_loading_info=True,
+            )
+        if info["missing_keys"]:
+            raise CheckpointError(f"{os.fspath(checkpoint)!r} lacks {sorted(info['missing_keys'])}")
         model.save_pretrained(temporary)
-        ignore = shutil.ignore_patterns(*_NOT_WEIGHTS)
-        shutil.copytree(checkpoint, temporary, ignore=ignore, dirs_exist_ok=True)
+        for file in Path(checkpoint).iterdir():  # the tokenizer and whatever else is small
+            if file.is_file() and not any(file.match(pattern) for pattern in _WRITTEN_HERE):
+                shutil.copy2(file, temporary)
     return model

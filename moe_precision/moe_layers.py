@@ -18,7 +18,9 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_
 _NUMBERED = re.compile(r"^(?:expert_?)?\d+$", re.IGNORECASE)
 _EXPERT_NAME = re.compile(r"expert|moe", re.IGNORECASE)
 _ROUTER_NAME = re.compile(r"(?:^|[._])(?:routers?|gate|gating|wg|classifier|switch|route)(?:$|[._])", re.IGNORECASE)
-_NOT_ROUTER = re.compile(r"noise|shared|gate_proj|per_layer|forget|attn|attention|norm|embed|lora_|bias", re.IGNORECASE)
+_NOT_ROUTER = re.compile(
+    r"noise|shared|gate_proj|per_layer|forget|attn|attention|norm|embed|lora_|bias|original_module", re.IGNORECASE
+)
 _MAX_CLIMB = 3  # how many parents above the experts may hold the router
 
 
@@ -127,9 +129,11 @@ class MoELayer:
 
     def first_projection(self, expert: int) -> Tensor:
         """The matrix whose rows are the expert's hidden neurons (``wi``, ``w1`` or the gate), ``(neurons, in)``."""
-        weight = next(iter(self.expert_weights(expert).values()))
-        shapes = list(self.projections.values())
-        if not (self.fused and shapes[0][0] == 2 * shapes[-1][1]):
+        width = self.router_weight().shape[1]
+        reading = [name for name, (_, inp) in self.projections.items() if inp == width]  # takes the layer's input
+        name = (reading or list(self.projections))[0]
+        weight, shapes = self.expert_weights(expert)[name], list(self.projections.values())
+        if not (self.fused and len(shapes) == 2 and shapes[0][0] == 2 * shapes[1][1]):
             return weight
         if getattr(self.container(), "is_concatenated", True):
             return weight[: weight.shape[0] // 2]  # [gate; up]
@@ -165,6 +169,8 @@ def find_moe_layers(model: nn.Module, skip_unrouted: bool = False) -> list[MoELa
             problems.append(found)
         else:
             layers.append(_describe(model, path, num_experts, fused, *found))
+    problems += _not_understood(model, [layer._raw_experts for layer in layers], paths)
+    problems += _twice([layer.router for layer in layers], "router") + _twice([layer.name for layer in layers], "layer")
     if problems and not skip_unrouted:
         raise MoELayerError("; ".join(problems))
     if not layers:
@@ -187,8 +193,7 @@ def _expert_containers(model: nn.Module) -> Iterator[tuple[str, int, bool, bool]
     """Yields ``(path, num_experts, fused, named like experts)`` for all that may hold experts, outer ones first."""
     seen: set[int] = set()
     for path, module in model.named_modules():
-        leaf = path.rpartition(".")[2]
-        if "shared" in leaf:
+        if "shared" in path:
             continue
         fused = _fused_parameters(module)
         if fused:
@@ -200,6 +205,24 @@ def _expert_containers(model: nn.Module) -> Iterator[tuple[str, int, bool, bool]
         children = _numbered_children(module)
         if len(children) >= 2 and _are_experts(children):
             yield path, len(children), False, _named_like_experts(path, module)
+
+
+def _not_understood(model: nn.Module, found: list[str], candidates: list[str]) -> list[str]:
+    """Modules called ``experts`` with weights in a layout that no rule here covers: they must not be skipped."""
+    return [
+        f"the weights of {clean_name(path)!r} ({type(module).__name__}) are in a layout that is not understood"
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] == "experts"
+        and "shared" not in path
+        and path not in candidates
+        and not any(f"{layer}.".startswith(f"{path}.") or path.startswith(f"{layer}.") for layer in found)
+        and any(len(_shape(p)) >= 2 for p in module.parameters())
+    ]
+
+
+def _twice(names: list[str], what: str) -> list[str]:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    return [f"{what} {name!r} would serve two lists of experts" for name in repeated]
 
 
 def _named_like_experts(path: str, module: nn.Module) -> bool:
@@ -224,7 +247,8 @@ def _fused_parameters(module: nn.Module) -> dict[str, Tensor]:
             if len(weights) == 1 and len(_shape(weights[0][1])) == 3 and not isinstance(child, nn.modules.conv._ConvNd):
                 own[f"{child_name}.{weights[0][0]}"] = weights[0][1]
     sizes = {_shape(p)[0] for p in own.values()}
-    return own if len(own) >= 2 and len(sizes) == 1 and min(sizes) >= 2 else {}
+    alike = len(sizes) == 1 or bool(_EXPERT_NAME.search(type(module).__name__))  # longcat: a bank has unused slices
+    return own if len(own) >= 2 and alike and min(sizes) >= 2 else {}
 
 
 def _numbered_children(module: nn.Module) -> list[nn.Module]:
@@ -271,8 +295,10 @@ def _find_router(
             break
         prefix = f"{root_path}." if root_path else ""
         for name, parameter in root.named_parameters():
-            rank = _router_rank(name, _shape(parameter), num_experts, named)
-            if rank is not None and not _belongs_elsewhere(prefix, name, path, containers):
+            rank = _router_rank(name, _shape(parameter), num_experts, named and climb <= 1)
+            if rank is None or (rank[1] and not named) or _is_hash_router(root, name):
+                continue
+            if not _belongs_elsewhere(prefix, name, path, containers):
                 best.setdefault((*rank[:2], climb, *rank[2:]), []).append((prefix + name, root_path))
         if any(rank[0] == 0 for rank in best):
             break  # a matrix that is called a router: no need to look further out
@@ -286,18 +312,26 @@ def _find_router(
     return winners[0]
 
 
-def _router_rank(name: str, shape: tuple[int, ...], num_experts: int, named: bool) -> tuple[int, ...] | None:
-    """How well a parameter would do as a router, lower is better; None if it cannot be one."""
+def _router_rank(name: str, shape: tuple[int, ...], num_experts: int, near: bool) -> tuple[int, ...] | None:
+    """How well a parameter would do as a router, lower is better; None if it cannot be one.
+
+    Beside experts that are named so (``near``), a matrix of any name will do; further out it must be called a router.
+    """
     relative = name.removesuffix(".weight").removesuffix(".base_layer")
     if len(shape) != 2 or _NOT_ROUTER.search(relative):
         return None
     router_like = bool(_ROUTER_NAME.search(relative))
     extra = shape[0] - num_experts  # rows of shared or null experts
-    if extra and not (router_like and 0 < extra <= 3 * num_experts):
+    if extra and not (router_like and 0 < extra <= 2 * num_experts and shape[1] != num_experts):
         return None
-    if not named and (extra or not router_like):
+    if not router_like and not near:
         return None
     return (0 if router_like else 1, int(extra > 0), extra, relative.count("."))
+
+
+def _is_hash_router(root: nn.Module, name: str) -> bool:
+    """A router that looks experts up by token id (deepseek_v4) holds the table; its rows do not choose experts."""
+    return hasattr(root.get_submodule(name.rpartition(".")[0]), "tid2eid")
 
 
 def _belongs_elsewhere(prefix: str, name: str, path: str, containers: list[str]) -> bool:

@@ -129,6 +129,12 @@ class PrecisionPlan:
     created_by: dict[str, str] = field(default_factory=lambda: dict(_versions()))
 
     @property
+    def granularity(self) -> str:
+        """``expert`` if all matrices of an expert have one width, else ``expert+projection``."""
+        alike = (len(set(map(tuple, layer.projection_bits.values()))) == 1 for layer in self.layers.values())
+        return "expert" if all(alike) else "expert+projection"
+
+    @property
     def average_bits(self) -> float:
         """Nominal bits a routed expert's weight takes, on average."""
         return self._mean(float)
@@ -212,7 +218,7 @@ class PrecisionPlan:
             "model_type": self.model_type,
             "method": self.method,
             "settings": self.settings,
-            "granularity": "expert",
+            "granularity": self.granularity,
             "group_size": self.group_size,
             "average_bits": {"asked": self.asked_average_bits, "achieved": round(self.average_bits, 6)},
             "stored_bits": round(self.stored_bits, 6),
@@ -234,8 +240,8 @@ class PrecisionPlan:
             projections = entry["projections"]
             shapes = {p: (int(v["shape"][0]), int(v["shape"][1])) for p, v in projections.items()}
             layers[name] = LayerPlan(
-                shape=LayerShape(entry["router"], entry["num_experts"], shapes),
-                projection_bits={p: list(v["bits"]) for p, v in projections.items()},
+                shape=LayerShape(entry["router"], int(entry["num_experts"]), shapes),
+                projection_bits={p: [int(bits) for bits in v["bits"]] for p, v in projections.items()},
                 order=list(entry.get("order", [])),
                 router_norms=dict(entry.get("router_norms", {})),
                 signals=dict(entry.get("signals", {})),
@@ -243,7 +249,7 @@ class PrecisionPlan:
         plan = cls(
             model_type=data["model_type"],
             layers=layers,
-            group_size=data["group_size"],
+            group_size=int(data["group_size"]),
             asked_average_bits=data["average_bits"]["asked"],
             method=data["method"],
             settings=dict(data["settings"]),

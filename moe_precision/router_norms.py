@@ -84,9 +84,22 @@ class RouterNormHistory:
     @property
     def norms(self) -> dict[str, Tensor]:
         """Layer name -> ``(records, E)`` float32."""
+        experts = sum(layer.num_experts for layer in self.layers.values())
+        return self._by_layer(torch.stack(self._records) if self._records else torch.empty(0, experts))
+
+    @property
+    def first(self) -> dict[str, Tensor]:
+        """Layer name -> ``(E,)`` float32 of the first record, the baseline."""
+        return self._by_layer(self._records[0])
+
+    @property
+    def last(self) -> dict[str, Tensor]:
+        """Layer name -> ``(E,)`` float32 of the last record."""
+        return self._by_layer(self._records[-1])
+
+    def _by_layer(self, record: Tensor) -> dict[str, Tensor]:
         sizes = [layer.num_experts for layer in self.layers.values()]
-        stacked = torch.stack(self._records) if self._records else torch.empty(0, sum(sizes))
-        return dict(zip(self.layers, stacked.split(sizes, dim=1), strict=True))
+        return dict(zip(self.layers, record.split(sizes, dim=-1), strict=True))
 
     def record(self, step: int, norms: Tensor) -> None:
         """Adds one record. The only transfer from the device happens here, for all layers together.
@@ -114,18 +127,15 @@ class RouterNormHistory:
         """Last norm minus first norm of each expert, ``(E,)`` float32: a difference of norms (arXiv 2604.06515)."""
         if len(self.steps) < 2:
             raise HistoryError(f"a change needs two records, got {len(self.steps)}: no training step was recorded")
-        norms = self.norms[layer]
-        return norms[-1] - norms[0]
+        return self.last[layer] - self.first[layer]
 
     def metrics(self) -> dict[str, float]:
         """The last record as flat keys for a logger: every expert, and a few aggregates a layer."""
         metrics: dict[str, float] = {}
-        sizes = [layer.num_experts for layer in self.layers.values()]
-        last, change = self._records[-1], self._records[-1] - self._records[0]
-        for index, (norms, moved) in enumerate(zip(last.split(sizes), change.split(sizes), strict=True)):
+        for index, (norms, first) in enumerate(zip(self.last.values(), self.first.values(), strict=True)):
             layer = f"router_norm/layer_{index:02d}"
             metrics |= {f"{layer}/expert_{expert:03d}": norm for expert, norm in enumerate(norms.tolist())}
-            metrics |= _aggregates(layer, norms) | _aggregates(f"router_norm_change/layer_{index:02d}", moved)
+            metrics |= _aggregates(layer, norms) | _aggregates(f"router_norm_change/layer_{index:02d}", norms - first)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:

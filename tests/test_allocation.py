@@ -123,6 +123,9 @@ def test_controls(mixtral):
     assert make(method="uniform", average_bits=3).bits == [3] * 8
     with pytest.raises(AllocationError, match="gives all experts one width"):
         make(method="uniform", average_bits=2.5)
+    with pytest.raises(AllocationError, match="gives all experts one width"):
+        make(method="uniform", average_bits=float("inf"))
+    assert allocate(history=history, group_size=64, method="uniform", average_bits=3).settings["bits"] == [3]
     with pytest.raises(AllocationError, match="unknown method 'best', expected one of router_norm"):
         make(method="best")
 
@@ -142,3 +145,33 @@ def test_a_history_of_another_model(mixtral):
 def test_a_history_without_steps(mixtral):
     with pytest.raises(HistoryError, match="no training step was recorded"):
         allocate(history=recorded(mixtral, steps=(0,)), group_size=64)
+    with pytest.raises(HistoryError, match="holds no record"):
+        allocate(mixtral, history=recorded(mixtral, steps=()), group_size=64)
+
+
+@pytest.mark.filterwarnings("ignore:.*did not change at all")
+def test_a_baseline_and_the_trained_model_make_a_change(mixtral):
+    """A run that died before its first record left the baseline; the checkpoint holds the rest."""
+    history = recorded(mixtral, steps=(0,))
+    router = mixtral.get_parameter("model.layers.0.mlp.gate.weight")
+    with torch.no_grad():
+        router.mul_(torch.linspace(2, 1, 8)[:, None])
+    plan = allocate(mixtral, history, group_size=64)
+    before = history.first["model.layers.0.mlp"]
+    change = before * (torch.linspace(2, 1, 8) - 1)
+    assert plan.layers["model.layers.0.mlp"].order == change.argsort().tolist()
+    assert plan.baseline_step == 0
+    assert history.steps == [0]  # the caller's history is as it was
+
+
+def test_a_router_that_did_not_move_is_said(mixtral):
+    history = recorded(mixtral, steps=(0,))
+    history.record(3, history._records[0])
+    with pytest.warns(UserWarning, match="routers of 2 layers did not change at all"):
+        plan = allocate(history=history, group_size=64)
+    assert plan.settings["layers_without_change"] == list(plan.layers)
+
+
+def test_an_average_that_is_a_fraction():
+    assert bits_from_order(range(3), 8 / 3, (2, 3)).count(3) == 2
+    assert bits_from_order(range(10), 2.1, (2, 3)).count(3) == 1

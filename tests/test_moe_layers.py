@@ -156,6 +156,86 @@ def test_two_possible_routers_are_reported():
         find_moe_layers(model)
 
 
+class Holder(nn.Module):
+    """Modules and parameters under given names."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def bank(*shape):
+    return nn.Parameter(torch.randn(*shape))
+
+
+def linears(count, width=16):
+    return nn.ModuleList(nn.Linear(width, width) for _ in range(count))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        # a transposed router (d, E) must not be read as d rows
+        (lambda: Holder(w_gate=bank(16, 8), experts=linears(8)), "no router"),
+        # a classifier further up is no router
+        (lambda: Holder(head=nn.Linear(16, 4), block=Holder(mlp=Holder(experts=linears(4)))), "no router"),
+        # banks that no rule covers must not be skipped beside a layer that is understood
+        (lambda: Holder(gate=nn.Linear(16, 4), experts=Holder(w=bank(4, 16, 16))), "not understood"),
+        (lambda: Holder(gate=nn.Linear(16, 4), experts=Holder(w=bank(64, 16), v=bank(64, 16))), "not understood"),
+        (
+            lambda: Holder(gate=nn.Linear(16, 2), experts=nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 8)])),
+            "not understood",
+        ),
+        # two lists of experts with one router
+        (
+            lambda: Holder(gate=nn.Linear(16, 4), experts_1=linears(4), experts_2=linears(4)),
+            "would serve two lists of experts",
+        ),
+    ],
+)
+def test_nothing_is_guessed_or_skipped(layer, message):
+    for model in (layer(), Holder(first=PlainMoE(), second=layer())):
+        with pytest.raises(MoELayerError, match=message):
+            find_moe_layers(model)
+
+
+def test_shared_experts_are_left_alone():
+    model = PlainMoE()
+    model.shared = Holder(experts=linears(2))
+    assert [layer.experts for layer in find_moe_layers(model)] == ["experts"]
+
+
+def test_the_first_projection_is_the_one_that_reads_the_layers_input():
+    class Expert(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Linear(64, 16), nn.Linear(16, 64)
+
+    model = Holder(gate=nn.Linear(16, 4), experts=nn.ModuleList(Expert() for _ in range(4)))
+    assert find_moe_layers(model)[0].first_projection(1).data_ptr() == model.experts[1].up.weight.data_ptr()
+    # three banks with a hidden width of twice the input: w1 is whole, not half of a fused gate_up
+    banks = Holder(w1=bank(4, 32, 16), w3=bank(4, 32, 16), w2=bank(4, 16, 32))
+    layer = find_moe_layers(Holder(gate=nn.Linear(16, 4), experts=banks))[0]
+    assert layer.first_projection(0).shape == (32, 16)
+
+
+def test_a_bank_with_unused_slices():
+    """longcat_flash: gate_up holds null experts' slices too, and the router has their rows last."""
+    banks = Holder(gate_up_proj=bank(6, 32, 16), down_proj=bank(4, 16, 16))
+    banks.__class__ = type("LongcatFlashExperts", (Holder,), {})
+    layer = find_moe_layers(Holder(classifier=nn.Linear(16, 6), experts=banks))[0]
+    assert layer.num_experts == 4
+    assert layer.projections == {"gate_up_proj": (32, 16), "down_proj": (16, 16)}
+
+
+def test_a_hash_router_does_not_choose_by_its_rows():
+    gate = Holder(weight=bank(4, 16))
+    gate.register_buffer("tid2eid", torch.zeros(10, 2, dtype=torch.long))
+    with pytest.raises(MoELayerError, match="no router"):
+        find_moe_layers(Holder(gate=gate, experts=linears(4)))
+
+
 def test_expert_index_out_of_range(mixtral):
     with pytest.raises(IndexError, match=r"experts 0\.\.7, got 8"):
         find_moe_layers(mixtral)[0].expert_weights(8)

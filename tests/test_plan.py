@@ -47,6 +47,16 @@ def test_projections_weigh_by_their_size(plan):
     assert plan.stored_bits == pytest.approx((2 * 2.5 + 16) / 3)
     with pytest.raises(PlanError, match="projection_bits"):
         _ = layers[LAYER].bits
+    assert plan.granularity == "expert+projection"
+    assert PrecisionPlan.from_dict(plan.to_dict()) == plan
+
+
+def test_whole_numbers_may_be_written_as_floats(path):
+    plan = PrecisionPlan.load(path)
+    bits = plan.layers[LAYER].bits
+    edited(path, lambda d: set_bits(d, float(bits[2])))
+    assert PrecisionPlan.load(path) == plan
+    assert all(type(width) is int for width in PrecisionPlan.load(path).layers[LAYER].bits)
 
 
 def edited(path, change):

@@ -202,6 +202,40 @@ def test_a_packed_tensor_that_is_not_there(suffix, tmp_path):
         load_model(tmp_path)
 
 
+def test_a_packed_tensor_outside_of_the_experts_that_is_not_there(tmp_path, mixtral):
+    quantize_model(mixtral, allocate(mixtral, group_size=64), non_expert_bits=8).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.self_attn.k_proj.packed.codes"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(QuantizationError, match=r"first is 'model\.layers\.1\.self_attn\.k_proj\.packed\.codes'"):
+        load_model(tmp_path)
+
+
+def test_a_float_checkpoint_that_lacks_attention(tmp_path, mixtral):
+    mixtral.save_pretrained(tmp_path / "float")
+    tensors = load_file(tmp_path / "float" / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, tmp_path / "float" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks \['model\.layers\.1\.self_attn\.q_proj\.weight'\]"):
+        quantize_checkpoint(tmp_path / "float", allocate(mixtral, group_size=64), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_leave_the_model_whole(mixtral):
+    plan = allocate(mixtral, group_size=64)
+    name = "model.layers.1.mlp.experts.down_proj"
+    with torch.no_grad():
+        mixtral.get_parameter(name)[3, 0, 0] = float("nan")
+    with pytest.raises(QuantizationError, match=f"'{name}' holds values that are not finite"):
+        quantize_model(mixtral, plan)
+    assert isinstance(mixtral.get_submodule("model.layers.0.mlp.experts").gate_up_proj, nn.Parameter)
+
+
+def test_misspelt_options_are_errors(mixtral):
+    with pytest.raises(TypeError, match="non_expert_bit"):
+        PlanQuantizationConfig(allocate(mixtral, group_size=64), non_expert_bit=8)
+
+
 @pytest.mark.parametrize("victim", ["experts.7.w2.weight", "experts", "gate.weight"])
 def test_a_float_checkpoint_that_lacks_weights(victim, tmp_path, mixtral):
     mixtral.save_pretrained(tmp_path)
@@ -266,7 +300,7 @@ def test_damaged_checkpoints(tmp_path, mixtral):
 def test_folders_that_are_not_replaced(tmp_path, mixtral):
     plan = allocate(mixtral, group_size=64)
     mixtral.save_pretrained(tmp_path / "float")
-    with pytest.raises(CheckpointError, match="would replace the float checkpoint"):
+    with pytest.raises(CheckpointError, match="is, or lies in, the float checkpoint"):
         quantize_checkpoint(tmp_path / "float", plan, tmp_path / "float" / ".." / "float")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").write_text("keep me")
@@ -279,7 +313,7 @@ def test_an_interrupted_quantization_leaves_the_old_folder(tmp_path, mixtral, mo
     mixtral.save_pretrained(tmp_path / "float")
     quantize_checkpoint(tmp_path / "float", allocate(mixtral, group_size=64), tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
-    monkeypatch.setattr("shutil.copytree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("shutil.copy2", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(tmp_path / "float", allocate(mixtral, group_size=32), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before

@@ -6,7 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import wandb
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from torch import nn
@@ -235,16 +235,15 @@ def test_resume_without_our_state_is_said(tmp_path):
 
 
 def test_resume_with_another_model_is_an_error(tmp_path):
-    callback = monitor()
-    state = monitor()
-    trainer(tmp_path, state).fit(Module(), data(2))
-    saved = state.state_dict()
-    saved["layers"] = {f"other.{name}": layer for name, layer in saved["layers"].items()}
-    saved["steps"] = [0]
-    saved["norms"] = saved["norms"][:1]
-    callback.load_state_dict(saved)
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
+    trainer(tmp_path, monitor(), checkpoint, enable_checkpointing=True).fit(Module(), data(2))
+    path = tmp_path / "ckpt" / "last.ckpt"
+    saved = torch.load(path, weights_only=True)
+    (state,) = (state for key, state in saved["callbacks"].items() if "RouterNormMonitor" in key)
+    state["layers"] = {f"other.{name}": layer for name, layer in state["layers"].items()}
+    torch.save(saved, path)
     with pytest.raises(HistoryError, match="the checkpoint's router norms are of layers"):
-        trainer(tmp_path, callback).fit(Module(), data(2))
+        trainer(tmp_path, monitor(), max_epochs=2).fit(Module(), data(2), ckpt_path=path)
 
 
 def test_a_second_fit_starts_anew(tmp_path):
@@ -252,6 +251,39 @@ def test_a_second_fit_starts_anew(tmp_path):
     for _ in range(2):
         trainer(tmp_path, callback).fit(Module(), data(4))
         assert callback.history.steps == [0, 2, 4]
+
+
+def test_a_fit_after_a_crash_takes_its_own_baseline(tmp_path):
+    class Fails(Module):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("at once")
+
+    callback = monitor()
+    with pytest.raises(RuntimeError, match="at once"):
+        trainer(tmp_path, callback).fit(Fails(), data(4))
+    module = Module()
+    with torch.no_grad():
+        module.model[0].router.weight.mul_(3)
+    expected = module.model[0].router.weight.detach().norm(dim=1)
+    trainer(tmp_path, callback).fit(module, data(4))
+    torch.testing.assert_close(callback.history.first["model.0"], expected)
+
+
+def test_a_frozen_router_is_said(tmp_path):
+    module = Module()
+    for layer in module.model:
+        layer.router.weight.requires_grad = False
+    with pytest.warns(UserWarning, match="did not change at all.*frozen"):
+        trainer(tmp_path, monitor()).fit(module, data(4))
+
+
+def test_weight_averaging_behind_the_monitor_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="WeightAveraging comes later.*Put RouterNormMonitor behind it"):
+        trainer(tmp_path, monitor(), WeightAveraging()).fit(Module(), data(2))
+    callback, module = monitor(), Module()
+    trainer(tmp_path, WeightAveraging(), callback).fit(module, data(5))
+    final = module.model[0].router.weight.detach().norm(dim=1)  # what the run ends with, averaged
+    torch.testing.assert_close(callback.history.last["model.0"], final)
 
 
 def test_two_monitors(tmp_path):

@@ -7,6 +7,7 @@ saved from such a model loads like any other. `quantize_model` does the same to 
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from .replace import EXPERTS_IMPLEMENTATION, Target, find_targets, replace_weigh
 QUANT_METHOD = "moe_precision"
 
 
-class QuantizationError(RuntimeError):
+class QuantizationError(ValueError):
     """A checkpoint whose experts could not all be read or quantized."""
 
 
@@ -47,11 +48,14 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, plan: PrecisionPlan | dict | str | os.PathLike, non_expert_bits: int | None = None, **_: Any
+        self,
+        plan: PrecisionPlan | dict | str | os.PathLike,
+        non_expert_bits: int | None = None,
+        quant_method: str = QUANT_METHOD,  # config.json names it; never another
     ) -> None:
         if non_expert_bits not in (None, 4, 8):
             raise PlanError(f"non_expert_bits must be 4, 8 or None, got {non_expert_bits!r}")
-        self.quant_method = QUANT_METHOD
+        self.quant_method = quant_method
         self.plan = as_plan(plan)
         self.non_expert_bits = non_expert_bits
 
@@ -130,13 +134,13 @@ class PlanHfQuantizer(HfQuantizer):
         unread = [
             name
             for name, tensor in model.state_dict(keep_vars=True).items()
-            if any(name.startswith(layer + ".") for layer in self.plan.layers)
+            if (self.pre_quantized or any(name.startswith(layer + ".") for layer in self.plan.layers))
+            and not any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or [])
             and not getattr(tensor, "_is_hf_initialized", False)  # transformers' mark of a tensor that was read
         ]
         if unread:
             raise QuantizationError(
-                f"{len(unread)} tensors of routers and experts were not in the checkpoint, the first is {unread[0]!r}; "
-                "is the checkpoint complete?"
+                f"{len(unread)} tensors were not in the checkpoint, the first is {unread[0]!r}; is it complete?"
             )
         _finish(model)
         return model
@@ -170,6 +174,9 @@ def quantize_model(
     """
     config = PlanQuantizationConfig(plan, non_expert_bits)
     targets = find_targets(model, config.plan, non_expert_bits)
+    for target in targets:  # before any change: a half packed model is of no use
+        if not model.get_parameter(target.parameter).isfinite().all():
+            raise QuantizationError(f"{target.parameter!r} holds values that are not finite; has training diverged?")
     for target in tqdm(targets, desc="Quantizing", unit="weight"):
         weight = model.get_parameter(target.parameter).detach()
         replace_weight(model, target, config.plan.group_size, weight)

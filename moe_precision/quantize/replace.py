@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..moe_layers import MoELayer, find_moe_layers
-from ..plan import PlanError, PrecisionPlan, check_group_size, model_type_of
+from ..plan import PrecisionPlan, check_group_size, model_type_of
 from .packed import PackedLinear, PackedProjection, sentinel
 
 EXPERTS_IMPLEMENTATION = "moe_precision"
@@ -101,8 +101,6 @@ def _expert_targets(layer: MoELayer, projection_bits: dict[str, list[int]]) -> l
 
 def _non_expert_targets(model: nn.Module, layers: list[MoELayer], bits: int, group_size: int) -> list[Target]:
     """Every ``nn.Linear`` outside of experts, except routers, the output embeddings and tied weights."""
-    if bits not in (4, 8):
-        raise PlanError(f"non_expert_bits must be 4, 8 or None, got {bits}")
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     routers = {layer.router for layer in layers}
@@ -129,31 +127,42 @@ def replace_weight(model: nn.Module, target: Target, group_size: int, weight: Te
         group_size: Weights that share a scale and an offset.
         weight: The float weight to quantize, ``(E, ...)`` for a fused target; None for empty buffers on the
             parameter's device, to be filled from a packed checkpoint.
+
+    Raises:
+        ValueError: The weight cannot be quantized; the message names it.
     """
+    try:
+        packed = (_replace_fused if target.fused else _replace_linear)(model, target, group_size, weight)
+    except ValueError as error:
+        raise ValueError(f"{target.parameter!r}: {error}") from error
+    if weight is not None:
+        for buffer in packed:
+            buffer._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark: read, not to be filled
+
+
+def _replace_fused(model: nn.Module, target: Target, group_size: int, weight: Tensor | None) -> list[Tensor]:
     module = model.get_submodule(target.module)
     parameter = module.get_parameter(target.name)
     device = parameter.device if weight is None else weight.device
-    if target.fused:
-        packed = PackedProjection(target.bits, target.shape, group_size, parameter.dtype, device)
-        if weight is not None:
-            for expert in range(len(target.bits)):
-                matrix = weight[expert]
-                packed.put(expert, matrix.T if target.transposed else matrix)
-        del module._parameters[target.name]
-        module.register_buffer(target.name, sentinel(parameter.dtype, device))
-        if not hasattr(module, "packed"):
-            module.packed = nn.ModuleDict()
-        module.get_submodule("packed").add_module(target.name, packed)
-        new: list[nn.Module] = [packed]
-        module.get_buffer(target.name)._is_hf_initialized = True  # type: ignore[attr-defined]
-    else:
-        assert isinstance(module, nn.Linear)
-        linear = PackedLinear(module, target.bits[0], group_size, device)
-        if weight is not None:
-            linear.packed.put(0, weight)
-        parent, _, leaf = target.module.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, linear)
-        new = [linear]
-    if weight is not None:  # transformers must not initialise these buffers again
-        for buffer in (buffer for part in new for buffer in part.buffers()):
-            buffer._is_hf_initialized = True  # type: ignore[attr-defined]
+    packed = PackedProjection(target.bits, target.shape, group_size, parameter.dtype, device)
+    for expert in range(len(target.bits) if weight is not None else 0):
+        assert weight is not None
+        packed.put(expert, weight[expert].T if target.transposed else weight[expert])
+    del module._parameters[target.name]
+    mark = sentinel(parameter.dtype, device)
+    module.register_buffer(target.name, mark)
+    if not hasattr(module, "packed"):
+        module.packed = nn.ModuleDict()
+    module.get_submodule("packed").add_module(target.name, packed)
+    return [mark, *packed.buffers()]
+
+
+def _replace_linear(model: nn.Module, target: Target, group_size: int, weight: Tensor | None) -> list[Tensor]:
+    parent, _, leaf = target.module.rpartition(".")
+    module = model.get_submodule(target.module)
+    assert isinstance(module, nn.Linear)
+    linear = PackedLinear(module, target.bits[0], group_size, module.weight.device if weight is None else weight.device)
+    if weight is not None:
+        linear.packed.put(0, weight)
+    setattr(model.get_submodule(parent), leaf, linear)
+    return list(linear.buffers())

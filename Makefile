@@ -1,0 +1,31 @@
+# make demo   train a small Mixtral, make its plan, quantize, reload, compare (minutes on two CPU cores)
+# make test   the whole test suite
+# make lint   ruff and mypy
+# Each works on a fresh checkout: it makes .venv and installs the exact versions of constraints.txt first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint benchmarks
+demo: .venv/installed
+	$(BIN)/moe-precision demo --output runs/demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# needs a run of `make demo`, for its model
+benchmarks: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e .[benchmarks]
+	$(BIN)/python -m benchmarks.recording
+	$(BIN)/python -m benchmarks.quantizing --run runs/demo
+	$(BIN)/python -m benchmarks.memory
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e .[dev]
+	touch $@
