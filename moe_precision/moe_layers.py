@@ -87,7 +87,8 @@ class MoELayer:
     fused: bool
     transposed: bool
     _model: nn.Module = field(repr=False, compare=False)
-    _raw_router: str = field(repr=False, compare=False)
+    _router_module: nn.Module = field(repr=False, compare=False)
+    _router_name: str = field(repr=False, compare=False)
     _raw_experts: str = field(repr=False, compare=False)
 
     @property
@@ -107,7 +108,7 @@ class MoELayer:
 
     def router_weight(self) -> Tensor:
         """The router's weight as the model holds it now, ``(rows, d)``, any float dtype."""
-        return self._model.get_parameter(self._raw_router)
+        return getattr(self._router_module, self._router_name)
 
     def container(self) -> nn.Module:
         """The module that holds the experts."""
@@ -365,7 +366,8 @@ def _describe(model: nn.Module, path: str, num_experts: int, fused: bool, router
         fused=fused,
         transposed=transposed,
         _model=model,
-        _raw_router=router,
+        _router_module=model.get_submodule(router.rpartition(".")[0]),
+        _router_name=router.rpartition(".")[2],
         _raw_experts=path,
     )
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .files import replaced_when_done
 from .moe_layers import LayerShape, MoELayer, MoELayerError
@@ -40,18 +41,25 @@ def router_norms(layers: list[MoELayer]) -> Tensor:
     Raises:
         MoELayerError: A router is not whole (a flat or empty shard), which would give a wrong norm.
     """
-    norms = []
-    for layer in layers:
-        weight = layer.router_weight().detach()
-        if weight.ndim != 2 or weight.shape[0] < layer.num_experts:
-            raise MoELayerError(
-                f"router {layer.router!r} has shape {tuple(weight.shape)}, expected at least ({layer.num_experts}, d). "
-                "It looks like a shard (FSDP1, DeepSpeed ZeRO-3), whose norms would be wrong"
-            )
-        row_norms = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32)  # (rows,)
-        whole = row_norms.full_tensor() if hasattr(row_norms, "full_tensor") else row_norms
-        norms.append(whole[: layer.num_experts])  # (E,); further rows are shared or null experts
-    return torch.cat(norms)
+    norm = torch.linalg.vector_norm
+    with torch.no_grad():  # one kernel a layer, and as little else as can be
+        norms = [norm(layer.router_weight(), dim=-1, dtype=torch.float32) for layer in layers]  # each (rows,)
+        for i, layer in enumerate(layers):
+            rows, experts = norms[i].numel(), layer.shape.num_experts
+            if rows != experts or isinstance(norms[i], DTensor):
+                norms[i] = _expert_norms(layer, norms[i])
+        return torch.cat(norms)
+
+
+def _expert_norms(layer: MoELayer, norms: Tensor) -> Tensor:
+    """The norms of the experts' rows alone, whole, where a router has further rows or is sharded."""
+    if norms.numel() < layer.num_experts:  # a flat or empty shard gives a single norm
+        raise MoELayerError(
+            f"router {layer.router!r} has shape {tuple(layer.router_weight().shape)}, expected at least "
+            f"({layer.num_experts}, d). It looks like a shard (FSDP1, DeepSpeed ZeRO-3), whose norms would be wrong"
+        )
+    whole = norms.full_tensor() if isinstance(norms, DTensor) else norms
+    return whole[: layer.num_experts]  # the others are shared or null experts
 
 
 class RouterNormHistory:
@@ -110,17 +118,14 @@ class RouterNormHistory:
         """
         if self.steps and step <= self.steps[-1]:
             raise HistoryError(f"step {step} is not after the last recorded step {self.steps[-1]}")
-        values = norms.detach().to("cpu", torch.float32)
-        if not values.isfinite().all():
-            raise HistoryError(f"router norms at step {step} are not finite: training has diverged")
         self.steps.append(step)
-        self._records.append(values)
+        self._records.append(norms.to("cpu"))
 
     def measure_variance(self, layers: list[MoELayer]) -> None:
         """Reads each expert's maximum intra-neuron variance from the weights, for plans made without the model."""
         for layer in layers:
             values = [max_variance(layer.first_projection(e)) for e in range(layer.num_experts)]
-            whole = [v.full_tensor() if hasattr(v, "full_tensor") else v for v in values]  # FSDP2: on all ranks
+            whole = [v.full_tensor() if isinstance(v, DTensor) else v for v in values]  # a collective, on all ranks
             self.max_variance[layer.name] = torch.stack(whole).cpu()  # (E,)
 
     def change(self, layer: str) -> Tensor:
@@ -134,8 +139,10 @@ class RouterNormHistory:
         metrics: dict[str, float] = {}
         for index, (norms, first) in enumerate(zip(self.last.values(), self.first.values(), strict=True)):
             layer = f"router_norm/layer_{index:02d}"
-            metrics |= {f"{layer}/expert_{expert:03d}": norm for expert, norm in enumerate(norms.tolist())}
-            metrics |= _aggregates(layer, norms) | _aggregates(f"router_norm_change/layer_{index:02d}", norms - first)
+            values = norms.tolist()
+            metrics |= {f"{layer}/expert_{expert:03d}": norm for expert, norm in enumerate(values)}
+            metrics |= _aggregates(layer, values)
+            metrics |= _aggregates(f"router_norm_change/layer_{index:02d}", (norms - first).tolist())
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -208,7 +215,7 @@ class RouterNormHistory:
         return history
 
 
-def _aggregates(prefix: str, values: Tensor) -> dict[str, float]:
-    ordered = values.sort().values
-    names = {"min": 0, "median": (len(ordered) - 1) // 2, "max": len(ordered) - 1}  # the lower median, as torch's
-    return {f"{prefix}/{name}": ordered[place].item() for name, place in names.items()}
+def _aggregates(prefix: str, values: list[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    median = ordered[(len(ordered) - 1) // 2]  # the lower one, as torch.median's
+    return {f"{prefix}/min": ordered[0], f"{prefix}/median": median, f"{prefix}/max": ordered[-1]}

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from moe_precision import HistoryError, MoELayerError, RouterNormHistory
+from moe_precision import AllocationError, HistoryError, MoELayerError, RouterNormHistory, allocate
 from moe_precision.moe_layers import find_moe_layers
 from moe_precision.router_norms import router_norms
 from tests.conftest import build
@@ -88,9 +88,10 @@ def test_steps_rise(history):
         history.record(9, torch.zeros(16))
 
 
-def test_diverged_training(history):
-    with pytest.raises(HistoryError, match="not finite"):
-        history.record(10, torch.full((16,), float("inf")))
+def test_diverged_training_makes_no_plan(history):
+    history.record(10, torch.full((16,), float("inf")))  # watching never stops a run
+    with pytest.raises(AllocationError, match="finite"):
+        allocate(history=history, group_size=64)
 
 
 def test_truncated_file(history, tmp_path):
