@@ -194,7 +194,7 @@ def _expert_containers(model: nn.Module) -> Iterator[tuple[str, int, bool, bool]
     """Yields ``(path, num_experts, fused, named like experts)`` for all that may hold experts, outer ones first."""
     seen: set[int] = set()
     for path, module in model.named_modules():
-        if "shared" in path:
+        if _is_shared(path):
             continue
         fused = _fused_parameters(module)
         if fused:
@@ -214,11 +214,16 @@ def _not_understood(model: nn.Module, found: list[str], candidates: list[str]) -
         f"the weights of {clean_name(path)!r} ({type(module).__name__}) are in a layout that is not understood"
         for path, module in model.named_modules()
         if path.rpartition(".")[2] == "experts"
-        and "shared" not in path
+        and not _is_shared(path)
         and path not in candidates
         and not any(f"{layer}.".startswith(f"{path}.") or path.startswith(f"{layer}.") for layer in found)
         and any(len(_shape(p)) >= 2 for p in module.parameters())
     ]
+
+
+def _is_shared(path: str) -> bool:
+    """Shared experts see every token: no router chooses them, and they are left alone."""
+    return any("shared" in part for part in path.split(".")[-2:])
 
 
 def _twice(names: list[str], what: str) -> list[str]:
