@@ -82,7 +82,7 @@ def loss(run: Path) -> None:
                     for name, view in layer.expert_weights(expert).items():
                         view.copy_(quantizer(weights[name], bits, plan.group_size))
             increases.append(evaluate(model, batches, data.token_counts).loss - baseline)
-        print(f"| {bits} | {increases[0]:.4f} | {increases[1]:.4f} |", flush=True)
+        print(f"| {bits} | {increases[0]:.5f} | {increases[1]:.5f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-from moe_precision.allocation import allocate, levels_of
+from moe_precision.allocation import AllocationError, allocate, levels_of
 from moe_precision.callbacks.wandb_media import log_to_wandb
 from moe_precision.files import check_writable
 from moe_precision.moe_layers import MoELayer, find_moe_layers, root_model
@@ -42,7 +42,8 @@ class RouterNormMonitor(Callback):
             input width.
         every_n_steps: Optimizer steps between records; None takes the Trainer's ``log_every_n_steps``.
         export_to: Path of the plan, relative to the Trainer's ``default_root_dir``. The recorded norms are written
-            beside it: ``precision_plan.history.safetensors``.
+            beside it: ``precision_plan.history.safetensors``. It also names the callback's state in checkpoints: keep
+            it when you resume.
 
     Attributes:
         history: The recorded norms.
@@ -119,7 +120,8 @@ class RouterNormMonitor(Callback):
             if trainer.global_step > 0:
                 rank_zero_warn(
                     f"RouterNormMonitor: training resumes at step {trainer.global_step} from a checkpoint without "
-                    "router norms. The change is measured from here, not from the start of training."
+                    f"router norms for export_to={self.export_to!r}. The change is measured from here, not from the "
+                    "start of training."
                 )
         self._record(trainer)
 
@@ -140,13 +142,17 @@ class RouterNormMonitor(Callback):
         if writes:
             self.history.save(self._history_path)  # whatever happens below, the record is kept
         self.history.measure_variance(self._layers)
-        self.plan = allocate(
-            history=self.history,
-            method=self.method,
-            average_bits=self.average_bits,
-            bits=self.bits,
-            group_size=self.group_size,
-        )
+        try:
+            self.plan = allocate(
+                history=self.history,
+                method=self.method,
+                average_bits=self.average_bits,
+                bits=self.bits,
+                group_size=self.group_size,
+            )
+        except AllocationError as error:  # of norms that are not finite; other callbacks still have to save the model
+            rank_zero_warn(f"RouterNormMonitor: no plan is written: {error}")
+            return
         if writes:
             assert self._path is not None
             self.history.save(self._history_path)

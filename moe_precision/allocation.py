@@ -75,6 +75,8 @@ def bits_from_order(order: Sequence[int], average_bits: float, bits: Sequence[in
         AllocationError: The levels or the average are out of range.
     """
     check_budget(average_bits, bits)
+    if sorted(order) != list(range(len(order))):
+        raise AllocationError(f"an order names every expert once, got {list(order)}")
     levels, average, count = sorted(set(bits)), _exact(average_bits), len(order)
     low, high = levels[0], levels[-1]
     spare = count * (average - low)  # bits to hand out above the lowest level
@@ -112,6 +114,8 @@ def check_budget(average_bits: float, bits: Sequence[int]) -> None:
     Raises:
         AllocationError: More than three levels, unequal spacing, or an average outside of the levels.
     """
+    if isinstance(bits, int) or not bits:
+        raise AllocationError(f"bits must list the levels to choose from, as in (2, 3); got {bits!r}")
     levels = sorted(set(bits))
     check_widths(levels)
     if len(levels) > 3:
@@ -228,7 +232,10 @@ def allocate(
         norm = last if first_norms is None else last - first_norms[name]
         if first_norms is not None and not norm.any():
             unmoved.append(name)
-        order = METHODS[method](LayerSignals(norm, variance), generator)
+        try:
+            order = METHODS[method](LayerSignals(norm, variance), generator)
+        except AllocationError as error:
+            raise AllocationError(f"layer {name!r}: {error}; has training diverged?") from error
         widths = bits_from_order(order, average_bits, levels)
         signals = {"final_router_norm" if first_norms is None else "router_norm_change": _readable(norm)}
         if variance is not None:

@@ -9,8 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from . import tables
 from .allocation import METHODS, allocate
 from .checkpoints import load_model, quantize_checkpoint, stored_bits_per_expert_weight, tensor_bytes
@@ -20,9 +18,9 @@ from .version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status. User errors print one line and return 2."""
+    """Runs one command; returns the exit status. User errors print one line and return 2; `fit` raises them."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["fit"] and len(arguments) > 1:
+    if arguments[:1] == ["fit"] and arguments[1:] not in ([], ["-h"], ["--help"]):
         fit(arguments[1:])
         return 0
     options = _parser().parse_args(arguments)
@@ -40,11 +38,15 @@ def fit(arguments: Sequence[str]) -> Any:
 
     from pytorch_lightning.cli import LightningCLI
 
+    import moe_precision.callbacks  # noqa: F401  so that YAML may name the callbacks without their module
+
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
     return LightningCLI(args=["fit", *arguments], save_config_kwargs={"overwrite": True}).datamodule
 
 
 def _plan(options: argparse.Namespace) -> None:
+    if Path(options.output).exists():
+        raise FileExistsError(f"{options.output!r} exists; name another file with -o")
     check_writable(options.output)
     source = {"model": load_model(options.source)} if Path(options.source).is_dir() else {"history": options.source}
     plan = allocate(
@@ -56,7 +58,7 @@ def _plan(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     plan.save(options.output)
-    Console().print(tables.plan_table(plan))
+    tables.show(tables.plan_table(plan))
     print(f"wrote {options.output}")
 
 
@@ -66,7 +68,7 @@ def _show(options: argparse.Namespace) -> None:
         lines = plan.diff(PrecisionPlan.load(options.diff))
         print("\n".join(lines) or "the plans give every expert the same bits")
         return
-    Console().print(tables.plan_table(plan))
+    tables.show(tables.plan_table(plan))
 
 
 def _quantize(options: argparse.Namespace) -> None:
@@ -84,18 +86,24 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     model = load_model(options.checkpoint, **({} if options.dtype == "auto" else {"dtype": options.dtype}))
     module = SummarizationDataModule if model.config.is_encoder_decoder else TextDataModule
-    data = module(dataset=options.dataset, tokenizer=options.checkpoint)
+    data = module(dataset=options.dataset, dataset_config=options.dataset_config, tokenizer=options.checkpoint)
     data.setup("validate")
     assert data.token_counts is not None
     batches = data.val_dataloader()
     result = evaluate(model, list(islice(batches, options.max_batches)), data.token_counts)
-    Console().print(tables.evaluation_table({Path(options.checkpoint).name: result}))
+    tables.show(tables.evaluation_table({Path(options.checkpoint).name: result}))
 
 
 def _demo(options: argparse.Namespace) -> None:
     from .demo import run_demo
 
     run_demo(Path(options.output), options.max_steps)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,14 +129,15 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "fit",
         lambda options: commands.choices["fit"].print_help(),
-        "Train a recipe with the callback; every LightningCLI option works (--print_config lists them).",
+        "Train a recipe with the callback, by LightningCLI: any key of the YAML is an option, --print_config prints "
+        "the whole configuration, and --trainer.callbacks.help RouterNormMonitor explains the callback.",
         "moe-precision fit --config recipes/pretrain_mixtral.yaml --trainer.max_steps 200",
     )
 
     plan = add(
         "plan",
         _plan,
-        "Make a plan again with other bits, from the norms that a run recorded; no training, no model.",
+        "Make a plan again with other bits from the norms that a run recorded, without training again.",
         "moe-precision plan runs/demo/precision_plan.history.safetensors --average-bits 2.25 --bits 2 3 "
         "--group-size 64 -o plan_2.25.json",
     )
@@ -169,7 +178,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = add(
         "evaluate",
         _evaluate,
-        "Loss and perplexity of a float or packed checkpoint, mean and on the rarest tenth of target tokens.",
+        "Loss and perplexity of a float or packed checkpoint, mean and on the rarest tenth of target tokens, in blocks "
+        "of 256 tokens (the demo's are of 128, so its figures differ).",
         "moe-precision evaluate runs/demo/quantized-plan --max-batches 20",
     )
     evaluate.add_argument("checkpoint", help="checkpoint folder that holds its tokenizer")
@@ -178,7 +188,8 @@ def _parser() -> argparse.ArgumentParser:
         default="python-stdlib",
         help="a `datasets` name, local text files, or python-stdlib (default): the standard library's source",
     )
-    evaluate.add_argument("--max-batches", type=int, help="use at most this many validation batches of 16")
+    evaluate.add_argument("--dataset-config", help="the configuration's name, for a `datasets` name")
+    evaluate.add_argument("--max-batches", type=_positive, help="use at most this many validation batches of 16")
     evaluate.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32 or bfloat16")
 
     demo = add(
@@ -188,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         "moe-precision demo --output runs/demo",
     )
     demo.add_argument("--output", default="runs/demo", help="folder of the run (default runs/demo)")
-    demo.add_argument("--max-steps", type=int, help="optimizer steps (default: the recipe's)")
+    demo.add_argument("--max-steps", type=_positive, help="optimizer steps (default: the recipe's)")
     return parser
 
 

@@ -11,10 +11,11 @@ import re
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
@@ -25,6 +26,7 @@ from .evaluation import Evaluation, evaluate
 from .plan import PrecisionPlan
 from .report import plot_router_norms
 from .router_norms import RouterNormHistory
+from .tables import show
 
 _RECIPE_ROOT = "runs/pretrain_mixtral"
 _FOLDER_NAME = re.compile(r"[^a-z0-9]+")
@@ -55,7 +57,7 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
     output.mkdir(parents=True, exist_ok=True)
     recipe = files("moe_precision.recipes").joinpath("pretrain_mixtral.yaml").read_text(encoding="utf-8")
     config = output / "recipe.yaml"
-    config.write_text(recipe.replace(_RECIPE_ROOT, output.as_posix()), encoding="utf-8")
+    config.write_text(yaml.safe_dump(_moved(yaml.safe_load(recipe), str(output))), encoding="utf-8")
     data = fit(["--config", str(config), *([] if max_steps is None else ["--trainer.max_steps", str(max_steps)])])
 
     checkpoint, history = output / "checkpoint", RouterNormHistory.load(output / "precision_plan.history.safetensors")
@@ -91,33 +93,35 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
             )
         )
     (output / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
-    _report(rows, output)
+    show(_table(rows))
+    print(
+        f"stored bits: bytes of all expert tensors in the file, per expert weight. Losses in nats over "
+        f"{rows[0].evaluation.tokens} validation tokens;\n"
+        "rare: the tenth of them seen least in training. random: one draw.\n\n"
+        f"In {output}: precision_plan.json, precision_plan.history.safetensors, router_norms.png, results.json,\n"
+        "checkpoint/ (float), quantized-*/ (packed), checkpoints/ (to resume), wandb/ (offline run)"
+    )
     return rows
 
 
-def _report(rows: list[Row], output: Path) -> None:
+def _moved(node: Any, folder: str) -> Any:
+    """The recipe with its folder replaced in every path."""
+    if isinstance(node, dict):
+        return {key: _moved(value, folder) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_moved(value, folder) for value in node]
+    return node.replace(_RECIPE_ROOT, folder) if isinstance(node, str) else node
+
+
+def _table(rows: list[Row]) -> Table:
     table = Table(box=box.MARKDOWN)
     columns = ("model", "nominal bits", "stored bits", "file MB", "loss", "perplexity", "rare loss", "rare perplexity")
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in rows:
         e = row.evaluation
-        table.add_row(
-            row.model,
-            "-" if row.nominal_bits is None else f"{row.nominal_bits:.2f}",
-            f"{row.stored_bits:.2f}",
-            f"{row.file_mb:.2f}",
-            f"{e.loss:.4f}",
-            f"{e.perplexity:.3f}",
-            f"{e.rare_loss:.4f}",
-            f"{e.rare_perplexity:.1f}",
-        )
-    console = Console(width=120)
-    console.print(table)
-    tokens = rows[0].evaluation.tokens
-    console.print(
-        f"stored bits: bytes of all expert tensors in the file, per expert weight. Losses in nats over {tokens} "
-        "validation tokens; rare: the tenth of them seen least in training. random: one draw."
-    )
-    console.print(f"\nIn {output}: precision_plan.json, precision_plan.history.safetensors, router_norms.png,")
-    console.print("checkpoint/ (float), quantized-*/ (packed), checkpoints/ (to resume), wandb/ (offline run)")
+        nominal = "-" if row.nominal_bits is None else f"{row.nominal_bits:.2f}"
+        sizes = (nominal, f"{row.stored_bits:.2f}", f"{row.file_mb:.2f}")
+        losses = (f"{e.loss:.4f}", f"{e.perplexity:.3f}", f"{e.rare_loss:.4f}", f"{e.rare_perplexity:.1f}")
+        table.add_row(row.model, *sizes, *losses)
+    return table

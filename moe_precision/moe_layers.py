@@ -108,7 +108,8 @@ class MoELayer:
 
     def router_weight(self) -> Tensor:
         """The router's weight as the model holds it now, ``(rows, d)``, any float dtype."""
-        return getattr(self._router_module, self._router_name)
+        weight = self._router_module._parameters.get(self._router_name)  # skips nn.Module.__getattr__: called often
+        return getattr(self._router_module, self._router_name) if weight is None else weight
 
     def container(self) -> nn.Module:
         """The module that holds the experts."""
@@ -174,6 +175,8 @@ def find_moe_layers(model: nn.Module, skip_unrouted: bool = False) -> list[MoELa
     problems += _twice([layer.router for layer in layers], "router") + _twice([layer.name for layer in layers], "layer")
     if problems and not skip_unrouted:
         raise MoELayerError("; ".join(problems))
+    if not layers and getattr(model, "is_quantized", False):
+        raise MoELayerError(f"the experts of this {type(model).__name__} are quantized already; take the float model")
     if not layers:
         raise MoELayerError(
             f"no Mixture-of-Experts layer found in {type(model).__name__}: expected experts as 3-D parameters or as a "

@@ -130,9 +130,11 @@ class PrecisionPlan:
 
     @property
     def granularity(self) -> str:
-        """``expert`` if all matrices of an expert have one width, else ``expert+projection``."""
-        alike = (len(set(map(tuple, layer.projection_bits.values()))) == 1 for layer in self.layers.values())
-        return "expert" if all(alike) else "expert+projection"
+        """The coarsest of ``layer``, ``layer+projection``, ``expert`` and ``expert+projection`` that fits the bits."""
+        banks = [list(layer.projection_bits.values()) for layer in self.layers.values()]
+        one_expert = all(len(set(widths)) == 1 for bank in banks for widths in bank)  # experts alike
+        one_width = all(widths == bank[0] for bank in banks for widths in bank)  # projections alike
+        return ("layer" if one_expert else "expert") + ("" if one_width else "+projection")
 
     @property
     def average_bits(self) -> float:
@@ -257,6 +259,8 @@ class PrecisionPlan:
             last_step=data["last_step"],
             created_by=dict(data["created_by"]),
         )
+        if data["granularity"] != plan.granularity:
+            raise PlanError(f"{source} states granularity {data['granularity']!r}, its bits are {plan.granularity!r}")
         stated_bits = data["average_bits"]["achieved"], data["stored_bits"]
         for stated, true in zip(stated_bits, (plan.average_bits, plan.stored_bits), strict=True):
             if abs(stated - true) > 1e-4:
@@ -282,11 +286,10 @@ class PrecisionPlan:
         def refuse(constant: str) -> None:
             raise PlanError(f"{name} holds {constant}; every number in a plan must be finite")
 
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
         try:
-            data = json.loads(text, parse_constant=refuse)
-        except json.JSONDecodeError as error:
+            with open(path, encoding="utf-8") as file:
+                data = json.load(file, parse_constant=refuse)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise PlanError(f"{name} is no whole JSON file (truncated?): {error}") from error
         return cls.from_dict(data, name)
 
@@ -318,7 +321,8 @@ def _validate(data: Any, source: str) -> None:
     for name, layer in data["layers"].items():
         experts = layer["num_experts"]
         lists = {f"bits of {p}": v["bits"] for p, v in layer["projections"].items()}
-        lists |= {key: layer["order"] for key in ("order",) if key in layer}
+        if "order" in layer:
+            lists["order"] = layer["order"]
         lists |= layer.get("router_norms", {}) | layer.get("signals", {})
         for key, values in lists.items():
             if len(values) != experts:

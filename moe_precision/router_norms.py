@@ -199,19 +199,21 @@ class RouterNormHistory:
             raise HistoryError(f"{os.fspath(path)!r} is no whole safetensors file: {error}") from error
         if metadata.get("format") != _FORMAT:
             raise HistoryError(f"{os.fspath(path)!r} is a safetensors file but no {_FORMAT}; its metadata: {metadata}")
-        layers = json.loads(metadata["layers"])
         history = cls()
-        norms = [tensors[f"norms/{name}"] for name in layers]
-        history.load_state_dict(
-            {
-                "version": int(metadata["version"]),
-                "model_type": metadata["model_type"],
-                "layers": layers,
-                "steps": tensors["steps"].tolist(),
-                "norms": torch.cat(norms, dim=1) if norms else torch.empty(0),
-                "max_variance": {n: tensors[f"max_variance/{n}"] for n in layers if f"max_variance/{n}" in tensors},
-            }
-        )
+        try:
+            layers = json.loads(metadata["layers"])
+            history.load_state_dict(
+                {
+                    "version": int(metadata["version"]),
+                    "model_type": metadata["model_type"],
+                    "layers": layers,
+                    "steps": tensors["steps"].tolist(),
+                    "norms": torch.cat([tensors[f"norms/{name}"] for name in layers], dim=1),
+                    "max_variance": {n: tensors[f"max_variance/{n}"] for n in layers if f"max_variance/{n}" in tensors},
+                }
+            )
+        except (KeyError, RuntimeError, json.JSONDecodeError) as error:
+            raise HistoryError(f"{os.fspath(path)!r} lacks part of a history: {error!r}") from error
         return history
 
 

@@ -6,12 +6,18 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from .plan import PrecisionPlan
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
+
+
+def show(table: Table) -> None:
+    """Prints a table wide enough that Markdown rows stay on one line each."""
+    Console(width=160).print(table)
 
 
 def plan_table(plan: PrecisionPlan) -> Table:

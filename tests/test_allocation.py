@@ -72,6 +72,8 @@ def test_ranking_refuses_what_is_not_finite():
         (3.5, (2, 3), "outside"),
         (2.0, (1, 2, 4), r"equally spaced.*\[1, 2, 4\]"),
         (2.0, (1, 2, 3, 4), "one, two or three levels, got 4"),
+        (2.0, (), r"list the levels.*got \(\)"),
+        (2.0, 2, "list the levels.*got 2"),
     ],
 )
 def test_bad_budgets(average, bits, message):
@@ -170,6 +172,11 @@ def test_a_router_that_did_not_move_is_said(mixtral):
     with pytest.warns(UserWarning, match="routers of 2 layers did not change at all"):
         plan = allocate(history=history, group_size=64)
     assert plan.settings["layers_without_change"] == list(plan.layers)
+
+
+def test_an_order_names_every_expert_once():
+    with pytest.raises(AllocationError, match="names every expert once"):
+        bits_from_order([0, 0, 1], 2.5, (2, 3))
 
 
 def test_an_average_that_is_a_fraction():

@@ -16,6 +16,21 @@ from tests.conftest import build
 TEXT = "".join(f"def function_{i}(argument):\n    return argument + {i * i}\n" for i in range(400))
 
 
+@pytest.mark.parametrize("arguments", [["demo", "--max-steps", "0"], ["evaluate", "x", "--max-batches", "-1"]])
+def test_counts_are_positive(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "expected a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_the_callbacks_help_is_one_option_away(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--trainer.callbacks.help", "RouterNormMonitor"])
+    assert stop.value.code == 0
+    assert "every_n_steps" in capsys.readouterr().out
+
+
 @pytest.fixture
 def run(tmp_path):
     """A folder as training leaves it: checkpoint with tokenizer, history, plan."""
@@ -37,7 +52,7 @@ def run(tmp_path):
 @pytest.mark.parametrize("command", ["fit", "plan", "show", "quantize", "evaluate", "demo"])
 def test_help_teaches_by_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"]) if command != "fit" else main(["fit"]) or (_ for _ in ()).throw(SystemExit(0))
+        main([command, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert f"example:\n  moe-precision {command} " in out
@@ -66,6 +81,12 @@ def test_show_and_diff(run, capsys):
     assert "model.layers.1.mlp" in capsys.readouterr().out
     assert main(["show", str(run / "plan.json"), "--diff", str(run / "plan.json")]) == 0
     assert "same bits" in capsys.readouterr().out
+    other = run / "uniform.json"
+    source = str(run / "plan.history.safetensors")
+    main(["plan", source, "--method", "uniform", "--average-bits", "3", "--group-size", "64", "-o", str(other)])
+    capsys.readouterr()
+    assert main(["show", str(run / "plan.json"), "--diff", str(other)]) == 0
+    assert "model.layers.1.mlp expert 7 down_proj: 2 -> 3 bits" in capsys.readouterr().out
 
 
 def test_quantize_and_evaluate(run, capsys):
@@ -88,7 +109,9 @@ def test_quantize_and_evaluate(run, capsys):
         (["plan", "{run}/plan.history.safetensors", "--average-bits", "5"], "outside of the levels"),
         (["plan", "{run}/plan.history.safetensors"], "group_size=128 does not divide"),
         (["plan", "{run}/plan.history.safetensors", "-o", "{run}/text.txt/plan.json"], "cannot write"),
+        (["plan", "{run}/plan.history.safetensors", "-o", "{run}/plan.json"], "exists; name another file"),
         (["show", "{run}/text.txt"], "no whole JSON file"),
+        (["show", "{run}/checkpoint/model.safetensors"], "no whole JSON file"),
         (["quantize", "{run}/nowhere", "{run}/plan.json", "{run}/out"], "no checkpoint folder"),
         (["quantize", "{run}/checkpoint", "{run}/nowhere.json", "{run}/out"], "No such file"),
         (["evaluate", "{run}/nowhere"], "no checkpoint folder"),

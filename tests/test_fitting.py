@@ -142,6 +142,12 @@ def test_order_of_the_quantizers_by_loss(trained, bits):
         scale, offset = scale_of(groups, codes)
         return scale * codes + offset
 
+    groups = torch.cat([original.reshape(-1, 64) for original in originals])
+    error = [
+        (fit - groups).norm()
+        for fit in (fitted(groups, least_squares_scale), fitted(groups, unbiased_scale), round_to_nearest(groups, bits))
+    ]
+    assert error == sorted(error)
     rtn = increase(lambda groups: round_to_nearest(groups, bits))
     least_squares = increase(lambda groups: fitted(groups, least_squares_scale))
     unbiased = increase(lambda groups: fitted(groups, unbiased_scale))

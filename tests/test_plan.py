@@ -47,6 +47,8 @@ def test_projections_weigh_by_their_size(plan):
     assert plan.stored_bits == pytest.approx((2 * 2.5 + 16) / 3)
     with pytest.raises(PlanError, match="projection_bits"):
         _ = layers[LAYER].bits
+    assert plan.granularity == "layer+projection"
+    layers[LAYER].projection_bits["down_proj"][0] = 8
     assert plan.granularity == "expert+projection"
     assert PrecisionPlan.from_dict(plan.to_dict()) == plan
 
@@ -66,8 +68,8 @@ def edited(path, change):
     return path
 
 
-def set_bits(data, value):
-    data["layers"][LAYER]["projections"]["down_proj"]["bits"][2] = value
+def set_bits(data, value, projection="down_proj"):
+    data["layers"][LAYER]["projections"][projection]["bits"][2] = value
 
 
 @pytest.mark.parametrize(
@@ -82,10 +84,11 @@ def set_bits(data, value):
         (lambda d: set_bits(d, 9), r"at \$\.layers\['model.layers.0.mlp'\].*bits\[2\].*9 is not one of"),
         (lambda d: set_bits(d, 0), "0 is not one of"),
         (lambda d: set_bits(d, 2.5), "2.5 is not one of"),
-        (lambda d: set_bits(d, 8), "states 2.5 bits on average"),
+        (lambda d: [set_bits(d, 8, projection) for projection in ("gate_up_proj", "down_proj")], "states 2.5 bits on"),
         (lambda d: d["layers"][LAYER]["projections"]["down_proj"]["bits"].pop(), "8 experts but 7 values of bits"),
         (lambda d: d["layers"][LAYER]["signals"]["max_variance"].pop(), "8 experts but 7 values of max_variance"),
         (lambda d: d["layers"][LAYER].update(order=[0] * 8), "does not name each of its 8 experts once"),
+        (lambda d: d.update(granularity="layer"), "states granularity 'layer', its bits are 'expert'"),
         (lambda d: d.update(baseline="zero"), r"at \$\.baseline"),
     ],
 )
@@ -107,6 +110,21 @@ def test_truncated(path):
     path.write_text(path.read_text()[:-40])
     with pytest.raises(PlanError, match="no whole JSON file"):
         PrecisionPlan.load(path)
+
+
+def test_not_text(tmp_path):
+    (tmp_path / "plan.json").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(PlanError, match=r"plan\.json' is no whole JSON file"):
+        PrecisionPlan.load(tmp_path / "plan.json")
+
+
+def test_granularity_is_the_coarsest_that_describes_the_bits(plan, mixtral):
+    assert plan.granularity == "expert"
+    uniform = allocate(mixtral, method="uniform", average_bits=3, group_size=64)
+    assert uniform.granularity == "layer"
+    for layer in uniform.layers.values():
+        layer.projection_bits["down_proj"][:] = [4] * 8
+    assert uniform.granularity == "layer+projection"
 
 
 def test_missing():

@@ -231,6 +231,13 @@ def test_weights_that_are_not_finite_leave_the_model_whole(mixtral):
     assert isinstance(mixtral.get_submodule("model.layers.0.mlp.experts").gate_up_proj, nn.Parameter)
 
 
+def test_a_packed_model_is_not_packed_again(mixtral):
+    plan = allocate(mixtral, group_size=64)
+    quantize_model(mixtral, plan)
+    with pytest.raises(ValueError, match="are quantized already"):
+        quantize_model(mixtral, plan)
+
+
 def test_misspelt_options_are_errors(mixtral):
     with pytest.raises(TypeError, match="non_expert_bit"):
         PlanQuantizationConfig(allocate(mixtral, group_size=64), non_expert_bit=8)

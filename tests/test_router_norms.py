@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from moe_precision import AllocationError, HistoryError, MoELayerError, RouterNormHistory, allocate
 from moe_precision.moe_layers import find_moe_layers
@@ -18,6 +19,28 @@ def test_norms_are_of_rows_in_float32():
     assert norms.dtype == torch.float32
     rows = [model.get_parameter(layer.router).float().square().sum(1).sqrt() for layer in layers]
     torch.testing.assert_close(norms, torch.cat(rows))
+
+
+def test_one_transfer_a_record(mixtral):
+    """All layers together: the only call that moves a value off the device is one ``to("cpu")``."""
+
+    class Transfers(TorchFunctionMode):
+        moving = frozenset({"to", "cpu", "item", "tolist", "numpy", "__float__", "__bool__", "__int__", "__index__"})
+
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if getattr(func, "__name__", "") in self.moving:
+                self.calls.append((func.__name__, tuple(args[0].shape)))
+            return func(*args, **(kwargs or {}))
+
+    layers = find_moe_layers(mixtral)
+    history = RouterNormHistory.of(layers, "mixtral")
+    with Transfers() as transfers:
+        history.record(0, router_norms(layers))
+    assert transfers.calls == [("to", (16,))]
 
 
 def test_rows_beyond_the_experts_are_left_out(mixtral):
@@ -105,6 +128,10 @@ def test_truncated_file(history, tmp_path):
 def test_another_safetensors_file(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(HistoryError, match="no moe-precision-history"):
+        RouterNormHistory.load(tmp_path / "x.safetensors")
+    metadata = {"format": "moe-precision-history", "version": "1", "model_type": "x", "layers": '{"a": {}}'}
+    save_file({"steps": torch.zeros(1)}, tmp_path / "x.safetensors", metadata=metadata)
+    with pytest.raises(HistoryError, match="lacks part of a history"):
         RouterNormHistory.load(tmp_path / "x.safetensors")
     with pytest.raises(FileNotFoundError, match="no router-norm history"):
         RouterNormHistory.load(tmp_path / "missing.safetensors")

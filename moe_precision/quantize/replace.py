@@ -145,9 +145,9 @@ def _replace_fused(model: nn.Module, target: Target, group_size: int, weight: Te
     parameter = module.get_parameter(target.name)
     device = parameter.device if weight is None else weight.device
     packed = PackedProjection(target.bits, target.shape, group_size, parameter.dtype, device)
-    for expert in range(len(target.bits) if weight is not None else 0):
-        assert weight is not None
-        packed.put(expert, weight[expert].T if target.transposed else weight[expert])
+    if weight is not None:
+        for expert in range(len(target.bits)):
+            packed.put(expert, weight[expert].T if target.transposed else weight[expert])
     del module._parameters[target.name]
     mark = sentinel(parameter.dtype, device)
     module.register_buffer(target.name, mark)
