@@ -61,7 +61,7 @@ def loss(run: Path) -> None:
     from moe_precision.recipes import TextDataModule
 
     plan = PrecisionPlan.load(run / "precision_plan.json")
-    data = TextDataModule(tokenizer=str(run / "checkpoint"), sequence_length=128, batch_size=16, max_val_tokens=60_000)
+    data = TextDataModule(tokenizer=str(run / "checkpoint"), sequence_length=128, batch_size=32, max_train_tokens=1000)
     data.setup("validate")
     assert data.token_counts is not None
     batches = list(data.val_dataloader())
