@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import groupby
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from .experts import Bank
 from .files import replaced_when_done
-from .moe_layers import LayerShape, MoELayer, MoELayerError
+from .module_tree import whole
+from .moe_layers import LayerShape, MoELayer
 from .signals import max_variance
 
 _FORMAT = "moe-precision-history"
@@ -30,7 +33,7 @@ class HistoryError(ValueError):
 def router_norms(layers: list[MoELayer]) -> Tensor:
     """L2 norm of every expert's router row, all layers in one tensor.
 
-    Under FSDP2 this is a collective: call it on all ranks.
+    Under FSDP and DeepSpeed ZeRO-3 this is a collective: call it on all ranks.
 
     Args:
         layers: As found by `find_moe_layers`.
@@ -39,27 +42,60 @@ def router_norms(layers: list[MoELayer]) -> Tensor:
         ``(sum of num_experts,)`` float32 on the routers' device, layer after layer.
 
     Raises:
-        MoELayerError: A router is not whole (a flat or empty shard), which would give a wrong norm.
+        MoELayerError: A router cannot be read whole, which would give a wrong norm.
     """
-    norm = torch.linalg.vector_norm
-    with torch.no_grad():  # one kernel a layer, and as little else as can be
-        norms = [norm(layer.router_weight(), dim=-1, dtype=torch.float32) for layer in layers]  # each (rows,)
-        for i, layer in enumerate(layers):
-            rows, experts = norms[i].numel(), layer.shape.num_experts
-            if rows != experts or isinstance(norms[i], DTensor):
-                norms[i] = _expert_norms(layer, norms[i])
+    norms: list[Tensor] = []
+    with torch.no_grad():
+        if not any(layer.router_is.gathers for layer in layers):
+            return torch.cat(_norms(layers))
+        for _, group in groupby(layers, key=lambda layer: id(layer.router_is.unit)):  # one FSDP1 unit at a time
+            of_unit = list(group)
+            with whole(layer.router_is for layer in of_unit):
+                norms += _norms(of_unit)
         return torch.cat(norms)
 
 
-def _expert_norms(layer: MoELayer, norms: Tensor) -> Tensor:
-    """The norms of the experts' rows alone, whole, where a router has further rows or is sharded."""
-    if norms.numel() < layer.num_experts:  # a flat or empty shard gives a single norm
-        raise MoELayerError(
-            f"router {layer.router!r} has shape {tuple(layer.router_weight().shape)}, expected at least "
-            f"({layer.num_experts}, d). It looks like a shard (FSDP1, DeepSpeed ZeRO-3), whose norms would be wrong"
-        )
-    whole = norms.full_tensor() if isinstance(norms, DTensor) else norms
-    return whole[: layer.num_experts]  # the others are shared or null experts
+def _norms(layers: list[MoELayer]) -> list[Tensor]:
+    """``(num_experts,)`` for each layer: one kernel a layer, and as little else as can be."""
+    norm = torch.linalg.vector_norm
+    norms = [norm(layer.router_weight(), dim=-1, dtype=torch.float32) for layer in layers]  # each (rows,)
+    for i, layer in enumerate(layers):
+        if isinstance(norms[i], DTensor):
+            norms[i] = norms[i].full_tensor()
+        if norms[i].numel() != layer.shape.num_experts:
+            norms[i] = norms[i][: layer.shape.num_experts]  # the others are shared or null experts
+    return norms
+
+
+def max_variances(layer: MoELayer) -> Tensor:
+    """Maximum intra-neuron variance of every expert of a layer, ``(E,)`` float32 on the CPU; a collective when sharded.
+
+    Reads one expert after the other; under FSDP2 each rank reads the experts that it holds.
+    """
+    bank = layer.banks[layer.first]
+    with torch.no_grad(), layer.whole():
+        parameter = bank.weights[0].read()
+        if len(bank.weights) == 1 and isinstance(parameter, DTensor):
+            return _of_sharded_bank(layer, bank, parameter)[: layer.num_experts].cpu()
+        values = [max_variance(layer.neurons(matrix)) for matrix in bank.matrices()]
+        values = [value.full_tensor() if isinstance(value, DTensor) else value for value in values]
+        return torch.stack(values).cpu()
+
+
+def _of_sharded_bank(layer: MoELayer, bank: Bank, parameter: DTensor) -> Tensor:
+    by_expert = parameter.ndim == 3 and all(type(p) is Replicate or p == Shard(0) for p in parameter.placements)
+    local = parameter.to_local() if by_expert else parameter.full_tensor()  # (some or all experts, ...)
+    if parameter.ndim == 2:
+        local = local.unflatten(0, (layer.num_experts, -1))
+    values = [max_variance(layer.neurons(one.T if bank.transposed else one)) for one in local]
+    stacked = torch.stack(values) if values else local.new_empty(0, dtype=torch.float32)
+    if not by_expert:
+        return stacked
+    experts = (parameter.shape[0],)
+    placed = DTensor.from_local(
+        stacked, parameter.device_mesh, parameter.placements, run_check=False, shape=torch.Size(experts), stride=(1,)
+    )
+    return placed.full_tensor()
 
 
 class RouterNormHistory:
@@ -123,10 +159,7 @@ class RouterNormHistory:
 
     def measure_variance(self, layers: list[MoELayer]) -> None:
         """Reads each expert's maximum intra-neuron variance from the weights, for plans made without the model."""
-        for layer in layers:
-            values = [max_variance(layer.first_projection(e)) for e in range(layer.num_experts)]
-            whole = [v.full_tensor() if isinstance(v, DTensor) else v for v in values]  # a collective, on all ranks
-            self.max_variance[layer.name] = torch.stack(whole).cpu()  # (E,)
+        self.max_variance = {layer.name: max_variances(layer) for layer in layers}
 
     def change(self, layer: str) -> Tensor:
         """Last norm minus first norm of each expert, ``(E,)`` float32: a difference of norms (arXiv 2604.06515)."""

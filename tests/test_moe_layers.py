@@ -134,6 +134,7 @@ def test_wrappers_do_not_change_names(mixtral):
             self.model = mixtral
 
     assert root_model(Wrapper()) is mixtral
+    assert [(layer.name, layer.router) for layer in find_moe_layers(Wrapper())] == names
 
 
 def test_a_dense_model_is_an_error():
@@ -229,11 +230,83 @@ def test_a_bank_with_unused_slices():
     assert layer.projections == {"gate_up_proj": (32, 16), "down_proj": (16, 16)}
 
 
-def test_a_hash_router_does_not_choose_by_its_rows():
+def test_routers_whose_norm_means_something_else_are_named():
     gate = Holder(weight=bank(4, 16))
     gate.register_buffer("tid2eid", torch.zeros(10, 2, dtype=torch.long))
-    with pytest.raises(MoELayerError, match="no router"):
-        find_moe_layers(Holder(gate=gate, experts=linears(4)))
+    assert find_moe_layers(Holder(gate=gate, experts=linears(4)))[0].caveat == "hash"
+    mlp = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4))
+    assert find_moe_layers(Holder(router=mlp, experts=linears(4)))[0].caveat == "mlp"
+    cosine = type("CosineRouter", (Holder,), {})(weight=bank(4, 16))
+    assert find_moe_layers(Holder(gate=cosine, experts=linears(4)))[0].caveat == "cosine"
+    assert find_moe_layers(PlainMoE())[0].caveat == ""
+
+
+class Grouped(nn.Module):
+    """Megatron's grouped linear: a weight an expert, all in one module."""
+
+    def __init__(self, experts, out, inp):
+        super().__init__()
+        for expert in range(experts):
+            self.register_parameter(f"weight{expert}", nn.Parameter(torch.randn(out, inp)))
+
+
+def megatron(layers=2, experts=12):
+    def layer():
+        grouped = Holder(linear_fc1=Grouped(experts, 64, 16), linear_fc2=Grouped(experts, 16, 32))
+        return Holder(mlp=Holder(router=Holder(weight=bank(experts, 16)), experts=grouped))
+
+    return Holder(decoder=Holder(layers=nn.ModuleList(layer() for _ in range(layers))))
+
+
+def test_patterns_name_weights_that_structure_cannot_tell():
+    model = megatron()
+    with pytest.raises(MoELayerError, match="name them with expert_pattern"):
+        find_moe_layers(model)
+    layers = find_moe_layers(model, expert_pattern=r"experts\.linear_fc[12]\.weight(?P<expert>\d+)$")
+    assert [layer.name for layer in layers] == ["decoder.layers.0.mlp", "decoder.layers.1.mlp"]
+    assert layers[1].router == "decoder.layers.1.mlp.router.weight"
+    assert layers[1].projections == {"linear_fc1": (64, 16), "linear_fc2": (16, 32)}
+    for expert in (2, 11):
+        own = model.get_parameter(f"decoder.layers.1.mlp.experts.linear_fc2.weight{expert}")
+        torch.testing.assert_close(layers[1].expert_weights(expert)["linear_fc2"], own)
+
+
+def test_patterns_for_flat_banks():
+    """MegaBlocks: all experts one below the other, without a number of experts; w2 is stored (in, out)."""
+    banks = Holder(w1=bank(4 * 32, 16), w2=bank(4 * 32, 16))
+    model = Holder(ffn=Holder(router=Holder(layer=nn.Linear(16, 4, bias=False)), experts=Holder(mlp=banks)))
+    (layer,) = find_moe_layers(model, expert_pattern=r"experts\.mlp\.w[12]", router_pattern=r"router\.layer\.weight")
+    assert (layer.name, layer.num_experts) == ("ffn", 4)
+    assert layer.projections == {"w1": (32, 16), "w2": (16, 32)}
+    torch.testing.assert_close(layer.expert_weights(3)["w2"], banks.w2[96:].T)
+    with pytest.raises(MoELayerError, match="give router_pattern"):
+        find_moe_layers(model, expert_pattern=r"experts\.mlp\.w[12]")
+
+
+def test_a_router_pattern_chooses():
+    model = PlainMoE()
+    model.gate = nn.Linear(32, 4, bias=False)
+    assert find_moe_layers(model, router_pattern=r"^gate\.weight")[0].router_weight() is model.gate.weight
+    two = nn.Sequential(PlainMoE(), PlainMoE())
+    found = find_moe_layers(two, router_pattern=r"router")
+    assert [layer.router for layer in found] == ["0.router.weight", "1.router.weight"]
+    columns = Holder(w_gate=bank(16, 8), experts=linears(8))  # a router with a column an expert
+    (layer,) = find_moe_layers(columns, router_pattern="w_gate")
+    torch.testing.assert_close(layer.router_weight(), columns.w_gate.T)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ({"router_pattern": "nothing"}, r"router_pattern='nothing' matches no matrix; the model has .*router\.weight"),
+        ({"expert_pattern": "nothing"}, r"expert_pattern='nothing' matches no matrix; the model has"),
+        ({"expert_pattern": r"experts\.(?P<expert>[13])\.0"}, "expected experts 0, 1, ..."),
+        ({"router_pattern": r"experts\.0\..*weight"}, "several routers that match router_pattern"),
+    ],
+)
+def test_patterns_that_do_not_fit(patterns, message):
+    with pytest.raises(MoELayerError, match=message):
+        find_moe_layers(PlainMoE(), **patterns)
 
 
 def test_expert_index_out_of_range(mixtral):

@@ -6,6 +6,7 @@ checkpoint whose empty modules are made before its tensors are read.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -61,17 +62,25 @@ def find_targets(model: nn.Module, plan: PrecisionPlan, non_expert_bits: int | N
     """
     layers = find_moe_layers(model)
     plan.check_layers({layer.name: layer.shape for layer in layers}, model_type_of(model))
+    names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    tied = {parameter for parameter, count in names.items() if count > 1}
     targets = []
     for layer in layers:
-        targets += _expert_targets(layer, plan.layers[layer.name].projection_bits)
+        targets += _expert_targets(layer, plan.layers[layer.name].projection_bits, tied)
     if non_expert_bits is not None:
         targets += _non_expert_targets(model, layers, non_expert_bits, plan.group_size)
     return targets
 
 
-def _expert_targets(layer: MoELayer, projection_bits: dict[str, list[int]]) -> list[Target]:
+def _expert_targets(layer: MoELayer, projection_bits: dict[str, list[int]], tied: set[int]) -> list[Target]:
     container = layer.container()
     path = layer.experts
+    shared = [bank.weights[0].name for bank in layer.banks.values() if id(bank.weights[0].parameter()) in tied]
+    if shared:
+        raise UnsupportedLayoutError(
+            f"layer {layer.name!r}: {shared[0]!r} is shared with another module of the model, which would go on with "
+            "its float weights; packing shared experts is not supported yet"
+        )
     if layer.fused:
         if not (hasattr(container, "has_gate") and hasattr(container, "is_transposed")):
             raise UnsupportedLayoutError(
@@ -82,6 +91,11 @@ def _expert_targets(layer: MoELayer, projection_bits: dict[str, list[int]]) -> l
             Target(f"{path}.{name}", projection_bits[name], shape, fused=True, transposed=layer.transposed)
             for name, shape in layer.projections.items()
         ]
+    if layer.layout != "modules":
+        raise UnsupportedLayoutError(
+            f"layer {layer.name!r}: the experts ({type(container).__name__}) are laid out as {layer.layout!r}; packed "
+            "experts can take the place of fused 3-D parameters and of modules, one an expert"
+        )
     targets = []
     names = {id(module): name for name, module in container.named_children()}
     for index, expert in enumerate(layer.expert_modules()):

@@ -1,0 +1,259 @@
+"""The module tree of a model without its wrappers: what discovery looks at, and how a weight is read from it.
+
+torch.compile, DDP, FSDP, DeepSpeed, activation checkpointing and PEFT put modules around modules and parameters behind
+parameters. `module_tree` looks through all of them, so that names and shapes are those of the plain model, and each
+`Weight` gives the values that the forward pass uses: a whole tensor, with adapters added, or an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPER_NAMES = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_WRAPPERS)})\.")
+
+
+class MoELayerError(ValueError):
+    """The model has no Mixture-of-Experts layer, or one that cannot be described or read without guessing."""
+
+
+def clean_name(name: str) -> str:
+    """Removes the wrappers of torch.compile, DDP, FSDP, activation checkpointing and PEFT from a parameter's name."""
+    name = name.removeprefix("base_model.model.")
+    while (cleaned := _WRAPPER_NAMES.sub("", name)) != name:
+        name = cleaned
+    name = re.sub(r"modules_to_save\.[^.]+\.|base_layer\.", "", name)
+    return re.sub(r"parametrizations\.(\w+)\.original\d*$", r"\1", name)
+
+
+@dataclass(eq=False)
+class Weight:
+    """A parameter by its place in the tree.
+
+    Attributes:
+        name: Clean name, e.g. ``model.layers.0.mlp.gate.weight``.
+        shape: The whole tensor's shape, also where a rank holds a part of it.
+        dtype: As the model holds it.
+        unit: The FSDP1 module that holds it sharded, if there is one.
+        gathers: Whether reading it takes `whole`, a collective: FSDP1 or DeepSpeed ZeRO-3.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    unit: FullyShardedDataParallel | None = None
+    gathers: bool = False
+    _module: Any = field(default=None, repr=False)
+    _key: str = field(default="", repr=False)
+    _adapters: tuple[nn.Module, ...] = field(default=(), repr=False)  # innermost first
+    _open: bool = field(default=False, repr=False)  # inside of `whole`
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether it is a weight at all; packed codes are not."""
+        return self.dtype.is_floating_point
+
+    def parameter(self) -> Tensor:
+        """The parameter itself, without adapters, as this rank holds it."""
+        own = self._module._parameters.get(self._key)  # skips nn.Module.__getattr__: called often
+        return getattr(self._module, self._key) if own is None else own
+
+    def read(self) -> Tensor:
+        """The values that the forward pass uses, of `shape`; a DTensor under FSDP2, with the whole shape.
+
+        Raises:
+            MoELayerError: The tensor here is a shard, or an adapter whose effect on the weight is not known.
+        """
+        value = self.parameter()
+        if value.shape != self.shape or (self.unit is not None and not self._open):
+            raise MoELayerError(
+                f"{self.name!r} has shape {tuple(value.shape)} on this rank, expected {self.shape}: it is a shard "
+                "(FSDP1, DeepSpeed ZeRO-3), whose values would be wrong. Read it inside of MoELayer.whole()"
+            )
+        for adapter in self._adapters:
+            value = _with_adapter(adapter, value, self.name)
+        return value
+
+
+def _with_adapter(adapter: Any, base: Tensor, name: str) -> Tensor:
+    """``base`` plus what the active adapters of a PEFT layer add to it, as ``merge_and_unload`` would."""
+    if adapter.merged or adapter.disable_adapters:
+        return base
+    active = [one for one in adapter.active_adapters if one in adapter._get_available_adapters()]
+    variants = getattr(adapter, "use_dora", {})
+    if not hasattr(adapter, "get_delta_weight") or any(variants.get(one) for one in active):
+        kind = type(adapter).__name__
+        raise MoELayerError(
+            f"{name!r} is trained through a PEFT {kind} that does not simply add to the weight (DoRA, IA3, ...): its "
+            "norm is not known. Leave it out of target_modules, train it with modules_to_save, or use plain LoRA"
+        )
+    with torch.no_grad():
+        for one in active:
+            delta = adapter.get_delta_weight(one)
+            base = base + delta.to(base.dtype).reshape(base.shape)
+    return base
+
+
+@dataclass(eq=False)
+class Node:
+    """A module by its place in the tree.
+
+    Attributes:
+        path: Clean path, empty for the root.
+        module: The module itself, inside of all wrappers.
+        weights: Own parameters by name.
+        children: Own children by name; those without parameters included.
+    """
+
+    path: str
+    module: nn.Module
+    weights: dict[str, Weight] = field(default_factory=dict)
+    children: dict[str, Node] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition(".")[2]
+
+    def nodes(self) -> Iterator[Node]:
+        """This node and all below, in module order; a module that occurs twice comes twice."""
+        yield self
+        for child in self.children.values():
+            yield from child.nodes()
+
+    def named_weights(self) -> Iterator[tuple[str, Weight]]:
+        """All weights from here down, by their name relative to this node."""
+        start = len(self.path) + 1 if self.path else 0
+        for node in self.nodes():
+            for weight in node.weights.values():
+                yield weight.name[start:], weight
+
+    def get(self, path: str) -> Node:
+        """The node at a path relative to this one."""
+        node = self
+        for part in path.split(".") if path else []:
+            node = node.children[part]
+        return node
+
+
+def module_tree(model: nn.Module) -> Node:
+    """The tree of a model, or of the one transformers model inside of it; names are relative to that.
+
+    Under FSDP1 this is a collective: one unit after the other is gathered for a moment to see its shapes.
+    """
+    return _node("", root_model(model), _sharded_shapes(model))
+
+
+def root_model(module: nn.Module) -> nn.Module:
+    """The transformers model inside a LightningModule or a wrapper, or the module itself if it holds none or several.
+
+    Layer names are relative to it, so that a plan made in training fits the checkpoint saved afterwards.
+    """
+    outermost: list[PreTrainedModel] = []
+
+    def search(part: nn.Module) -> None:
+        if isinstance(part, PreTrainedModel):
+            outermost.append(part)
+        else:
+            for child in part.children():
+                search(child)
+
+    search(module)
+    return outermost[0] if len(outermost) == 1 else module
+
+
+_Shapes = dict[int, dict[str, tuple[FullyShardedDataParallel, tuple[int, ...], torch.dtype]]]
+
+
+def _sharded_shapes(model: nn.Module) -> _Shapes:
+    """What FSDP1 hides: ``id of module -> name -> (unit, shape, dtype)``; empty for every other model."""
+    shapes: _Shapes = {}
+    for unit in FullyShardedDataParallel.fsdp_modules(model):  # outer units first, so that inner ones overwrite
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+            for module in unit.modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    shapes.setdefault(id(module), {})[name] = (unit, tuple(parameter.shape), parameter.dtype)
+    return shapes
+
+
+def _node(path: str, module: nn.Module, sharded: _Shapes) -> Node:
+    module, adapters = _unwrapped(module)
+    prefix = f"{path}." if path else ""
+    node = Node(path, module)
+    hidden = sharded.get(id(module), {})
+    names = dict.fromkeys([*(n for n, p in module._parameters.items() if p is not None), *hidden])
+    if parametrize.is_parametrized(module):
+        names |= dict.fromkeys(module.parametrizations)  # type: ignore[arg-type]
+    for name in names:
+        if name == "_flat_param":
+            continue
+        if name in hidden:
+            unit, shape, dtype = hidden[name]
+        else:
+            parameter = getattr(module, name)
+            unit, shape, dtype = None, tuple(getattr(parameter, "ds_shape", parameter.shape)), parameter.dtype
+        gathers = unit is not None or hasattr(getattr(module, name), "ds_id")
+        added = tuple(adapter for adapter in adapters if getattr(adapter, "parameter_name", "weight") == name)
+        node.weights[name] = Weight(prefix + name, shape, dtype, unit, gathers, module, name, added)
+    for name, child in module.named_children():
+        if name != "parametrizations":
+            node.children[name] = _node(prefix + name, child, sharded)
+    return node
+
+
+def _unwrapped(module: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...]]:
+    """The module inside of all wrappers, and the PEFT layers that were around it, the innermost first."""
+    adapters: tuple[nn.Module, ...] = ()
+    while True:
+        children = dict(module.named_children())
+        wrapped = [name for name in _WRAPPERS if name in children]
+        if wrapped and len(children) == 1:
+            module = children[wrapped[0]]
+        elif hasattr(module, "peft_config") and "base_model" in children:  # PeftModel
+            module = children["base_model"]
+        elif hasattr(module, "targeted_module_names") and "model" in children:  # the tuner inside of it
+            module = children["model"]
+        elif "modules_to_save" in children and "original_module" in children:
+            wrapper: Any = module
+            copies = dict(children["modules_to_save"].named_children())
+            active = [] if wrapper.disable_adapters else [name for name in wrapper.active_adapters if name in copies]
+            module = copies[active[0]] if active else children["original_module"]
+        elif "base_layer" in children:
+            adapters = (module, *adapters)
+            module = children["base_layer"]
+        else:
+            return module, adapters
+
+
+@contextmanager
+def whole(weights: Iterable[Weight]) -> Iterator[None]:
+    """Gathers weights that FSDP1 or DeepSpeed ZeRO-3 has sharded, for reading; a collective, so on all ranks."""
+    weights = list(weights)
+    units = {id(w.unit): (w.unit, bool(w._adapters)) for w in weights if w.unit is not None}
+    owners = {id(module): module for w in weights for module in (w._module, *w._adapters)}
+    placeholders = {id(p): p for owner in owners.values() for p in owner.parameters() if hasattr(p, "ds_id")}
+    with ExitStack() as stack:
+        for unit, recurse in units.values():
+            summon = FullyShardedDataParallel.summon_full_params
+            stack.enter_context(summon(unit, recurse=recurse, writeback=False))
+        if placeholders:
+            from deepspeed.zero import GatheredParameters
+
+            stack.enter_context(GatheredParameters(list(placeholders.values()), modifier_rank=None))
+        for weight in weights:
+            weight._open = True
+        try:
+            yield
+        finally:
+            for weight in weights:
+                weight._open = False

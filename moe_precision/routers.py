@@ -1,0 +1,174 @@
+"""The rules that find the router of a list of experts in a module tree, and that say what its rows do not mean."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .experts import Experts, is_numbered
+from .module_tree import MoELayerError, Node, Weight
+
+_ROUTER_NAME = re.compile(r"(?:^|[._])(?:routers?|gate|gating|wg|classifier|switch|route)(?:$|[._])", re.IGNORECASE)
+_NOT_ROUTER = re.compile(
+    r"noise|shared|gate_proj|per_layer|forget|attn|attention|norm|embed|lora_|bias|original_module", re.IGNORECASE
+)
+_COSINE = re.compile(r"cosine|cos_sim|sim_matrix", re.IGNORECASE)
+_CONTAINERS = ("ModuleList", "ModuleDict")
+_MAX_CLIMB = 3  # how many parents above the experts may hold the router
+
+CAVEATS = {
+    "hash": "picks experts by token id; its rows only weigh the chosen ones, so that their change says nothing about "
+    "which expert has learned what",
+    "mlp": "is a network of several layers; the norms are of its last matrix, whose inputs are learned too",
+    "cosine": "looks like a cosine router, which divides by the norm of its rows: the norm does not act on the routing",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Router:
+    """A router and where it stands.
+
+    Attributes:
+        weight: ``(rows, d)``, row ``e`` belongs to expert ``e``.
+        root: The smallest node that holds router and experts.
+        caveat: A key of `CAVEATS` where the norm of a row is not what it is elsewhere, else empty.
+        transposed: The weight is ``(d, rows)``.
+    """
+
+    weight: Weight
+    root: Node
+    caveat: str
+    transposed: bool = False
+
+
+def find_router(tree: Node, experts: Experts, others: list[str], pattern: str | None = None) -> Router | str | None:
+    """Looks for the router around some experts, from their container itself outwards.
+
+    Args:
+        tree: The model's tree.
+        experts: The experts.
+        others: Paths of all containers of experts.
+        pattern: Regular expression searched in clean names; only matching weights are looked at, whatever their name.
+
+    Returns:
+        The router; a message if experts that are named as such have no clear router; None if an unnamed list is no
+        Mixture-of-Experts layer after all.
+    """
+    if pattern is not None:
+        return _by_pattern(tree, experts, pattern)
+    path, count = experts.path, experts.num_experts
+    if count == 0:
+        raise MoELayerError(f"the banks at {path!r} are flat: give router_pattern, whose rows tell how many experts")
+    parts = path.split(".") if path else []
+    best: dict[tuple, list[tuple[Weight, Node]]] = {}  # rank, the lowest is the best
+    for climb in range(min(_MAX_CLIMB, len(parts)) + 1):
+        root = tree.get(".".join(parts[: len(parts) - climb]))
+        if climb and type(root.module).__name__ in _CONTAINERS:
+            break
+        for name, weight in root.named_weights():
+            rank = _rank(name, weight.shape, count, experts.named and climb <= 1)
+            if rank is None or (rank[1] and not experts.named):
+                continue
+            if not _belongs_elsewhere(root.path, weight.name, path, others):
+                best.setdefault((*rank[:2], climb, *rank[2:]), []).append((weight, root))
+        if any(rank[0] == 0 for rank in best):
+            break  # a matrix that is called a router: no need to look further out
+    if not best:
+        message = f"experts at {path!r} have no router: no matrix with {count} rows near them"
+        return message if experts.named else None
+    winners = best[min(best)]
+    if len(winners) > 1:
+        names = ", ".join(weight.name for weight, _ in winners)
+        return f"experts at {path!r} have several possible routers: {names}; choose with router_pattern"
+    weight, root = winners[0]
+    return Router(weight, root, _caveat(tree, root, weight))
+
+
+def _by_pattern(tree: Node, experts: Experts, pattern: str) -> Router | str:
+    """The matching weight that shares the longest path with the experts."""
+    matching = [w for name, w in tree.named_weights() if re.search(pattern, name) and len(w.shape) == 2]
+    if not matching:
+        matrices = sorted((w.shape[0], name) for name, w in tree.named_weights() if len(w.shape) == 2)
+        some = ", ".join(name for _, name in matrices[:5])
+        raise MoELayerError(f"router_pattern={pattern!r} matches no matrix; the model has {some}, ...")
+    shared = [len(_common(weight.name.rpartition(".")[0], experts.path)) for weight in matching]
+    nearest = [weight for weight, length in zip(matching, shared, strict=True) if length == max(shared)]
+    if len(nearest) > 1:
+        names = ", ".join(weight.name for weight in nearest)
+        return f"experts at {experts.path!r} have several routers that match router_pattern: {names}"
+    (weight,) = nearest
+    rows, columns = weight.shape
+    count = experts.num_experts or rows
+    transposed = rows < count == columns or (rows != count == columns)
+    if rows < count and not transposed:
+        return f"router {weight.name!r} has shape {weight.shape}, expected a row for each of {count} experts"
+    root = tree.get(_common(weight.name.rpartition(".")[0], experts.path))
+    return Router(weight, root, _caveat(tree, root, weight), transposed)
+
+
+def _common(first: str, second: str) -> str:
+    shared = []
+    for one, other in zip(first.split("."), second.split("."), strict=False):
+        if one != other:
+            break
+        shared.append(one)
+    return ".".join(shared)
+
+
+def _rank(name: str, shape: tuple[int, ...], num_experts: int, near: bool) -> tuple[int, ...] | None:
+    """How well a weight would do as a router, lower is better; None if it cannot be one.
+
+    Beside experts that are named so (``near``), a matrix of any name will do; further out it must be called a router.
+    """
+    relative = name.removesuffix(".weight")
+    if len(shape) != 2 or shape[1] == 1 or _NOT_ROUTER.search(relative):
+        return None
+    router_like = bool(_ROUTER_NAME.search(relative))
+    extra = shape[0] - num_experts  # rows of shared or null experts
+    if extra and not (router_like and 0 < extra <= 2 * num_experts and shape[1] != num_experts):
+        return None
+    if not router_like and not near:
+        return None
+    return (0 if router_like else 1, int(extra > 0), extra, relative.count("."))
+
+
+def _belongs_elsewhere(root: str, name: str, path: str, containers: list[str]) -> bool:
+    """Whether a weight is that of an expert, or sits in a branch with other experts: it is their router then."""
+    if name.startswith(path + ".") or not path:
+        inside = name.removeprefix(path).lstrip(".").split(".")[0]
+        return is_numbered(inside)
+    relative = name.removeprefix(root).lstrip(".").split(".")[0]
+    branch = f"{root}.{relative}" if root else relative
+    return any(f"{other}.".startswith(f"{branch}.") for other in containers if other != path)
+
+
+def _caveat(tree: Node, root: Node, weight: Weight) -> str:
+    """What kind of router this is, if it is none whose rows alone give the logits."""
+    owner = tree.get(weight.name.rpartition(".")[0])
+    if hasattr(owner.module, "tid2eid"):
+        return "hash"
+    inner = weight.name.removeprefix(root.path).lstrip(".")
+    if _COSINE.search(f"{inner} {type(owner.module).__name__}"):
+        return "cosine"
+    top = root.children.get(inner.split(".")[0])  # the router's module, if it is one of its own
+    if top is not None and inner.count(".") > 1 and top.path != owner.path:
+        feeding = [w for _, w in top.named_weights() if w is not weight and len(w.shape) == 2]
+        if any(w.shape[0] == weight.shape[1] and not _NOT_ROUTER.search(w.name) for w in feeding):
+            return "mlp"
+    return ""
+
+
+def product_keys(tree: Node) -> list[str]:
+    """Layers whose experts are rows of embeddings, chosen by pairs of keys (doge): no row belongs to one expert."""
+    found = []
+    for node in tree.nodes():
+        tables = [child for child in node.children.values() if type(child.module).__name__ == "Embedding"]
+        sizes = [table.weights["weight"].shape[0] for table in tables if "weight" in table.weights]
+        for name, child in node.children.items():
+            rows = child.weights["weight"].shape[0] if "weight" in child.weights else 0
+            if _ROUTER_NAME.search(name) and len(sizes) == 2 and sizes[0] == sizes[1] >= (rows // 2) ** 2 > 1:
+                found.append(
+                    f"{child.path!r} is a product-key router: {sizes[0]} experts are pairs of its {rows} rows, so that "
+                    "no expert has a norm of its own, and no plan can be made"
+                )
+    return found

@@ -1,0 +1,235 @@
+"""A tiny model of every Mixture-of-Experts config type of the installed transformers, built from its config alone.
+
+``python -m tests.model_zoo > docs/models.md`` builds all of them and prints the table of what was found.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+import warnings
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from tqdm import tqdm
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moe_precision import MoELayerError, PlanError, UnsupportedLayoutError, allocate, find_moe_layers
+from moe_precision.quantize.replace import find_targets
+
+EXPERTS = 8
+_COUNT = re.compile(r"^(?:n_routed|num_local|num|moe_num)_experts$")
+_AUTO = (AutoModelForSeq2SeqLM, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModel)
+
+SIZES: dict[str, Any] = {  # whatever config has the key gets the value
+    **dict.fromkeys(("hidden_size", "d_model"), 64),
+    **dict.fromkeys(("intermediate_size", "d_ff", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim"), 128),
+    **dict.fromkeys(("moe_intermediate_size", "expert_intermediate_size", "expert_ffn_hidden_size"), 32),
+    **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "num_decoder_layers"), 4),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 4),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "n_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("head_dim", "d_kv", "kv_channels", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
+    **dict.fromkeys(("num_experts_per_tok", "n_group", "num_key_value_heads", "depth"), 2),
+    **dict.fromkeys(("topk_group", "first_k_dense_replace", "bos_token_id"), 1),
+    "vocab_size": 256,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "zero_expert_num": 4,
+}
+_TEXT_WIDTH = dict.fromkeys(("text_hidden_size", "out_hidden_size", "adapter_input_size", "adapter_output_size"), 64)
+OVERRIDES: dict[str, dict[str, Any]] = {  # model_type of a config or sub-config -> what SIZES does not get right
+    "dbrx": {"attn_config": {"rope_theta": 10000.0}, "n_layers": 2},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    "diffusion_gemma_text": {"num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "doge": {"is_moe": True, "num_experts": 64},
+    "dots3_note_audio_encoder": _TEXT_WIDTH,
+    "dots1": {"n_routed_experts": EXPERTS, "moe_intermediate_size": 32, "n_shared_experts": 1},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note_vision_encoder": {  # another number of experts in each layer
+        "pyramid_num_routed": [-1, -1, 4, 8],
+        "mlp_layer_types": None,
+        "adapter_in_dim": 64,
+        "adapter_out_dim": 64,
+    },
+    "ernie4_5_vl_moe_text": {"hidden_size": 512, "moe_intermediate_size": [32, 16], "moe_k": 2},
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "num_experts": EXPERTS,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    },
+    "glm5_next_text": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "head_dim": 0},
+    "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2},
+    "inkling2_vision": _TEXT_WIDTH,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
+    "muse_spark_audio": _TEXT_WIDTH,
+    "muse_spark_vision": _TEXT_WIDTH,
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
+    "nemotron3_diarization_head": {"audio_hidden_size": 64},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "vitpose_backbone": {"part_features": 16},
+    "qwen3_omni_moe": {"talker_config": {"spatial_merge_size": 2}},
+    "qwen4_exp_text": {
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 16,
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+def config_types() -> list[str]:
+    """Every registered type that can have experts: its config, or one inside of it, has a number of experts."""
+    return [name for name in sorted(CONFIG_MAPPING) if _can_have_experts(_default(CONFIG_MAPPING[name]))]
+
+
+def _default(config_class: type[PreTrainedConfig]) -> PreTrainedConfig | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return config_class()
+        except Exception:  # a few types have no default: wrappers that must be given their parts
+            return None
+
+
+def _can_have_experts(config: PreTrainedConfig | None) -> bool:
+    return config is not None and any(
+        _can_have_experts(value) if isinstance(value, PreTrainedConfig) else bool(_COUNT.match(key))
+        for key, value in vars(config).items()
+    )
+
+
+def _small(config: PreTrainedConfig) -> dict[str, Any]:
+    sizes = {**SIZES, **OVERRIDES.get(config.model_type, {})}
+    kwargs = dict(OVERRIDES.get(config.model_type, {}))
+    for key, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            kwargs[key] = {**_small(value), **kwargs.get(key, {})}
+        elif key in kwargs:
+            continue
+        elif _COUNT.match(key) and value is not None:
+            kwargs[key] = EXPERTS
+        elif key in sizes and (isinstance(value, int) or key in ("head_dim",)):
+            kwargs[key] = sizes[key]
+    return kwargs
+
+
+def build_tiny(model_type: str, device: str = "cpu") -> PreTrainedModel:
+    """A model of a few MB with seeded random weights."""
+    config_class = CONFIG_MAPPING[model_type]
+    with torch.device(device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = config_class(**_small(config_class()))
+        torch.manual_seed(0)
+        for auto in _AUTO:
+            if type(config) in auto._model_mapping:
+                return auto.from_config(config)
+        return _class_of(config)._from_config(config)
+
+
+def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The largest model of a config that has no auto class: the text tower of a multimodal model, for example."""
+    module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
+    classes = [
+        one
+        for one in vars(module).values()
+        if inspect.isclass(one) and issubclass(one, PreTrainedModel) and one.config_class is type(config)
+    ]
+    concrete = [one for one in classes if not one.__name__.endswith("PreTrainedModel")]
+    return max(concrete, key=lambda one: "For" in one.__name__)
+
+
+def routers_by_class(model: nn.Module) -> list[nn.Parameter]:
+    """Routers by the names of transformers' own classes: an account that owes nothing to `find_moe_layers`."""
+    found = {}
+    for module in model.modules():
+        if re.search(r"(?:Router|Gate|Gating|RouterMLP)$", type(module).__name__):
+            matrices = [p for p in module.parameters() if p.ndim == 2 and EXPERTS // 2 <= p.shape[0] <= 2 * EXPERTS]
+            found |= {id(parameter): parameter for parameter in matrices[-1:]}
+    return list(found.values())
+
+
+def describe(model_type: str) -> list[str]:
+    """One row of docs/models.md."""
+    try:
+        model = build_tiny(model_type)
+    except Exception as error:
+        return [model_type, f"not built: {type(error).__name__}", "", "", "", ""]
+    expected = len(routers_by_class(model))
+    try:
+        layers = find_moe_layers(model)
+    except MoELayerError as error:
+        reason = re.split(r"[;:]", str(error).replace("'model.layers.0.mlp.router_gate'", "it"))[0]
+        return [model_type, f"0 of {expected}", "", reason, "", ""]
+    kinds = {}
+    for layer in layers:
+        inner = layer.router.removeprefix(layer.name).lstrip(".")
+        rows = layer.router_is.shape[0]
+        experts = layer.experts.removeprefix(layer.name).lstrip(".") or "(the layer)"
+        extra = f" ({rows - layer.num_experts} more rows)" if rows > layer.num_experts else ""
+        kinds[f"`{inner}`{extra}"] = (
+            f"`{experts}`, {layer.layout}{', transposed' if layer.transposed else ''}: " + ", ".join(layer.projections),
+            layer.caveat,
+        )
+    experts = dict.fromkeys(text for text, _ in kinds.values())
+    caveats = dict.fromkeys(caveat for _, caveat in kinds.values() if caveat)
+    found = f"{len(layers)} of {expected}"
+    return [model_type, found, ", ".join(kinds), "; ".join(experts), ", ".join(caveats), _packs(model)]
+
+
+def _packs(model: PreTrainedModel) -> str:
+    try:
+        find_targets(model, allocate(model, method="uniform", average_bits=4, bits=(4,), group_size=8), None)
+    except (UnsupportedLayoutError, PlanError) as error:
+        return "no" if isinstance(error, UnsupportedLayoutError) else f"no: {error}"
+    return "yes"
+
+
+def main() -> None:
+    """Prints docs/models.md."""
+    print(_HEAD.format(version=transformers.__version__))
+    print("| config type | layers | router | experts | router is | packs |\n|---|---|---|---|---|---|")
+    for model_type in tqdm(config_types(), unit="model", file=sys.stderr):
+        print("| " + " | ".join(describe(model_type)) + " |", flush=True)
+
+
+_HEAD = """# Models
+
+Every config type of transformers {version} that can have experts, as a tiny model with {{experts}} experts.
+`python -m tests.model_zoo > docs/models.md` builds all of them and prints this page.
+
+- *layers*: MoE layers that `find_moe_layers` finds, of the routers that transformers' class names show.
+- *router*: its weight, below the layer; rows that are no routed expert's come last and are left out.
+- *experts*: where they are, how they are held, and the matrices of one expert. `fused`: slices of 3-D parameters;
+  `flat`: blocks of rows of 2-D ones; `modules`: a module an expert. *transposed*: `(in, out)`.
+- *router is*: empty for one matrix whose row `e` gives expert `e`'s logit. `hash`: experts are picked by token id, and
+  the rows only weigh them. `mlp`: the last matrix of a network. The norms are recorded; callback and plan say so.
+- *packs*: the quantize step takes these experts; where not, it refuses them by name. That the packed model's logits are
+  right is tested for the families in tests/test_quantize.py.
+
+A router whose row is not all of its logit (a bias an expert in gpt_oss, a scale an expert in gemma4, correction terms
+in the DeepSeek-V3 line) is recorded by its row alone, as the method's paper does. Layouts that structure cannot tell
+are named with `router_pattern` and `expert_pattern` ([recording.md](recording.md)).
+""".replace("{{experts}}", str(EXPERTS))
+
+
+if __name__ == "__main__":
+    main()
