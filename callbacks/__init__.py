@@ -1,6 +1,7 @@
-"""Lightning callbacks, one a file."""
+"""Callbacks for Lightning and for transformers' Trainer, one a file."""
 
 from .router_norm_monitor import RouterNormMonitor
+from .router_norm_trainer_callback import RouterNormTrainerCallback
 from .save_pretrained import SavePretrained
 
-__all__ = ["RouterNormMonitor", "SavePretrained"]
+__all__ = ["RouterNormMonitor", "RouterNormTrainerCallback", "SavePretrained"]

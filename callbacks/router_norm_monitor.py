@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_warn
 
-from moe_precision.allocation import AllocationError, allocate, levels_of
+from moe_precision.callbacks.plan_recorder import PlanRecorder
 from moe_precision.callbacks.wandb_media import log_to_wandb
-from moe_precision.files import check_writable
-from moe_precision.moe_layers import MoELayer, find_moe_layers, root_model
-from moe_precision.plan import PrecisionPlan, check_group_size, model_type_of
-from moe_precision.router_norms import HistoryError, RouterNormHistory, router_norms
+from moe_precision.plan import PrecisionPlan
+from moe_precision.router_norms import RouterNormHistory
 
 
 class RouterNormMonitor(Callback):
@@ -44,6 +41,11 @@ class RouterNormMonitor(Callback):
         export_to: Path of the plan, relative to the Trainer's ``default_root_dir``. The recorded norms are written
             beside it: ``precision_plan.history.safetensors``. It also names the callback's state in checkpoints: keep
             it when you resume.
+        log_experts: Log a curve for each expert, not only the aggregates; None does up to 4,096 experts. The plan and
+            the history have all of them in any case.
+        router_pattern: Regular expression that names the routers' weights, for models whose routers structure does
+            not tell; see `find_moe_layers`.
+        expert_pattern: The same for the experts' weights.
 
     Attributes:
         history: The recorded norms.
@@ -52,7 +54,8 @@ class RouterNormMonitor(Callback):
     Raises:
         ValueError: At construction if method, levels and average do not go together; when training starts if the model
             has no experts or the group size does not divide.
-        OSError: In ``setup``, if ``export_to`` cannot be written.
+        OSError: In ``setup``, if ``export_to`` cannot be written; in ``on_fit_end``, if it could not be written after
+            all (a full disk), when all other callbacks have done their work.
 
     Example:
         >>> monitor = RouterNormMonitor(average_bits=2.5, bits=(2, 3), export_to="precision_plan.json")
@@ -67,18 +70,25 @@ class RouterNormMonitor(Callback):
         group_size: int = 128,
         every_n_steps: int | None = None,
         export_to: str = "precision_plan.json",
+        log_experts: bool | None = None,
+        router_pattern: str | None = None,
+        expert_pattern: str | None = None,
     ) -> None:
-        levels_of(method, average_bits, bits)
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1 or None, got {every_n_steps}")
-        if Path(export_to).suffix != ".json":
-            raise ValueError(f"export_to must end in .json, got {export_to!r}")
-        self.average_bits, self.bits, self.method = average_bits, tuple(bits), method
-        self.group_size, self.every_n_steps, self.export_to = group_size, every_n_steps, export_to
-        self.history = RouterNormHistory()
-        self.plan: PrecisionPlan | None = None
-        self._layers: list[MoELayer] = []
-        self._path: Path | None = None  # None: nothing is written (fast_dev_run)
+        patterns = {"router_pattern": router_pattern, "expert_pattern": expert_pattern}
+        self.export_to = export_to
+        self._recorder = PlanRecorder(
+            type(self).__name__, average_bits, bits, method, group_size, every_n_steps, export_to, log_experts, patterns
+        )
+
+    @property
+    def history(self) -> RouterNormHistory:
+        """The recorded norms."""
+        return self._recorder.history
+
+    @property
+    def plan(self) -> PrecisionPlan | None:
+        """The plan, once training has ended."""
+        return self._recorder.plan
 
     @property
     def state_key(self) -> str:
@@ -87,12 +97,9 @@ class RouterNormMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._path, self._layers, self.plan = None, [], None
-        if trainer.global_step == 0:  # a checkpoint is restored after setup; what another fit recorded does not count
-            self.history = RouterNormHistory()
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._path = Path(trainer.default_root_dir, self.export_to)
-            check_writable(self._path)
+        # A checkpoint is restored after setup, and nothing is written in a fast_dev_run.
+        folder = None if trainer.fast_dev_run else trainer.default_root_dir  # type: ignore[attr-defined]
+        self._recorder.prepare(folder, anew=trainer.global_step == 0)
         later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
         for callback in later:
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
@@ -102,74 +109,36 @@ class RouterNormMonitor(Callback):
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        model = root_model(pl_module)
-        self._layers = find_moe_layers(model)
-        fresh = RouterNormHistory.of(self._layers, model_type_of(model))
-        for name, layer in fresh.layers.items():
-            check_group_size(self.group_size, name, layer.projections)
-        experts = sum(layer.num_experts for layer in self._layers)
-        rank_zero_info(f"RouterNormMonitor: {len(self._layers)} MoE layers with {experts} experts")
-        if self.history.steps:
-            if self.history.layers != fresh.layers:
-                raise HistoryError(
-                    f"the checkpoint's router norms are of layers {list(self.history.layers)}, this model has "
-                    f"{list(fresh.layers)}, or their shapes differ"
-                )
-        else:
-            self.history = fresh
-            if trainer.global_step > 0:
-                rank_zero_warn(
-                    f"RouterNormMonitor: training resumes at step {trainer.global_step} from a checkpoint without "
-                    f"router norms for export_to={self.export_to!r}. The change is measured from here, not from the "
-                    "start of training."
-                )
-        self._record(trainer)
+        # strategy.model: FSDP1's root unit is around the LightningModule
+        self._recorder.start(trainer.strategy.model or pl_module, trainer.global_step)
+        self._log(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        # Crossing a multiple, not hitting it: with two optimizers global_step rises by two a batch.
-        if every and trainer.global_step // every > self.history.steps[-1] // every:
-            self._record(trainer)
+        if self._recorder.due(trainer.global_step, trainer.log_every_n_steps):  # type: ignore[attr-defined]
+            self._recorder.record(trainer.global_step)
+            self._log(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._record(trainer)
-        if len(self.history.steps) < 2:
-            rank_zero_warn("RouterNormMonitor: no plan is written, because no optimizer step was taken.")
-            return
-        writes = trainer.is_global_zero and self._path is not None
-        if writes:
-            self.history.save(self._history_path)  # whatever happens below, the record is kept
-        self.history.measure_variance(self._layers)
-        try:
-            self.plan = allocate(
-                history=self.history,
-                method=self.method,
-                average_bits=self.average_bits,
-                bits=self.bits,
-                group_size=self.group_size,
-            )
-        except AllocationError as error:  # of norms that are not finite; other callbacks still have to save the model
-            rank_zero_warn(f"RouterNormMonitor: no plan is written: {error}")
-            return
-        if writes:
-            assert self._path is not None
-            self.history.save(self._history_path)
-            self.plan.save(self._path)
-            rank_zero_info(f"RouterNormMonitor: wrote {self._path} ({self.plan.average_bits:.3g} bits on average)")
+        if self._recorder.record(trainer.global_step):
+            self._log(trainer)
+        plan = self._recorder.finish(trainer.global_step, writes=trainer.is_global_zero)
+        if plan is not None:
+            assert self._recorder.path is not None
             for logger in trainer.loggers:
-                log_to_wandb(logger, self.history, self.plan, self._path)
+                log_to_wandb(logger, self.history, plan, self._recorder.path)
         trainer.strategy.barrier("RouterNormMonitor.on_train_end")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._layers:  # on_train_start was never called
+        if not self._recorder.layers:  # on_train_start was never called
             rank_zero_warn("RouterNormMonitor: no plan is written, because training took no step (max_steps=0?).")
+        self._recorder.raise_write_error()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # No collective here: one rank may have failed alone. What was recorded is kept.
-        if trainer.is_global_zero and self._path is not None and self.history.steps:
-            self.history.save(self._history_path)
+        if trainer.is_global_zero:
+            self._recorder.save_history()
 
     def state_dict(self) -> dict[str, Any]:
         return self.history.state_dict()
@@ -177,18 +146,8 @@ class RouterNormMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history.load_state_dict(state_dict)
 
-    @property
-    def _history_path(self) -> Path:
-        assert self._path is not None
-        return self._path.with_suffix(".history.safetensors")
-
-    def _record(self, trainer: Trainer) -> None:
-        """Reads all norms, on all ranks (a collective under FSDP2), and logs them."""
-        step = trainer.global_step
-        if self.history.steps and step <= self.history.steps[-1]:
-            return
-        self.history.record(step, router_norms(self._layers))
-        if trainer.loggers and trainer.is_global_zero:
-            metrics = self.history.metrics()
+    def _log(self, trainer: Trainer) -> None:
+        if trainer.loggers and trainer.is_global_zero and self.history.steps[-1] == trainer.global_step:
+            metrics = self._recorder.metrics()
             for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=step)
+                logger.log_metrics(metrics, step=trainer.global_step)

@@ -19,11 +19,14 @@ def log_to_wandb(logger: Logger, history: RouterNormHistory, plan: PrecisionPlan
 
     The class is compared by name, because ``lightning.pytorch`` and ``pytorch_lightning`` each have their own.
     """
-    if type(logger).__name__ != "WandbLogger":
-        return
+    if type(logger).__name__ == "WandbLogger":
+        log_to_run(logger.experiment, history, plan, path)  # type: ignore[attr-defined]
+
+
+def log_to_run(run: Any, history: RouterNormHistory, plan: PrecisionPlan, path: Path) -> None:
+    """Logs charts and the plan's artifact to a wandb run."""
     import wandb
 
-    run: Any = logger.experiment  # type: ignore[attr-defined]
     stride = -(-len(history.steps) // _MAX_POINTS)
     kept = sorted({*range(0, len(history.steps), stride), len(history.steps) - 1})
     steps = [history.steps[i] for i in kept]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .moe_layers import find_moe_layers
+from .moe_layers import CAVEATS, find_moe_layers, root_model
 from .plan import LayerPlan, PrecisionPlan, check_group_size, check_widths, model_type_of
 from .router_norms import HistoryError, RouterNormHistory, router_norms
 
@@ -183,6 +183,8 @@ def allocate(
     bits: Sequence[int] = (2, 3),
     group_size: int = 128,
     seed: int = 0,
+    router_pattern: str | None = None,
+    expert_pattern: str | None = None,
 ) -> PrecisionPlan:
     """Makes a precision plan: a width for each expert, layer by layer, with the same counts in every layer.
 
@@ -196,9 +198,11 @@ def allocate(
         bits: The levels to choose from.
         group_size: Weights that share a scale and an offset, along the input dimension.
         seed: For ``method="random"``.
+        router_pattern: As in `find_moe_layers`, where ``model`` needs it; a history brings its own.
+        expert_pattern: The same for the experts.
 
     Raises:
-        AllocationError: Levels, average or method are out of range.
+        AllocationError: Levels, average or method are out of range, or a norm is not finite.
         PlanError: The group size does not divide an expert's input width.
         HistoryError: The history is empty or of another model.
         MoELayerError: The model has no Mixture-of-Experts layer.
@@ -209,7 +213,9 @@ def allocate(
     if history is not None and not history.steps:
         raise HistoryError("the history holds no record")
     if model is not None:
-        final = _measured(model)
+        given = {"router_pattern": router_pattern, "expert_pattern": expert_pattern}
+        patterns = {key: pattern for key, pattern in given.items() if pattern is not None}
+        final = _measured(model, patterns or (history.patterns if history is not None else {}))
         if history is not None and history.layers != final.layers:
             raise HistoryError(
                 f"the history is of another model: it has layers {list(history.layers)}, "
@@ -222,20 +228,21 @@ def allocate(
     else:
         final = history
 
+    broken = final.not_finite() or (history.not_finite() if history is not None else None)
+    if broken:
+        raise AllocationError(f"{broken}: the weights are damaged or training has diverged, no plan can be made")
+
     generator = torch.Generator().manual_seed(seed)
     first_norms = None if history is None else history.first
     plans: dict[str, LayerPlan] = {}
-    unmoved = []
     for name, shape in final.layers.items():
         check_group_size(group_size, name, shape.projections)
         last, variance = final.last[name], final.max_variance.get(name)
         norm = last if first_norms is None else last - first_norms[name]
-        if first_norms is not None and not norm.any():
-            unmoved.append(name)
         try:
             order = METHODS[method](LayerSignals(norm, variance), generator)
         except AllocationError as error:
-            raise AllocationError(f"layer {name!r}: {error}; has training diverged?") from error
+            raise AllocationError(f"layer {name!r}: {error}") from error
         widths = bits_from_order(order, average_bits, levels)
         signals = {"final_router_norm" if first_norms is None else "router_norm_change": _readable(norm)}
         if variance is not None:
@@ -248,18 +255,12 @@ def allocate(
             router_norms=router_norms_of | {"last": _readable(last)},
             signals=signals,
         )
-    settings: dict[str, Any] = {"average_bits": average_bits, "bits": levels}
+    settings: dict[str, Any] = {"average_bits": average_bits, "bits": levels, **final.patterns}
     if method in ("router_norm", "reversed"):
         settings["zeta"] = ZETA
+        settings |= _reservations(final, history)
     if method == "random":
         settings["seed"] = seed
-    if unmoved:
-        settings["layers_without_change"] = unmoved
-        warnings.warn(
-            f"the routers of {len(unmoved)} layers did not change at all, the first is {unmoved[0]!r}: are they frozen "
-            "or trained through an adapter? Their experts are ranked by variance and index alone; the plan says so.",
-            stacklevel=2,
-        )
     return PrecisionPlan(
         model_type=final.model_type,
         layers=plans,
@@ -272,10 +273,66 @@ def allocate(
     )
 
 
-def _measured(model: nn.Module) -> RouterNormHistory:
+def _reservations(final: RouterNormHistory, history: RouterNormHistory | None) -> dict[str, Any]:
+    """What an order by router norms rests on that a reader of the plan must know; each is warned of, too."""
+    found: dict[str, Any] = {}
+
+    def say(key: str, value: Any, text: str) -> None:
+        found[key] = value
+        warnings.warn(text + "; the plan says so", stacklevel=4)
+
+    if history is None:
+        spreads = sorted(float((n.max() - n.min()) / n.mean().clamp(min=1e-30)) for n in final.last.values())
+        spread = {"median": _rounded(spreads[len(spreads) // 2]), "largest": _rounded(spreads[-1])}
+        say(
+            "assumes_equal_initial_norms",
+            {"spread_of_final_norms": spread},
+            "no baseline is known: experts are ranked by their final router norm, as if all norms of a layer had been "
+            f"equal before training. Within a layer the final norms spread over {spread['median']:.1%} of their mean "
+            f"(median layer) to {spread['largest']:.1%} (largest)",
+        )
+    else:
+        unmoved = [name for name, norms in final.last.items() if torch.equal(norms, history.first[name])]
+        if unmoved:
+            say(
+                "layers_without_change",
+                unmoved,
+                f"the routers of {len(unmoved)} layers did not change at all, the first is {unmoved[0]!r}: are they "
+                "frozen? Their experts are ranked by variance and index alone",
+            )
+    if not final.max_variance:
+        say(
+            "max_variance",
+            "not measured",
+            "the maximum intra-neuron variances are not known (training ended before they were measured): experts are "
+            "ranked by the change of router norm alone. Give the checkpoint too to have them measured",
+        )
+    if final.caveats:
+        say(
+            "router_caveats",
+            dict(final.caveats),
+            f"{caveat_text(final.caveats)}; their experts are ranked all the same",
+        )
+    return found
+
+
+def caveat_text(caveats: dict[str, str]) -> str:
+    """One sentence a kind of router whose norm is not what it is elsewhere."""
+    kinds = dict.fromkeys(caveats.values())
+    of_kind = {kind: [name for name, one in caveats.items() if one == kind] for kind in kinds}
+    return "; ".join(
+        f"the router of {len(names)} layers ({names[0]!r}, ...) {CAVEATS[kind]}" for kind, names in of_kind.items()
+    )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _measured(model: nn.Module, patterns: dict[str, Any]) -> RouterNormHistory:
     """The model's norms and variances as they are now."""
-    layers = find_moe_layers(model)
-    final = RouterNormHistory.of(layers, model_type_of(model))
+    layers = find_moe_layers(model, **patterns)
+    final = RouterNormHistory.of(layers, model_type_of(root_model(model)), patterns)
     final.record(0, router_norms(layers))
     final.measure_variance(layers)
     return final

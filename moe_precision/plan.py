@@ -155,6 +155,11 @@ class PrecisionPlan:
                 weights += out * inp * len(widths)
         return total / weights
 
+    @property
+    def patterns(self) -> dict[str, Any]:
+        """``router_pattern`` and ``expert_pattern`` that the layers were found with, for `find_moe_layers`."""
+        return {key: self.settings[key] for key in ("router_pattern", "expert_pattern") if key in self.settings}
+
     def without_signals(self) -> PrecisionPlan:
         """The widths alone: what a quantized model's config.json has to hold."""
         return replace(self, layers={n: LayerPlan(p.shape, p.projection_bits) for n, p in self.layers.items()})
@@ -166,7 +171,7 @@ class PrecisionPlan:
             PlanError: Another model type, a layer that is missing on either side, or another shape.
             MoELayerError: The model has no Mixture-of-Experts layer.
         """
-        found = {layer.name: layer.shape for layer in find_moe_layers(model)}
+        found = {layer.name: layer.shape for layer in find_moe_layers(model, **self.patterns)}
         self.check_layers(found, model_type_of(model))
 
     def check_layers(self, found: dict[str, LayerShape], model_type: str) -> None:

@@ -5,7 +5,9 @@ Pure PyTorch: no trainer, no logger. Norms are float32 whatever the training dty
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 from itertools import groupby
 from typing import Any
@@ -106,19 +108,26 @@ class RouterNormHistory:
         layers: Layer name -> `LayerShape`, in module order.
         steps: Optimizer step of each record, rising; ``steps[0]`` is the baseline's.
         max_variance: Layer name -> ``(E,)`` float32 at the last record, or empty if never measured.
+        caveats: Layer name -> key of `moe_layers.CAVEATS`, for routers whose norm is not what it is elsewhere.
+        patterns: ``router_pattern`` and ``expert_pattern`` that the layers were found with, if any.
     """
 
     def __init__(self, layers: dict[str, LayerShape] | None = None, model_type: str = "") -> None:
         self.model_type = model_type
         self.layers = layers or {}
+        self.caveats: dict[str, str] = {}
+        self.patterns: dict[str, str] = {}
         self.steps: list[int] = []
         self.max_variance: dict[str, Tensor] = {}
         self._records: list[Tensor] = []  # each (sum of num_experts,) float32 on CPU
 
     @classmethod
-    def of(cls, layers: list[MoELayer], model_type: str) -> RouterNormHistory:
-        """An empty history for the layers of one model."""
-        return cls({layer.name: layer.shape for layer in layers}, model_type)
+    def of(cls, layers: list[MoELayer], model_type: str, patterns: dict[str, str] | None = None) -> RouterNormHistory:
+        """An empty history for the layers of one model, and the patterns that they were found with."""
+        history = cls({layer.name: layer.shape for layer in layers}, model_type)
+        history.caveats = {layer.name: layer.caveat for layer in layers if layer.caveat}
+        history.patterns = dict(patterns or {})
+        return history
 
     @property
     def baseline_step(self) -> int | None:
@@ -167,13 +176,25 @@ class RouterNormHistory:
             raise HistoryError(f"a change needs two records, got {len(self.steps)}: no training step was recorded")
         return self.last[layer] - self.first[layer]
 
-    def metrics(self) -> dict[str, float]:
-        """The last record as flat keys for a logger: every expert, and a few aggregates a layer."""
+    def not_finite(self, last_only: bool = False) -> str | None:
+        """Where a norm was first NaN or infinite, as ``expert 3 of layer 'x' has router norm nan at step 120``."""
+        start = len(self.steps) - 1 if last_only else 0
+        for step, record in zip(self.steps[start:], self._records[start:], strict=True):
+            if not record.isfinite().all():
+                for name, norms in self._by_layer(record).items():
+                    for expert, norm in enumerate(norms.tolist()):
+                        if not math.isfinite(norm):
+                            return f"expert {expert} of layer {name!r} has router norm {norm} at step {step}"
+        return None
+
+    def metrics(self, experts: bool = True) -> dict[str, float]:
+        """The last record as flat keys for a logger: a few aggregates a layer and, if wanted, every expert."""
         metrics: dict[str, float] = {}
         for index, (norms, first) in enumerate(zip(self.last.values(), self.first.values(), strict=True)):
             layer = f"router_norm/layer_{index:02d}"
             values = norms.tolist()
-            metrics |= {f"{layer}/expert_{expert:03d}": norm for expert, norm in enumerate(values)}
+            if experts:
+                metrics |= {f"{layer}/expert_{expert:03d}": norm for expert, norm in enumerate(values)}
             metrics |= _aggregates(layer, values)
             metrics |= _aggregates(f"router_norm_change/layer_{index:02d}", (norms - first).tolist())
         return metrics
@@ -187,6 +208,8 @@ class RouterNormHistory:
             "steps": list(self.steps),
             "norms": torch.stack(self._records) if self._records else torch.empty(0),
             "max_variance": dict(self.max_variance),
+            "caveats": dict(self.caveats),
+            "patterns": dict(self.patterns),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -198,9 +221,14 @@ class RouterNormHistory:
         self.steps = [int(step) for step in state["steps"]]
         self._records = list(state["norms"].unbind()) if self.steps else []
         self.max_variance = dict(state["max_variance"])
+        self.caveats, self.patterns = dict(state.get("caveats", {})), dict(state.get("patterns", {}))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the history as safetensors: ``steps``, ``norms/<layer>``, ``max_variance/<layer>``."""
+        """Writes the history as safetensors: ``steps``, ``norms/<layer>``, ``max_variance/<layer>``.
+
+        Raises:
+            OSError: The file cannot be written; an existing one is left as it was.
+        """
         tensors = {"steps": torch.tensor(self.steps, dtype=torch.int64)}
         tensors |= {f"norms/{name}": norms.contiguous() for name, norms in self.norms.items()}
         tensors |= {f"max_variance/{name}": values.contiguous() for name, values in self.max_variance.items()}
@@ -210,9 +238,14 @@ class RouterNormHistory:
             "version": str(_VERSION),
             "model_type": self.model_type,
             "layers": json.dumps(layers),
+            "caveats": json.dumps(self.caveats),
+            "patterns": json.dumps(self.patterns),
         }
         with replaced_when_done(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+            try:
+                save_file(tensors, temporary, metadata=metadata)
+            except SafetensorError as error:  # its form of a full disk
+                raise OSError(errno.EIO, str(error), os.fspath(path)) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RouterNormHistory:
@@ -243,6 +276,8 @@ class RouterNormHistory:
                     "steps": tensors["steps"].tolist(),
                     "norms": torch.cat([tensors[f"norms/{name}"] for name in layers], dim=1),
                     "max_variance": {n: tensors[f"max_variance/{n}"] for n in layers if f"max_variance/{n}" in tensors},
+                    "caveats": json.loads(metadata.get("caveats", "{}")),
+                    "patterns": json.loads(metadata.get("patterns", "{}")),
                 }
             )
         except (KeyError, RuntimeError, json.JSONDecodeError) as error:

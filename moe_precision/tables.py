@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .moe_layers import MoELayer
 from .plan import PrecisionPlan
 
 if TYPE_CHECKING:
@@ -20,10 +24,52 @@ def show(table: Table) -> None:
     Console(width=160).print(table)
 
 
+def as_text(table: Table) -> str:
+    """A table as lines of text, for a log message."""
+    console = Console(width=160, file=io.StringIO())
+    console.print(table)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "\n".join(line for line in lines if line.strip())
+
+
+def layers_table(layers: list[MoELayer]) -> Table:
+    """What was found: a row for all layers that are alike, their indices in braces."""
+    alike: dict[tuple, list[list[str]]] = {}
+    for layer in layers:
+        router = layer.router.removeprefix(layer.name).lstrip(".")
+        name, indices = re.sub(r"\d+", "{}", layer.name), re.findall(r"\d+", layer.name)
+        key = (name, router, layer.num_experts, tuple(layer.projections.items()), layer.router_is.dtype, layer.caveat)
+        alike.setdefault(key, []).append(indices)
+    table = Table(box=box.MARKDOWN)
+    for column in ("layers", "router", "experts", "matrices of an expert (out, in)", "router read as"):
+        table.add_column(column, overflow="fold")
+    for (name, router, experts, projections, dtype, caveat), indices in alike.items():
+        ranges = [_ranges(column) for column in zip(*indices, strict=True)]
+        matrices = ", ".join(f"{projection}: {out} x {inp}" for projection, (out, inp) in projections)
+        note = f" ({caveat} router)" if caveat else ""
+        table.add_row(name.format(*ranges), router + note, str(experts), matrices, str(dtype).removeprefix("torch."))
+    return table
+
+
+def _ranges(numbers: Sequence[str]) -> str:
+    """``("0", "1", "2", "5")`` as ``{0-2,5}``."""
+    runs: list[list[int]] = []
+    for number in sorted({int(number) for number in numbers}):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return texts[0] if len(numbers) == 1 else "{" + ",".join(texts) + "}"
+
+
 def plan_table(plan: PrecisionPlan) -> Table:
     """A row a layer: how many experts have which bits, and which experts have the most."""
     step = plan.baseline_step
     baseline = "no baseline: ranked by final norm" if step is None else f"baseline step {step}"
+    if (assumed := plan.settings.get("assumes_equal_initial_norms")) is not None:
+        largest = assumed["spread_of_final_norms"]["largest"]
+        baseline += f", as if initial norms were equal (final norms spread up to {largest:.1%} in a layer)"
     title = (
         f"{plan.model_type}, method {plan.method}, {baseline}; asked {plan.asked_average_bits:g}, "
         f"reached {plan.average_bits:.4g} bits on average, {plan.stored_bits:.4g} stored (group {plan.group_size})"

@@ -113,7 +113,10 @@ def test_steps_rise(history):
 
 def test_diverged_training_makes_no_plan(history):
     history.record(10, torch.full((16,), float("inf")))  # watching never stops a run
-    with pytest.raises(AllocationError, match="finite"):
+    history.record(12, torch.full((16,), float("nan")))
+    with pytest.raises(
+        AllocationError, match=r"expert 0 of layer 'model\.layers\.0\.mlp' has router norm inf at step 10"
+    ):
         allocate(history=history, group_size=64)
 
 

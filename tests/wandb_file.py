@@ -30,15 +30,15 @@ def read_records(path: Path) -> list[Any]:
     return records
 
 
-def read_curves(path: Path) -> dict[str, list[tuple[int, Any]]]:
-    """Logged key -> list of (``trainer/global_step``, value)."""
+def read_curves(path: Path, x: str = "trainer/global_step") -> dict[str, list[tuple[int, Any]]]:
+    """Logged key -> list of (value of ``x``, value)."""
     curves: dict[str, list[tuple[int, Any]]] = {}
     for record in read_records(path):
         if record.WhichOneof("record_type") != "history":
             continue
         row = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
         for key, value in row.items():
-            curves.setdefault(key, []).append((row.get("trainer/global_step", -1), value))
+            curves.setdefault(key, []).append((row.get(x, -1), value))
     return curves
 
 

@@ -60,7 +60,7 @@ def find_targets(model: nn.Module, plan: PrecisionPlan, non_expert_bits: int | N
         UnsupportedLayoutError: Experts in a layout that cannot be packed yet.
         MoELayerError: No Mixture-of-Experts layer.
     """
-    layers = find_moe_layers(model)
+    layers = find_moe_layers(model, **plan.patterns)
     plan.check_layers({layer.name: layer.shape for layer in layers}, model_type_of(model))
     names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     tied = {parameter for parameter, count in names.items() if count > 1}

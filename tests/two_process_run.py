@@ -1,4 +1,4 @@
-"""A short run with both callbacks, on one process or sharded over two; started by test_fsdp2.py as a script."""
+"""A short run with both callbacks, on one process or on two; started by test_two_processes.py as a script."""
 
 import sys
 
@@ -11,18 +11,18 @@ from moe_precision.recipes import CausalLM, TextDataModule
 from tests.conftest import CONFIGS
 
 
-def main(folder: str, text: str, processes: int) -> None:
+def main(folder: str, text: str, strategy: str) -> None:
     torch.set_num_threads(1)
     pl.seed_everything(0)
     config = {"model_type": "mixtral", **CONFIGS["mixtral"]}
     module = CausalLM(config=config, learning_rate=1e-2, warmup_steps=1)
     data = TextDataModule(dataset=text, vocab_size=300, sequence_length=32, batch_size=4)
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if processes == 2 else "auto"
+    fsdp2 = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
-        devices=processes,
-        strategy=strategy,
+        devices=1 if strategy == "auto" else 2,
+        strategy=fsdp2 if strategy == "fsdp2" else strategy,
         use_distributed_sampler=False,  # both processes see the same batches, as one process would
         max_steps=4,
         log_every_n_steps=2,
@@ -36,4 +36,4 @@ def main(folder: str, text: str, processes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3])

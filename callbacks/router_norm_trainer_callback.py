@@ -1,0 +1,127 @@
+"""The same for transformers' Trainer: router norms during training, a precision plan at the end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.utilities import rank_zero_info
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from moe_precision.callbacks.plan_recorder import PlanRecorder
+from moe_precision.callbacks.wandb_media import log_to_run
+from moe_precision.plan import PrecisionPlan
+from moe_precision.router_norms import RouterNormHistory
+
+_STATE = "router_norms.safetensors"
+
+
+class RouterNormTrainerCallback(TrainerCallback):
+    """Records the L2 norm of each expert's router weights under ``transformers.Trainer`` and exports a precision plan.
+
+    What `RouterNormMonitor` is for Lightning, with the same history and the same plan for the same weights. A record is
+    taken with every checkpoint and written into its ``checkpoint-N`` folder, so that ``resume_from_checkpoint`` goes on
+    with the original baseline, and a run whose routers were not restored stops with an error. With
+    ``report_to="wandb"`` the curves stand beside the Trainer's own, over ``train/global_step``; other trackers cannot be
+    reached from a callback, and the history file has all of it.
+
+    Args:
+        average_bits: Nominal bits an expert may have on average.
+        bits: Levels to choose from: one, two, or three that are equally spaced, of 1 to 8, or 16.
+        method: ``router_norm`` (the paper's rule), or a control: ``reversed``, ``random``, ``uniform``.
+        group_size: Weights that share a scale and an offset; divides every expert's input width.
+        every_n_steps: Optimizer steps between records; None takes ``logging_steps``.
+        export_to: Path of the plan, relative to ``output_dir``; the history is written beside it.
+        log_experts: Log a curve for each expert; None does up to 4,096 experts.
+        router_pattern: Names the routers' weights where structure does not tell; see `find_moe_layers`.
+        expert_pattern: The same for the experts' weights.
+
+    Attributes:
+        history: The recorded norms.
+        plan: The plan, once training has ended.
+
+    Raises:
+        ValueError: At construction if method, levels and average do not go together; when training starts if the model
+            has no experts, the group size does not divide, or a resumed model is not the checkpoint's.
+        OSError: When training starts, if ``export_to`` cannot be written; when it ends, if the disk is full.
+
+    Example:
+        >>> callback = RouterNormTrainerCallback(average_bits=2.5, bits=(2, 3))
+        >>> Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
+    """
+
+    def __init__(
+        self,
+        average_bits: float = 2.5,
+        bits: Sequence[int] = (2, 3),
+        method: str = "router_norm",
+        group_size: int = 128,
+        every_n_steps: int | None = None,
+        export_to: str = "precision_plan.json",
+        log_experts: bool | None = None,
+        router_pattern: str | None = None,
+        expert_pattern: str | None = None,
+    ) -> None:
+        patterns = {"router_pattern": router_pattern, "expert_pattern": expert_pattern}
+        self._recorder = PlanRecorder(
+            type(self).__name__, average_bits, bits, method, group_size, every_n_steps, export_to, log_experts, patterns
+        )
+
+    @property
+    def history(self) -> RouterNormHistory:
+        """The recorded norms."""
+        return self._recorder.history
+
+    @property
+    def plan(self) -> PrecisionPlan | None:
+        """The plan, once training has ended."""
+        return self._recorder.plan
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self._recorder.prepare(args.output_dir, anew=True)
+        saved = _state_file(args, state)
+        if state.global_step > 0 and saved.is_file():
+            self._recorder.history = RouterNormHistory.load(saved)
+            self._recorder.history.max_variance = {}
+            rank_zero_info(f"RouterNormTrainerCallback: goes on with the router norms of {saved}")
+        self._recorder.start(model, state.global_step)
+        self._log(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._recorder.due(state.global_step, int(args.logging_steps)) and self._recorder.record(state.global_step):
+            self._log(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._recorder.record(state.global_step):
+            self._log(state)
+        if state.is_world_process_zero:
+            self.history.save(_state_file(args, state))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._recorder.record(state.global_step):
+            self._log(state)
+        plan = self._recorder.finish(state.global_step, writes=state.is_world_process_zero)
+        if plan is not None and (run := _wandb_run()) is not None:
+            assert self._recorder.path is not None
+            log_to_run(run, self.history, plan, self._recorder.path)
+        self._recorder.raise_write_error()
+
+    def _log(self, state: TrainerState) -> None:
+        run = _wandb_run()
+        if run is not None and state.is_world_process_zero and self.history.steps[-1] == state.global_step:
+            run.log({**self._recorder.metrics(), "train/global_step": state.global_step})
+
+
+def _state_file(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir), f"checkpoint-{state.global_step}", _STATE)
+
+
+def _wandb_run() -> Any:
+    """The run that transformers' own WandbCallback has opened, if there is one."""
+    return getattr(sys.modules.get("wandb"), "run", None)

@@ -1,0 +1,50 @@
+"""DDP and FSDP2 on two CPU processes give the plan and the checkpoint of one process: no hook waits for a lost rank."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_precision import PrecisionPlan, RouterNormHistory
+from moe_precision.checkpoints import load_model
+from tests.test_cli import TEXT
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(folder: Path, strategy: str) -> tuple[RouterNormHistory, PrecisionPlan, dict]:
+    (folder / "text.txt").write_text(TEXT)
+    subprocess.run(
+        [sys.executable, "-m", "tests.two_process_run", str(folder), str(folder / "text.txt"), strategy],
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=300,
+        capture_output=True,
+    )
+    history = RouterNormHistory.load(folder / "precision_plan.history.safetensors")
+    return history, PrecisionPlan.load(folder / "precision_plan.json"), load_model(folder / "checkpoint").state_dict()
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("one"), "auto")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_agree_with_one(strategy, one_process, tmp_path):
+    one, plan, weights = one_process
+    two, other_plan, other_weights = run(tmp_path, strategy)
+    assert one.steps == two.steps == [0, 2, 4]
+    assert one.layers == two.layers
+    for name in one.layers:
+        torch.testing.assert_close(one.norms[name], two.norms[name], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(one.max_variance[name], two.max_variance[name], atol=1e-6, rtol=1e-6)
+    assert plan.diff(other_plan) == []
+    assert [layer.order for layer in plan.layers.values()] == [layer.order for layer in other_plan.layers.values()]
+    assert weights.keys() == other_weights.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, other_weights[name], atol=1e-4, rtol=1e-4)
