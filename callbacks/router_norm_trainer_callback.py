@@ -22,10 +22,10 @@ class RouterNormTrainerCallback(TrainerCallback):
     """Records the L2 norm of each expert's router weights under ``transformers.Trainer`` and exports a precision plan.
 
     What `RouterNormMonitor` is for Lightning, with the same history and the same plan for the same weights. A record is
-    taken with every checkpoint and written into its ``checkpoint-N`` folder, so that ``resume_from_checkpoint`` goes on
-    with the original baseline, and a run whose routers were not restored stops with an error. With
-    ``report_to="wandb"`` the curves stand beside the Trainer's own, over ``train/global_step``; other trackers cannot be
-    reached from a callback, and the history file has all of it.
+    taken with every checkpoint and written into its folder, so that ``resume_from_checkpoint`` goes on with the
+    original baseline, and a run whose routers were not restored stops with an error. With
+    ``report_to="wandb"`` the curves stand beside the Trainer's own, over ``train/global_step``; other trackers cannot
+    be reached from a callback, and the history file has all of it.
 
     Args:
         average_bits: Nominal bits an expert may have on average.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint_signals import signals_of_checkpoint
 from .moe_layers import CAVEATS, find_moe_layers, root_model
 from .plan import LayerPlan, PrecisionPlan, check_group_size, check_widths, model_type_of
 from .router_norms import HistoryError, RouterNormHistory, router_norms
@@ -176,7 +177,7 @@ def levels_of(method: str, average_bits: float, bits: Sequence[int]) -> list[int
 
 
 def allocate(
-    model: nn.Module | None = None,
+    model: nn.Module | str | os.PathLike | None = None,
     history: RouterNormHistory | str | os.PathLike | None = None,
     method: str = "router_norm",
     average_bits: float = 2.5,
@@ -189,9 +190,11 @@ def allocate(
     """Makes a precision plan: a width for each expert, layer by layer, with the same counts in every layer.
 
     Args:
-        model: The model, for its final router norms and its variances; not needed if ``history`` holds them.
-        history: Recorded router norms, or the path of such a file: the change is measured from its first record, up to
-            the model if there is one, else up to its last record. Without a history the final norm takes the place of
+        model: The model, for its final router norms and its variances, or the folder of its checkpoint, which is read
+            tensor by tensor without building the model; not needed if ``history`` holds them.
+        history: Recorded router norms, the path of such a file, or the folder of the checkpoint that training started
+            from: the change is measured from its first record, up to the model if there is one, else up to its last
+            record. Without a history the final norm takes the place of
             the change, and the plan says ``"baseline": "none"``: its ranking then assumes equal norms at the start.
         method: A name from `METHODS`.
         average_bits: Nominal bits an expert may have on average.
@@ -206,16 +209,26 @@ def allocate(
         PlanError: The group size does not divide an expert's input width.
         HistoryError: The history is empty or of another model.
         MoELayerError: The model has no Mixture-of-Experts layer.
+        CheckpointError: A checkpoint folder is incomplete or damaged.
+        StreamingError: A checkpoint cannot be read tensor by tensor; load it and give the model.
     """
     levels = levels_of(method, average_bits, bits)
+    given = {"router_pattern": router_pattern, "expert_pattern": expert_pattern}
+    patterns = {key: pattern for key, pattern in given.items() if pattern is not None}
+    settings: dict[str, Any] = {"average_bits": average_bits, "bits": levels}
+    for key, source in (("initial", history), ("final", model)):
+        if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
+            settings[key] = os.path.basename(os.path.abspath(source))
     if isinstance(history, (str, os.PathLike)):
-        history = RouterNormHistory.load(history)
+        is_folder = os.path.isdir(history)
+        history = signals_of_checkpoint(history, False, patterns) if is_folder else RouterNormHistory.load(history)
     if history is not None and not history.steps:
         raise HistoryError("the history holds no record")
     if model is not None:
-        given = {"router_pattern": router_pattern, "expert_pattern": expert_pattern}
-        patterns = {key: pattern for key, pattern in given.items() if pattern is not None}
-        final = _measured(model, patterns or (history.patterns if history is not None else {}))
+        patterns = patterns or (history.patterns if history is not None else {})
+        final = (
+            _measured(model, patterns) if isinstance(model, nn.Module) else signals_of_checkpoint(model, True, patterns)
+        )
         if history is not None and history.layers != final.layers:
             raise HistoryError(
                 f"the history is of another model: it has layers {list(history.layers)}, "
@@ -255,7 +268,7 @@ def allocate(
             router_norms=router_norms_of | {"last": _readable(last)},
             signals=signals,
         )
-    settings: dict[str, Any] = {"average_bits": average_bits, "bits": levels, **final.patterns}
+    settings |= final.patterns
     if method in ("router_norm", "reversed"):
         settings["zeta"] = ZETA
         settings |= _reservations(final, history)
@@ -269,7 +282,7 @@ def allocate(
         method=method,
         settings=settings,
         baseline_step=None if history is None else history.steps[0],
-        last_step=None if history is None else history.steps[-1],
+        last_step=None if history is None or model is not None else history.steps[-1],
     )
 
 

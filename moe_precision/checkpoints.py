@@ -93,10 +93,15 @@ def load_model(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
         CheckpointError: The folder is incomplete, or names a class that transformers does not have.
     """
     weight_files(folder)
-    return _model_class(folder, AutoConfig.from_pretrained(folder)).from_pretrained(folder, **kwargs)
+    return model_class_of(folder, AutoConfig.from_pretrained(folder)).from_pretrained(folder, **kwargs)
 
 
-def _model_class(folder: str | os.PathLike, config: PreTrainedConfig) -> type[PreTrainedModel]:
+def model_class_of(folder: str | os.PathLike, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that a checkpoint's config names.
+
+    Raises:
+        CheckpointError: transformers does not have it.
+    """
     architectures = config.architectures or []
     model_class = getattr(transformers, architectures[0], None) if architectures else None
     if model_class is None:
@@ -128,7 +133,7 @@ def quantize_checkpoint(
     quantization = PlanQuantizationConfig(plan, non_expert_bits)
     files = weight_files(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint)
-    model_class = _model_class(checkpoint, config)
+    model_class = model_class_of(checkpoint, config)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{os.fspath(checkpoint)!r} is quantized already; quantize the float checkpoint instead")
     if Path(out).resolve().is_relative_to(Path(checkpoint).resolve()):

@@ -11,7 +11,8 @@ from typing import Any
 
 from . import tables
 from .allocation import METHODS, allocate
-from .checkpoints import load_model, quantize_checkpoint, stored_bits_per_expert_weight, tensor_bytes
+from .checkpoint_signals import StreamingError
+from .checkpoints import load_model, quantize_checkpoint, stored_bits_per_expert_weight, tensor_bytes, weight_files
 from .files import check_writable
 from .plan import PrecisionPlan
 from .version import __version__
@@ -48,18 +49,36 @@ def _plan(options: argparse.Namespace) -> None:
     if Path(options.output).exists():
         raise FileExistsError(f"{options.output!r} exists; name another file with -o")
     check_writable(options.output)
-    source = {"model": load_model(options.source)} if Path(options.source).is_dir() else {"history": options.source}
-    plan = allocate(
-        **source,
-        method=options.method,
-        average_bits=options.average_bits,
-        bits=options.bits,
-        group_size=options.group_size,
-        seed=options.seed,
-    )
+    plan = _allocated(options)
     plan.save(options.output)
     tables.show(tables.plan_table(plan))
     print(f"wrote {options.output}")
+
+
+def _allocated(options: argparse.Namespace) -> PrecisionPlan:
+    """The plan of what the command names: a history, one checkpoint, or two."""
+    source, initial, final = options.source, options.initial, options.final
+    if source is None and final is None:
+        raise ValueError("give a history, a checkpoint folder, or --final with --initial; see --help")
+    if source is not None and initial is not None:
+        raise ValueError("--initial takes the place of the history; give one of them")
+    if source is not None and Path(source).is_dir():
+        if final is not None:
+            raise ValueError(f"{source!r} is a checkpoint folder: give it with --initial to measure from it to --final")
+        source, final = None, source
+    for folder in (initial, final):
+        if folder is not None:
+            weight_files(folder)  # before any work
+    settings = {key: getattr(options, key) for key in ("method", "average_bits", "bits", "group_size", "seed")}
+    settings |= {"router_pattern": options.router_pattern, "expert_pattern": options.expert_pattern}
+    history = source if source is not None else initial
+    try:
+        return allocate(final, history, **settings)
+    except StreamingError as error:
+        if initial is not None:
+            raise
+        print(f"{error}: loading the whole model instead", file=sys.stderr)
+        return allocate(load_model(final), history, **settings)
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -137,15 +156,24 @@ def _parser() -> argparse.ArgumentParser:
     plan = add(
         "plan",
         _plan,
-        "Make a plan again with other bits from the norms that a run recorded, without training again.",
+        "Make a plan without training: with other bits from the norms that a run recorded, or from two checkpoints, "
+        "before and after a fine-tuning that nobody watched. Checkpoints are read tensor by tensor.",
         "moe-precision plan runs/demo/precision_plan.history.safetensors --average-bits 2.25 --bits 2 3 "
-        "--group-size 64 -o plan_2.25.json",
+        "--group-size 64 -o plan_2.25.json\n"
+        "  moe-precision plan --initial base-model --final finetuned-model -o plan.json",
     )
     plan.add_argument(
         "source",
+        nargs="?",
         help="the history beside a plan (x.history.safetensors), or a checkpoint folder: without a history, experts "
         "are ranked by their final norms and the plan says so",
     )
+    plan.add_argument("--initial", metavar="FOLDER", help="the checkpoint that training started from")
+    plan.add_argument(
+        "--final", metavar="FOLDER", help="the trained checkpoint; with a history, its last norms and variances"
+    )
+    plan.add_argument("--router-pattern", metavar="REGEX", help="names the routers' weights; see find_moe_layers")
+    plan.add_argument("--expert-pattern", metavar="REGEX", help="names the experts' weights; see find_moe_layers")
     plan.add_argument("--average-bits", type=float, default=2.5, help="bits an expert on average (default 2.5)")
     plan.add_argument("--bits", type=int, nargs="+", default=[2, 3], help="levels to choose from (default 2 3)")
     plan.add_argument("--method", default="router_norm", choices=list(METHODS), help="how experts are ranked")

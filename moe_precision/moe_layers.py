@@ -64,6 +64,8 @@ class MoELayer:
             expert; ``separate``: parameters of an expert in one module.
         transposed: The parameters hold ``(in, out)`` matrices.
         caveat: A key of `CAVEATS` where a row's norm is not what it is for a plain router, else empty.
+        router_is: Where the router's weight is; ``(d, rows)`` if ``router_transposed``.
+        banks: Projection name -> where its matrices are.
     """
 
     name: str
@@ -74,8 +76,8 @@ class MoELayer:
     caveat: str
     router_is: Weight = field(repr=False, compare=False)
     banks: dict[str, Bank] = field(repr=False, compare=False)
+    router_transposed: bool = field(repr=False, compare=False)
     _node: Node = field(repr=False, compare=False)
-    _router_transposed: bool = field(repr=False, compare=False)
 
     @property
     def router(self) -> str:
@@ -106,7 +108,7 @@ class MoELayer:
             MoELayerError: It is sharded (FSDP1, DeepSpeed ZeRO-3) and not read inside of `whole`.
         """
         weight = self.router_is.read()
-        return weight.T if self._router_transposed else weight
+        return weight.T if self.router_transposed else weight
 
     def whole(self, experts: bool = True) -> AbstractContextManager[None]:
         """Inside, router and experts are whole under every strategy. A collective: enter it on all ranks.
@@ -134,7 +136,7 @@ class MoELayer:
     @property
     def first(self) -> str:
         """Name of the projection whose rows are the experts' hidden neurons: the first that takes the layer's input."""
-        width = self.router_is.shape[0 if self._router_transposed else 1]
+        width = self.router_is.shape[0 if self.router_transposed else 1]
         reading = [name for name, (_, inp) in self.projections.items() if inp == width]
         return (reading or list(self.projections))[0]
 
@@ -233,6 +235,6 @@ def _describe(experts: Experts, router: Router) -> MoELayer:
         caveat=router.caveat,
         router_is=router.weight,
         banks=banks,
+        router_transposed=router.transposed,
         _node=experts.node,
-        _router_transposed=router.transposed,
     )
