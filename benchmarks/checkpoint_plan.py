@@ -128,9 +128,8 @@ def main() -> None:
         of_plan = peak(allocating, str(initial), str(final))
         largest = 2 * VOCABULARY * WIDTH / 1e6
         print(f"peak {of_plan / 1e6:.0f} MB, of which the imports alone take {imports / 1e6:.0f} MB")
-        print(
-            f"bound, with the imports: twice the largest tensor ({largest:.0f} MB) + 300 MB = {2 * largest + 300:.0f} MB"
-        )
+        bound = 2 * largest + 300
+        print(f"bound, imports included: twice the largest tensor ({largest:.0f} MB) + 300 MB = {bound:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ class RouterNormMonitor(Callback):
         expert_pattern: str | None = None,
     ) -> None:
         patterns = {"router_pattern": router_pattern, "expert_pattern": expert_pattern}
-        self.export_to = export_to
+        self.average_bits, self.bits, self.method = average_bits, tuple(bits), method
+        self.group_size, self.every_n_steps, self.export_to = group_size, every_n_steps, export_to
         self._recorder = PlanRecorder(
             type(self).__name__, average_bits, bits, method, group_size, every_n_steps, export_to, log_experts, patterns
         )

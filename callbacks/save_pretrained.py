@@ -25,7 +25,7 @@ class SavePretrained(Callback):
         dtype: ``bfloat16``, ``float16`` or ``float32`` to save in, or None to keep the training dtype.
 
     Raises:
-        ValueError: An unknown dtype, or the LightningModule holds no transformers model.
+        ValueError: An unknown dtype, or the LightningModule holds no transformers model, or one with PEFT adapters.
         OSError: In ``setup``, if the folder cannot be written to.
     """
 
@@ -44,6 +44,11 @@ class SavePretrained(Callback):
             raise ValueError(f"SavePretrained found no transformers model in {type(pl_module).__name__}")
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        if any(hasattr(module, "base_layer") or hasattr(module, "modules_to_save") for module in model.modules()):
+            raise ValueError(
+                "SavePretrained: the model holds PEFT adapters, whose names no checkpoint of the base model has. Merge "
+                "them (model.merge_and_unload()) and call save_pretrained, then quantize that checkpoint"
+            )
         # Whole tensors on the CPU of rank 0, under every strategy; a collective, so on all ranks.
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if trainer.is_global_zero:

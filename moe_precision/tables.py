@@ -60,7 +60,7 @@ def _ranges(numbers: Sequence[str]) -> str:
         else:
             runs.append([number])
     texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return texts[0] if len(numbers) == 1 else "{" + ",".join(texts) + "}"
+    return texts[0] if len(runs) == 1 and len(runs[0]) == 1 else "{" + ",".join(texts) + "}"
 
 
 def plan_table(plan: PrecisionPlan) -> Table:

@@ -11,10 +11,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_precision.moe_layers import find_moe_layers
 
 FINAL_LR_FRACTION = 0.1
 
@@ -79,6 +81,23 @@ def shard_layers(model: PreTrainedModel, device_mesh: Any) -> None:
         if type(module).__name__ in layer_classes:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def reach_all_experts(model: PreTrainedModel) -> None:
+    """Give experts that got no token a gradient of zero, for models with a module an expert (Switch, NLLB).
+
+    Without it processes disagree about which gradients exist, and DDP and FSDP2 wait for one another for ever.
+    """
+
+    def add_nothing(module: nn.Module, args: Any, output: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return output
+        zero = sum(0.0 * parameter.sum() for parameter in module.get_submodule("experts").parameters())
+        return (output[0] + zero, *output[1:]) if isinstance(output, tuple) else output + zero
+
+    for layer in find_moe_layers(model):
+        if layer.layout == "modules" and layer.experts == f"{layer.name}.experts":
+            model.get_submodule(layer.name).register_forward_hook(add_nothing)
 
 
 def check_config_or_checkpoint(config: dict[str, Any] | None, checkpoint: str | None) -> None:
@@ -160,6 +179,8 @@ class CausalLM(pl.LightningModule):
         self.model.train()
         if self.device_mesh is not None:
             shard_layers(self.model, self.device_mesh)
+        if self.trainer.world_size > 1 and hasattr(self.model.config, "router_aux_loss_coef"):
+            reach_all_experts(self.model)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return cross-entropy plus, in a mixture of experts, the weighted load-balancing loss."""

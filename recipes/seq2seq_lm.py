@@ -28,6 +28,7 @@ from moe_precision.recipes.causal_lm import (
     load_balancing_loss,
     new_config,
     optimizer_and_schedule,
+    reach_all_experts,
     shard_layers,
 )
 from moe_precision.recipes.seq2seq_data import SummarizationDataModule, corrupt_spans, random_span_mask
@@ -210,6 +211,8 @@ class Seq2SeqLM(pl.LightningModule):
         self.model.train()
         if self.device_mesh is not None:
             shard_layers(self.model, self.device_mesh)
+        if self.trainer.world_size > 1 and hasattr(self.model.config, "num_experts"):
+            reach_all_experts(self.model)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return cross-entropy plus the routers' losses."""
@@ -231,6 +234,7 @@ class Seq2SeqLM(pl.LightningModule):
                 attention_mask=batch["attention_mask"][:left],
                 max_new_tokens=labels.shape[1],
                 do_sample=False,
+                synced_gpus=self.device_mesh is not None,  # shards are gathered together, however long each text is
             )
             wanted = labels[:left].masked_fill(labels[:left] == -100, tokenizer.pad_token_id)
             self.rouge.update(

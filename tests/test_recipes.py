@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import moe_precision.recipes
 from moe_precision.recipes import CausalLM, Seq2SeqLM, SummarizationDataModule, TextDataModule
-from moe_precision.recipes.causal_lm import load_balancing_loss, warmup_cosine
+from moe_precision.recipes.causal_lm import load_balancing_loss, reach_all_experts, warmup_cosine
 from moe_precision.recipes.corpus import (
     functions_with_summaries,
     load_text,
@@ -21,6 +21,7 @@ from moe_precision.recipes.corpus import (
 )
 from moe_precision.recipes.seq2seq_data import corrupt_spans, random_span_mask
 from moe_precision.recipes.text_data import pack, tokenize, train_tokenizer
+from tests.conftest import build
 
 FUNCTION = '''
 def add_{i}(left, right):
@@ -338,3 +339,23 @@ def test_shipped_yaml_builds(file: Path, tmp_path: Path, monkeypatch: pytest.Mon
     (monitor,) = [c for c in cli.trainer.callbacks if type(c).__name__ == "RouterNormMonitor"]
     assert all(width % monitor.group_size == 0 for width in widths)
     assert type(cli.trainer.logger).__name__ == "WandbLogger"
+
+
+def test_experts_without_a_token_get_a_gradient():
+    """Else processes wait for one another: each thinks that other experts were used."""
+    batch = {"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([[7, 8]])}
+    losses, gradients = [], []
+    for reach in (False, True):
+        model = build("switch_transformers").train()
+        if reach:
+            reach_all_experts(model)
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.item())
+        experts = {name: p.grad for name, p in model.named_parameters() if "experts" in name}
+        gradients.append(experts)
+    assert losses[0] == losses[1]
+    assert any(gradient is None for gradient in gradients[0].values())
+    for name, gradient in gradients[1].items():
+        expected = gradients[0][name]
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient) if expected is None else expected)

@@ -2,6 +2,7 @@
 
 import warnings
 
+import peft
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -447,3 +448,82 @@ def test_no_warning_in_a_plain_run(tmp_path):
         warnings.filterwarnings("ignore", message=".*Checkpoint directory.*")
         warnings.filterwarnings("ignore", message=".*val_dataloader.*|.*logger.*")
         trainer(tmp_path, monitor()).fit(Module(), data())
+
+
+# -- what is found, and what is not plain -----------------------------------------------------------------------------
+
+
+def test_a_table_of_what_was_found_at_the_start(tmp_path, caplog):
+    caplog.set_level("INFO", logger="pytorch_lightning.utilities.rank_zero")
+    trainer(tmp_path, monitor()).fit(Module(nn.Sequential(PlainMoE(), PlainMoE(), PlainMoE(experts=6))), data(2))
+    (said,) = [record.message for record in caplog.records if "recording" in record.message]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("| model")
+    ]
+    assert rows == [
+        ["model.{0-1}", "router.weight", "4", "0: 64 x 32, 2: 32 x 64", "float32"],
+        ["model.2", "router.weight", "6", "0: 64 x 32, 2: 32 x 64", "float32"],
+    ]
+
+
+def test_layers_may_have_different_numbers_of_experts(tmp_path):
+    callback = monitor()
+    trainer(tmp_path, callback).fit(Module(nn.Sequential(PlainMoE(), PlainMoE(experts=6))), data(3))
+    assert [len(layer.bits) for layer in callback.plan.layers.values()] == [4, 6]
+    assert callback.history.norms["model.1"].shape == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("log_experts", "limit", "curves"), [(None, 4096, 8), (None, 7, 0), (True, 7, 8), (False, 4096, 0)]
+)
+def test_curves_of_experts_up_to_a_limit(log_experts, limit, curves, tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_precision.callbacks.plan_recorder.EXPERT_KEYS", limit)
+    logger = MemoryLogger()
+    trainer(tmp_path, monitor(log_experts=log_experts), logger=logger).fit(Module(), data(2))
+    keys = [key for key in logger.calls[0][1] if key.startswith("router_norm")]
+    assert sum("expert" in key for key in keys) == curves
+    assert sum("expert" not in key for key in keys) == 12  # min, median, max of norm and change, two layers
+
+
+def test_patterns_reach_the_plan(tmp_path):
+    class TwoGates(PlainMoE):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(32, 4, bias=False)
+
+    module = Module(nn.Sequential(TwoGates(), TwoGates()))
+    with pytest.raises(MoELayerError, match="several possible routers"):
+        trainer(tmp_path, monitor()).fit(module, data(2))
+    callback = monitor(router_pattern=r"router\.weight$")
+    trainer(tmp_path, callback).fit(module, data(2))
+    plan = PrecisionPlan.load(tmp_path / "precision_plan.json")
+    assert plan.settings["router_pattern"] == r"router\.weight$"
+    plan.check(module)  # finds the same layers, by the same pattern
+    history = RouterNormHistory.load(tmp_path / "precision_plan.history.safetensors")
+    assert allocate(history=history, group_size=32).settings["router_pattern"] == r"router\.weight$"
+
+
+def test_a_router_that_is_not_plain_is_said(tmp_path):
+    class Deep(PlainMoE):
+        def __init__(self):
+            super().__init__()
+            self.router = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
+
+    module = Module(nn.Sequential(Deep(), Deep()))
+    module.on_train_batch_end = lambda *args: None
+    with pytest.warns(UserWarning, match=r"router of 2 layers .*network of several layers"):
+        trainer(tmp_path, monitor()).fit(module, data(2))
+    plan = PrecisionPlan.load(tmp_path / "precision_plan.json")
+    assert plan.settings["router_caveats"] == {"model.0": "mlp", "model.1": "mlp"}
+
+
+def test_save_pretrained_refuses_adapters(tmp_path):
+    adapted = peft.get_peft_model(build("mixtral"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    module = Module(adapted)
+    module.loss = lambda x: adapted(input_ids=x, labels=x).loss
+    module.on_train_batch_end = lambda *args: None
+    ids = DataLoader(torch.randint(3, 128, (4, 8)), batch_size=2)
+    callback = monitor()
+    with pytest.raises(ValueError, match=r"holds PEFT adapters.*merge_and_unload"):
+        trainer(tmp_path, callback, SavePretrained()).fit(module, ids)
+    assert list(callback.plan.layers) == ["model.layers.0.mlp", "model.layers.1.mlp"]  # of the base model
