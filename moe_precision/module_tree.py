@@ -247,9 +247,9 @@ def whole(weights: Iterable[Weight]) -> Iterator[None]:
             summon = FullyShardedDataParallel.summon_full_params
             stack.enter_context(summon(unit, recurse=recurse, writeback=False))
         if placeholders:
-            from deepspeed.zero import GatheredParameters
+            import deepspeed  # its ``zero`` is an attribute, not a module to import from
 
-            stack.enter_context(GatheredParameters(list(placeholders.values()), modifier_rank=None))
+            stack.enter_context(deepspeed.zero.GatheredParameters(list(placeholders.values()), modifier_rank=None))
         for weight in weights:
             weight._open = True
         try:

@@ -1,7 +1,7 @@
 """A wrapped model has the names and the norms of the plain one."""
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import peft
 import pytest
@@ -145,10 +145,9 @@ class GatheredParameters:
 
 @pytest.fixture
 def zero3(monkeypatch):
-    package, zero = ModuleType("deepspeed"), ModuleType("deepspeed.zero")
-    zero.GatheredParameters = GatheredParameters
+    package = ModuleType("deepspeed")
+    package.zero = SimpleNamespace(GatheredParameters=GatheredParameters)
     monkeypatch.setitem(sys.modules, "deepspeed", package)
-    monkeypatch.setitem(sys.modules, "deepspeed.zero", zero)
     monkeypatch.setattr(GatheredParameters, "entered", 0)
 
     def partition(model):
