@@ -11,11 +11,9 @@ from pytorch_lightning.utilities import rank_zero_warn
 
 from moe_precision.callbacks.plan_recorder import PlanRecorder
 from moe_precision.callbacks.wandb_media import log_to_wandb
-from moe_precision.plan import PrecisionPlan
-from moe_precision.router_norms import RouterNormHistory
 
 
-class RouterNormMonitor(Callback):
+class RouterNormMonitor(PlanRecorder, Callback):
     """Logs the L2 norm of each expert's router weights and exports a precision plan at the end of training.
 
     The norms are read when training starts (the baseline), every ``every_n_steps`` optimizer steps, and when it ends.
@@ -74,22 +72,17 @@ class RouterNormMonitor(Callback):
         router_pattern: str | None = None,
         expert_pattern: str | None = None,
     ) -> None:
-        patterns = {"router_pattern": router_pattern, "expert_pattern": expert_pattern}
-        self.average_bits, self.bits, self.method = average_bits, tuple(bits), method
-        self.group_size, self.every_n_steps, self.export_to = group_size, every_n_steps, export_to
-        self._recorder = PlanRecorder(
-            type(self).__name__, average_bits, bits, method, group_size, every_n_steps, export_to, log_experts, patterns
+        super().__init__(
+            average_bits,
+            bits,
+            method,
+            group_size,
+            every_n_steps,
+            export_to,
+            log_experts,
+            router_pattern,
+            expert_pattern,
         )
-
-    @property
-    def history(self) -> RouterNormHistory:
-        """The recorded norms."""
-        return self._recorder.history
-
-    @property
-    def plan(self) -> PrecisionPlan | None:
-        """The plan, once training has ended."""
-        return self._recorder.plan
 
     @property
     def state_key(self) -> str:
@@ -100,7 +93,7 @@ class RouterNormMonitor(Callback):
             return
         # A checkpoint is restored after setup, and nothing is written in a fast_dev_run.
         folder = None if trainer.fast_dev_run else trainer.default_root_dir  # type: ignore[attr-defined]
-        self._recorder.prepare(folder, anew=trainer.global_step == 0)
+        self._prepare(folder, anew=trainer.global_step == 0)
         later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
         for callback in later:
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
@@ -111,35 +104,35 @@ class RouterNormMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # strategy.model: FSDP1's root unit is around the LightningModule
-        self._recorder.start(trainer.strategy.model or pl_module, trainer.global_step)
-        self._log(trainer)
+        if self._start(trainer.strategy.model or pl_module, trainer.global_step):
+            self._log(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._recorder.due(trainer.global_step, trainer.log_every_n_steps):  # type: ignore[attr-defined]
-            self._recorder.record(trainer.global_step)
+        if self._due(trainer.global_step, trainer.log_every_n_steps):  # type: ignore[attr-defined]
+            self._record(trainer.global_step)
             self._log(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._recorder.record(trainer.global_step):
+        if self._record(trainer.global_step):
             self._log(trainer)
-        plan = self._recorder.finish(trainer.global_step, writes=trainer.is_global_zero)
+        plan = self._finish(trainer.global_step, writes=trainer.is_global_zero)
         if plan is not None:
-            assert self._recorder.path is not None
+            assert self._path is not None
             for logger in trainer.loggers:
-                log_to_wandb(logger, self.history, plan, self._recorder.path)
+                log_to_wandb(logger, self.history, plan, self._path)
         trainer.strategy.barrier("RouterNormMonitor.on_train_end")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._recorder.layers:  # on_train_start was never called
+        if not self._layers:  # on_train_start was never called
             rank_zero_warn("RouterNormMonitor: no plan is written, because training took no step (max_steps=0?).")
-        self._recorder.raise_write_error()
+        self._raise_write_error()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # No collective here: one rank may have failed alone. What was recorded is kept.
         if trainer.is_global_zero:
-            self._recorder.save_history()
+            self._save_history()
 
     def state_dict(self) -> dict[str, Any]:
         return self.history.state_dict()
@@ -148,7 +141,7 @@ class RouterNormMonitor(Callback):
         self.history.load_state_dict(state_dict)
 
     def _log(self, trainer: Trainer) -> None:
-        if trainer.loggers and trainer.is_global_zero and self.history.steps[-1] == trainer.global_step:
-            metrics = self._recorder.metrics()
+        if trainer.loggers and trainer.is_global_zero:
+            metrics = self._metrics()
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)

@@ -12,13 +12,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from moe_precision.callbacks.plan_recorder import PlanRecorder
 from moe_precision.callbacks.wandb_media import log_to_run
-from moe_precision.plan import PrecisionPlan
 from moe_precision.router_norms import RouterNormHistory
 
 _STATE = "router_norms.safetensors"
 
 
-class RouterNormTrainerCallback(TrainerCallback):
+class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
     """Records the L2 norm of each expert's router weights under ``transformers.Trainer`` and exports a precision plan.
 
     What `RouterNormMonitor` is for Lightning, with the same history and the same plan for the same weights. A record is
@@ -64,39 +63,36 @@ class RouterNormTrainerCallback(TrainerCallback):
         router_pattern: str | None = None,
         expert_pattern: str | None = None,
     ) -> None:
-        patterns = {"router_pattern": router_pattern, "expert_pattern": expert_pattern}
-        self._recorder = PlanRecorder(
-            type(self).__name__, average_bits, bits, method, group_size, every_n_steps, export_to, log_experts, patterns
+        super().__init__(
+            average_bits,
+            bits,
+            method,
+            group_size,
+            every_n_steps,
+            export_to,
+            log_experts,
+            router_pattern,
+            expert_pattern,
         )
-
-    @property
-    def history(self) -> RouterNormHistory:
-        """The recorded norms."""
-        return self._recorder.history
-
-    @property
-    def plan(self) -> PrecisionPlan | None:
-        """The plan, once training has ended."""
-        return self._recorder.plan
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self._recorder.prepare(args.output_dir, anew=True)
+        self._prepare(args.output_dir, anew=True)
         saved = _state_file(args, state)
         if state.global_step > 0 and saved.is_file():
-            self._recorder.history = RouterNormHistory.load(saved)
-            self._recorder.history.max_variance = {}
+            self.history = RouterNormHistory.load(saved)
+            self.history.max_variance = {}
             rank_zero_info(f"RouterNormTrainerCallback: goes on with the router norms of {saved}")
-        self._recorder.start(model, state.global_step)
-        self._log(state)
+        if self._start(model, state.global_step):
+            self._log(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._recorder.due(state.global_step, int(args.logging_steps)) and self._recorder.record(state.global_step):
+        if self._due(state.global_step, int(args.logging_steps)) and self._record(state.global_step):
             self._log(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._recorder.record(state.global_step):
+        if self._record(state.global_step):
             self._log(state)
         if state.is_world_process_zero:
             self.history.save(_state_file(args, state))
@@ -104,18 +100,18 @@ class RouterNormTrainerCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._recorder.record(state.global_step):
+        if self._record(state.global_step):
             self._log(state)
-        plan = self._recorder.finish(state.global_step, writes=state.is_world_process_zero)
+        plan = self._finish(state.global_step, writes=state.is_world_process_zero)
         if plan is not None and (run := _wandb_run()) is not None:
-            assert self._recorder.path is not None
-            log_to_run(run, self.history, plan, self._recorder.path)
-        self._recorder.raise_write_error()
+            assert self._path is not None
+            log_to_run(run, self.history, plan, self._path)
+        self._raise_write_error()
 
     def _log(self, state: TrainerState) -> None:
         run = _wandb_run()
-        if run is not None and state.is_world_process_zero and self.history.steps[-1] == state.global_step:
-            run.log({**self._recorder.metrics(), "train/global_step": state.global_step})
+        if run is not None and state.is_world_process_zero:
+            run.log({**self._metrics(), "train/global_step": state.global_step})
 
 
 def _state_file(args: TrainingArguments, state: TrainerState) -> Path:

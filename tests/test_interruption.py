@@ -79,7 +79,7 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
     full = (300, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    write = callback._recorder.finish
+    write = callback._finish
 
     def finish_on_a_full_disk(*args, **kwargs):
         resource.setrlimit(resource.RLIMIT_FSIZE, full)  # every write past 300 bytes fails, as on a full disk
@@ -88,7 +88,7 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
-    callback._recorder.finish = finish_on_a_full_disk
+    callback._finish = finish_on_a_full_disk
     with (
         pytest.warns(UserWarning, match="could not write"),
         pytest.raises(OSError, match=r"could not write '.*precision_plan.history.safetensors'.*callback\.history"),
