@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import wandb
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from torch import nn
@@ -282,8 +282,9 @@ def test_a_frozen_router_is_said(tmp_path):
 
 
 def test_weight_averaging_behind_the_monitor_is_said(tmp_path):
-    with pytest.warns(UserWarning, match="WeightAveraging comes later.*Put RouterNormMonitor behind it"):
-        trainer(tmp_path, monitor(), WeightAveraging()).fit(Module(), data(2))
+    for averaging in (WeightAveraging(), StochasticWeightAveraging(swa_lrs=1e-2)):
+        with pytest.warns(UserWarning, match="WeightAveraging comes later.*Put RouterNormMonitor behind it"):
+            trainer(tmp_path, monitor(), averaging).fit(Module(), data(2))
     callback, module = monitor(), Module()
     trainer(tmp_path, WeightAveraging(), callback).fit(module, data(5))
     final = module.model[0].router.weight.detach().norm(dim=1)  # what the run ends with, averaged

@@ -11,7 +11,14 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.nn.utils.parametrizations import weight_norm
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
-from moe_precision import MoELayerError, RouterNormHistory, find_moe_layers
+from moe_precision import (
+    MoELayerError,
+    QuantizationError,
+    RouterNormHistory,
+    allocate,
+    find_moe_layers,
+    quantize_model,
+)
 from moe_precision.router_norms import router_norms
 from tests.conftest import PlainMoE, build
 
@@ -88,6 +95,14 @@ def test_lora_on_linear_experts_and_router():
     assert names(adapted) == plain
     effective = measured(adapted)
     torch.testing.assert_close(effective, measured(adapted.merge_and_unload()))
+
+
+def test_a_wrapped_model_is_not_quantized_in_place():
+    model = build("mixtral")
+    plan = allocate(model, method="uniform", average_bits=2, group_size=64)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(QuantizationError, match=r"behind a wrapper.*merge_and_unload"):
+        quantize_model(adapted, plan)
 
 
 def test_an_adapter_that_does_not_add_is_an_error():

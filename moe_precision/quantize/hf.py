@@ -174,7 +174,13 @@ def quantize_model(
     """
     config = PlanQuantizationConfig(plan, non_expert_bits)
     targets = find_targets(model, config.plan, non_expert_bits)
+    own = dict(model.named_parameters(remove_duplicate=False))
     for target in targets:  # before any change: a half packed model is of no use
+        if target.parameter not in own:
+            raise QuantizationError(
+                f"{type(model).__name__} holds {target.parameter!r} behind a wrapper; give the plain model: unwrap it, "
+                "and merge PEFT adapters with merge_and_unload()"
+            )
         if not model.get_parameter(target.parameter).isfinite().all():
             raise QuantizationError(f"{target.parameter!r} holds values that are not finite; has training diverged?")
     for target in tqdm(targets, desc="Quantizing", unit="weight"):
