@@ -13,7 +13,7 @@ from torch import nn
 
 from moe_precision.allocation import AllocationError, allocate, caveat_text, levels_of
 from moe_precision.files import check_writable
-from moe_precision.moe_layers import MoELayer, find_moe_layers, root_model
+from moe_precision.moe_layers import MoELayer, check_pattern, find_moe_layers, root_model
 from moe_precision.plan import PrecisionPlan, check_group_size, model_type_of
 from moe_precision.router_norms import HistoryError, RouterNormHistory, router_norms
 from moe_precision.tables import as_text, layers_table
@@ -48,6 +48,8 @@ class PlanRecorder:
             raise ValueError(f"every_n_steps must be at least 1 or None, got {every_n_steps}")
         if Path(export_to).suffix != ".json":
             raise ValueError(f"export_to must end in .json, got {export_to!r}")
+        check_pattern("router_pattern", router_pattern)
+        check_pattern("expert_pattern", expert_pattern)
         self.average_bits, self.bits, self.method = average_bits, tuple(bits), method
         self.group_size, self.every_n_steps, self.export_to = group_size, every_n_steps, export_to
         self.log_experts, self.router_pattern, self.expert_pattern = log_experts, router_pattern, expert_pattern
@@ -87,13 +89,15 @@ class PlanRecorder:
         rank_zero_info(f"{type(self).__name__}: recording\n{as_text(layers_table(self._layers))}")
         if fresh.caveats:
             rank_zero_warn(f"{type(self).__name__}: {caveat_text(fresh.caveats)}.")
-        if self.history.steps:
-            if self.history.layers != fresh.layers:
+        if self.history.steps and self.history.steps[-1] <= step:  # else it is of a run before this one
+            if list(self.history.layers.items()) != list(fresh.layers.items()):
                 raise HistoryError(
                     f"the checkpoint's router norms are of layers {list(self.history.layers)}, this model has "
                     f"{list(fresh.layers)}, or their shapes differ"
                 )
-            self._check_restored(step)
+            self._check_restored(step, fresh.dtypes)
+            self.history.caveats, self.history.patterns = fresh.caveats, fresh.patterns
+            self.history.dtypes = fresh.dtypes
             return False
         self.history = fresh
         if step > 0:
@@ -104,15 +108,15 @@ class PlanRecorder:
             )
         return self._record(step)
 
-    def _check_restored(self, step: int) -> None:
+    def _check_restored(self, step: int, dtypes: list[str]) -> None:
         """A resumed run whose routers are not those of the checkpoint would go on with a wrong model."""
         if self.history.steps[-1] != step:
             return
         recorded = torch.cat(list(self.history.last.values()))
         now = router_norms(self._layers).to("cpu")
-        single = all(layer.router_is.dtype == torch.float32 for layer in self._layers)
-        difference = float(((now - recorded).abs() / recorded.clamp(min=1e-30)).max())
-        if difference > (1e-5 if single else 1e-2):  # a float32 run may go on in bfloat16
+        tolerance = 1e-5 if self.history.dtypes == dtypes else 1e-2  # a float32 run may go on in bfloat16
+        if not torch.allclose(now, recorded, rtol=tolerance, atol=0, equal_nan=True):
+            difference = float(((now - recorded).abs() / recorded.clamp(min=1e-30)).max())
             raise HistoryError(
                 f"{type(self).__name__}: the routers of this model are not those whose norms were recorded at step "
                 f"{step} (a norm differs by {difference:.2%}): the checkpoint was not restored into the model. "
@@ -138,21 +142,35 @@ class PlanRecorder:
             rank_zero_warn(f"{type(self).__name__}: {broken}. Has training diverged? No plan can be made of this.")
         return True
 
+    def _record_final(self, step: int) -> bool:
+        """The last record, of the weights as they are now, also where this step was recorded before they changed.
+
+        Returns:
+            Whether there is something new to log.
+        """
+        if self._record(step):
+            return True
+        if len(self.history.steps) < 2 or not self.history.replace_last(router_norms(self._layers)):
+            return False
+        rank_zero_warn(
+            f"{type(self).__name__}: the weights were changed after the last step (weight averaging, or the best "
+            f"checkpoint loaded at the end); the norms at step {step} and the plan are those of the final weights."
+        )
+        return True
+
     def _metrics(self) -> dict[str, float]:
         """The last record for a logger, experts included up to `EXPERT_KEYS` of them."""
         experts = sum(layer.num_experts for layer in self._layers)
         return self.history.metrics(experts <= EXPERT_KEYS if self.log_experts is None else self.log_experts)
 
-    def _finish(self, step: int, writes: bool) -> PrecisionPlan | None:
-        """The last record, then plan and history; returns the plan if it was written.
+    def _finish(self, writes: bool) -> PrecisionPlan | None:
+        """Plan and history; returns the plan if it was written.
 
         A full disk does not stop the run, whose other callbacks may still save the model: see `_raise_write_error`.
 
         Args:
-            step: Optimizer step.
             writes: Whether this rank writes files.
         """
-        self._record(step)
         if len(self.history.steps) < 2:
             rank_zero_warn(f"{type(self).__name__}: no plan is written, because no optimizer step was taken.")
             return None

@@ -115,9 +115,9 @@ class RouterNormMonitor(PlanRecorder, Callback):
             self._log(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._record(trainer.global_step):
+        if self._record_final(trainer.global_step):
             self._log(trainer)
-        plan = self._finish(trainer.global_step, writes=trainer.is_global_zero)
+        plan = self._finish(writes=trainer.is_global_zero)
         if plan is not None:
             assert self._path is not None
             for logger in trainer.loggers:

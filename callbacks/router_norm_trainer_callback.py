@@ -22,9 +22,10 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
 
     What `RouterNormMonitor` is for Lightning, with the same history and the same plan for the same weights. A record is
     taken with every checkpoint and written into its folder, so that ``resume_from_checkpoint`` goes on with the
-    original baseline, and a run whose routers were not restored stops with an error. With
-    ``report_to="wandb"`` the curves stand beside the Trainer's own, over ``train/global_step``; other trackers cannot
-    be reached from a callback, and the history file has all of it.
+    original baseline, and a run whose routers were not restored stops with an error. The norms are looked for in
+    ``output_dir/checkpoint-N`` and in ``TrainingArguments.resume_from_checkpoint``: to go on in another folder, name
+    the checkpoint there too. With ``report_to="wandb"`` the curves stand beside the Trainer's own, over
+    ``train/global_step``; other trackers cannot be reached from a callback, and the history file has all of it.
 
     Args:
         average_bits: Nominal bits an expert may have on average.
@@ -80,6 +81,8 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
     ) -> None:
         self._prepare(args.output_dir, anew=True)
         saved = _state_file(args, state)
+        if isinstance(args.resume_from_checkpoint, str) and not saved.is_file():
+            saved = Path(args.resume_from_checkpoint, _STATE)
         if state.global_step > 0 and saved.is_file():
             self.history = RouterNormHistory.load(saved)
             self.history.max_variance = {}
@@ -88,7 +91,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
             self._log(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._due(state.global_step, int(args.logging_steps)) and self._record(state.global_step):
+        if self._due(state.global_step, int(state.logging_steps)) and self._record(state.global_step):
             self._log(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -100,9 +103,9 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._record(state.global_step):
+        if self._record_final(state.global_step):
             self._log(state)
-        plan = self._finish(state.global_step, writes=state.is_world_process_zero)
+        plan = self._finish(writes=state.is_world_process_zero)
         if plan is not None and (run := _wandb_run()) is not None:
             assert self._path is not None
             log_to_run(run, self.history, plan, self._path)

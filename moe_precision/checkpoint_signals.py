@@ -79,18 +79,14 @@ def signals_of_checkpoint(
         norms = [_router_norms(layer, sources, place, folder) for layer in layers]
         history.record(0, torch.cat(norms))
         if broken := history.not_finite():
-            raise CheckpointError(
-                f"{os.fspath(folder)!r}: {broken.removesuffix(' at step 0')}; the weights are damaged"
-            )
+            where = broken.removesuffix(" at step 0")
+            raise CheckpointError(f"{os.fspath(folder)!r}: {where}; the weights are damaged")
         if variance:
             experts = sum(layer.num_experts for layer in layers)
             with tqdm(total=experts, desc="variance", unit="expert", disable=None if experts >= 64 else True) as bar:
                 for layer in layers:
-                    values = []
-                    for read in _matrices(layer, sources, place):
-                        values.append(max_variance(read()))
-                        bar.update()
-                    history.max_variance[layer.name] = torch.stack(values)
+                    history.max_variance[layer.name] = _variances(layer, sources, place, folder)
+                    bar.update(layer.num_experts)
     return history
 
 
@@ -136,6 +132,22 @@ def _router_norms(layer: MoELayer, sources: Any, place: dict[str, Any], folder: 
         )
     rows = weight.T if layer.router_transposed else weight
     return torch.linalg.vector_norm(rows[: layer.num_experts], dim=-1, dtype=torch.float32)
+
+
+def _variances(layer: MoELayer, sources: Any, place: dict[str, Any], folder: Any) -> Tensor:
+    """``(E,)``, one matrix in memory at a time."""
+    bank = layer.banks[layer.first]
+    expected = layer.neurons(torch.empty(bank.shape, device="meta")).shape
+    values = []
+    for expert, read in enumerate(_matrices(layer, sources, place)):
+        matrix = read()
+        if matrix.shape != expected:
+            raise CheckpointError(
+                f"{os.fspath(folder)!r}: {layer.first!r} of expert {expert} in layer {layer.name!r} has shape "
+                f"{tuple(matrix.shape)}, but its config.json says {tuple(expected)}"
+            )
+        values.append(max_variance(matrix))
+    return torch.stack(values)
 
 
 def _matrices(layer: MoELayer, sources: Any, place: dict[str, Any]) -> Iterator[Callable[[], Tensor]]:

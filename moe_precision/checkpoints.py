@@ -38,7 +38,7 @@ def weight_files(folder: str | os.PathLike) -> list[Path]:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{str(folder)!r} has no config.json; expected what save_pretrained writes")
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and not (folder / "model.safetensors").is_file():  # as transformers: an old index is ignored
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (json.JSONDecodeError, KeyError) as error:

@@ -81,11 +81,21 @@ class Experts:
         """Clean path of the module that holds them."""
         return self.node.path
 
+    @property
+    def identity(self) -> int:
+        """The same for experts that two modules share."""
+        return id(next(iter(self.banks.values())).weights[0].parameter())
+
+    @property
+    def null_experts(self) -> int:
+        """Slices of a bank beyond the experts, which the router has rows for; 0 for all but a few families."""
+        slices = [bank.weights[0].shape[0] for bank in self.banks.values()] if self.layout == "fused" else []
+        return max(slices, default=self.num_experts) - self.num_experts
+
 
 def find_experts(tree: Node) -> list[Experts]:
     """Finds all that may be experts, outer ones first."""
     found: list[Experts] = []
-    seen: set[int] = set()
     for node in tree.nodes():
         if is_shared(node.path):
             continue
@@ -93,11 +103,8 @@ def find_experts(tree: Node) -> list[Experts]:
         banks = _fused_banks(node) or _flat_banks(node)
         if banks:
             first = next(iter(banks.values()))
-            parameter = id(first.weights[0].parameter())
-            if parameter not in seen:  # else one bank under two names: encoder and decoder share it
-                seen.add(parameter)
-                layout = "fused" if len(first.weights[0].shape) == 3 else "flat"
-                found.append(Experts(node, first.num_experts, banks, layout, named))
+            layout = "fused" if len(first.weights[0].shape) == 3 else "flat"
+            found.append(Experts(node, first.num_experts, banks, layout, named))
             continue
         children = numbered_children(node)
         if len(children) >= 2 and _are_experts(children):
@@ -244,14 +251,20 @@ def _fused_banks(node: Node) -> dict[str, Bank]:
     """Own 3-D float weights of a module that share their first dimension, or those of its one-weight children."""
     if _is_convolution(node):
         return {}
-    own = {name: w for name, w in node.weights.items() if len(w.shape) == 3 and w.is_floating_point}
+    own = {
+        name: w
+        for name, w in node.weights.items()
+        if len(w.shape) == 3 and w.is_floating_point and "shared" not in name
+    }
     if not own:
         for child_name, child in node.children.items():
             weights = list(child.weights.items())
             if len(weights) == 1 and len(weights[0][1].shape) == 3 and not _is_convolution(child):
                 own[f"{child_name}.{weights[0][0]}"] = weights[0][1]
     sizes = {w.shape[0] for w in own.values()}
-    alike = len(sizes) == 1 or bool(_EXPERT_NAME.search(type(node.module).__name__))  # longcat has unused slices
+    # longcat: gate_up has slices of null experts too, down has not; more uneven banks are something else
+    uneven = len(sizes) == len(own) == 2 and bool(_EXPERT_NAME.search(type(node.module).__name__))
+    alike = len(sizes) == 1 or uneven
     if len(own) < 2 or not alike or min(sizes) < 2:
         return {}
     return {name: Bank([w], min(sizes)) for name, w in own.items()}

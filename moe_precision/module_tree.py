@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_ADDITIVE_TUNERS = ("lora", "loha", "lokr", "adalora", "vera")
 _WRAPPER_NAMES = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_WRAPPERS)})\.")
 
 
@@ -86,21 +87,20 @@ class Weight:
 
 
 def _with_adapter(adapter: Any, base: Tensor, name: str) -> Tensor:
-    """``base`` plus what the active adapters of a PEFT layer add to it, as ``merge_and_unload`` would."""
+    """``base`` plus what the active adapters of a PEFT layer add to it, float32."""
     if adapter.merged or adapter.disable_adapters:
         return base
     active = [one for one in adapter.active_adapters if one in adapter._get_available_adapters()]
-    variants = getattr(adapter, "use_dora", {})
-    if not hasattr(adapter, "get_delta_weight") or any(variants.get(one) for one in active):
-        kind = type(adapter).__name__
+    tuner = [*type(adapter).__module__.split("."), "", ""][2]  # peft.tuners.<tuner>.layer
+    variants = getattr(adapter, "lora_variant", {})
+    if tuner not in _ADDITIVE_TUNERS or any(one in variants for one in active):
         raise MoELayerError(
-            f"{name!r} is trained through a PEFT {kind} that does not simply add to the weight (DoRA, IA3, ...): its "
-            "norm is not known. Leave it out of target_modules, train it with modules_to_save, or use plain LoRA"
+            f"{name!r} is trained through PEFT's {tuner} ({type(adapter).__name__}), which does not simply add to the "
+            "weight: its norm is not known. Train it with modules_to_save, or with plain LoRA (no DoRA)"
         )
     with torch.no_grad():
-        for one in active:
-            delta = adapter.get_delta_weight(one)
-            base = base + delta.to(base.dtype).reshape(base.shape)
+        for one in active:  # in float32: bfloat16 would round away what an adapter has learned
+            base = base.float() + adapter.get_delta_weight(one).float().reshape(base.shape)
     return base
 
 

@@ -6,6 +6,7 @@ through wrappers. Nothing here changes a model or has a table of model families.
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,6 +65,7 @@ class MoELayer:
             expert; ``separate``: parameters of an expert in one module.
         transposed: The parameters hold ``(in, out)`` matrices.
         caveat: A key of `CAVEATS` where a row's norm is not what it is for a plain router, else empty.
+        width: Width of the layer's input, as its router reads it.
         router_is: Where the router's weight is; ``(d, rows)`` if ``router_transposed``.
         banks: Projection name -> where its matrices are.
     """
@@ -74,6 +76,7 @@ class MoELayer:
     layout: str
     transposed: bool
     caveat: str
+    width: int = field(repr=False, compare=False)
     router_is: Weight = field(repr=False, compare=False)
     banks: dict[str, Bank] = field(repr=False, compare=False)
     router_transposed: bool = field(repr=False, compare=False)
@@ -136,8 +139,7 @@ class MoELayer:
     @property
     def first(self) -> str:
         """Name of the projection whose rows are the experts' hidden neurons: the first that takes the layer's input."""
-        width = self.router_is.shape[0 if self.router_transposed else 1]
-        reading = [name for name, (_, inp) in self.projections.items() if inp == width]
+        reading = [name for name, (_, inp) in self.projections.items() if inp == self.width]
         return (reading or list(self.projections))[0]
 
     def neurons(self, weight: Tensor) -> Tensor:
@@ -178,12 +180,16 @@ def find_moe_layers(
         MoELayerError: No layer at all, experts without a router, two equally good routers, or a pattern that matches
             nothing.
     """
+    for argument, pattern in (("router_pattern", router_pattern), ("expert_pattern", expert_pattern)):
+        check_pattern(argument, pattern)
     tree = module_tree(model)
     candidates = find_experts(tree) if expert_pattern is None else experts_by_pattern(tree, expert_pattern)
     paths = [experts.path for experts in candidates]
     layers: list[MoELayer] = []
     problems: list[str] = []
+    unrouted: list[str] = []
     taken: list[Experts] = []
+    routers: dict[int, tuple[Experts, int]] = {}  # identity of experts -> where they were found, their router
     for experts in candidates:
         if any(experts.path.startswith(outer.path + ".") for outer in taken):
             continue  # part of an expert
@@ -192,13 +198,21 @@ def find_moe_layers(
             continue
         taken.append(experts)
         if isinstance(found, str):
-            problems.append(found)
-        else:
+            (unrouted if "have no router" in found else problems).append(found)
+            continue
+        first, router = routers.setdefault(experts.identity, (experts, id(found.weight.parameter())))
+        if first is experts:
             layers.append(_describe(experts, found))
+        elif router != id(found.weight.parameter()):  # else one layer under two names: encoder and decoder share it
+            problems.append(
+                f"experts at {experts.path!r} are those at {first.path!r}, under another router: one width cannot "
+                "serve two orders"
+            )
     if expert_pattern is None:
         problems += not_understood(tree, taken) + product_keys(tree)
     problems += _twice([layer.router for layer in layers], "router") + _twice([layer.name for layer in layers], "layer")
-    if problems and not skip_unrouted:
+    problems += [] if skip_unrouted else unrouted
+    if problems:
         raise MoELayerError("; ".join(problems))
     if not layers and getattr(model, "is_quantized", False):
         raise MoELayerError(f"the experts of this {type(model).__name__} are quantized already; take the float model")
@@ -209,6 +223,14 @@ def find_moe_layers(
             "name its weights with router_pattern and expert_pattern"
         )
     return layers
+
+
+def check_pattern(argument: str, pattern: str | None) -> None:
+    """Raises `MoELayerError` if a pattern is no regular expression."""
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise MoELayerError(f"{argument}={pattern!r} is no regular expression: {error}") from error
 
 
 def _twice(names: list[str], what: str) -> list[str]:
@@ -222,9 +244,9 @@ def _describe(experts: Experts, router: Router) -> MoELayer:
     banks = experts.banks
     transposed = False
     if experts.layout == "fused":
-        width = router.weight.shape[1]
         out, inp = next(iter(banks.values())).shape
-        transposed = bool(getattr(experts.node.module, "is_transposed", out == width and inp != width))
+        guess = out == router.width and inp != router.width
+        transposed = bool(getattr(experts.node.module, "is_transposed", guess))
         banks = {name: Bank(bank.weights, bank.num_experts, transposed) for name, bank in banks.items()}
     return MoELayer(
         name=router.root.path,
@@ -233,6 +255,7 @@ def _describe(experts: Experts, router: Router) -> MoELayer:
         layout=experts.layout,
         transposed=transposed,
         caveat=router.caveat,
+        width=router.width,
         router_is=router.weight,
         banks=banks,
         router_transposed=router.transposed,

@@ -110,6 +110,7 @@ class RouterNormHistory:
         max_variance: Layer name -> ``(E,)`` float32 at the last record, or empty if never measured.
         caveats: Layer name -> key of `moe_layers.CAVEATS`, for routers whose norm is not what it is elsewhere.
         patterns: ``router_pattern`` and ``expert_pattern`` that the layers were found with, if any.
+        dtypes: dtypes of the routers that were read, e.g. ``["float32"]``.
     """
 
     def __init__(self, layers: dict[str, LayerShape] | None = None, model_type: str = "") -> None:
@@ -117,6 +118,7 @@ class RouterNormHistory:
         self.layers = layers or {}
         self.caveats: dict[str, str] = {}
         self.patterns: dict[str, str] = {}
+        self.dtypes: list[str] = []
         self.steps: list[int] = []
         self.max_variance: dict[str, Tensor] = {}
         self._records: list[Tensor] = []  # each (sum of num_experts,) float32 on CPU
@@ -127,6 +129,7 @@ class RouterNormHistory:
         history = cls({layer.name: layer.shape for layer in layers}, model_type)
         history.caveats = {layer.name: layer.caveat for layer in layers if layer.caveat}
         history.patterns = dict(patterns or {})
+        history.dtypes = sorted({str(layer.router_is.dtype).removeprefix("torch.") for layer in layers})
         return history
 
     @property
@@ -165,6 +168,15 @@ class RouterNormHistory:
             raise HistoryError(f"step {step} is not after the last recorded step {self.steps[-1]}")
         self.steps.append(step)
         self._records.append(norms.to("cpu"))
+        self.max_variance = {}  # of an earlier step
+
+    def replace_last(self, norms: Tensor) -> bool:
+        """Puts other norms in the place of the last record; returns whether they differ from it."""
+        last, norms = self._records[-1], norms.to("cpu")
+        if torch.equal(last, norms):
+            return False
+        self._records[-1], self.max_variance = norms, {}
+        return True
 
     def measure_variance(self, layers: list[MoELayer]) -> None:
         """Reads each expert's maximum intra-neuron variance from the weights, for plans made without the model."""
@@ -210,6 +222,7 @@ class RouterNormHistory:
             "max_variance": dict(self.max_variance),
             "caveats": dict(self.caveats),
             "patterns": dict(self.patterns),
+            "dtypes": list(self.dtypes),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -222,6 +235,7 @@ class RouterNormHistory:
         self._records = list(state["norms"].unbind()) if self.steps else []
         self.max_variance = dict(state["max_variance"])
         self.caveats, self.patterns = dict(state.get("caveats", {})), dict(state.get("patterns", {}))
+        self.dtypes = list(state.get("dtypes", []))
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the history as safetensors: ``steps``, ``norms/<layer>``, ``max_variance/<layer>``.
@@ -240,6 +254,7 @@ class RouterNormHistory:
             "layers": json.dumps(layers),
             "caveats": json.dumps(self.caveats),
             "patterns": json.dumps(self.patterns),
+            "dtypes": json.dumps(self.dtypes),
         }
         with replaced_when_done(path) as temporary:
             try:
@@ -278,6 +293,7 @@ class RouterNormHistory:
                     "max_variance": {n: tensors[f"max_variance/{n}"] for n in layers if f"max_variance/{n}" in tensors},
                     "caveats": json.loads(metadata.get("caveats", "{}")),
                     "patterns": json.loads(metadata.get("patterns", "{}")),
+                    "dtypes": json.loads(metadata.get("dtypes", "[]")),
                 }
             )
         except (KeyError, RuntimeError, json.JSONDecodeError) as error:

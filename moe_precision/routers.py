@@ -31,12 +31,14 @@ class Router:
     Attributes:
         weight: ``(rows, d)``, row ``e`` belongs to expert ``e``.
         root: The smallest node that holds router and experts.
+        width: Width of the router's input, of its first matrix if it is a network.
         caveat: A key of `CAVEATS` where the norm of a row is not what it is elsewhere, else empty.
         transposed: The weight is ``(d, rows)``.
     """
 
     weight: Weight
     root: Node
+    width: int
     caveat: str
     transposed: bool = False
 
@@ -66,11 +68,12 @@ def find_router(tree: Node, experts: Experts, others: list[str], pattern: str | 
         if climb and type(root.module).__name__ in _CONTAINERS:
             break
         for name, weight in root.named_weights():
-            rank = _rank(name, weight.shape, count, experts.named and climb <= 1)
-            if rank is None or (rank[1] and not experts.named):
+            rank = _rank(name, weight.shape, experts, climb)
+            if rank is None or _belongs_elsewhere(root.path, weight.name, path, others):
                 continue
-            if not _belongs_elsewhere(root.path, weight.name, path, others):
-                best.setdefault((*rank[:2], climb, *rank[2:]), []).append((weight, root))
+            candidates = best.setdefault(rank, [])
+            if all(weight is not other for other, _ in candidates):
+                candidates.append((weight, root))
         if any(rank[0] == 0 for rank in best):
             break  # a matrix that is called a router: no need to look further out
     if not best:
@@ -81,7 +84,7 @@ def find_router(tree: Node, experts: Experts, others: list[str], pattern: str | 
         names = ", ".join(weight.name for weight, _ in winners)
         return f"experts at {path!r} have several possible routers: {names}; choose with router_pattern"
     weight, root = winners[0]
-    return Router(weight, root, _caveat(tree, root, weight))
+    return _router(tree, root, weight)
 
 
 def _by_pattern(tree: Node, experts: Experts, pattern: str) -> Router | str:
@@ -98,12 +101,17 @@ def _by_pattern(tree: Node, experts: Experts, pattern: str) -> Router | str:
         return f"experts at {experts.path!r} have several routers that match router_pattern: {names}"
     (weight,) = nearest
     rows, columns = weight.shape
-    count = experts.num_experts or rows
-    transposed = rows < count == columns or (rows != count == columns)
+    count = experts.num_experts
+    if count == 0:  # flat banks do not tell; their columns are the width of the layer
+        width = next(iter(experts.banks.values())).weights[0].shape[1]
+        if width not in (rows, columns):
+            return f"router {weight.name!r} has shape {weight.shape}, expected (experts, {width})"
+        count = rows if columns == width else columns
+    transposed = rows != count == columns
     if rows < count and not transposed:
         return f"router {weight.name!r} has shape {weight.shape}, expected a row for each of {count} experts"
     root = tree.get(_common(weight.name.rpartition(".")[0], experts.path))
-    return Router(weight, root, _caveat(tree, root, weight), transposed)
+    return _router(tree, root, weight, transposed)
 
 
 def _common(first: str, second: str) -> str:
@@ -115,21 +123,23 @@ def _common(first: str, second: str) -> str:
     return ".".join(shared)
 
 
-def _rank(name: str, shape: tuple[int, ...], num_experts: int, near: bool) -> tuple[int, ...] | None:
+def _rank(name: str, shape: tuple[int, ...], experts: Experts, climb: int) -> tuple[int, ...] | None:
     """How well a weight would do as a router, lower is better; None if it cannot be one.
 
-    Beside experts that are named so (``near``), a matrix of any name will do; further out it must be called a router.
+    A matrix that is called a router is the better the nearer it is. Beside experts that are named so a matrix of any
+    name will do, if it reads one of the experts' widths; all of these are equally good, so that two are a tie.
     """
-    relative = name.removesuffix(".weight")
+    relative, count = name.removesuffix(".weight"), experts.num_experts
     if len(shape) != 2 or shape[1] == 1 or _NOT_ROUTER.search(relative):
         return None
-    router_like = bool(_ROUTER_NAME.search(relative))
-    extra = shape[0] - num_experts  # rows of shared or null experts
-    if extra and not (router_like and 0 < extra <= 2 * num_experts and shape[1] != num_experts):
+    extra = shape[0] - count  # rows of shared or null experts
+    if experts.null_experts and extra != experts.null_experts:
         return None
-    if not router_like and not near:
-        return None
-    return (0 if router_like else 1, int(extra > 0), extra, relative.count("."))
+    if _ROUTER_NAME.search(relative):
+        unlikely = extra and not (experts.named and 0 < extra <= 2 * count and shape[1] != count)
+        return None if unlikely else (0, int(extra > 0), climb, extra, relative.count("."))
+    widths = {width for bank in experts.banks.values() for width in bank.shape}
+    return (1,) if experts.named and climb <= 1 and not extra and shape[1] in widths else None
 
 
 def _belongs_elsewhere(root: str, name: str, path: str, containers: list[str]) -> bool:
@@ -142,20 +152,22 @@ def _belongs_elsewhere(root: str, name: str, path: str, containers: list[str]) -
     return any(f"{other}.".startswith(f"{branch}.") for other in containers if other != path)
 
 
-def _caveat(tree: Node, root: Node, weight: Weight) -> str:
-    """What kind of router this is, if it is none whose rows alone give the logits."""
+def _router(tree: Node, root: Node, weight: Weight, transposed: bool = False) -> Router:
+    """The router, with what kind it is if it is none whose rows alone give the logits."""
     owner = tree.get(weight.name.rpartition(".")[0])
-    if hasattr(owner.module, "tid2eid"):
-        return "hash"
+    width = weight.shape[0 if transposed else 1]
     inner = weight.name.removeprefix(root.path).lstrip(".")
+    if hasattr(owner.module, "tid2eid"):
+        return Router(weight, root, width, "hash", transposed)
     if _COSINE.search(f"{inner} {type(owner.module).__name__}"):
-        return "cosine"
+        return Router(weight, root, width, "cosine", transposed)
     top = root.children.get(inner.split(".")[0])  # the router's module, if it is one of its own
     if top is not None and inner.count(".") > 1 and top.path != owner.path:
-        feeding = [w for _, w in top.named_weights() if w is not weight and len(w.shape) == 2]
-        if any(w.shape[0] == weight.shape[1] and not _NOT_ROUTER.search(w.name) for w in feeding):
-            return "mlp"
-    return ""
+        others = [w for _, w in top.named_weights() if w is not weight and len(w.shape) == 2]
+        matrices = [w for w in others if not _NOT_ROUTER.search(w.name)]
+        if any(w.shape[0] == width for w in matrices):
+            return Router(weight, root, matrices[0].shape[1], "mlp", transposed)
+    return Router(weight, root, width, "", transposed)
 
 
 def product_keys(tree: Node) -> list[str]:

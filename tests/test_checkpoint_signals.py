@@ -163,6 +163,26 @@ def test_damaged_checkpoints(damage, message, two_checkpoints, capsys):
     assert not (folder / "plan.json").exists()
 
 
+def test_experts_of_another_shape(two_checkpoints):
+    _, _, folder = two_checkpoints
+
+    def cut(tensors):
+        for name in [name for name in tensors if name.endswith(("w1.weight", "w3.weight"))]:
+            tensors[name] = tensors[name][:64].clone()
+
+    damaged(cut)(folder)
+    with pytest.raises(CheckpointError, match=r"of expert 0 in layer .* has shape \(64, 64\), but .* says \(128, 64\)"):
+        allocate(folder / "tuned", folder / "base", group_size=64)
+
+
+def test_an_index_that_an_earlier_save_left(two_checkpoints):
+    """save_pretrained in shards, then in one file: transformers reads the file, and so do we."""
+    model, _, folder = two_checkpoints
+    model.save_pretrained(folder / "base")
+    (folder / "base" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    torch.testing.assert_close(signals_of_checkpoint(folder / "base").last, measured(model).last)
+
+
 def test_checkpoints_of_different_shapes(two_checkpoints):
     _, _, folder = two_checkpoints
     build("mixtral", num_local_experts=4).save_pretrained(folder / "other")
@@ -199,6 +219,7 @@ def test_a_quantized_checkpoint(two_checkpoints):
         ([], "give a history, a checkpoint folder, or --final"),
         (["x.safetensors", "--initial", "base"], "--initial takes the place of the history"),
         (["--initial", "base"], "give a history, a checkpoint folder, or --final"),
+        (["--final", "nowhere", "--router-pattern", "("], "no checkpoint folder at 'nowhere'"),
         (["--final", "nowhere"], "no checkpoint folder at 'nowhere'"),
     ],
 )

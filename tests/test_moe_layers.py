@@ -312,3 +312,76 @@ def test_patterns_that_do_not_fit(patterns, message):
 def test_expert_index_out_of_range(mixtral):
     with pytest.raises(IndexError, match=r"experts 0\.\.7, got 8"):
         find_moe_layers(mixtral)[0].expert_weights(8)
+
+
+# -- found in review: each gave a wrong layer without an error --------------------------------------------------------
+
+
+def test_a_transposed_router_does_not_turn_the_experts():
+    model = Holder(router=bank(32, 8), experts=Holder(w1=bank(8, 32, 64), w2=bank(8, 64, 32)))  # x @ w everywhere
+    (layer,) = find_moe_layers(model, router_pattern="router")
+    assert layer.transposed
+    assert layer.projections == {"w1": (64, 32), "w2": (32, 64)}
+    assert layer.first == "w1"
+
+
+def test_shared_experts_beside_routed_ones_in_one_module():
+    layer_class = type("FusedMoE", (Holder,), {})
+    shared = layer_class(
+        gate=nn.Linear(16, 4),
+        w1=bank(4, 32, 16),
+        w2=bank(4, 16, 32),
+        shared_w1=bank(2, 32, 16),
+        shared_w2=bank(2, 16, 32),
+    )
+    (layer,) = find_moe_layers(shared)
+    assert (layer.num_experts, list(layer.projections)) == (4, ["w1", "w2"])
+    unnamed = layer_class(
+        gate=nn.Linear(16, 4), w1=bank(4, 32, 16), w2=bank(4, 16, 32), v1=bank(2, 32, 16), v2=bank(2, 16, 32)
+    )
+    with pytest.raises(MoELayerError, match="no Mixture-of-Experts layer"):
+        find_moe_layers(unnamed)
+
+
+def test_a_matrix_inside_the_experts_is_not_taken_for_an_unnamed_router():
+    banks = {"w1": bank(8, 32, 64), "w2": bank(8, 64, 32)}
+    clear = Holder(experts=Holder(**banks, scale=bank(8, 16)), selector=nn.Linear(32, 8))
+    assert find_moe_layers(clear)[0].router == "selector.weight"
+    unclear = Holder(experts=Holder(**banks, b2=bank(8, 32)), selector=nn.Linear(32, 8))
+    with pytest.raises(MoELayerError, match=r"several possible routers: experts\.b2, selector\.weight"):
+        find_moe_layers(unclear)
+
+
+def test_a_network_router_as_wide_as_the_experts():
+    router = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4))
+    experts = nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)) for _ in range(4))
+    assert find_moe_layers(Holder(router=router, experts=experts))[0].first == "0"
+    fused = Holder(router=router, experts=Holder(w1=bank(4, 64, 32), w2=bank(4, 32, 64)))
+    (layer,) = find_moe_layers(fused)
+    assert layer.projections == {"w1": (64, 32), "w2": (32, 64)}
+
+
+@pytest.mark.parametrize("experts", [Holder(w1=bank(4, 64, 32), w2=bank(4, 32, 64)), linears(4, 32)])
+def test_experts_under_two_routers_are_an_error(experts):
+    model = Holder(a=Holder(gate=nn.Linear(32, 4), experts=experts), b=Holder(gate=nn.Linear(32, 4), experts=experts))
+    with pytest.raises(MoELayerError, match=r"'b\.experts' are those at 'a\.experts', under another router"):
+        find_moe_layers(model)
+
+
+def test_flat_banks_with_a_transposed_router():
+    banks = Holder(w1=bank(8 * 64, 32), w2=bank(8 * 64, 32))
+    patterns = {"router_pattern": "router", "expert_pattern": r"experts\.w[12]"}
+    (layer,) = find_moe_layers(Holder(router=bank(32, 8), experts=banks), **patterns)
+    assert (layer.num_experts, layer.projections) == (8, {"w1": (64, 32), "w2": (32, 64)})
+    with pytest.raises(MoELayerError, match=r"has shape \(8, 16\), expected \(experts, 32\)"):
+        find_moe_layers(Holder(router=bank(8, 16), experts=banks), **patterns)
+
+
+def test_skipping_unrouted_experts_hides_nothing_else():
+    with pytest.raises(MoELayerError, match="would serve two lists of experts"):
+        find_moe_layers(nn.Sequential(PlainMoE(), PlainMoE()), skip_unrouted=True, router_pattern=r"^0\.router")
+
+
+def test_a_pattern_that_is_no_regular_expression():
+    with pytest.raises(MoELayerError, match=r"router_pattern='\(' is no regular expression"):
+        find_moe_layers(PlainMoE(), router_pattern="(")

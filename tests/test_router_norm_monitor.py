@@ -238,6 +238,30 @@ def test_resume_without_our_state_is_said(tmp_path):
     assert callback.plan.baseline_step == 6
 
 
+def test_a_restored_run_with_other_routers_is_an_error(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
+    trainer(tmp_path, monitor(), checkpoint, enable_checkpointing=True).fit(Module(), data())
+    path = tmp_path / "ckpt" / "last.ckpt"
+    saved = torch.load(path, weights_only=True)
+    for change in (lambda weight: weight.mul_(1.0001), lambda weight: weight.fill_(float("nan"))):
+        change(saved["state_dict"]["model.1.router.weight"])
+        torch.save(saved, path)
+        with pytest.raises(
+            HistoryError, match="routers of this model are not those whose norms were recorded at step 6"
+        ):
+            trainer(tmp_path, monitor(), max_epochs=2).fit(Module(), data(), ckpt_path=path)
+
+
+def test_a_history_of_another_run_is_not_gone_on_with(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
+    trainer(tmp_path, checkpoint, enable_checkpointing=True).fit(Module(), data(4))  # no norms in it
+    callback = monitor()
+    trainer(tmp_path, callback).fit(Module(), data(8))
+    with pytest.warns(UserWarning, match="resumes at step 4 from a checkpoint without router norms"):
+        trainer(tmp_path, callback, max_epochs=2).fit(Module(), data(4), ckpt_path=tmp_path / "ckpt" / "last.ckpt")
+    assert callback.history.steps == [4, 6, 8]
+
+
 def test_resume_with_another_model_is_an_error(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
     trainer(tmp_path, monitor(), checkpoint, enable_checkpointing=True).fit(Module(), data(2))
@@ -285,10 +309,12 @@ def test_weight_averaging_behind_the_monitor_is_said(tmp_path):
     for averaging in (WeightAveraging(), StochasticWeightAveraging(swa_lrs=1e-2)):
         with pytest.warns(UserWarning, match="WeightAveraging comes later.*Put RouterNormMonitor behind it"):
             trainer(tmp_path, monitor(), averaging).fit(Module(), data(2))
-    callback, module = monitor(), Module()
-    trainer(tmp_path, WeightAveraging(), callback).fit(module, data(5))
-    final = module.model[0].router.weight.detach().norm(dim=1)  # what the run ends with, averaged
-    torch.testing.assert_close(callback.history.last["model.0"], final)
+    for batches in (5, 6):  # without and with a record of the last step before it is averaged
+        callback, module, logger = monitor(), Module(), MemoryLogger()
+        trainer(tmp_path, WeightAveraging(), callback, logger=logger).fit(module, data(batches))
+        final = module.model[0].router.weight.detach().norm(dim=1)  # what the run ends with, averaged
+        torch.testing.assert_close(callback.history.last["model.0"], final)
+        assert logger.records()[-1][1]["router_norm/layer_00/expert_001"] == pytest.approx(final[1].item())
 
 
 def test_two_monitors(tmp_path):

@@ -138,3 +138,14 @@ def test_another_safetensors_file(tmp_path):
         RouterNormHistory.load(tmp_path / "x.safetensors")
     with pytest.raises(FileNotFoundError, match="no router-norm history"):
         RouterNormHistory.load(tmp_path / "missing.safetensors")
+
+
+def test_a_new_record_forgets_the_variances_of_an_earlier_step(history):
+    assert history.max_variance
+    history.record(20, torch.ones(16))
+    assert not history.max_variance
+    history.measure_variance(find_moe_layers(build("mixtral")))
+    assert not history.replace_last(torch.ones(16))
+    assert history.replace_last(torch.full((16,), 2.0))
+    assert history.last["model.layers.0.mlp"].tolist() == [2.0] * 8
+    assert not history.max_variance

@@ -7,7 +7,7 @@ import wandb
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from moe_precision import AllocationError, HistoryError, PrecisionPlan, RouterNormHistory
+from moe_precision import AllocationError, HistoryError, PrecisionPlan, RouterNormHistory, find_moe_layers
 from moe_precision.callbacks import RouterNormMonitor, RouterNormTrainerCallback
 from tests.conftest import build
 from tests.wandb_file import read_artifacts, read_curves
@@ -116,6 +116,49 @@ def test_accumulation_counts_optimizer_steps(tmp_path):
     callback = RouterNormTrainerCallback(group_size=64)
     train(tmp_path, callback, 3, gradient_accumulation_steps=4)
     assert callback.history.steps == [0, 2, 3]
+
+
+def test_the_best_checkpoint_loaded_at_the_end(tmp_path):
+    """The plan is that of the weights that the Trainer ends with."""
+    callback = RouterNormTrainerCallback(group_size=64, every_n_steps=1)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=30.0,  # so that the first checkpoint is the best
+        optim="sgd",
+        max_grad_norm=0,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to=[],
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+    )
+    trainer = Trainer(
+        build("gpt_oss"), arguments, train_dataset=[ITEM] * 40, eval_dataset=[ITEM] * 2, callbacks=[callback]
+    )
+    trainer.state.best_metric = None
+    original = trainer._load_best_model
+
+    def load_first(*args, **kwargs):  # whichever is the best, the first one is loaded
+        trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-2")
+        original(*args, **kwargs)
+
+    trainer._load_best_model = load_first
+    with pytest.warns(UserWarning, match="best checkpoint loaded at the end"):
+        trainer.train()
+    assert callback.history.steps == [0, 1, 2, 3, 4]
+    final = torch.cat([layer.router_weight().detach().norm(dim=1) for layer in find_moe_layers(trainer.model)])
+    torch.testing.assert_close(torch.cat(list(callback.history.last.values())), final)
+
+
+def test_an_interval_as_a_share_of_all_steps(tmp_path):
+    callback = RouterNormTrainerCallback(group_size=64)
+    train(tmp_path, callback, 6, logging_steps=0.34)  # every third
+    assert callback.history.steps == [0, 3, 6]
 
 
 def test_curves_in_wandb(tmp_path, monkeypatch):

@@ -110,8 +110,35 @@ def test_an_adapter_that_does_not_add_is_an_error():
     settings = peft.LoraConfig(r=4, target_modules=["classifier"], use_dora=True)
     adapted = peft.get_peft_model(model, settings)
     layers = find_moe_layers(adapted)
-    with pytest.raises(MoELayerError, match=r"router\.classifier\.weight' is trained through a PEFT .*DoRA"):
+    with pytest.raises(MoELayerError, match=r"router\.classifier\.weight' is trained through PEFT's lora .*no DoRA"):
         router_norms(layers)
+
+
+@pytest.mark.parametrize("settings", [peft.OFTConfig, peft.HiraConfig, peft.HRAConfig, peft.BOFTConfig, peft.IA3Config])
+def test_adapters_that_turn_or_scale_are_errors(settings):
+    keys = {"feedforward_modules": []} if settings is peft.IA3Config else {}
+    adapted = peft.get_peft_model(build("switch_transformers"), settings(target_modules=["classifier"], **keys))
+    with pytest.raises(MoELayerError, match="does not simply add to the weight"):
+        router_norms(find_moe_layers(adapted))
+
+
+def test_an_adapter_on_a_bfloat16_router_is_not_rounded_away():
+    model = build("switch_transformers").bfloat16()
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["classifier"]), autocast_adapter_dtype=True
+    )
+    before = router_norms(find_moe_layers(adapted))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(1e-3)
+    after = router_norms(find_moe_layers(adapted))
+    for layer, changed in zip(find_moe_layers(adapted), (after - before).split(8), strict=True):
+        module = adapted.get_submodule("base_model.model." + layer.router.removesuffix(".weight"))
+        weight = module.base_layer.weight.double() + module.get_delta_weight("default").double()
+        expected = weight.norm(dim=1) - module.base_layer.weight.double().norm(dim=1)
+        torch.testing.assert_close(changed, expected.float(), atol=3e-6, rtol=1e-2)
+        assert expected.abs().max() > 3e-5
 
 
 def test_modules_to_save_reads_the_trained_copy(mixtral):
