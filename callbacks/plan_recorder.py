@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,24 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from moe_precision.allocation import AllocationError, allocate, caveat_text, levels_of
+from moe_precision.allocation import (
+    COST_METHODS,
+    GRANULARITIES,
+    METHODS,
+    AllocationError,
+    allocate,
+    caveat_text,
+    levels_of,
+)
+from moe_precision.costs import ShardedError
+from moe_precision.curvature import Curvature, CurvatureError, curvature_of
 from moe_precision.files import check_writable
 from moe_precision.moe_layers import MoELayer, check_pattern, find_moe_layers, root_model
 from moe_precision.plan import PrecisionPlan, check_group_size, model_type_of
 from moe_precision.router_norms import HistoryError, RouterNormHistory, router_norms
 from moe_precision.tables import as_text, layers_table
 
+_HISTORY = ".history.safetensors"
 EXPERT_KEYS = 4096  # more curves than this are left out unless asked for: W&B slows down at 10,000 keys
 
 
@@ -28,6 +39,7 @@ class PlanRecorder:
 
     Attributes:
         history: The recorded norms.
+        curvature: Means of the optimizer's second moments, once training has ended, if it has any.
         plan: The plan, once training has ended.
     """
 
@@ -42,6 +54,7 @@ class PlanRecorder:
         log_experts: bool | None,
         router_pattern: str | None,
         expert_pattern: str | None,
+        granularity: str,
     ) -> None:
         levels_of(method, average_bits, bits)
         if every_n_steps is not None and every_n_steps < 1:
@@ -53,8 +66,16 @@ class PlanRecorder:
         self.average_bits, self.bits, self.method = average_bits, tuple(bits), method
         self.group_size, self.every_n_steps, self.export_to = group_size, every_n_steps, export_to
         self.log_experts, self.router_pattern, self.expert_pattern = log_experts, router_pattern, expert_pattern
+        if granularity not in GRANULARITIES or (method in METHODS and granularity != "expert"):
+            raise ValueError(
+                f"granularity must be one of {', '.join(GRANULARITIES)}, and 'expert' for method {method!r}; got "
+                f"{granularity!r}"
+            )
+        self.granularity = granularity
         self.history = RouterNormHistory()
+        self.curvature: Curvature | None = None
         self.plan: PrecisionPlan | None = None
+        self._model: nn.Module | None = None
         self._path: Path | None = None  # None where nothing is written
         self._layers: list[MoELayer] = []
         self._write_error: OSError | None = None
@@ -82,7 +103,7 @@ class PlanRecorder:
         """
         given = {"router_pattern": self.router_pattern, "expert_pattern": self.expert_pattern}
         patterns: dict[str, Any] = {key: pattern for key, pattern in given.items() if pattern is not None}
-        self._layers = find_moe_layers(model, **patterns)
+        self._layers, self._model = find_moe_layers(model, **patterns), model
         fresh = RouterNormHistory.of(self._layers, model_type_of(root_model(model)), patterns)
         for name, layer in fresh.layers.items():
             check_group_size(self.group_size, name, layer.projections)
@@ -163,13 +184,14 @@ class PlanRecorder:
         experts = sum(layer.num_experts for layer in self._layers)
         return self.history.metrics(experts <= EXPERT_KEYS if self.log_experts is None else self.log_experts)
 
-    def _finish(self, writes: bool) -> PrecisionPlan | None:
-        """Plan and history; returns the plan if it was written.
+    def _finish(self, writes: bool, optimizers: Sequence[Any]) -> PrecisionPlan | None:
+        """History, curvature and plan; returns the plan if it was written.
 
         A full disk does not stop the run, whose other callbacks may still save the model: see `_raise_write_error`.
 
         Args:
             writes: Whether this rank writes files.
+            optimizers: That have trained the experts, for their second moments.
         """
         if len(self.history.steps) < 2:
             rank_zero_warn(f"{type(self).__name__}: no plan is written, because no optimizer step was taken.")
@@ -178,6 +200,9 @@ class PlanRecorder:
         if writes:
             self._save_history()  # whatever happens below, the record is kept
         self.history.measure_variance(self._layers)
+        self.curvature = self._curvature(optimizers)
+        if writes and self.curvature is not None:
+            self._write(self.curvature.save, ".curvature.safetensors")
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -187,34 +212,42 @@ class PlanRecorder:
                     average_bits=self.average_bits,
                     bits=self.bits,
                     group_size=self.group_size,
+                    granularity=self.granularity,
+                    model=self._model if self.method in COST_METHODS else None,
+                    curvature=self.curvature,
                 )
-        except AllocationError as error:  # of norms that are not finite
+        except (AllocationError, ShardedError) as error:  # norms that are not finite, or no second moments
             rank_zero_warn(f"{type(self).__name__}: no plan is written: {error}")
             return None
         for warning in caught:
             rank_zero_warn(f"{type(self).__name__}: {warning.message}")
-        if not writes or not self._save_history():
-            return None
-        assert self._path is not None
-        try:
-            self.plan.save(self._path)
-        except OSError as error:
-            self._remember(error, self._path)
+        if not writes or not self._save_history() or not self._write(self.plan.save, ".json"):
             return None
         rank_zero_info(f"{type(self).__name__}: wrote {self._path} ({self.plan.average_bits:.3g} bits on average)")
         return self.plan
 
     def _save_history(self) -> bool:
         """Writes what was recorded, without any collective; returns whether that worked."""
-        if self._path is None or not self.history.steps:
-            return False
-        path = self._path.with_suffix(".history.safetensors")
+        return self._path is not None and bool(self.history.steps) and self._write(self.history.save, _HISTORY)
+
+    def _write(self, save: Callable[[Path], None], suffix: str) -> bool:
+        """Writes one of the files beside the plan; returns whether that worked."""
+        assert self._path is not None
+        path = self._path.with_suffix(suffix)
         try:
-            self.history.save(path)
+            save(path)
         except OSError as error:
             self._remember(error, path)
             return False
         return True
+
+    def _curvature(self, optimizers: Sequence[Any]) -> Curvature | None:
+        """Row and column means of the optimizer's second moments, if it has any."""
+        try:
+            return curvature_of(self._layers, optimizers)
+        except CurvatureError as error:
+            rank_zero_info(f"{type(self).__name__}: no curvature is written: {error}")
+            return None
 
     def _remember(self, error: OSError, path: Path) -> None:
         self._write_error = type(error)(

@@ -30,9 +30,11 @@ class RouterNormMonitor(PlanRecorder, Callback):
 
     Args:
         average_bits: Nominal bits an expert may have on average.
-        bits: Levels to choose from: one, two, or three that are equally spaced, of 1 to 8, or 16.
-        method: How experts are ranked: ``router_norm`` (the paper's rule), or a control: ``reversed``, ``random``,
-            ``uniform``.
+        bits: Levels to choose from, of 1 to 8, or 16: one, two, or three that are equally spaced; any number for
+            ``curvature`` and ``weight_error``.
+        method: How widths are chosen: ``router_norm`` (the paper's rule), its ablations ``norm_only``, ``final_norm``,
+            ``max_variance``, the least predicted increase of the loss ``curvature`` or least ``weight_error``, or a
+            control: ``reversed``, ``random``, ``uniform``.
         group_size: Weights that share a scale and an offset when the plan is carried out; divides every expert's
             input width.
         every_n_steps: Optimizer steps between records; None takes the Trainer's ``log_every_n_steps``.
@@ -44,6 +46,8 @@ class RouterNormMonitor(PlanRecorder, Callback):
         router_pattern: Regular expression that names the routers' weights, for models whose routers structure does
             not tell; see `find_moe_layers`.
         expert_pattern: The same for the experts' weights.
+        granularity: What shares a width: ``expert``; for ``weight_error`` and ``curvature`` also ``expert+projection``,
+            ``layer`` or ``layer+projection``.
 
     Attributes:
         history: The recorded norms.
@@ -71,6 +75,7 @@ class RouterNormMonitor(PlanRecorder, Callback):
         log_experts: bool | None = None,
         router_pattern: str | None = None,
         expert_pattern: str | None = None,
+        granularity: str = "expert",
     ) -> None:
         super().__init__(
             average_bits,
@@ -82,6 +87,7 @@ class RouterNormMonitor(PlanRecorder, Callback):
             log_experts,
             router_pattern,
             expert_pattern,
+            granularity,
         )
 
     @property
@@ -117,7 +123,7 @@ class RouterNormMonitor(PlanRecorder, Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._record_final(trainer.global_step):
             self._log(trainer)
-        plan = self._finish(writes=trainer.is_global_zero)
+        plan = self._finish(trainer.is_global_zero, trainer.optimizers)
         if plan is not None:
             assert self._path is not None
             for logger in trainer.loggers:

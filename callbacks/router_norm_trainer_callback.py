@@ -29,14 +29,17 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
 
     Args:
         average_bits: Nominal bits an expert may have on average.
-        bits: Levels to choose from: one, two, or three that are equally spaced, of 1 to 8, or 16.
-        method: ``router_norm`` (the paper's rule), or a control: ``reversed``, ``random``, ``uniform``.
+        bits: Levels to choose from, of 1 to 8, or 16: one, two, or three that are equally spaced; any number for
+            ``curvature`` and ``weight_error``.
+        method: ``router_norm`` (the paper's rule), ``curvature``, or another of `RouterNormMonitor`'s.
         group_size: Weights that share a scale and an offset; divides every expert's input width.
         every_n_steps: Optimizer steps between records; None takes ``logging_steps``.
         export_to: Path of the plan, relative to ``output_dir``; the history is written beside it.
         log_experts: Log a curve for each expert; None does up to 4,096 experts.
         router_pattern: Names the routers' weights where structure does not tell; see `find_moe_layers`.
         expert_pattern: The same for the experts' weights.
+        granularity: What shares a width: ``expert``; for ``weight_error`` and ``curvature`` also ``expert+projection``,
+            ``layer`` or ``layer+projection``.
 
     Attributes:
         history: The recorded norms.
@@ -63,6 +66,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         log_experts: bool | None = None,
         router_pattern: str | None = None,
         expert_pattern: str | None = None,
+        granularity: str = "expert",
     ) -> None:
         super().__init__(
             average_bits,
@@ -74,6 +78,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
             log_experts,
             router_pattern,
             expert_pattern,
+            granularity,
         )
 
     def on_train_begin(
@@ -105,7 +110,8 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
     ) -> None:
         if self._record_final(state.global_step):
             self._log(state)
-        plan = self._finish(writes=state.is_world_process_zero)
+        optimizers = [kwargs["optimizer"]] if kwargs.get("optimizer") is not None else []
+        plan = self._finish(state.is_world_process_zero, optimizers)
         if plan is not None and (run := _wandb_run()) is not None:
             assert self._path is not None
             log_to_run(run, self.history, plan, self._path)

@@ -1,162 +1,51 @@
-"""From an order of experts and a budget to a bit-width for each expert, and from signals to that order.
+"""From what is known of a model's experts and a budget to a precision plan.
 
-Pure functions; `allocate` puts them together into a plan. Methods are looked up by name in `METHODS`.
+`orders` has the paper's rule and the controls, `knapsack` the methods that know what each width costs.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint_signals import signals_of_checkpoint
+from .checkpoints import load_model
+from .costs import expert_costs
+from .curvature import Curvature, as_curvature
+from .knapsack import least_cost_bits
 from .moe_layers import CAVEATS, find_moe_layers, root_model
-from .plan import LayerPlan, PrecisionPlan, check_group_size, check_widths, model_type_of
+from .orders import METHODS, ZETA, AllocationError, LayerSignals, bits_from_order, check_budget, rank_experts
+from .plan import (
+    SCALE_AND_OFFSET_BITS,
+    LayerPlan,
+    PrecisionPlan,
+    check_group_size,
+    check_widths,
+    model_type_of,
+)
 from .router_norms import HistoryError, RouterNormHistory, router_norms
 
-ZETA = 3.0  # how many times larger a MaxVar must be to overtake, as in the paper
+__all__ = [
+    "ALL_METHODS",
+    "COST_METHODS",
+    "GRANULARITIES",
+    "METHODS",
+    "AllocationError",
+    "allocate",
+    "bits_from_order",
+    "check_budget",
+    "levels_of",
+    "rank_experts",
+]
 
-
-class AllocationError(ValueError):
-    """A budget that the given widths cannot meet, or a method that lacks what it reads."""
-
-
-def rank_experts(change: Tensor, max_variance: Tensor | None = None, zeta: float = ZETA) -> list[int]:
-    """Orders the experts of one layer, the one that gets the most bits first (arXiv 2604.06515).
-
-    Ascending by the change of router norm; ties keep the order of the experts. Then one pass from the last expert to
-    the first: an expert whose maximum variance is more than ``zeta`` times that of an expert before it moves in front
-    of the first such one.
-
-    Args:
-        change: Change of router norm (or the final norm where no baseline is known), ``(E,)``.
-        max_variance: Maximum intra-neuron variance, ``(E,)``, or None to order by the change alone.
-        zeta: The factor of the reorder rule, positive.
-
-    Returns:
-        Expert indices.
-    """
-    if change.ndim != 1 or not change.isfinite().all():
-        raise AllocationError(f"expected finite changes of shape (E,), got shape {tuple(change.shape)}: {change}")
-    order = torch.argsort(change, stable=True).tolist()
-    if max_variance is None:
-        return order
-    if max_variance.shape != change.shape or not max_variance.isfinite().all():
-        raise AllocationError(f"expected {len(change)} finite variances, got {max_variance}")
-    variance = max_variance.tolist()
-    for expert in reversed(list(order)):
-        place = order.index(expert)
-        for earlier in range(place):
-            if zeta * variance[order[earlier]] < variance[expert]:
-                order.insert(earlier, order.pop(place))
-                break
-    return order
-
-
-def bits_from_order(order: Sequence[int], average_bits: float, bits: Sequence[int]) -> list[int]:
-    """Gives each expert of a layer a width by the paper's two- and three-level rules (arXiv 2604.06515).
-
-    The total never exceeds ``E * average_bits`` and is the largest that the levels reach.
-
-    Args:
-        order: Expert indices, most bits first.
-        average_bits: Bits an expert may have on average, between the lowest and the highest level.
-        bits: One, two or three different levels; three must be equally spaced.
-
-    Returns:
-        Bits, indexed by expert.
-
-    Raises:
-        AllocationError: The levels or the average are out of range.
-    """
-    check_budget(average_bits, bits)
-    if sorted(order) != list(range(len(order))):
-        raise AllocationError(f"an order names every expert once, got {list(order)}")
-    levels, average, count = sorted(set(bits)), _exact(average_bits), len(order)
-    low, high = levels[0], levels[-1]
-    spare = count * (average - low)  # bits to hand out above the lowest level
-    if len(levels) == 1:
-        widths = [low] * count
-    elif len(levels) == 2:
-        n_high = int(spare / (high - low))
-        widths = [high] * n_high + [low] * (count - n_high)
-    else:
-        middle, span = levels[1], high - low
-        units = int(spare / Fraction(span, 2))  # n_middle + 2 n_high
-        if average > high - Fraction(span, 3):
-            n_high = units // 2
-        elif average >= high - Fraction(2 * span, 3):
-            n_high = (2 * units - count) // 3  # the most with n_low <= n_middle
-        else:
-            n_high = 0
-        n_high = min(max(n_high, units - count, 0), units // 2)
-        n_middle = units - 2 * n_high
-        widths = [high] * n_high + [middle] * n_middle + [low] * (count - n_high - n_middle)
-    by_expert = [0] * count
-    for expert, width in zip(order, widths, strict=True):
-        by_expert[expert] = width
-    return by_expert
-
-
-def _exact(average_bits: float) -> Fraction:
-    """The fraction that was meant: 2.3 and 8 / 3 are not the floats they are written as."""
-    return Fraction(average_bits).limit_denominator(100_000)
-
-
-def check_budget(average_bits: float, bits: Sequence[int]) -> None:
-    """Checks levels and average before any work.
-
-    Raises:
-        AllocationError: More than three levels, unequal spacing, or an average outside of the levels.
-    """
-    if isinstance(bits, int) or not bits:
-        raise AllocationError(f"bits must list the levels to choose from, as in (2, 3); got {bits!r}")
-    levels = sorted(set(bits))
-    check_widths(levels)
-    if len(levels) > 3:
-        raise AllocationError(f"the paper's rule takes one, two or three levels, got {len(levels)}: {levels}")
-    if len(levels) == 3 and levels[1] - levels[0] != levels[2] - levels[1]:
-        raise AllocationError(f"three levels must be equally spaced (as in 1, 2, 3 or 2, 3, 4), got {levels}")
-    if not levels[0] <= average_bits <= levels[-1]:
-        raise AllocationError(f"average_bits={average_bits} is outside of the levels {levels}; give levels around it")
-
-
-@dataclass(frozen=True)
-class LayerSignals:
-    """What a method may look at: ``norm`` is the change of router norm, or the final norm without a baseline."""
-
-    norm: Tensor  # (E,)
-    max_variance: Tensor | None  # (E,)
-
-
-def _order_router_norm(signals: LayerSignals, generator: torch.Generator) -> list[int]:
-    return rank_experts(signals.norm, signals.max_variance)
-
-
-def _order_reversed(signals: LayerSignals, generator: torch.Generator) -> list[int]:
-    return _order_router_norm(signals, generator)[::-1]
-
-
-def _order_random(signals: LayerSignals, generator: torch.Generator) -> list[int]:
-    return torch.randperm(len(signals.norm), generator=generator).tolist()
-
-
-def _order_uniform(signals: LayerSignals, generator: torch.Generator) -> list[int]:
-    return list(range(len(signals.norm)))
-
-
-METHODS: dict[str, Callable[[LayerSignals, torch.Generator], list[int]]] = {
-    "router_norm": _order_router_norm,  # the paper; the default
-    "reversed": _order_reversed,  # controls
-    "random": _order_random,
-    "uniform": _order_uniform,
-}
+GRANULARITIES = ("expert", "expert+projection", "layer", "layer+projection")
+COST_METHODS = ("weight_error", "curvature")  # solve one knapsack over all layers
+ALL_METHODS = (*METHODS, *COST_METHODS)
 
 
 def levels_of(method: str, average_bits: float, bits: Sequence[int]) -> list[int]:
@@ -166,14 +55,27 @@ def levels_of(method: str, average_bits: float, bits: Sequence[int]) -> list[int
         AllocationError: Unknown method, or a budget that the levels cannot meet.
         PlanError: A width that is not 1 to 8 or 16.
     """
-    if method not in METHODS:
-        raise AllocationError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}")
+    if method not in ALL_METHODS:
+        raise AllocationError(f"unknown method {method!r}, expected one of {', '.join(ALL_METHODS)}")
+    if method in COST_METHODS:
+        return _any_levels(average_bits, bits)
     if method == "uniform":
         if average_bits not in range(17):
             raise AllocationError(f"method 'uniform' gives all experts one width: average_bits={average_bits} is none")
         bits = [int(average_bits)]
     check_budget(average_bits, bits)
     return sorted(set(bits))
+
+
+def _any_levels(average_bits: float, bits: Sequence[int]) -> list[int]:
+    """Levels for a method that solves a knapsack: any widths around the average."""
+    if isinstance(bits, int) or not bits:
+        raise AllocationError(f"bits must list the levels to choose from, as in (2, 3); got {bits!r}")
+    levels = sorted(set(bits))
+    check_widths(levels)
+    if not levels[0] <= average_bits <= levels[-1]:
+        raise AllocationError(f"average_bits={average_bits} is outside of the levels {levels}; give levels around it")
+    return levels
 
 
 def allocate(
@@ -186,8 +88,14 @@ def allocate(
     seed: int = 0,
     router_pattern: str | None = None,
     expert_pattern: str | None = None,
+    curvature: Curvature | str | os.PathLike | None = None,
+    granularity: str = "expert",
+    stored_bits: float | None = None,
 ) -> PrecisionPlan:
-    """Makes a precision plan: a width for each expert, layer by layer, with the same counts in every layer.
+    """Makes a precision plan: a width for each expert.
+
+    The paper's rule, its ablations and the controls order the experts of each layer and give every layer the same
+    counts. ``weight_error`` and ``curvature`` know what each width would cost and minimise the sum over all layers.
 
     Args:
         model: The model, for its final router norms and its variances, or the folder of its checkpoint, which is read
@@ -196,13 +104,17 @@ def allocate(
             from: the change is measured from its first record, up to the model if there is one, else up to its last
             record. Without a history the final norm takes the place of
             the change, and the plan says ``"baseline": "none"``: its ranking then assumes equal norms at the start.
-        method: A name from `METHODS`.
+        method: A name from `ALL_METHODS`.
         average_bits: Nominal bits an expert may have on average.
-        bits: The levels to choose from.
+        bits: The levels to choose from; any for a method that knows costs.
         group_size: Weights that share a scale and an offset, along the input dimension.
         seed: For ``method="random"``.
         router_pattern: As in `find_moe_layers`, where ``model`` needs it; a history brings its own.
         expert_pattern: The same for the experts.
+        curvature: For ``method="curvature"``: `Curvature` or the path of its file.
+        granularity: What shares a width: ``expert``, ``expert+projection``, ``layer`` or ``layer+projection``; all but
+            ``expert`` need a method that knows costs.
+        stored_bits: A budget with scales and offsets, in the place of ``average_bits``; for methods that know costs.
 
     Raises:
         AllocationError: Levels, average or method are out of range, or a norm is not finite.
@@ -212,7 +124,22 @@ def allocate(
         CheckpointError: A checkpoint folder is incomplete or damaged.
         StreamingError: A checkpoint cannot be read tensor by tensor; load it and give the model.
     """
+    if stored_bits is not None:
+        average_bits = stored_bits - SCALE_AND_OFFSET_BITS / group_size
     levels = levels_of(method, average_bits, bits)
+    if granularity not in GRANULARITIES:
+        raise AllocationError(f"unknown granularity {granularity!r}, expected one of {', '.join(GRANULARITIES)}")
+    if method in METHODS and (granularity != "expert" or stored_bits is not None):
+        raise AllocationError(
+            f"method {method!r} orders the experts of a layer: granularity={granularity!r} and stored_bits="
+            f"{stored_bits!r} need a method that knows costs, one of {', '.join(COST_METHODS)}"
+        )
+    if method in COST_METHODS and model is None:
+        raise AllocationError(f"method {method!r} measures what each width costs: give the model or its checkpoint")
+    if method == "curvature" and curvature is None:
+        raise AllocationError("method 'curvature' needs curvature, which RouterNormMonitor writes beside the plan")
+    if method in COST_METHODS and isinstance(model, (str, os.PathLike)):
+        model = load_model(model)
     given = {"router_pattern": router_pattern, "expert_pattern": expert_pattern}
     patterns = {key: pattern for key, pattern in given.items() if pattern is not None}
     settings: dict[str, Any] = {"average_bits": average_bits, "bits": levels}
@@ -250,27 +177,52 @@ def allocate(
     plans: dict[str, LayerPlan] = {}
     for name, shape in final.layers.items():
         check_group_size(group_size, name, shape.projections)
+    if method in COST_METHODS:
+        assert isinstance(model, nn.Module)
+        patterns_of_final: dict[str, Any] = dict(final.patterns)
+        found = find_moe_layers(model, **patterns_of_final)
+        weighed = None
+        if method == "curvature":
+            assert curvature is not None
+            weighed = as_curvature(curvature)
+            weighed.check_layers(final.layers)
+        costs = expert_costs(found, levels, group_size, weighed)
+        least = least_cost_bits(final.layers, costs, levels, group_size, granularity, average_bits, stored_bits)
+        settings |= {"granularity": granularity, "predicted_cost": _rounded(least.cost), "gap": _rounded(least.gap)}
+        if stored_bits is not None:
+            settings["stored_bits"] = stored_bits
+    for name, shape in final.layers.items():
         last, variance = final.last[name], final.max_variance.get(name)
         norm = last if first_norms is None else last - first_norms[name]
-        try:
-            order = METHODS[method](LayerSignals(norm, variance), generator)
-        except AllocationError as error:
-            raise AllocationError(f"layer {name!r}: {error}") from error
-        widths = bits_from_order(order, average_bits, levels)
+        order: list[int] = []
+        if method in COST_METHODS:
+            projection_bits = least.bits[name]
+        else:
+            try:
+                order = METHODS[method](LayerSignals(norm, last, variance), generator)
+            except AllocationError as error:
+                raise AllocationError(f"layer {name!r}: {error}") from error
+            widths = bits_from_order(order, average_bits, levels)
+            projection_bits = {projection: list(widths) for projection in shape.projections}
         signals = {"final_router_norm" if first_norms is None else "router_norm_change": _readable(norm)}
         if variance is not None:
             signals["max_variance"] = _readable(variance)
+        if method in COST_METHODS:
+            for projection, of_projection in costs[name].items():
+                for column, width in enumerate(levels):
+                    signals[f"{method} of {projection} at {width} bits"] = _readable(of_projection[:, column])
         router_norms_of = {} if first_norms is None else {"first": _readable(first_norms[name])}
         plans[name] = LayerPlan(
             shape=shape,
-            projection_bits={projection: list(widths) for projection in shape.projections},
+            projection_bits=projection_bits,
             order=order,
             router_norms=router_norms_of | {"last": _readable(last)},
             signals=signals,
         )
     settings |= final.patterns
-    if method in ("router_norm", "reversed"):
+    if method in ("router_norm", "final_norm", "reversed"):
         settings["zeta"] = ZETA
+    if method in ("router_norm", "norm_only", "reversed"):
         settings |= _reservations(final, history)
     if method == "random":
         settings["seed"] = seed

@@ -14,6 +14,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from .curvature import Curvature
 from .files import folder_replaced_when_done
 from .plan import PrecisionPlan
 from .quantize import PlanQuantizationConfig
@@ -114,6 +115,7 @@ def quantize_checkpoint(
     plan: PrecisionPlan | str | os.PathLike,
     out: str | os.PathLike,
     non_expert_bits: int | None = None,
+    curvature: Curvature | str | os.PathLike | None = None,
 ) -> PreTrainedModel:
     """Quantizes a float checkpoint by a plan while it loads, and saves the packed model with its tokenizer.
 
@@ -122,6 +124,7 @@ def quantize_checkpoint(
         plan: A plan, or the path of its file.
         out: Folder to write; it appears in one step, when it is complete.
         non_expert_bits: 8 or 4 to quantize the other linear layers too.
+        curvature: `Curvature` or the path of its file, for the weights of the fit.
 
     Returns:
         The packed model.
@@ -130,7 +133,7 @@ def quantize_checkpoint(
         CheckpointError: The checkpoint is incomplete, or packed already.
         PlanError: The plan is for another model.
     """
-    quantization = PlanQuantizationConfig(plan, non_expert_bits)
+    quantization = PlanQuantizationConfig(plan, non_expert_bits, curvature)
     files = weight_files(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint)
     model_class = model_class_of(checkpoint, config)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import tables
-from .allocation import METHODS, allocate
+from .allocation import ALL_METHODS, GRANULARITIES, allocate
 from .checkpoint_signals import StreamingError
 from .checkpoints import load_model, quantize_checkpoint, stored_bits_per_expert_weight, tensor_bytes, weight_files
 from .files import check_writable
@@ -71,6 +71,7 @@ def _allocated(options: argparse.Namespace) -> PrecisionPlan:
             weight_files(folder)  # before any work
     settings = {key: getattr(options, key) for key in ("method", "average_bits", "bits", "group_size", "seed")}
     settings |= {"router_pattern": options.router_pattern, "expert_pattern": options.expert_pattern}
+    settings |= {key: getattr(options, key) for key in ("curvature", "granularity", "stored_bits")}
     history = source if source is not None else initial
     try:
         return allocate(final, history, **settings)
@@ -93,7 +94,12 @@ def _show(options: argparse.Namespace) -> None:
 def _quantize(options: argparse.Namespace) -> None:
     plan = PrecisionPlan.load(options.plan)
     check_writable(Path(options.out).parent / "config.json")
-    quantize_checkpoint(options.checkpoint, plan, options.out, options.non_expert_bits)
+    curvature = options.curvature
+    beside = Path(options.plan).with_suffix(".curvature.safetensors")
+    if curvature is None and beside.is_file():
+        curvature = beside
+        print(f"weighs the fit by {beside}")
+    quantize_checkpoint(options.checkpoint, plan, options.out, options.non_expert_bits, curvature)
     before, after = (sum(tensor_bytes(folder).values()) / 1e6 for folder in (options.checkpoint, options.out))
     bits = stored_bits_per_expert_weight(options.out, plan)
     print(f"wrote {options.out}: {before:.2f} MB -> {after:.2f} MB, {bits:.3f} stored bits per expert weight")
@@ -176,8 +182,18 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--expert-pattern", metavar="REGEX", help="names the experts' weights; see find_moe_layers")
     plan.add_argument("--average-bits", type=float, default=2.5, help="bits an expert on average (default 2.5)")
     plan.add_argument("--bits", type=int, nargs="+", default=[2, 3], help="levels to choose from (default 2 3)")
-    plan.add_argument("--method", default="router_norm", choices=list(METHODS), help="how experts are ranked")
+    plan.add_argument("--method", default="router_norm", choices=list(ALL_METHODS), help="how widths are chosen")
     plan.add_argument("--group-size", type=int, default=128, help="weights that share a scale (default 128)")
+    plan.add_argument("--curvature", metavar="FILE", help="x.curvature.safetensors beside a plan, for that method")
+    plan.add_argument(
+        "--granularity",
+        default="expert",
+        choices=list(GRANULARITIES),
+        help="what shares a width (default expert; the others for --method curvature and weight_error)",
+    )
+    plan.add_argument(
+        "--stored-bits", type=float, help="budget with scales and offsets, in the place of --average-bits"
+    )
     plan.add_argument("--seed", type=int, default=0, help="for --method random")
     plan.add_argument("-o", "--output", default="precision_plan.json", help="default precision_plan.json")
 
@@ -201,6 +217,12 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("out", help="folder to write")
     quantize.add_argument(
         "--non-expert-bits", type=int, choices=[4, 8], help="quantize the other linear layers too (default: leave them)"
+    )
+
+    quantize.add_argument(
+        "--curvature",
+        metavar="FILE",
+        help="weighs the fit (default: x.curvature.safetensors beside the plan, if there)",
     )
 
     evaluate = add(

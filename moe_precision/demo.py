@@ -1,7 +1,7 @@
 """The whole way in one command: train a small Mixtral, make its plan, quantize, reload, compare.
 
 Every row of the table is a folder that was written to disk and loaded again with ``from_pretrained``. Controls stand
-beside the plan: the same counts of bits in random and in reversed order.
+beside the plan: the same counts of bits in random and in reversed order, and what curvature chooses for as many bits.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from transformers.utils.logging import disable_progress_bar
 from .allocation import allocate
 from .checkpoints import load_model, quantize_checkpoint, stored_bits_per_expert_weight, weight_files
 from .cli import fit
+from .curvature import Curvature
 from .evaluation import Evaluation, evaluate
 from .plan import PrecisionPlan
 from .report import plot_router_norms
 from .router_norms import RouterNormHistory
 from .tables import show
 
+_MORE_LEVELS = [1, 2, 3, 4]
 _RECIPE_ROOT = "runs/pretrain_mixtral"
 _FOLDER_NAME = re.compile(r"[^a-z0-9]+")
 
@@ -74,13 +76,19 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
     for method in ("reversed", "random"):
         settings = {"average_bits": plan.asked_average_bits, "bits": plan.settings["bits"], "group_size": group_size}
         plans[f"{method} order"] = allocate(history=history, method=method, **settings)
+    curvature = Curvature.load(output / "precision_plan.curvature.safetensors")
+    known = {"method": "curvature", "curvature": curvature, "group_size": group_size}
+    asked = {"average_bits": plan.asked_average_bits, "bits": plan.settings["bits"]}
+    plans["curvature"] = allocate(checkpoint, history, **known, **asked)
+    asked["bits"] = _MORE_LEVELS
+    plans["curvature, 1 to 4 bits"] = allocate(checkpoint, history, **known, **asked, granularity="expert+projection")
 
     rows = []
     for name, chosen in plans.items():
         folder = checkpoint
         if chosen is not None:
             folder = output / f"quantized-{_FOLDER_NAME.sub('-', name).strip('-')}"
-            quantize_checkpoint(checkpoint, chosen, folder)
+            quantize_checkpoint(checkpoint, chosen, folder, curvature=curvature)
         model = load_model(folder, dtype=torch.float32)  # float32 activations: compares weights, not rounding
         result = evaluate(model, data.val_dataloader(), data.token_counts, f"Evaluating {name}")
         rows.append(
@@ -97,8 +105,10 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
     print(
         f"stored bits: bytes of all expert tensors in the file, per expert weight. Losses in nats over "
         f"{rows[0].evaluation.tokens} validation tokens;\n"
-        "rare: the tenth of them seen least in training. random: one draw.\n\n"
-        f"In {output}: precision_plan.json, precision_plan.history.safetensors, router_norms.png, results.json,\n"
+        "rare: the tenth of them seen least in training. random: one draw. curvature: least predicted loss by the\n"
+        "optimizer's second moments, over all layers at once; all rows are fitted by them.\n\n"
+        f"In {output}: precision_plan.json, precision_plan.{{history,curvature}}.safetensors, router_norms.png,\n"
+        "results.json, "
         "checkpoint/ (float), quantized-*/ (packed), checkpoints/ (to resume), wandb/ (offline run)"
     )
     return rows

@@ -12,6 +12,7 @@ from moe_precision.checkpoints import load_model, stored_bits_per_expert_weight
 from tests.wandb_file import read_artifacts, read_curves
 
 STEPS = 12
+CURVATURE = ["curvature", "curvature, 1 to 4 bits"]
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +43,22 @@ def test_files(demo):
 def test_table(demo):
     folder, printed = demo
     rows = {row["model"]: row for row in json.loads((folder / "results.json").read_text())}
-    assert list(rows) == ["float", "uniform 3 bits", "uniform 2 bits", "plan", "reversed order", "random order"]
+    assert list(rows) == [
+        "float",
+        "uniform 3 bits",
+        "uniform 2 bits",
+        "plan",
+        "reversed order",
+        "random order",
+        *CURVATURE,
+    ]
     plan = PrecisionPlan.load(folder / "precision_plan.json")
     assert rows["float"]["stored_bits"] == 16
     assert rows["plan"]["nominal_bits"] == 2.5
     assert rows["plan"]["stored_bits"] == pytest.approx(2.5 + 32 / 64, abs=0.01)
+    for name in CURVATURE:
+        assert 2.4 < rows[name]["nominal_bits"] <= 2.5
+        assert rows[name]["stored_bits"] <= rows["plan"]["stored_bits"] + 0.001
     measured = stored_bits_per_expert_weight(folder / "quantized-plan", plan)
     assert rows["plan"]["stored_bits"] == measured
     assert rows["uniform 2 bits"]["file_mb"] < rows["plan"]["file_mb"] < rows["uniform 3 bits"]["file_mb"]

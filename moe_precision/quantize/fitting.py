@@ -3,6 +3,8 @@
 A plain least-squares fit has the lowest weight error, but each group of it is a conditional mean: every output of the
 layer shrinks by the same relative error, and so on through the depth of the model. Making the gain unbiased costs a
 little weight error and repairs the loss, at 1 and 2 bits above all.
+
+Where the curvature of the loss is known, each input column weighs in the fit by it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ _ITERATIONS = 20
 _CHUNK = 1 << 18  # weights fitted at a time: bounds the memory and stays in cache
 
 
-def least_squares_codes(groups: Tensor, bits: int) -> Tensor:
+def least_squares_codes(groups: Tensor, bits: int, weights: Tensor | None = None) -> Tensor:
     """Alternates between rounding to codes and regressing the weights on them, starting from each group's range.
 
     More starts, which clip the range, lower the weight error by a few percent and do not lower the loss.
@@ -22,6 +24,7 @@ def least_squares_codes(groups: Tensor, bits: int) -> Tensor:
     Args:
         groups: ``(N, group)`` float32, one group a row.
         bits: Width of a code.
+        weights: How much each error counts, of the groups' shape, with a mean of 1 in each group; None for all alike.
 
     Returns:
         ``(N, group)`` float32 of whole numbers from 0 to ``2**bits - 1``.
@@ -30,40 +33,48 @@ def least_squares_codes(groups: Tensor, bits: int) -> Tensor:
     low, high = groups.aminmax(dim=1, keepdim=True)  # (N, 1)
     codes = _round(groups, (high - low) / top, low, top)
     for _ in range(_ITERATIONS):
-        codes = _round(groups, *least_squares_scale(groups, codes), top)
+        codes = _round(groups, *least_squares_scale(groups, codes, weights), top)
     return codes
 
 
-def least_squares_scale(groups: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+def least_squares_scale(groups: Tensor, codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale and offset, each ``(N, 1)``, with the least squared error for given codes; scale 0 for constant groups."""
-    mean_w, mean_q = groups.mean(dim=1, keepdim=True), codes.mean(dim=1, keepdim=True)
-    covariance = _mean_product(groups, codes) - mean_w * mean_q
-    variance_q = _mean_product(codes, codes) - mean_q * mean_q
+    mean_w, mean_q, _, covariance, variance_q = _moments(groups, codes, weights)
     scale = torch.where(variance_q > 0, covariance / variance_q, 0.0)
     return scale, mean_w - scale * mean_q
 
 
-def unbiased_scale(groups: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+def unbiased_scale(groups: Tensor, codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale and offset, each ``(N, 1)``, for given codes such that the gain is one: ``Cov(q', w) = Var(w)``.
 
     With q the least-squares fit of a group and mu its mean this is
-    ``q' = mu + (q - mu) * sum((w - mu)**2) / sum((q - mu) * (w - mu))``, which comes down to a scale of
+    ``q' = mu + (q - mu) * sum h (w - mu)**2 / sum h (q - mu) (w - mu)``, h the weights, which comes down to a scale of
     ``Var(w) / Cov(codes, w)``.
     """
-    mean_w, mean_q = groups.mean(dim=1, keepdim=True), codes.mean(dim=1, keepdim=True)
-    covariance = _mean_product(groups, codes) - mean_w * mean_q
-    variance_w = _mean_product(groups, groups) - mean_w * mean_w
+    mean_w, mean_q, variance_w, covariance, _ = _moments(groups, codes, weights)
     scale = torch.where(covariance > 0, variance_w / covariance, 0.0)
     return scale, mean_w - scale * mean_q
 
 
-def quantize_matrix(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(groups: Tensor, codes: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Means of groups and codes, variance of groups, covariance, and variance of codes, each ``(N, 1)``."""
+    by_w, by_q = (groups, codes) if weights is None else (groups * weights, codes * weights)
+    mean_w, mean_q = by_w.mean(dim=1, keepdim=True), by_q.mean(dim=1, keepdim=True)
+    variance_w = _mean_product(by_w, groups) - mean_w * mean_w
+    covariance = _mean_product(by_w, codes) - mean_w * mean_q
+    return mean_w, mean_q, variance_w, covariance, _mean_product(by_q, codes) - mean_q * mean_q
+
+
+def quantize_matrix(
+    weight: Tensor, bits: int, group_size: int, column_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Quantizes one matrix, asymmetrically, in groups along its input dimension.
 
     Args:
         weight: ``(out, in)``, any float dtype; ``group_size`` divides ``in``.
         bits: Width of a code, 1 to 8.
         group_size: Weights that share a scale and an offset.
+        column_weights: ``(in,)`` positive, how much an error in each input column counts; None for all alike.
 
     Returns:
         Codes ``(out, in)`` uint8, scales and offsets ``(out, in / group_size)`` float16; the weight is
@@ -76,20 +87,31 @@ def quantize_matrix(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor,
     codes = torch.empty(out, inp, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(out, inp // group_size, dtype=torch.float16, device=weight.device)
     offsets = torch.empty_like(scales)
+    by_group = None
+    if column_weights is not None:
+        by_group = column_weights.to(weight.device, torch.float32).reshape(-1, group_size)  # (in / group, group)
+        if by_group.numel() != inp or not (by_group.isfinite() & (by_group >= 0)).all():
+            raise ValueError(f"expected {inp} finite column weights of at least 0, got {tuple(column_weights.shape)}")
+        sums = by_group.mean(dim=1, keepdim=True)
+        by_group = torch.where(sums > 0, by_group / sums, 1.0)
     rows = max(1, _CHUNK // inp)
     for start in range(0, out, rows):
         chunk = slice(start, start + rows)
         groups = weight[chunk].float().reshape(-1, group_size)  # (rows * in / group, group)
         mean = groups.mean(dim=1, keepdim=True)
         groups = groups - mean  # variances of centred groups lose no digits
-        fitted = least_squares_codes(groups, bits)
-        scale, offset = unbiased_scale(groups, fitted)
-        codes[chunk] = fitted.to(torch.uint8).view(-1, inp)
+        weights = None if by_group is None else by_group.repeat(len(groups) // len(by_group), 1)
+        fitted = least_squares_codes(groups, bits, weights)
+        scale, offset = unbiased_scale(groups, fitted, weights)
         scales[chunk] = scale.view(-1, inp // group_size)
         offsets[chunk] = (offset + mean).view(-1, inp // group_size)
-        # float16 may move the highest code by half a step, no more; not so for tiny, huge or NaN weights
-        rounded = scales[chunk].view(-1, 1).float()
-        if not ((rounded - scale).abs() <= scale / 2 ** (bits + 1)).all() or not offsets[chunk].isfinite().all():
+        stored = scales[chunk].view(-1, 1).float(), offsets[chunk].view(-1, 1).float() - mean
+        # where float16 moves the highest code by more than half a step, code again on the scale that is stored
+        moved = ~((stored[0] - scale).abs() <= scale / 2 ** (bits + 1))  # (N, 1)
+        fitted = torch.where(moved, _round(groups, *stored, 2**bits - 1), fitted)
+        codes[chunk] = fitted.to(torch.uint8).view(-1, inp)
+        lost = moved & ~((stored[0] * fitted + stored[1] - groups).abs().amax(1, keepdim=True) <= stored[0])
+        if lost.any() or not offsets[chunk].isfinite().all():  # tiny, huge or NaN weights
             raise ValueError(
                 f"a weight of shape {tuple(weight.shape)} has values that float16 scales cannot hold at {bits} bits: "
                 f"magnitudes up to {weight.abs().max().item():.3g}; leave it at 16 bits"

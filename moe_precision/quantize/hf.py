@@ -18,6 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..curvature import Curvature, as_curvature
 from ..plan import PlanError, PrecisionPlan, as_plan
 from .packed import packed_experts_forward
 from .replace import EXPERTS_IMPLEMENTATION, Target, find_targets, replace_weight
@@ -37,6 +38,8 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         plan: A `PrecisionPlan`, its dict, or the path of its file.
         non_expert_bits: 8 or 4 to quantize the other linear layers too; routers, embeddings, norms and the output
             head always keep their precision. None, the default, quantizes experts only.
+        curvature: `Curvature`, or the path of its file: errors in input columns where the loss is curved count more in
+            the fit. It changes values, not sizes, and is not needed again for loading.
 
     Raises:
         PlanError: The plan or ``non_expert_bits`` is not valid.
@@ -51,6 +54,7 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         self,
         plan: PrecisionPlan | dict | str | os.PathLike,
         non_expert_bits: int | None = None,
+        curvature: Curvature | str | os.PathLike | None = None,
         quant_method: str = QUANT_METHOD,  # config.json names it; never another
     ) -> None:
         if non_expert_bits not in (None, 4, 8):
@@ -58,6 +62,7 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.plan = as_plan(plan)
         self.non_expert_bits = non_expert_bits
+        self.curvature = None if curvature is None else as_curvature(curvature)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: the widths, without the signals that led to them."""
@@ -100,7 +105,9 @@ class PlanHfQuantizer(HfQuantizer):
         return self.quantization_config.plan
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        targets = find_targets(model, self.plan, self.quantization_config.non_expert_bits)
+        targets = find_targets(
+            model, self.plan, self.quantization_config.non_expert_bits, self.quantization_config.curvature
+        )
         if self.pre_quantized:
             for target in targets:
                 replace_weight(model, target, self.plan.group_size, weight=None)
@@ -157,6 +164,7 @@ def quantize_model(
     model: nn.Module,
     plan: PrecisionPlan | dict | str | os.PathLike,
     non_expert_bits: int | None = None,
+    curvature: Curvature | str | os.PathLike | None = None,
 ) -> nn.Module:
     """Quantizes a model in memory, in place, by a precision plan.
 
@@ -164,6 +172,7 @@ def quantize_model(
         model: A transformers model, or any module whose experts are lists of ``nn.Linear`` modules.
         plan: A `PrecisionPlan`, its dict, or the path of its file.
         non_expert_bits: 8 or 4 to quantize the other linear layers too.
+        curvature: `Curvature` or its path, for the weights of the fit.
 
     Returns:
         The same model, in evaluation mode. A transformers model can be saved with ``save_pretrained``.
@@ -172,8 +181,8 @@ def quantize_model(
         PlanError: The plan is for another model.
         UnsupportedLayoutError: Experts in a layout that cannot be packed yet.
     """
-    config = PlanQuantizationConfig(plan, non_expert_bits)
-    targets = find_targets(model, config.plan, non_expert_bits)
+    config = PlanQuantizationConfig(plan, non_expert_bits, curvature)
+    targets = find_targets(model, config.plan, non_expert_bits, config.curvature)
     own = dict(model.named_parameters(remove_duplicate=False))
     for target in targets:  # before any change: a half packed model is of no use
         if target.parameter not in own:

@@ -29,9 +29,13 @@ def dequantize(packed: Tensor, scale: Tensor, offset: Tensor, bits: int, dtype: 
     Returns:
         ``(out, in)``.
     """
-    codes = unpack(packed, bits)  # (out, in)
+    return scaled(unpack(packed, bits), scale, offset).to(dtype)
+
+
+def scaled(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """``scale * code + offset`` in float32, for codes ``(out, in)`` and scales ``(out, in / group)``."""
     groups = codes.view(*scale.shape, -1).float()  # (out, in / group, group)
-    return groups.mul_(scale.float().unsqueeze(-1)).add_(offset.float().unsqueeze(-1)).view(codes.shape).to(dtype)
+    return groups.mul_(scale.float().unsqueeze(-1)).add_(offset.float().unsqueeze(-1)).view(codes.shape)
 
 
 def int4_fits(x: Tensor, rows: int, bits: int, group_size: int) -> bool:

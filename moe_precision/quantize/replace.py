@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..curvature import Curvature
 from ..moe_layers import MoELayer, find_moe_layers
 from ..plan import PrecisionPlan, check_group_size, model_type_of
 from .packed import PackedLinear, PackedProjection, sentinel
@@ -33,6 +34,8 @@ class Target:
         bits: Width of each expert for a fused parameter ``(E, ...)``, or one width for a matrix.
         shape: ``(out, in)`` of each matrix.
         transposed: The parameter holds ``(in, out)`` matrices.
+        column_weights: How much an error in each input column counts, ``(E, in)`` for a fused parameter or ``(1, in)``;
+            None for all alike.
     """
 
     parameter: str
@@ -40,6 +43,7 @@ class Target:
     shape: tuple[int, int]
     fused: bool
     transposed: bool = False
+    column_weights: Tensor | None = None
 
     @property
     def module(self) -> str:
@@ -52,11 +56,14 @@ class Target:
         return self.parameter.rpartition(".")[2]
 
 
-def find_targets(model: nn.Module, plan: PrecisionPlan, non_expert_bits: int | None) -> list[Target]:
+def find_targets(
+    model: nn.Module, plan: PrecisionPlan, non_expert_bits: int | None, curvature: Curvature | None = None
+) -> list[Target]:
     """Lists the parameters that a plan quantizes, after checking that plan and model belong together.
 
     Raises:
         PlanError: The plan is for another model, or a group size does not divide.
+        CurvatureError: The curvature is of another model.
         UnsupportedLayoutError: Experts in a layout that cannot be packed yet.
         MoELayerError: No Mixture-of-Experts layer.
     """
@@ -64,15 +71,24 @@ def find_targets(model: nn.Module, plan: PrecisionPlan, non_expert_bits: int | N
     plan.check_layers({layer.name: layer.shape for layer in layers}, model_type_of(model))
     names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     tied = {parameter for parameter, count in names.items() if count > 1}
+    if curvature is not None:
+        curvature.check_layers({layer.name: layer.shape for layer in layers})
     targets = []
     for layer in layers:
-        targets += _expert_targets(layer, plan.layers[layer.name].projection_bits, tied)
+        targets += _expert_targets(layer, plan.layers[layer.name].projection_bits, tied, curvature)
     if non_expert_bits is not None:
         targets += _non_expert_targets(model, layers, non_expert_bits, plan.group_size)
     return targets
 
 
-def _expert_targets(layer: MoELayer, projection_bits: dict[str, list[int]], tied: set[int]) -> list[Target]:
+def _expert_targets(
+    layer: MoELayer, projection_bits: dict[str, list[int]], tied: set[int], curvature: Curvature | None
+) -> list[Target]:
+    def weights_of(projection: str, *experts: int) -> Tensor | None:
+        if curvature is None:
+            return None
+        return torch.stack([curvature.fit_weights(layer.name, projection, expert) for expert in experts])
+
     container = layer.container()
     path = layer.experts
     shared = [bank.weights[0].name for bank in layer.banks.values() if id(bank.weights[0].parameter()) in tied]
@@ -88,7 +104,14 @@ def _expert_targets(layer: MoELayer, projection_bits: dict[str, list[int]], tied
                 "transformers' experts interface (use_experts_implementation), so packed experts cannot run there yet"
             )
         return [
-            Target(f"{path}.{name}", projection_bits[name], shape, fused=True, transposed=layer.transposed)
+            Target(
+                f"{path}.{name}",
+                projection_bits[name],
+                shape,
+                fused=True,
+                transposed=layer.transposed,
+                column_weights=weights_of(name, *range(layer.num_experts)),
+            )
             for name, shape in layer.projections.items()
         ]
     if layer.layout != "modules":
@@ -109,7 +132,8 @@ def _expert_targets(layer: MoELayer, projection_bits: dict[str, list[int]], tied
                 )
             bits = projection_bits[projection][index]
             if bits < 16:
-                targets.append(Target(f"{path}.{names[id(expert)]}.{parameter}", [bits], shape, fused=False))
+                name, column_weights = f"{path}.{names[id(expert)]}.{parameter}", weights_of(projection, index)
+                targets.append(Target(name, [bits], shape, fused=False, column_weights=column_weights))
     return targets
 
 
@@ -161,7 +185,8 @@ def _replace_fused(model: nn.Module, target: Target, group_size: int, weight: Te
     packed = PackedProjection(target.bits, target.shape, group_size, parameter.dtype, device)
     if weight is not None:
         for expert in range(len(target.bits)):
-            packed.put(expert, weight[expert].T if target.transposed else weight[expert])
+            column_weights = None if target.column_weights is None else target.column_weights[expert]
+            packed.put(expert, weight[expert].T if target.transposed else weight[expert], column_weights)
     del module._parameters[target.name]
     mark = sentinel(parameter.dtype, device)
     module.register_buffer(target.name, mark)
@@ -177,6 +202,6 @@ def _replace_linear(model: nn.Module, target: Target, group_size: int, weight: T
     assert isinstance(module, nn.Linear)
     linear = PackedLinear(module, target.bits[0], group_size, module.weight.device if weight is None else weight.device)
     if weight is not None:
-        linear.packed.put(0, weight)
+        linear.packed.put(0, weight, None if target.column_weights is None else target.column_weights[0])
     setattr(model.get_submodule(parent), leaf, linear)
     return list(linear.buffers())

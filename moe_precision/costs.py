@@ -1,0 +1,89 @@
+"""What each width would cost each expert matrix: the error of our own quantizer, plain or weighted by curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from .curvature import Curvature
+from .moe_layers import MoELayer
+from .quantize.fitting import quantize_matrix
+from .quantize.kernels import scaled
+from .signals import curvature_cost, weight_error
+
+
+class ShardedError(ValueError):
+    """Costs of experts that no process holds whole."""
+
+
+Costs = dict[str, dict[str, Tensor]]  # layer -> projection -> (E, widths) float64
+
+
+def expert_costs(
+    layers: list[MoELayer], widths: Sequence[int], group_size: int, curvature: Curvature | None = None
+) -> Costs:
+    """Quantizes every expert matrix at every width and measures what is lost.
+
+    Args:
+        layers: As found by `find_moe_layers`, with weights.
+        widths: Candidate widths; 16 costs nothing.
+        group_size: Weights that share a scale and an offset.
+        curvature: Weighs the fit and the errors, so that costs are in proportion to the predicted increase of the
+            loss; None gives squared weight errors.
+
+    Raises:
+        ShardedError: The experts are sharded over processes (FSDP2).
+
+    Returns:
+        For each layer and projection ``(E, len(widths))`` float64.
+    """
+    costs: Costs = {}
+    total = sum(len(layer.banks) * layer.num_experts for layer in layers)
+    with torch.no_grad(), tqdm(total=total, desc="costs", unit="matrix", disable=None) as bar:
+        for layer in layers:
+            with layer.whole():
+                if any(isinstance(weight.read(), DTensor) for bank in layer.banks.values() for weight in bank.weights):
+                    raise ShardedError(
+                        f"the experts of layer {layer.name!r} are sharded over processes; save the checkpoint and make "
+                        "the plan from it: moe-precision plan HISTORY --final CHECKPOINT --method ..."
+                    )
+                costs[layer.name] = {
+                    name: torch.stack(
+                        [
+                            _of_matrix(matrix, widths, group_size, curvature, layer.name, name, expert, bar)
+                            for expert, matrix in enumerate(bank.matrices())
+                        ]
+                    )
+                    for name, bank in layer.banks.items()
+                }
+    return costs
+
+
+def _of_matrix(
+    weight: Tensor,
+    widths: Sequence[int],
+    group_size: int,
+    curvature: Curvature | None,
+    layer: str,
+    projection: str,
+    expert: int,
+    bar: tqdm,
+) -> Tensor:
+    bar.update()
+    found = []
+    for bits in widths:
+        if bits == 16:
+            found.append(0.0)
+            continue
+        column_weights = None if curvature is None else curvature.fit_weights(layer, projection, expert)
+        quantized = scaled(*quantize_matrix(weight, bits, group_size, column_weights))
+        if curvature is None:
+            found.append(float(weight_error(weight, quantized)))
+        else:
+            rows, columns = curvature.rows[layer][projection][expert], curvature.columns[layer][projection][expert]
+            found.append(float(curvature_cost(weight, quantized, rows, columns)))
+    return torch.tensor(found, dtype=torch.float64)

@@ -1,0 +1,237 @@
+"""Curvature: read right from the optimizer, kept in a file, used by the fit and by the allocator."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from moe_precision import AllocationError, PrecisionPlan, allocate, find_moe_layers, quantize_model
+from moe_precision.cli import main
+from moe_precision.curvature import Curvature, CurvatureError, curvature_of
+from moe_precision.quantize.fitting import least_squares_scale, quantize_matrix, unbiased_scale
+from moe_precision.signals import curvature_cost, weight_error
+from tests.conftest import build, logits
+from tests.test_router_norm_monitor import Module, data, monitor, trainer
+
+
+def trained_with(optimizer_class, model, steps=3, **settings):
+    optimizer = optimizer_class(model.parameters(), lr=1e-3, **settings)
+    for step in range(steps):
+        ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(step))
+        extra = {} if not model.config.is_encoder_decoder else {"decoder_input_ids": ids}
+        model(input_ids=ids, **extra).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    return optimizer
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])
+def test_means_of_the_second_moment(family):
+    model = build(family)
+    optimizer = trained_with(torch.optim.AdamW, model, betas=(0.9, 0.95))
+    layers = find_moe_layers(model)
+    curvature = curvature_of(layers, [optimizer])
+    layer = layers[-1]
+    for name, bank in layer.banks.items():
+        parameters = [weight.parameter() for weight in bank.weights]
+        moments = [optimizer.state[p]["exp_avg_sq"].double() / (1 - 0.95**3) for p in parameters]
+        moment = moments[0] if len(moments) == 1 else torch.stack(moments)  # (E, rows, columns)
+        if layer.transposed:
+            moment = moment.transpose(1, 2)
+        torch.testing.assert_close(curvature.rows[layer.name][name].double(), moment.mean(2), rtol=1e-4, atol=0)
+        torch.testing.assert_close(curvature.columns[layer.name][name].double(), moment.mean(1), rtol=1e-4, atol=0)
+        assert curvature.columns[layer.name][name].shape == (8, layer.projections[name][1])
+
+
+def test_a_file(tmp_path):
+    model = build("mixtral")
+    curvature = curvature_of(find_moe_layers(model), [trained_with(torch.optim.Adam, model)])
+    path = tmp_path / "c.safetensors"
+    curvature.save(path)
+    again = Curvature.load(path)
+    assert again.layers == curvature.layers
+    torch.testing.assert_close(again.columns, curvature.columns, rtol=0, atol=0)
+    torch.testing.assert_close(again.rows, curvature.rows, rtol=0, atol=0)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CurvatureError, match="no whole curvature file"):
+        Curvature.load(path)
+    with pytest.raises(FileNotFoundError, match="no curvature at"):
+        Curvature.load(tmp_path / "other")
+    other = build("qwen3_moe")
+    with pytest.raises(CurvatureError, match="of another model"):
+        quantize_model(other, allocate(other, method="uniform", average_bits=2, group_size=64), curvature=curvature)
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adagrad])
+def test_other_optimizers_are_named(optimizer_class):
+    model = build("mixtral")
+    with pytest.raises(CurvatureError, match=r"no second moment of shape \(8, 256, 64\) for .*gate_up_proj'"):
+        curvature_of(find_moe_layers(model), [trained_with(optimizer_class, model)])
+
+
+def test_the_cost_by_hand():
+    weight, quantized = torch.zeros(2, 2), torch.tensor([[1.0, 2.0], [0.0, 3.0]])
+    v = torch.tensor([[1.0, 3.0], [2.0, 6.0]])  # a product of rows 2, 4 and columns 1.5, 4.5 over the mean 3
+    assert weight_error(weight, quantized).item() == 14.0
+    expected = 0.5 * (1 * 1 + 3 * 4 + 6 * 9)
+    assert curvature_cost(weight, quantized, v.mean(1), v.mean(0)).item() == pytest.approx(expected)
+    assert curvature_cost(weight, quantized, torch.zeros(2), torch.zeros(2)).item() == 0.0
+
+
+def test_a_weighted_fit_against_weighted_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    groups, weights = torch.randn(5, 16, generator=generator), torch.rand(5, 16, generator=generator) + 0.1
+    weights = weights / weights.mean(1, keepdim=True)
+    codes = (groups + 0.3 * torch.randn(5, 16, generator=generator)).add(1.5).round().clamp(0, 3)
+    scale, offset = least_squares_scale(groups, codes, weights)
+    for row in range(5):
+        root = weights[row].sqrt().unsqueeze(1)
+        design = torch.stack([codes[row], torch.ones(16)], dim=1)
+        solution = torch.linalg.lstsq(design * root, groups[row].unsqueeze(1) * root).solution.squeeze()
+        torch.testing.assert_close(torch.stack([scale[row, 0], offset[row, 0]]), solution, rtol=1e-4, atol=1e-5)
+    fitted = scale * codes + offset
+    mean = (weights * groups).mean(1, keepdim=True)
+    gain = (weights * (groups - mean).square()).sum(1) / (weights * (fitted - mean) * (groups - mean)).sum(1)
+    unbiased, shift = unbiased_scale(groups, codes, weights)  # the formula of docs and docstring
+    torch.testing.assert_close(
+        unbiased * codes + shift, mean + (fitted - mean) * gain.unsqueeze(1), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_columns_that_count_more_are_fitted_better():
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    heavy = torch.ones(128)
+    heavy[::4] = 50.0
+
+    def errors(column_weights):
+        codes, scale, offset = quantize_matrix(weight, 2, 64, column_weights)
+        scaled = codes.view(64, 2, 64) * scale.float().unsqueeze(-1) + offset.float().unsqueeze(-1)
+        return (scaled.view(64, 128) - weight).square().mean(0)
+
+    plain, weighted = errors(None), errors(heavy)
+    assert weighted[::4].mean() < 0.9 * plain[::4].mean()
+    torch.testing.assert_close(errors(torch.full((128,), 7.0)), plain)
+    with pytest.raises(ValueError, match="expected 128 finite column weights"):
+        quantize_matrix(weight, 2, 64, torch.ones(64))
+
+
+def test_curvature_lowers_the_loss(trained):
+    """On a trained model: the fit at 2 bits, and the choice at 2.5, by loss on held-out text."""
+    model, blocks = trained
+
+    def loss(model):
+        with torch.no_grad():
+            return sum(model(input_ids=part, labels=part).loss.item() for part in blocks.split(64)) / 4
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)  # weights stay, moments are taken
+    model.train()
+    for part in blocks[:128].split(16):
+        optimizer.zero_grad()
+        model(input_ids=part, labels=part).loss.backward()
+        optimizer.step()
+    model.zero_grad()
+    model.eval()
+    curvature = curvature_of(find_moe_layers(model), [optimizer])
+    base = loss(model)
+
+    def increase(plan, fit=None):
+        return loss(quantize_model(copy.deepcopy(model), plan, curvature=fit)) - base
+
+    uniform = allocate(model, method="uniform", average_bits=2, group_size=64)
+    assert increase(uniform, curvature) < increase(uniform)
+    chosen = allocate(model, method="curvature", curvature=curvature, bits=(1, 2, 3, 4), group_size=64)
+    assert chosen.average_bits <= 2.5
+    random = [increase(allocate(model, method="random", seed=seed, group_size=64), curvature) for seed in range(3)]
+    assert increase(chosen, curvature) < min(random)
+
+
+def test_the_callback_writes_it_and_the_commands_use_it(tmp_path, capsys):
+    callback = monitor(method="curvature", bits=(1, 2, 3), granularity="expert+projection")
+    module = Module()
+    trainer(tmp_path, callback).fit(module, data())
+    plan = PrecisionPlan.load(tmp_path / "precision_plan.json")
+    assert plan == callback.plan
+    assert plan.method == "curvature"
+    assert plan.average_bits <= 2.5
+    curvature = Curvature.load(tmp_path / "precision_plan.curvature.safetensors")
+    again = allocate(
+        module.model and module,
+        callback.history,
+        "curvature",
+        2.5,
+        (1, 2, 3),
+        32,
+        curvature=curvature,
+        granularity="expert+projection",
+    )
+    assert again.diff(plan) == []
+    assert "curvature of 0 at 2 bits" in plan.layers["model.0"].signals
+
+
+def test_an_optimizer_without_second_moments_still_makes_the_papers_plan(tmp_path):
+    class Plain(Module):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer(tmp_path, monitor()).fit(Plain(), data())
+    assert (tmp_path / "precision_plan.json").is_file()
+    assert not list(tmp_path.glob("*.curvature.*"))
+    (tmp_path / "precision_plan.json").unlink()
+    with pytest.warns(UserWarning, match="no plan is written: method 'curvature' needs curvature"):
+        trainer(tmp_path, monitor(method="curvature")).fit(Plain(), data())
+    assert not (tmp_path / "precision_plan.json").exists()
+
+
+def test_commands(tmp_path, capsys):
+    model = build("mixtral")
+    optimizer = trained_with(torch.optim.AdamW, model)
+    model.eval().save_pretrained(tmp_path / "model")
+    curvature = curvature_of(find_moe_layers(model), [optimizer])
+    curvature.save(tmp_path / "plan.curvature.safetensors")
+    arguments = ["plan", str(tmp_path / "model"), "--method", "curvature", "--group-size", "64", "--stored-bits", "3"]
+    arguments += ["--curvature", str(tmp_path / "plan.curvature.safetensors"), "--bits", "1", "2", "3", "4"]
+    assert main([*arguments, "--granularity", "layer+projection", "-o", str(tmp_path / "plan.json")]) == 0
+    plan = PrecisionPlan.load(tmp_path / "plan.json")
+    assert plan.granularity in ("layer", "layer+projection")
+    assert 2.5 < plan.stored_bits <= 3.0
+    assert main(["quantize", str(tmp_path / "model"), str(tmp_path / "plan.json"), str(tmp_path / "out")]) == 0
+    assert "weighs the fit by" in capsys.readouterr().out
+    from moe_precision.checkpoints import load_model
+
+    packed = load_model(tmp_path / "out")
+    torch.testing.assert_close(logits(packed), logits(quantize_model(copy.deepcopy(model), plan, curvature=curvature)))
+    assert not torch.equal(logits(packed), logits(quantize_model(copy.deepcopy(model), plan)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "curvature"}, "needs curvature"),
+        ({"granularity": "layer"}, "orders the experts of a layer.*need a method that knows costs"),
+        ({"stored_bits": 3.0}, "need a method that knows costs"),
+        ({"method": "weight_error", "granularity": "expert+layer"}, "unknown granularity"),
+        ({"method": "weight_error", "average_bits": 5.0}, "outside of the levels"),
+    ],
+)
+def test_bad_arguments(settings, message, mixtral):
+    with pytest.raises(AllocationError, match=message):
+        allocate(mixtral, group_size=64, **settings)
+    with pytest.raises(AllocationError, match="give the model or its checkpoint"):
+        allocate(history="x.safetensors", method="weight_error")
+
+
+def test_ablations_of_the_papers_rule(mixtral):
+    layers = find_moe_layers(mixtral)
+    with torch.no_grad():
+        for layer in layers:
+            layer.router_weight().mul_(torch.linspace(2, 1, 8).unsqueeze(1))
+            bank = layer.container().gate_up_proj
+            bank[3, :128] *= 10  # the largest variance by far
+    norms = layers[0].router_weight().norm(dim=1)
+    plan = allocate(mixtral, method="final_norm", group_size=64).layers[layers[0].name]
+    assert plan.order == [3, *[e for e in norms.argsort().tolist() if e != 3]]
+    plan = allocate(mixtral, method="norm_only", group_size=64).layers[layers[0].name]
+    assert plan.order == norms.argsort().tolist()
+    assert allocate(mixtral, method="max_variance", group_size=64).layers[layers[0].name].order[0] == 3
+    assert isinstance(layers[0].container(), nn.Module)
