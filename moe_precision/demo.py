@@ -77,8 +77,8 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
         settings = {"average_bits": plan.asked_average_bits, "bits": plan.settings["bits"], "group_size": group_size}
         plans[f"{method} order"] = allocate(history=history, method=method, **settings)
     curvature = Curvature.load(output / "precision_plan.curvature.safetensors")
-    known = {"method": "curvature", "curvature": curvature, "group_size": group_size}
-    asked = {"average_bits": plan.asked_average_bits, "bits": plan.settings["bits"]}
+    known: dict[str, Any] = {"method": "curvature", "curvature": curvature, "group_size": group_size}
+    asked: dict[str, Any] = {"average_bits": plan.asked_average_bits, "bits": plan.settings["bits"]}
     plans["curvature"] = allocate(checkpoint, history, **known, **asked)
     asked["bits"] = _MORE_LEVELS
     plans["curvature, 1 to 4 bits"] = allocate(checkpoint, history, **known, **asked, granularity="expert+projection")
