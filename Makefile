@@ -24,6 +24,9 @@ benchmarks: .venv/installed
 	$(BIN)/python -m benchmarks.recording
 	$(BIN)/python -m benchmarks.quantizing --run runs/demo
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.checkpoint_plan
+	$(BIN)/python -m benchmarks.allocating
+	$(BIN)/python -m benchmarks.scaling
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -10,6 +10,7 @@ import torch
 
 from moe_precision import PrecisionPlan, RouterNormHistory
 from moe_precision.checkpoints import load_model
+from moe_precision.curvature import Curvature
 from tests.test_cli import TEXT
 
 ROOT = Path(__file__).parents[1]
@@ -31,12 +32,13 @@ def run(folder: Path, strategy: str) -> tuple[RouterNormHistory, PrecisionPlan, 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("one"), "auto")
+    folder = tmp_path_factory.mktemp("one")
+    return *run(folder, "auto"), folder
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_agree_with_one(strategy, one_process, tmp_path):
-    one, plan, weights = one_process
+    one, plan, weights, _ = one_process
     two, other_plan, other_weights = run(tmp_path, strategy)
     assert one.steps == two.steps == [0, 2, 4]
     assert one.layers == two.layers
@@ -45,6 +47,10 @@ def test_two_processes_agree_with_one(strategy, one_process, tmp_path):
         torch.testing.assert_close(one.max_variance[name], two.max_variance[name], atol=1e-6, rtol=1e-6)
     assert plan.diff(other_plan) == []
     assert [layer.order for layer in plan.layers.values()] == [layer.order for layer in other_plan.layers.values()]
+    curvatures = [Curvature.load(f / "precision_plan.curvature.safetensors") for f in (one_process[3], tmp_path)]
+    for name in one.layers:  # squares of small gradients, summed in another order
+        torch.testing.assert_close(curvatures[0].rows[name], curvatures[1].rows[name], atol=0, rtol=1e-3)
+        torch.testing.assert_close(curvatures[0].columns[name], curvatures[1].columns[name], atol=0, rtol=1e-3)
     assert weights.keys() == other_weights.keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, other_weights[name], atol=1e-4, rtol=1e-4)
