@@ -45,16 +45,16 @@ class PlanRecorder:
 
     def __init__(
         self,
-        average_bits: float,
-        bits: Sequence[int],
-        method: str,
-        group_size: int,
-        every_n_steps: int | None,
-        export_to: str,
-        log_experts: bool | None,
-        router_pattern: str | None,
-        expert_pattern: str | None,
-        granularity: str,
+        average_bits: float = 2.5,
+        bits: Sequence[int] = (2, 3),
+        method: str = "router_norm",
+        group_size: int = 128,
+        every_n_steps: int | None = None,
+        export_to: str = "precision_plan.json",
+        log_experts: bool | None = None,
+        router_pattern: str | None = None,
+        expert_pattern: str | None = None,
+        granularity: str = "expert",
     ) -> None:
         levels_of(method, average_bits, bits)
         if every_n_steps is not None and every_n_steps < 1:

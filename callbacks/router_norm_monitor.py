@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -63,32 +62,6 @@ class RouterNormMonitor(PlanRecorder, Callback):
         >>> monitor = RouterNormMonitor(average_bits=2.5, bits=(2, 3), export_to="precision_plan.json")
         >>> Trainer(callbacks=[monitor], logger=WandbLogger(project="moe")).fit(module, data)
     """
-
-    def __init__(
-        self,
-        average_bits: float = 2.5,
-        bits: Sequence[int] = (2, 3),
-        method: str = "router_norm",
-        group_size: int = 128,
-        every_n_steps: int | None = None,
-        export_to: str = "precision_plan.json",
-        log_experts: bool | None = None,
-        router_pattern: str | None = None,
-        expert_pattern: str | None = None,
-        granularity: str = "expert",
-    ) -> None:
-        super().__init__(
-            average_bits,
-            bits,
-            method,
-            group_size,
-            every_n_steps,
-            export_to,
-            log_experts,
-            router_pattern,
-            expert_pattern,
-            granularity,
-        )
 
     @property
     def state_key(self) -> str:

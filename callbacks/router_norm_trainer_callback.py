@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,32 +53,6 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         >>> callback = RouterNormTrainerCallback(average_bits=2.5, bits=(2, 3))
         >>> Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
     """
-
-    def __init__(
-        self,
-        average_bits: float = 2.5,
-        bits: Sequence[int] = (2, 3),
-        method: str = "router_norm",
-        group_size: int = 128,
-        every_n_steps: int | None = None,
-        export_to: str = "precision_plan.json",
-        log_experts: bool | None = None,
-        router_pattern: str | None = None,
-        expert_pattern: str | None = None,
-        granularity: str = "expert",
-    ) -> None:
-        super().__init__(
-            average_bits,
-            bits,
-            method,
-            group_size,
-            every_n_steps,
-            export_to,
-            log_experts,
-            router_pattern,
-            expert_pattern,
-            granularity,
-        )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
