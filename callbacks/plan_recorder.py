@@ -17,8 +17,10 @@ from moe_precision.allocation import (
     METHODS,
     AllocationError,
     allocate,
+    bits_from_order,
     caveat_text,
     levels_of,
+    rank_experts,
 )
 from moe_precision.costs import ShardedError
 from moe_precision.curvature import Curvature, CurvatureError, curvature_of
@@ -182,7 +184,16 @@ class PlanRecorder:
     def _metrics(self) -> dict[str, float]:
         """The last record for a logger, experts included up to `EXPERT_KEYS` of them."""
         experts = sum(layer.num_experts for layer in self._layers)
-        return self.history.metrics(experts <= EXPERT_KEYS if self.log_experts is None else self.log_experts)
+        metrics = self.history.metrics(experts <= EXPERT_KEYS if self.log_experts is None else self.log_experts)
+        if self.method == "router_norm" and len(self.history.steps) > 2 and not self.history.not_finite(True):
+            before, now = (self._bits_at(record) for record in (-2, -1))
+            metrics["plan/changed"] = sum(a != b for a, b in zip(before, now, strict=True)) / len(now)
+        return metrics
+
+    def _bits_at(self, record: int) -> list[int]:
+        """Widths of all experts by the change up to a record, without variances, which are measured at the end."""
+        orders = [rank_experts(change) for change in self.history.changes(record).values()]
+        return [bits for order in orders for bits in bits_from_order(order, self.average_bits, self.bits)]
 
     def _finish(self, writes: bool, optimizers: Sequence[Any]) -> PrecisionPlan | None:
         """History, curvature and plan; returns the plan if it was written.

@@ -25,6 +25,7 @@ class RouterNormMonitor(PlanRecorder, Callback):
     ``router_norm/layer_03/expert_007``       L2 norm of the router's row of expert 7, fourth MoE layer of the model
     ``router_norm/layer_03/{min,median,max}`` the same over the layer's experts
     ``router_norm_change/layer_03/{...}``     min, median and max of the change since the baseline
+    ``plan/changed``                          share of experts whose bits the last record has changed: 0 once settled
     ========================================  ======================================================================
 
     Args:

@@ -188,6 +188,10 @@ class RouterNormHistory:
             raise HistoryError(f"a change needs two records, got {len(self.steps)}: no training step was recorded")
         return self.last[layer] - self.first[layer]
 
+    def changes(self, record: int = -1) -> dict[str, Tensor]:
+        """Layer name -> norm at a record minus norm at the first, ``(E,)`` float32."""
+        return self._by_layer(self._records[record] - self._records[0])
+
     def not_finite(self, last_only: bool = False) -> str | None:
         """Where a norm was first NaN or infinite, as ``expert 3 of layer 'x' has router norm nan at step 120``."""
         start = len(self.steps) - 1 if last_only else 0
