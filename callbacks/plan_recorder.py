@@ -15,14 +15,12 @@ from moe_precision.allocation import (
     COST_METHODS,
     GRANULARITIES,
     METHODS,
-    AllocationError,
     allocate,
     bits_from_order,
     caveat_text,
     levels_of,
     rank_experts,
 )
-from moe_precision.costs import ShardedError
 from moe_precision.curvature import Curvature, CurvatureError, curvature_of
 from moe_precision.files import check_writable
 from moe_precision.moe_layers import MoELayer, check_pattern, find_moe_layers, root_model
@@ -30,6 +28,7 @@ from moe_precision.plan import PrecisionPlan, check_group_size, model_type_of
 from moe_precision.router_norms import HistoryError, RouterNormHistory, router_norms
 from moe_precision.tables import as_text, layers_table
 
+_CURVATURE = ".curvature.safetensors"
 _HISTORY = ".history.safetensors"
 EXPERT_KEYS = 4096  # more curves than this are left out unless asked for: W&B slows down at 10,000 keys
 
@@ -177,7 +176,8 @@ class PlanRecorder:
             return False
         rank_zero_warn(
             f"{type(self).__name__}: the weights were changed after the last step (weight averaging, or the best "
-            f"checkpoint loaded at the end); the norms at step {step} and the plan are those of the final weights."
+            f"checkpoint loaded at the end); the norms at step {step} and the plan are those of the final weights, "
+            "and the second moments those of the last step."
         )
         return True
 
@@ -212,8 +212,11 @@ class PlanRecorder:
             self._save_history()  # whatever happens below, the record is kept
         self.history.measure_variance(self._layers)
         self.curvature = self._curvature(optimizers)
-        if writes and self.curvature is not None:
-            self._write(self.curvature.save, ".curvature.safetensors")
+        if writes:
+            assert self._path is not None
+            self._path.with_suffix(_CURVATURE).unlink(missing_ok=True)  # of an earlier run
+            if self.curvature is not None:
+                self._write(self.curvature.save, _CURVATURE)
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -227,7 +230,7 @@ class PlanRecorder:
                     model=self._model if self.method in COST_METHODS else None,
                     curvature=self.curvature,
                 )
-        except (AllocationError, ShardedError) as error:  # norms that are not finite, or no second moments
+        except ValueError as error:  # norms that are not finite, no second moments; other callbacks have work to do
             rank_zero_warn(f"{type(self).__name__}: no plan is written: {error}")
             return None
         for warning in caught:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,14 +20,14 @@ from .costs import expert_costs
 from .curvature import Curvature, as_curvature
 from .knapsack import least_cost_bits
 from .moe_layers import CAVEATS, find_moe_layers, root_model
-from .orders import METHODS, ZETA, AllocationError, LayerSignals, bits_from_order, check_budget, rank_experts
+from .orders import METHODS, ZETA, AllocationError, LayerSignals, bits_from_order, check_budget, exact, rank_experts
 from .plan import (
-    SCALE_AND_OFFSET_BITS,
     LayerPlan,
     PrecisionPlan,
     check_group_size,
     check_widths,
     model_type_of,
+    stored_bits_per_weight,
 )
 from .router_norms import HistoryError, RouterNormHistory, router_norms
 
@@ -124,9 +125,16 @@ def allocate(
         CheckpointError: A checkpoint folder is incomplete or damaged.
         StreamingError: A checkpoint cannot be read tensor by tensor; load it and give the model.
     """
-    if stored_bits is not None:
-        average_bits = stored_bits - SCALE_AND_OFFSET_BITS / group_size
-    levels = levels_of(method, average_bits, bits)
+    if stored_bits is None:
+        levels = levels_of(method, average_bits, bits)
+    else:
+        levels = levels_of(method, max(bits), bits)
+        lowest, highest = (stored_bits_per_weight(width, group_size) for width in (levels[0], levels[-1]))
+        if not lowest <= exact(stored_bits) <= highest:
+            raise AllocationError(
+                f"stored_bits={stored_bits} is outside of what the levels {levels} take with scales and offsets, "
+                f"{lowest:g} to {highest:g}; give levels around it"
+            )
     if granularity not in GRANULARITIES:
         raise AllocationError(f"unknown granularity {granularity!r}, expected one of {', '.join(GRANULARITIES)}")
     if method in METHODS and (granularity != "expert" or stored_bits is not None):
@@ -138,14 +146,14 @@ def allocate(
         raise AllocationError(f"method {method!r} measures what each width costs: give the model or its checkpoint")
     if method == "curvature" and curvature is None:
         raise AllocationError("method 'curvature' needs curvature, which RouterNormMonitor writes beside the plan")
-    if method in COST_METHODS and isinstance(model, (str, os.PathLike)):
-        model = load_model(model)
     given = {"router_pattern": router_pattern, "expert_pattern": expert_pattern}
     patterns = {key: pattern for key, pattern in given.items() if pattern is not None}
     settings: dict[str, Any] = {"average_bits": average_bits, "bits": levels}
     for key, source in (("initial", history), ("final", model)):
         if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
             settings[key] = os.path.basename(os.path.abspath(source))
+    if method in COST_METHODS and isinstance(model, (str, os.PathLike)):
+        model = load_model(model)
     if isinstance(history, (str, os.PathLike)):
         is_folder = os.path.isdir(history)
         history = signals_of_checkpoint(history, False, patterns) if is_folder else RouterNormHistory.load(history)
@@ -186,11 +194,19 @@ def allocate(
             assert curvature is not None
             weighed = as_curvature(curvature)
             weighed.check_layers(final.layers)
+            weighed.check_router_norms(final.last)
         costs = expert_costs(found, levels, group_size, weighed)
         least = least_cost_bits(final.layers, costs, levels, group_size, granularity, average_bits, stored_bits)
         settings |= {"granularity": granularity, "predicted_cost": _rounded(least.cost), "gap": _rounded(least.gap)}
         if stored_bits is not None:
             settings["stored_bits"] = stored_bits
+        if least.indifferent:
+            settings["without_gradient"] = least.indifferent
+            warnings.warn(
+                f"for {least.indifferent} of the choices all widths cost the same, as for experts that never had a "
+                "gradient: they get the lowest width, and what others leave over; the plan says so",
+                stacklevel=2,
+            )
     for name, shape in final.layers.items():
         last, variance = final.last[name], final.max_variance.get(name)
         norm = last if first_norms is None else last - first_norms[name]
@@ -226,7 +242,7 @@ def allocate(
         settings |= _reservations(final, history)
     if method == "random":
         settings["seed"] = seed
-    return PrecisionPlan(
+    plan = PrecisionPlan(
         model_type=final.model_type,
         layers=plans,
         group_size=group_size,
@@ -236,6 +252,7 @@ def allocate(
         baseline_step=None if history is None else history.steps[0],
         last_step=None if history is None or model is not None else history.steps[-1],
     )
+    return plan if stored_bits is None else replace(plan, asked_average_bits=round(plan.average_bits, 6))
 
 
 def _reservations(final: RouterNormHistory, history: RouterNormHistory | None) -> dict[str, Any]:

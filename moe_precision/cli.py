@@ -98,7 +98,11 @@ def _quantize(options: argparse.Namespace) -> None:
     beside = Path(options.plan).with_suffix(".curvature.safetensors")
     if curvature is None and beside.is_file():
         curvature = beside
-        print(f"weighs the fit by {beside}")
+    print(
+        f"weighs the fit by {curvature}"
+        if curvature is not None
+        else "no curvature file: errors of all columns count alike"
+    )
     quantize_checkpoint(options.checkpoint, plan, options.out, options.non_expert_bits, curvature)
     before, after = (sum(tensor_bytes(folder).values()) / 1e6 for folder in (options.checkpoint, options.out))
     bits = stored_bits_per_expert_weight(options.out, plan)

@@ -16,8 +16,8 @@ from .quantize.kernels import scaled
 from .signals import curvature_cost, weight_error
 
 
-class ShardedError(ValueError):
-    """Costs of experts that no process holds whole."""
+class CostError(ValueError):
+    """Costs of experts that no process holds whole, or that cannot be quantized."""
 
 
 Costs = dict[str, dict[str, Tensor]]  # layer -> projection -> (E, widths) float64
@@ -36,7 +36,7 @@ def expert_costs(
             loss; None gives squared weight errors.
 
     Raises:
-        ShardedError: The experts are sharded over processes (FSDP2).
+        CostError: The experts are sharded over processes (FSDP2), or cannot be quantized.
 
     Returns:
         For each layer and projection ``(E, len(widths))`` float64.
@@ -47,7 +47,7 @@ def expert_costs(
         for layer in layers:
             with layer.whole():
                 if any(isinstance(weight.read(), DTensor) for bank in layer.banks.values() for weight in bank.weights):
-                    raise ShardedError(
+                    raise CostError(
                         f"the experts of layer {layer.name!r} are sharded over processes; save the checkpoint and make "
                         "the plan from it: moe-precision plan HISTORY --final CHECKPOINT --method ..."
                     )
@@ -80,7 +80,10 @@ def _of_matrix(
             found.append(0.0)
             continue
         column_weights = None if curvature is None else curvature.fit_weights(layer, projection, expert)
-        quantized = scaled(*quantize_matrix(weight, bits, group_size, column_weights))
+        try:
+            quantized = scaled(*quantize_matrix(weight, bits, group_size, column_weights))
+        except ValueError as error:
+            raise CostError(f"{projection!r} of expert {expert} in layer {layer!r}: {error}") from error
         if curvature is None:
             found.append(float(weight_error(weight, quantized)))
         else:

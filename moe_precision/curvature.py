@@ -7,6 +7,7 @@ and quantization need, a few vectors an expert, so that both can run later and e
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from .files import replaced_when_done
 from .module_tree import Weight
 from .moe_layers import LayerShape, MoELayer
+from .router_norms import router_norms
 
 _FORMAT = "moe-precision-curvature"
 _VERSION = 1
@@ -39,11 +41,13 @@ class Curvature:
         layers: Layer name -> `LayerShape`, in module order.
         rows: Layer name -> projection name -> ``(E, out)`` float32.
         columns: Layer name -> projection name -> ``(E, in)`` float32.
+        router_norms: Layer name -> ``(E,)`` float32 at the time, by which the weights it belongs to are known.
     """
 
     layers: dict[str, LayerShape]
     rows: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     columns: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    router_norms: dict[str, Tensor] = field(default_factory=dict)
 
     def fit_weights(self, layer: str, projection: str, expert: int) -> Tensor:
         """Weights of a matrix's input columns in the quantizer's fit, ``(in,)``: column means, damped by their mean."""
@@ -58,16 +62,46 @@ class Curvature:
                 "their shapes differ"
             )
 
+    def check_router_norms(self, norms: dict[str, Tensor]) -> None:
+        """Raises `CurvatureError` if it is of other weights: router norms differ by more than another dtype does."""
+        for name, expected in self.router_norms.items():
+            found = norms[name].detach().float().cpu()
+            if not torch.allclose(found, expected, rtol=2e-3, atol=0):
+                raise CurvatureError(
+                    f"the curvature is of other weights: in layer {name!r} router norms differ by up to "
+                    f"{float(((found - expected).abs() / expected.clamp(min=1e-30)).max()):.2%}. Is it of another run?"
+                )
+
+    def _check_values(self) -> Curvature:
+        for name, layer in self.layers.items():
+            for projection, (out, inp) in layer.projections.items():
+                for means, width in ((self.rows, out), (self.columns, inp)):
+                    values = means[name][projection]
+                    right = values.shape == (layer.num_experts, width) and values.is_floating_point()
+                    if not right or not (values.isfinite() & (values >= 0)).all():
+                        raise CurvatureError(
+                            f"curvature of {projection!r} in layer {name!r}: expected finite means of at least 0 of "
+                            f"shape ({layer.num_experts}, {width}), got {tuple(values.shape)}, {values.dtype}"
+                        )
+        return self
+
     def save(self, path: str | os.PathLike) -> None:
-        """Writes safetensors: ``rows/<layer>/<projection>`` and ``columns/<layer>/<projection>``."""
-        tensors: dict[str, Tensor] = {}
+        """Writes safetensors: ``rows/<layer>/<projection>``, ``columns/...`` alike, and ``router_norms/<layer>``.
+
+        Raises:
+            OSError: The file cannot be written; an existing one is left as it was.
+        """
+        tensors = {f"router_norms/{name}": norms.contiguous() for name, norms in self.router_norms.items()}
         for kind, means in (("rows", self.rows), ("columns", self.columns)):
             for layer, of_layer in means.items():
                 tensors |= {f"{kind}/{layer}/{name}": values.contiguous() for name, values in of_layer.items()}
         layers = {name: layer.to_dict() for name, layer in self.layers.items()}
         metadata = {"format": _FORMAT, "version": str(_VERSION), "layers": json.dumps(layers)}
         with replaced_when_done(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+            try:
+                save_file(tensors, temporary, metadata=metadata)
+            except SafetensorError as error:  # its form of a full disk
+                raise OSError(errno.EIO, str(error), os.fspath(path)) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Curvature:
@@ -93,9 +127,10 @@ class Curvature:
                     }
                     for kind in ("rows", "columns")
                 )
+                norms = {name: file.get_tensor(f"router_norms/{name}") for name in layers}
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise CurvatureError(f"{name} is no whole curvature file: {error}") from error
-        return cls(layers, rows, columns)
+        return cls(layers, rows, columns, norms)._check_values()
 
 
 def as_curvature(curvature: Curvature | str | os.PathLike) -> Curvature:
@@ -106,6 +141,9 @@ def as_curvature(curvature: Curvature | str | os.PathLike) -> Curvature:
 def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature:
     """Reads the second moments of all expert weights from Adam-like optimizers; a collective under FSDP2.
 
+    An expert with parameters of its own that got no token is skipped by the optimizer: its moment is the mean over the
+    steps that it took part in, and is scaled by their share, as that of a slice of a fused bank is by itself.
+
     Args:
         layers: As found by `find_moe_layers`.
         optimizers: Optimizers that have taken a step; Lightning's or accelerate's wrappers are looked through.
@@ -115,10 +153,17 @@ def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature
             state in 8 bits, or a flat shard (FSDP1, DeepSpeed).
     """
     moments = _second_moments(optimizers)
+    norms = router_norms(layers).cpu().split([layer.num_experts for layer in layers])
     curvature = Curvature({layer.name: layer.shape for layer in layers})
+    curvature.router_norms = {layer.name: of_layer.clone() for layer, of_layer in zip(layers, norms, strict=True)}
     for layer in layers:
         curvature.rows[layer.name], curvature.columns[layer.name] = {}, {}
         for name, bank in layer.banks.items():
+            idle = [
+                id(weight.parameter()) in moments and moments[id(weight.parameter())] is None for weight in bank.weights
+            ]
+            if all(idle):
+                raise CurvatureError(f"no gradient has reached any expert of {layer.name!r}: train first")
             rows, columns = zip(*(_means(weight, moments) for weight in bank.weights), strict=True)
             if len(bank.weights) > 1:
                 by_row, by_column = torch.stack(rows), torch.stack(columns)
@@ -129,34 +174,44 @@ def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature
             if bank.transposed:
                 by_row, by_column = by_column, by_row
             curvature.rows[layer.name][name], curvature.columns[layer.name][name] = by_row, by_column
-    return curvature
+    return curvature._check_values()
 
 
-def _second_moments(optimizers: Iterable[Any]) -> dict[int, tuple[Any, float]]:
-    """Parameter id -> (second moment, what divides it for bias correction)."""
-    found: dict[int, tuple[Any, float]] = {}
+_Moments = dict[int, tuple[Tensor, float] | None]
+
+
+def _second_moments(optimizers: Iterable[Any]) -> _Moments:
+    """Parameter id -> (second moment, what divides it); None for a parameter in training that never had a gradient."""
+    found: dict[int, tuple[Tensor, float, float]] = {}
+    idle: list[int] = []
     for optimizer in optimizers:
         inner = getattr(optimizer, "optimizer", optimizer)
         for group in inner.param_groups:
-            beta = group.get("betas", (0.0, 0.0))[1]
+            beta = float(group.get("betas", (0.0, 0.0))[1])
             for parameter in group["params"]:
                 state = inner.state.get(parameter, {})
                 if "exp_avg_sq" in state:
                     step = float(state.get("step", 0))
-                    found[id(parameter)] = (state["exp_avg_sq"], 1 - beta**step if step else 1.0)
-    return found
+                    found[id(parameter)] = (state["exp_avg_sq"], 1 - beta**step if step else 1.0, step)
+                elif not state and "betas" in group and parameter.requires_grad:
+                    idle.append(id(parameter))
+    most = max((step for *_, step in found.values()), default=0.0) or 1.0
+    moments: _Moments = dict.fromkeys(idle)
+    return moments | {key: (moment, by * most / (step or most)) for key, (moment, by, step) in found.items()}
 
 
-def _means(weight: Weight, moments: dict[int, tuple[Any, float]]) -> tuple[Tensor, Tensor]:
+def _means(weight: Weight, moments: _Moments) -> tuple[Tensor, Tensor]:
     """Means over the last and over the last but one dimension, float32 on the CPU."""
-    parameter = weight.parameter()
-    moment, correction = moments.get(id(parameter), (None, 1.0))
+    known = moments.get(id(weight.parameter()), ())
+    if known is None:
+        return torch.zeros(weight.shape[:-1]), torch.zeros((*weight.shape[:-2], weight.shape[-1]))
+    moment, by = known or (None, 1.0)
     if moment is None or tuple(moment.shape) != weight.shape or not moment.is_floating_point():
         raise CurvatureError(
             f"the optimizer has no second moment of shape {weight.shape} for {weight.name!r}: curvature is read from "
             "Adam and AdamW whose state is whole and of floats. Are the experts frozen, the optimizer another one, its "
             "state in 8 bits, or flat shards (FSDP1, DeepSpeed)?"
         )
-    means = [moment.mean(dim=dimension, dtype=torch.float32) / correction for dimension in (-1, -2)]
+    means = [moment.mean(dim=dimension, dtype=torch.float32) / by for dimension in (-1, -2)]
     whole = [mean.full_tensor() if isinstance(mean, DTensor) else mean for mean in means]
     return whole[0].cpu(), whole[1].cpu()

@@ -115,6 +115,7 @@ class LeastCost:
     bits: dict[str, dict[str, list[int]]]
     cost: float
     gap: float
+    indifferent: int = 0  # units for which all widths cost the same
 
 
 def least_cost_bits(
@@ -160,12 +161,31 @@ def least_cost_bits(
             total += out * inp
     if not np.isfinite(unit_costs).all():
         raise AllocationError("a cost is not finite: the weights or the curvature are damaged")
+    alike = unit_costs.max(axis=1) == unit_costs.min(axis=1)  # experts that never had a gradient
+    if alike.all():
+        raise AllocationError("no width costs more than another for any expert: there is nothing to choose by")
+    asked = average_bits if stored_bits is None else stored_bits
     try:
-        choice = choose(unit_costs, sizes, int(exact(average_bits if nominal else stored_bits) * total))  # type: ignore[arg-type]
+        choice = _choose_most_first(unit_costs, sizes, alike, int(exact(asked) * total))
     except ValueError as error:
         raise AllocationError(f"the levels {list(levels)} do not fit the budget: {error}") from error
     bits = {name: {p: [0] * shape.num_experts for p in shape.projections} for name, shape in layers.items()}
     for index, matrices in zip(choice.index, units.values(), strict=True):
         for name, projection, expert in matrices:
             bits[name][projection][expert] = levels[index]
-    return LeastCost(bits, choice.cost, choice.gap)
+    return LeastCost(bits, choice.cost, choice.gap, int(alike.sum()))
+
+
+def _choose_most_first(costs: np.ndarray, sizes: np.ndarray, alike: np.ndarray, budget: int) -> Choice:
+    """`choose` for units that differ; the others get their smallest size, and in their order what is left over."""
+    index = sizes.argmin(axis=1)
+    rest = budget - int(sizes[alike].min(axis=1).sum() if alike.any() else 0)
+    choice = choose(costs[~alike], sizes[~alike], rest)
+    index[~alike] = choice.index
+    left = budget - int(np.take_along_axis(sizes, index[:, None], axis=1).sum())
+    for unit in np.flatnonzero(alike):
+        more = sizes[unit] - sizes[unit, index[unit]]
+        fitting = np.where(more <= left, more, -1)
+        index[unit] = int(fitting.argmax())
+        left -= int(fitting.max())
+    return Choice(index, choice.cost + float(costs[alike].min(axis=1).sum() if alike.any() else 0.0), choice.gap)

@@ -5,6 +5,7 @@ Pure functions; methods are looked up by name in `METHODS`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -100,7 +101,8 @@ def bits_from_order(order: Sequence[int], average_bits: float, bits: Sequence[in
 
 def exact(average_bits: float) -> Fraction:
     """The fraction that was meant: 2.3 and 8 / 3 are not the floats they are written as."""
-    return Fraction(average_bits).limit_denominator(100_000)
+    meant = Fraction(average_bits).limit_denominator(100_000)
+    return meant if abs(float(meant) - average_bits) <= 2 * math.ulp(average_bits) else Fraction(average_bits)
 
 
 def check_budget(average_bits: float, bits: Sequence[int]) -> None:

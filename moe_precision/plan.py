@@ -56,6 +56,8 @@ def check_group_size(group_size: int, layer: str, projections: dict[str, tuple[i
 
 def stored_bits_per_weight(bits: int, group_size: int) -> float:
     """Bits a weight takes in the file: its code, and its share of the group's scale and offset."""
+    if group_size < 8:
+        raise PlanError(f"group_size={group_size} is not a positive multiple of 8; use 32, 64 or 128")
     return float(bits) if bits == 16 else bits + SCALE_AND_OFFSET_BITS / group_size
 
 

@@ -4,9 +4,12 @@ import copy
 
 import pytest
 import torch
+from pytorch_lightning import Callback
+from safetensors import SafetensorError
 from torch import nn
 
 from moe_precision import AllocationError, PrecisionPlan, allocate, find_moe_layers, quantize_model
+from moe_precision.checkpoints import load_model, quantize_checkpoint
 from moe_precision.cli import main
 from moe_precision.curvature import Curvature, CurvatureError, curvature_of
 from moe_precision.quantize.fitting import least_squares_scale, quantize_matrix, unbiased_scale
@@ -197,8 +200,6 @@ def test_commands(tmp_path, capsys):
     assert 2.5 < plan.stored_bits <= 3.0
     assert main(["quantize", str(tmp_path / "model"), str(tmp_path / "plan.json"), str(tmp_path / "out")]) == 0
     assert "weighs the fit by" in capsys.readouterr().out
-    from moe_precision.checkpoints import load_model
-
     packed = load_model(tmp_path / "out")
     torch.testing.assert_close(logits(packed), logits(quantize_model(copy.deepcopy(model), plan, curvature=curvature)))
     assert not torch.equal(logits(packed), logits(quantize_model(copy.deepcopy(model), plan)))
@@ -235,3 +236,110 @@ def test_ablations_of_the_papers_rule(mixtral):
     assert plan.order == norms.argsort().tolist()
     assert allocate(mixtral, method="max_variance", group_size=64).layers[layers[0].name].order[0] == 3
     assert isinstance(layers[0].container(), nn.Module)
+
+
+# -- found in review ---------------------------------------------------------------------------------------------------
+
+
+def test_curvature_of_an_earlier_run_does_not_stay_beside_a_new_plan(tmp_path):
+    class Plain(Module):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer(tmp_path, monitor()).fit(Module(), data())
+    assert (tmp_path / "precision_plan.curvature.safetensors").is_file()
+    trainer(tmp_path, monitor()).fit(Plain(), data())
+    assert not (tmp_path / "precision_plan.curvature.safetensors").exists()
+
+
+def test_curvature_of_other_weights_is_refused(tmp_path):
+    model = build("mixtral")
+    curvature = curvature_of(find_moe_layers(model), [trained_with(torch.optim.AdamW, model)])
+    plan = allocate(model, method="uniform", average_bits=2, group_size=64)
+    model.bfloat16().save_pretrained(tmp_path / "bf16")  # the same weights, rounded
+    quantize_checkpoint(tmp_path / "bf16", plan, tmp_path / "packed", curvature=curvature)
+    with torch.no_grad():
+        find_moe_layers(model)[1].router_weight()[4] *= 1.01
+    with pytest.raises(CurvatureError, match=r"of other weights: in layer 'model\.layers\.1\.mlp' router norms differ"):
+        quantize_model(model, plan, curvature=curvature)
+    with pytest.raises(CurvatureError, match="of other weights"):
+        allocate(model, method="curvature", curvature=curvature, group_size=64)
+    model.save_pretrained(tmp_path / "other")
+    with pytest.raises(CurvatureError, match="of other weights"):
+        quantize_checkpoint(tmp_path / "other", plan, tmp_path / "packed2", curvature=curvature)
+
+
+def test_a_full_disk_or_a_weight_without_scales_stop_nobody(tmp_path, monkeypatch):
+    class Last(Callback):
+        reached = False
+
+        def on_train_end(self, *args):
+            self.reached = True
+
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device")
+
+    last = Last()
+    monkeypatch.setattr("moe_precision.curvature.save_file", full)
+    with pytest.raises(OSError, match=r"could not write '.*curvature\.safetensors'"):
+        trainer(tmp_path / "a", monitor(), last).fit(Module(), data())
+    assert last.reached
+    monkeypatch.undo()
+
+    module, last = Module(), Last()
+    with torch.no_grad():
+        module.model[1].experts[2][0].weight.fill_(0).add_(torch.randn(64, 32) * 1e-9)
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=0.0)
+    with pytest.warns(
+        UserWarning, match=r"no plan is written: '0' of expert 2 in layer 'model\.1': .* leave it at 16 bits"
+    ):
+        trainer(tmp_path / "b", monitor(method="weight_error"), last).fit(module, data())
+    assert last.reached
+
+
+def test_rarely_used_experts_are_on_the_same_scale():
+    """Without a token an expert's parameters are skipped by Adam; a gradient of zero is not."""
+    found = []
+    for none in (True, False):
+        model = build("switch_transformers")
+        layers = find_moe_layers(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        experts = layers[0].container()
+        for step in range(40):
+            for index, expert in enumerate(experts.children()):
+                used = index in (0, 1) or (index == 2 and step % 10 == 9)
+                for parameter in expert.parameters():
+                    gradient = torch.full_like(parameter, 0.1 if used else 0.0)
+                    parameter.grad = gradient if used or not none else None
+            for parameter in layers[1].container().parameters():
+                parameter.grad = torch.full_like(parameter, 0.1)
+            optimizer.step()
+        found.append(curvature_of(layers, [optimizer]).rows[layers[0].name]["wi"])
+    skipped, zeros = found
+    assert zeros[2].mean() < 0.2 * zeros[0].mean()
+    torch.testing.assert_close(skipped[2].mean(), zeros[2].mean(), rtol=0.15, atol=0)
+    assert (skipped[3:] == 0).all()  # never used: known, and zero
+    with pytest.raises(CurvatureError, match="no gradient has reached any expert"):
+        curvature_of(find_moe_layers(model), [torch.optim.AdamW(model.parameters())])
+
+
+@pytest.mark.parametrize("change", [lambda t: t.neg_(), lambda t: t.fill_(float("inf"))])
+def test_damaged_values(change, tmp_path):
+    model = build("mixtral")
+    curvature = curvature_of(find_moe_layers(model), [trained_with(torch.optim.AdamW, model)])
+    change(curvature.rows["model.layers.1.mlp"]["down_proj"])
+    curvature.save(tmp_path / "c.safetensors")
+    with pytest.raises(CurvatureError, match=r"expected finite means of at least 0 of shape \(8, 64\)"):
+        Curvature.load(tmp_path / "c.safetensors")
+
+
+def test_a_plan_by_curvature_without_its_weights_is_said():
+    model = build("mixtral")
+    curvature = curvature_of(find_moe_layers(model), [trained_with(torch.optim.AdamW, model)])
+    plan = allocate(model, method="curvature", curvature=curvature, group_size=64, stored_bits=2.75)
+    assert plan.stored_bits <= 2.75
+    assert plan.asked_average_bits == plan.average_bits
+    with pytest.warns(UserWarning, match="the fit is unweighted now"):
+        quantize_model(model, plan)
+    with pytest.raises(AllocationError, match="outside of what the levels"):
+        allocate(build("mixtral"), method="weight_error", group_size=64, stored_bits=2.2)

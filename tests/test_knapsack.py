@@ -91,3 +91,27 @@ def test_costs_that_are_not_finite():
     broken = {"a": COSTS["a"], "b": {**COSTS["b"], "up": torch.full((3, 2), float("nan"))}}
     with pytest.raises(AllocationError, match="not finite"):
         least_cost_bits(LAYERS, broken, [2, 3], 32, "expert", 2.5)
+
+
+def test_units_that_do_not_care_get_the_lowest_width_and_what_is_left():
+    costs = {n: {p: c.clone() for p, c in of.items()} for n, of in COSTS.items()}
+    for projection in ("up", "down"):
+        costs["a"][projection][:] = 0.0  # layer a never had a gradient
+    found = least_cost_bits(LAYERS, costs, [2, 3], 32, "expert", 2.6)
+    assert found.bits["b"]["up"] == [3, 3, 3]  # all that others can use
+    assert found.bits["a"]["up"] == [2, 2]
+    assert found.indifferent == 2
+    found = least_cost_bits(LAYERS, costs, [2, 3], 32, "expert", 2.8)
+    assert found.bits["a"]["up"] == [3, 2]
+    for projection in ("up", "down"):
+        costs["b"][projection][:] = 1.0
+    with pytest.raises(AllocationError, match="nothing to choose by"):
+        least_cost_bits(LAYERS, costs, [2, 3], 32, "expert", 2.5)
+
+
+@pytest.mark.parametrize(("group_size", "low"), [(24, 2), (40, 2), (48, 1), (88, 4)])
+def test_a_budget_exactly_at_the_lowest_level(group_size, low):
+    costs = {"a": {p: torch.tensor([[2.0, 1.0], [4.0, 1.0]]) for p in ("up", "down")}}
+    layers = {"a": LayerShape("a.gate.weight", 2, {"up": (16, group_size * 4), "down": (32, group_size * 4)})}
+    found = least_cost_bits(layers, costs, [low, low + 1], group_size, "expert", 0.0, stored_bits=low + 32 / group_size)
+    assert found.bits["a"]["up"] == [low, low]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -105,6 +107,8 @@ class PlanHfQuantizer(HfQuantizer):
         return self.quantization_config.plan
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.pre_quantized:
+            _warn_if_unweighted(self.quantization_config)
         targets = find_targets(
             model, self.plan, self.quantization_config.non_expert_bits, self.quantization_config.curvature
         )
@@ -149,6 +153,8 @@ class PlanHfQuantizer(HfQuantizer):
             raise QuantizationError(
                 f"{len(unread)} tensors were not in the checkpoint, the first is {unread[0]!r}; is it complete?"
             )
+        if self.quantization_config.curvature is not None:
+            _check_curvature(model, self.quantization_config)
         _finish(model)
         return model
 
@@ -183,6 +189,9 @@ def quantize_model(
     """
     config = PlanQuantizationConfig(plan, non_expert_bits, curvature)
     targets = find_targets(model, config.plan, non_expert_bits, config.curvature)
+    _warn_if_unweighted(config)
+    if config.curvature is not None:
+        _check_curvature(model, config)
     own = dict(model.named_parameters(remove_duplicate=False))
     for target in targets:  # before any change: a half packed model is of no use
         if target.parameter not in own:
@@ -205,6 +214,26 @@ def quantize_model(
         model.config._is_quantized = True
         _finish(model)
     return model.eval()
+
+
+def _warn_if_unweighted(config: PlanQuantizationConfig) -> None:
+    if config.plan.method == "curvature" and config.curvature is None:
+        warnings.warn(
+            "the plan was made by curvature, for a fit that curvature weighs: give curvature= (or --curvature), the "
+            "file beside the run's plan; the fit is unweighted now",
+            stacklevel=3,
+        )
+
+
+def _check_curvature(model: nn.Module, config: PlanQuantizationConfig) -> None:
+    """Whether the curvature is of these weights, by the norms of the routers, which stay as they are."""
+    assert config.curvature is not None
+    norms = {}
+    for name, layer in config.plan.layers.items():
+        router, experts = model.get_parameter(layer.shape.router), layer.shape.num_experts
+        rows = router if router.shape[0] >= experts else router.T
+        norms[name] = torch.linalg.vector_norm(rows[:experts], dim=1, dtype=torch.float32)
+    config.curvature.check_router_norms(norms)
 
 
 def _finish(model: PreTrainedModel) -> None:
