@@ -13,11 +13,10 @@ from torch import nn
 
 from moe_precision.allocation import (
     COST_METHODS,
-    GRANULARITIES,
-    METHODS,
     allocate,
     bits_from_order,
     caveat_text,
+    check_granularity,
     levels_of,
     rank_experts,
 )
@@ -58,6 +57,7 @@ class PlanRecorder:
         granularity: str = "expert",
     ) -> None:
         levels_of(method, average_bits, bits)
+        check_granularity(method, granularity)
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1 or None, got {every_n_steps}")
         if Path(export_to).suffix != ".json":
@@ -67,11 +67,6 @@ class PlanRecorder:
         self.average_bits, self.bits, self.method = average_bits, tuple(bits), method
         self.group_size, self.every_n_steps, self.export_to = group_size, every_n_steps, export_to
         self.log_experts, self.router_pattern, self.expert_pattern = log_experts, router_pattern, expert_pattern
-        if granularity not in GRANULARITIES or (method in METHODS and granularity != "expert"):
-            raise ValueError(
-                f"granularity must be one of {', '.join(GRANULARITIES)}, and 'expert' for method {method!r}; got "
-                f"{granularity!r}"
-            )
         self.granularity = granularity
         self.history = RouterNormHistory()
         self.curvature: Curvature | None = None
@@ -89,7 +84,8 @@ class PlanRecorder:
             folder: What ``export_to`` is relative to.
             anew: Training starts at step 0, so that what another run has recorded does not count.
         """
-        self._path, self._layers, self.plan, self._write_error, self._warned = None, [], None, None, False
+        self._path, self._layers, self._write_error, self._warned = None, [], None, False
+        self.plan = self.curvature = None
         if anew:
             self.history = RouterNormHistory()
         if folder is not None:

@@ -20,12 +20,21 @@ from .costs import expert_costs
 from .curvature import Curvature, as_curvature
 from .knapsack import least_cost_bits
 from .moe_layers import CAVEATS, find_moe_layers, root_model
-from .orders import METHODS, ZETA, AllocationError, LayerSignals, bits_from_order, check_budget, exact, rank_experts
+from .orders import (
+    METHODS,
+    ZETA,
+    AllocationError,
+    LayerSignals,
+    bits_from_order,
+    check_budget,
+    check_levels,
+    exact,
+    rank_experts,
+)
 from .plan import (
     LayerPlan,
     PrecisionPlan,
     check_group_size,
-    check_widths,
     model_type_of,
     stored_bits_per_weight,
 )
@@ -40,6 +49,7 @@ __all__ = [
     "allocate",
     "bits_from_order",
     "check_budget",
+    "check_granularity",
     "levels_of",
     "rank_experts",
 ]
@@ -59,24 +69,23 @@ def levels_of(method: str, average_bits: float, bits: Sequence[int]) -> list[int
     if method not in ALL_METHODS:
         raise AllocationError(f"unknown method {method!r}, expected one of {', '.join(ALL_METHODS)}")
     if method in COST_METHODS:
-        return _any_levels(average_bits, bits)
+        return check_levels(average_bits, bits)
     if method == "uniform":
         if average_bits not in range(17):
             raise AllocationError(f"method 'uniform' gives all experts one width: average_bits={average_bits} is none")
         bits = [int(average_bits)]
-    check_budget(average_bits, bits)
-    return sorted(set(bits))
+    return check_budget(average_bits, bits)
 
 
-def _any_levels(average_bits: float, bits: Sequence[int]) -> list[int]:
-    """Levels for a method that solves a knapsack: any widths around the average."""
-    if isinstance(bits, int) or not bits:
-        raise AllocationError(f"bits must list the levels to choose from, as in (2, 3); got {bits!r}")
-    levels = sorted(set(bits))
-    check_widths(levels)
-    if not levels[0] <= average_bits <= levels[-1]:
-        raise AllocationError(f"average_bits={average_bits} is outside of the levels {levels}; give levels around it")
-    return levels
+def check_granularity(method: str, granularity: str) -> None:
+    """Raises `AllocationError` for an unknown granularity, or one that a method which orders experts cannot have."""
+    if granularity not in GRANULARITIES:
+        raise AllocationError(f"unknown granularity {granularity!r}, expected one of {', '.join(GRANULARITIES)}")
+    if method in METHODS and granularity != "expert":
+        raise AllocationError(
+            f"method {method!r} orders the experts of a layer: granularity={granularity!r} needs a method that knows "
+            f"costs, one of {', '.join(COST_METHODS)}"
+        )
 
 
 def allocate(
@@ -103,8 +112,8 @@ def allocate(
             tensor by tensor without building the model; not needed if ``history`` holds them.
         history: Recorded router norms, the path of such a file, or the folder of the checkpoint that training started
             from: the change is measured from its first record, up to the model if there is one, else up to its last
-            record. Without a history the final norm takes the place of
-            the change, and the plan says ``"baseline": "none"``: its ranking then assumes equal norms at the start.
+            record. Without a history the final norm takes the place of the change, and the plan says
+            ``"baseline": "none"``: its ranking then assumes equal norms at the start.
         method: A name from `ALL_METHODS`.
         average_bits: Nominal bits an expert may have on average.
         bits: The levels to choose from; any for a method that knows costs.
@@ -135,12 +144,11 @@ def allocate(
                 f"stored_bits={stored_bits} is outside of what the levels {levels} take with scales and offsets, "
                 f"{lowest:g} to {highest:g}; give levels around it"
             )
-    if granularity not in GRANULARITIES:
-        raise AllocationError(f"unknown granularity {granularity!r}, expected one of {', '.join(GRANULARITIES)}")
-    if method in METHODS and (granularity != "expert" or stored_bits is not None):
+    check_granularity(method, granularity)
+    if method in METHODS and stored_bits is not None:
         raise AllocationError(
-            f"method {method!r} orders the experts of a layer: granularity={granularity!r} and stored_bits="
-            f"{stored_bits!r} need a method that knows costs, one of {', '.join(COST_METHODS)}"
+            f"method {method!r} orders the experts of a layer: stored_bits={stored_bits!r} needs a method that knows "
+            f"costs, one of {', '.join(COST_METHODS)}"
         )
     if method in COST_METHODS and model is None:
         raise AllocationError(f"method {method!r} measures what each width costs: give the model or its checkpoint")
@@ -187,8 +195,7 @@ def allocate(
         check_group_size(group_size, name, shape.projections)
     if method in COST_METHODS:
         assert isinstance(model, nn.Module)
-        patterns_of_final: dict[str, Any] = dict(final.patterns)
-        found = find_moe_layers(model, **patterns_of_final)
+        found = find_moe_layers(model, **final.patterns)
         weighed = None
         if method == "curvature":
             assert curvature is not None

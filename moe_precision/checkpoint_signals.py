@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -136,11 +136,9 @@ def _router_norms(layer: MoELayer, sources: Any, place: dict[str, Any], folder: 
 
 def _variances(layer: MoELayer, sources: Any, place: dict[str, Any], folder: Any) -> Tensor:
     """``(E,)``, one matrix in memory at a time."""
-    bank = layer.banks[layer.first]
-    expected = layer.neurons(torch.empty(bank.shape, device="meta")).shape
+    expected = layer.neurons(torch.empty(layer.banks[layer.first].shape, device="meta")).shape
     values = []
-    for expert, read in enumerate(_matrices(layer, sources, place)):
-        matrix = read()
+    for expert, matrix in enumerate(_neurons(layer, sources, place)):
         if matrix.shape != expected:
             raise CheckpointError(
                 f"{os.fspath(folder)!r}: {layer.first!r} of expert {expert} in layer {layer.name!r} has shape "
@@ -150,39 +148,25 @@ def _variances(layer: MoELayer, sources: Any, place: dict[str, Any], folder: Any
     return torch.stack(values)
 
 
-def _matrices(layer: MoELayer, sources: Any, place: dict[str, Any]) -> Iterator[Callable[[], Tensor]]:
-    """For each expert a function that reads the rows of its hidden neurons, ``(neurons, in)``."""
+def _neurons(layer: MoELayer, sources: Any, place: dict[str, Any]) -> Iterator[Tensor]:
+    """Reads for one expert after the other the rows of its hidden neurons, ``(neurons, in)``."""
     bank = layer.banks[layer.first]
     parameter = bank.weights[0].name
     converted = [source for source in sources.get(parameter, []) if source.converter is not None]
     if len(bank.weights) > 1:  # a module an expert
-        names = [_one(weight.name, sources) for weight in bank.weights]
-        yield from (_whole(place[name], name, layer) for name in names)
+        for weight in bank.weights:
+            name = _one(weight.name, sources)
+            yield layer.neurons(place[name].get_tensor(name))
     elif converted:
-        names = _stacked(parameter, converted, layer)
-        yield from (_whole(place[name], name, None) for name in names)
+        for name in _stacked(parameter, converted, layer):
+            yield place[name].get_tensor(name)
     else:
         name = _one(parameter, sources)
         rows = bank.weights[0].shape[0] // layer.num_experts if len(bank.weights[0].shape) == 2 else 1
         for expert in range(layer.num_experts):
-            yield _slice(place[name], name, slice(expert * rows, (expert + 1) * rows), layer, bank.transposed)
-
-
-def _whole(shard: Any, name: str, layer: MoELayer | None) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        weight = shard.get_tensor(name)
-        return weight if layer is None else layer.neurons(weight)
-
-    return read
-
-
-def _slice(shard: Any, name: str, rows: slice, layer: MoELayer, transposed: bool) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        part = shard.get_slice(name)[rows]
-        matrix = part.squeeze(0) if part.ndim == 3 else part
-        return layer.neurons(matrix.T if transposed else matrix)
-
-    return read
+            part = place[name].get_slice(name)[expert * rows : (expert + 1) * rows]
+            matrix = part.squeeze(0) if part.ndim == 3 else part
+            yield layer.neurons(matrix.T if bank.transposed else matrix)
 
 
 def _stacked(parameter: str, sources: list[_Source], layer: MoELayer) -> list[str]:

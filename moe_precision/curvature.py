@@ -7,7 +7,6 @@ and quantization need, a few vectors an expert, so that both can run later and e
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterable
@@ -16,11 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .files import replaced_when_done
+from .files import save_tensors
 from .module_tree import Weight
 from .moe_layers import LayerShape, MoELayer
 from .router_norms import router_norms
@@ -91,17 +89,13 @@ class Curvature:
         Raises:
             OSError: The file cannot be written; an existing one is left as it was.
         """
-        tensors = {f"router_norms/{name}": norms.contiguous() for name, norms in self.router_norms.items()}
+        tensors = {f"router_norms/{name}": norms for name, norms in self.router_norms.items()}
         for kind, means in (("rows", self.rows), ("columns", self.columns)):
             for layer, of_layer in means.items():
-                tensors |= {f"{kind}/{layer}/{name}": values.contiguous() for name, values in of_layer.items()}
+                tensors |= {f"{kind}/{layer}/{name}": values for name, values in of_layer.items()}
         layers = {name: layer.to_dict() for name, layer in self.layers.items()}
         metadata = {"format": _FORMAT, "version": str(_VERSION), "layers": json.dumps(layers)}
-        with replaced_when_done(path) as temporary:
-            try:
-                save_file(tensors, temporary, metadata=metadata)
-            except SafetensorError as error:  # its form of a full disk
-                raise OSError(errno.EIO, str(error), os.fspath(path)) from error
+        save_tensors(tensors, path, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Curvature:

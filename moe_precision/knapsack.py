@@ -94,13 +94,12 @@ def greedy(costs: np.ndarray, sizes: np.ndarray, budget: int) -> Choice:
             current = following
     left = budget - int(np.take_along_axis(sizes, index[:, None], axis=1).sum())
     cost = float(np.take_along_axis(costs, index[:, None], axis=1).sum())
-    bound, relaxed_left, tight = cost, left, False
+    bound, relaxed_left = cost, left
     stopped: set[int] = set()
     for slope, unit, before, after in sorted(steps, key=lambda step: -step[0]):
         more = int(sizes[unit, after] - sizes[unit, before])
         taken = min(more, relaxed_left)
         bound, relaxed_left = bound - slope * taken, relaxed_left - taken
-        tight = tight or taken < more
         if unit in stopped or more > left:
             stopped.add(unit)  # later steps of a unit build on earlier ones
             continue
@@ -166,7 +165,7 @@ def least_cost_bits(
         raise AllocationError("no width costs more than another for any expert: there is nothing to choose by")
     asked = average_bits if stored_bits is None else stored_bits
     try:
-        choice = _choose_most_first(unit_costs, sizes, alike, int(exact(asked) * total))
+        choice = _choose_where_it_matters(unit_costs, sizes, alike, int(exact(asked) * total))
     except ValueError as error:
         raise AllocationError(f"the levels {list(levels)} do not fit the budget: {error}") from error
     bits = {name: {p: [0] * shape.num_experts for p in shape.projections} for name, shape in layers.items()}
@@ -176,7 +175,7 @@ def least_cost_bits(
     return LeastCost(bits, choice.cost, choice.gap, int(alike.sum()))
 
 
-def _choose_most_first(costs: np.ndarray, sizes: np.ndarray, alike: np.ndarray, budget: int) -> Choice:
+def _choose_where_it_matters(costs: np.ndarray, sizes: np.ndarray, alike: np.ndarray, budget: int) -> Choice:
     """`choose` for units that differ; the others get their smallest size, and in their order what is left over."""
     index = sizes.argmin(axis=1)
     rest = budget - int(sizes[alike].min(axis=1).sum() if alike.any() else 0)

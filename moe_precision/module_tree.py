@@ -7,7 +7,6 @@ parameters. `module_tree` looks through all of them, so that names and shapes ar
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,20 +20,10 @@ from transformers import PreTrainedModel
 
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _ADDITIVE_TUNERS = ("lora", "loha", "lokr", "adalora", "vera")
-_WRAPPER_NAMES = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_WRAPPERS)})\.")
 
 
 class MoELayerError(ValueError):
     """The model has no Mixture-of-Experts layer, or one that cannot be described or read without guessing."""
-
-
-def clean_name(name: str) -> str:
-    """Removes the wrappers of torch.compile, DDP, FSDP, activation checkpointing and PEFT from a parameter's name."""
-    name = name.removeprefix("base_model.model.")
-    while (cleaned := _WRAPPER_NAMES.sub("", name)) != name:
-        name = cleaned
-    name = re.sub(r"modules_to_save\.[^.]+\.|base_layer\.", "", name)
-    return re.sub(r"parametrizations\.(\w+)\.original\d*$", r"\1", name)
 
 
 @dataclass(eq=False)

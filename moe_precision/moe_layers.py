@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .experts import Bank, Experts, experts_by_pattern, find_experts, not_understood, numbered_children, with_count
-from .module_tree import MoELayerError, Node, Weight, clean_name, module_tree, root_model, whole
-from .routers import CAVEATS, Router, find_router, product_keys
+from .module_tree import MoELayerError, Node, Weight, module_tree, root_model, whole
+from .routers import CAVEATS, NoRouter, Router, find_router, product_keys
 
-__all__ = ["CAVEATS", "LayerShape", "MoELayer", "MoELayerError", "clean_name", "find_moe_layers", "root_model"]
+__all__ = ["CAVEATS", "LayerShape", "MoELayer", "MoELayerError", "find_moe_layers", "root_model"]
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def find_moe_layers(
             continue
         taken.append(experts)
         if isinstance(found, str):
-            (unrouted if "have no router" in found else problems).append(found)
+            (unrouted if isinstance(found, NoRouter) else problems).append(found)
             continue
         first, router = routers.setdefault(experts.identity, (experts, id(found.weight.parameter())))
         if first is experts:
@@ -208,8 +208,9 @@ def find_moe_layers(
                 f"experts at {experts.path!r} are those at {first.path!r}, under another router: one width cannot "
                 "serve two orders"
             )
-    if expert_pattern is None:
-        problems += not_understood(tree, taken) + product_keys(tree)
+    problems += not_understood(tree, taken) + product_keys(tree)
+    if expert_pattern is not None:
+        problems += _missed(tree, taken)
     problems += _twice([layer.router for layer in layers], "router") + _twice([layer.name for layer in layers], "layer")
     problems += [] if skip_unrouted else unrouted
     if problems:
@@ -223,6 +224,18 @@ def find_moe_layers(
             "name its weights with router_pattern and expert_pattern"
         )
     return layers
+
+
+def _missed(tree: Node, taken: list[Experts]) -> list[str]:
+    """Experts that structure finds and the pattern does not match: a pattern for some layers must not skip the rest."""
+    known = {id(w.parameter()) for experts in taken for bank in experts.banks.values() for w in bank.weights}
+    candidates = find_experts(tree)
+    paths = [experts.path for experts in candidates]
+    return [
+        f"experts at {experts.path!r} are not matched by expert_pattern"
+        for experts in candidates
+        if experts.identity not in known and isinstance(find_router(tree, experts, paths), Router)
+    ]
 
 
 def check_pattern(argument: str, pattern: str | None) -> None:

@@ -105,22 +105,34 @@ def exact(average_bits: float) -> Fraction:
     return meant if abs(float(meant) - average_bits) <= 2 * math.ulp(average_bits) else Fraction(average_bits)
 
 
-def check_budget(average_bits: float, bits: Sequence[int]) -> None:
-    """Checks levels and average before any work.
+def check_levels(average_bits: float, bits: Sequence[int]) -> list[int]:
+    """The levels in order, after checking that they are widths around the average.
 
     Raises:
-        AllocationError: More than three levels, unequal spacing, or an average outside of the levels.
+        AllocationError: No levels, or an average outside of them.
+        PlanError: A width that is not 1 to 8 or 16.
     """
     if isinstance(bits, int) or not bits:
         raise AllocationError(f"bits must list the levels to choose from, as in (2, 3); got {bits!r}")
     levels = sorted(set(bits))
     check_widths(levels)
+    if not levels[0] <= average_bits <= levels[-1]:
+        raise AllocationError(f"average_bits={average_bits} is outside of the levels {levels}; give levels around it")
+    return levels
+
+
+def check_budget(average_bits: float, bits: Sequence[int]) -> list[int]:
+    """`check_levels`, and that the paper's rule takes them.
+
+    Raises:
+        AllocationError: More than three levels, unequal spacing, or an average outside of the levels.
+    """
+    levels = check_levels(average_bits, bits)
     if len(levels) > 3:
         raise AllocationError(f"the paper's rule takes one, two or three levels, got {len(levels)}: {levels}")
     if len(levels) == 3 and levels[1] - levels[0] != levels[2] - levels[1]:
         raise AllocationError(f"three levels must be equally spaced (as in 1, 2, 3 or 2, 3, 4), got {levels}")
-    if not levels[0] <= average_bits <= levels[-1]:
-        raise AllocationError(f"average_bits={average_bits} is outside of the levels {levels}; give levels around it")
+    return levels
 
 
 @dataclass(frozen=True)

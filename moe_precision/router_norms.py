@@ -5,7 +5,6 @@ Pure PyTorch: no trainer, no logger. Norms are float32 whatever the training dty
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -14,12 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .experts import Bank
-from .files import replaced_when_done
+from .files import save_tensors
 from .module_tree import whole
 from .moe_layers import LayerShape, MoELayer
 from .signals import max_variance
@@ -117,14 +115,14 @@ class RouterNormHistory:
         self.model_type = model_type
         self.layers = layers or {}
         self.caveats: dict[str, str] = {}
-        self.patterns: dict[str, str] = {}
+        self.patterns: dict[str, Any] = {}
         self.dtypes: list[str] = []
         self.steps: list[int] = []
         self.max_variance: dict[str, Tensor] = {}
         self._records: list[Tensor] = []  # each (sum of num_experts,) float32 on CPU
 
     @classmethod
-    def of(cls, layers: list[MoELayer], model_type: str, patterns: dict[str, str] | None = None) -> RouterNormHistory:
+    def of(cls, layers: list[MoELayer], model_type: str, patterns: dict[str, Any] | None = None) -> RouterNormHistory:
         """An empty history for the layers of one model, and the patterns that they were found with."""
         history = cls({layer.name: layer.shape for layer in layers}, model_type)
         history.caveats = {layer.name: layer.caveat for layer in layers if layer.caveat}
@@ -248,8 +246,8 @@ class RouterNormHistory:
             OSError: The file cannot be written; an existing one is left as it was.
         """
         tensors = {"steps": torch.tensor(self.steps, dtype=torch.int64)}
-        tensors |= {f"norms/{name}": norms.contiguous() for name, norms in self.norms.items()}
-        tensors |= {f"max_variance/{name}": values.contiguous() for name, values in self.max_variance.items()}
+        tensors |= {f"norms/{name}": norms for name, norms in self.norms.items()}
+        tensors |= {f"max_variance/{name}": values for name, values in self.max_variance.items()}
         layers = {name: layer.to_dict() for name, layer in self.layers.items()}
         metadata = {
             "format": _FORMAT,
@@ -260,11 +258,7 @@ class RouterNormHistory:
             "patterns": json.dumps(self.patterns),
             "dtypes": json.dumps(self.dtypes),
         }
-        with replaced_when_done(path) as temporary:
-            try:
-                save_file(tensors, temporary, metadata=metadata)
-            except SafetensorError as error:  # its form of a full disk
-                raise OSError(errno.EIO, str(error), os.fspath(path)) from error
+        save_tensors(tensors, path, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RouterNormHistory:

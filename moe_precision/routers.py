@@ -24,6 +24,10 @@ CAVEATS = {
 }
 
 
+class NoRouter(str):
+    """The message that experts have no router at all."""
+
+
 @dataclass(frozen=True, eq=False)
 class Router:
     """A router and where it stands.
@@ -77,7 +81,7 @@ def find_router(tree: Node, experts: Experts, others: list[str], pattern: str | 
         if any(rank[0] == 0 for rank in best):
             break  # a matrix that is called a router: no need to look further out
     if not best:
-        message = f"experts at {path!r} have no router: no matrix with {count} rows near them"
+        message = NoRouter(f"experts at {path!r} have no router: no matrix with {count} rows near them")
         return message if experts.named else None
     winners = best[min(best)]
     if len(winners) > 1:

@@ -5,8 +5,6 @@ import copy
 import pytest
 import torch
 from pytorch_lightning import Callback
-from safetensors import SafetensorError
-from torch import nn
 
 from moe_precision import AllocationError, PrecisionPlan, allocate, find_moe_layers, quantize_model
 from moe_precision.checkpoints import load_model, quantize_checkpoint
@@ -209,8 +207,8 @@ def test_commands(tmp_path, capsys):
     ("settings", "message"),
     [
         ({"method": "curvature"}, "needs curvature"),
-        ({"granularity": "layer"}, "orders the experts of a layer.*need a method that knows costs"),
-        ({"stored_bits": 3.0}, "need a method that knows costs"),
+        ({"granularity": "layer"}, "orders the experts of a layer.*needs a method that knows costs"),
+        ({"stored_bits": 3.0}, "needs a method that knows costs"),
         ({"method": "weight_error", "granularity": "expert+layer"}, "unknown granularity"),
         ({"method": "weight_error", "average_bits": 5.0}, "outside of the levels"),
     ],
@@ -235,7 +233,6 @@ def test_ablations_of_the_papers_rule(mixtral):
     plan = allocate(mixtral, method="norm_only", group_size=64).layers[layers[0].name]
     assert plan.order == norms.argsort().tolist()
     assert allocate(mixtral, method="max_variance", group_size=64).layers[layers[0].name].order[0] == 3
-    assert isinstance(layers[0].container(), nn.Module)
 
 
 # -- found in review ---------------------------------------------------------------------------------------------------
@@ -277,10 +274,10 @@ def test_a_full_disk_or_a_weight_without_scales_stop_nobody(tmp_path, monkeypatc
             self.reached = True
 
     def full(*args, **kwargs):
-        raise SafetensorError("No space left on device")
+        raise OSError("No space left on device")
 
     last = Last()
-    monkeypatch.setattr("moe_precision.curvature.save_file", full)
+    monkeypatch.setattr("moe_precision.curvature.save_tensors", full)
     with pytest.raises(OSError, match=r"could not write '.*curvature\.safetensors'"):
         trainer(tmp_path / "a", monitor(), last).fit(Module(), data())
     assert last.reached

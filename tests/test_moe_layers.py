@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe_precision.moe_layers import MoELayerError, clean_name, find_moe_layers, root_model
+from moe_precision.moe_layers import MoELayerError, find_moe_layers, root_model
 from tests.conftest import DECODER, PlainMoE, build
 
 # family -> layers, first layer's name, router below it, projections
@@ -125,8 +125,6 @@ def test_wrappers_do_not_change_names(mixtral):
     names = [(layer.name, layer.router) for layer in find_moe_layers(mixtral)]
     compiled = torch.compile(mixtral)
     assert [(layer.name, layer.router) for layer in find_moe_layers(compiled)] == names
-    assert clean_name("module._orig_mod.model.layers.0._checkpoint_wrapped_module.mlp") == "model.layers.0.mlp"
-    assert clean_name("encoder.submodule.gate") == "encoder.submodule.gate"
 
     class Wrapper(nn.Module):
         def __init__(self):
@@ -380,6 +378,14 @@ def test_flat_banks_with_a_transposed_router():
 def test_skipping_unrouted_experts_hides_nothing_else():
     with pytest.raises(MoELayerError, match="would serve two lists of experts"):
         find_moe_layers(nn.Sequential(PlainMoE(), PlainMoE()), skip_unrouted=True, router_pattern=r"^0\.router")
+
+
+def test_a_pattern_that_matches_some_layers_skips_none():
+    with pytest.raises(MoELayerError, match=r"experts at '1\.experts' are not matched by expert_pattern"):
+        find_moe_layers(nn.Sequential(PlainMoE(), PlainMoE()), expert_pattern=r"^0\.experts\.(?P<expert>\d+)\.")
+    model = megatron(layers=3)
+    with pytest.raises(MoELayerError, match=r"'decoder\.layers\.2\.mlp\.experts' .* not understood"):
+        find_moe_layers(model, expert_pattern=r"layers\.[01]\.mlp\.experts\.linear_fc[12]\.weight(?P<expert>\d+)$")
 
 
 def test_a_pattern_that_is_no_regular_expression():
