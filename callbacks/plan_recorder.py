@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from moe_precision.allocation import (
     levels_of,
     rank_experts,
 )
-from moe_precision.curvature import Curvature, CurvatureError, curvature_of
+from moe_precision.curvature import Curvature, CurvatureError, curvature_of, curvature_of_losses
 from moe_precision.files import check_writable
+from moe_precision.loads import LoadCounter
 from moe_precision.moe_layers import MoELayer, check_pattern, find_moe_layers, root_model
 from moe_precision.plan import PrecisionPlan, check_group_size, model_type_of
-from moe_precision.router_norms import HistoryError, RouterNormHistory, router_norms
+from moe_precision.router_norms import HistoryError, RouterNormHistory, aggregates, router_norms
 from moe_precision.tables import as_text, layers_table
 
 _CURVATURE = ".curvature.safetensors"
@@ -55,11 +57,13 @@ class PlanRecorder:
         router_pattern: str | None = None,
         expert_pattern: str | None = None,
         granularity: str = "expert",
+        curvature_batches: int | None = None,
     ) -> None:
         levels_of(method, average_bits, bits)
         check_granularity(method, granularity)
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1 or None, got {every_n_steps}")
+        for name, value in (("every_n_steps", every_n_steps), ("curvature_batches", curvature_batches)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {value}")
         if Path(export_to).suffix != ".json":
             raise ValueError(f"export_to must end in .json, got {export_to!r}")
         check_pattern("router_pattern", router_pattern)
@@ -67,13 +71,15 @@ class PlanRecorder:
         self.average_bits, self.bits, self.method = average_bits, tuple(bits), method
         self.group_size, self.every_n_steps, self.export_to = group_size, every_n_steps, export_to
         self.log_experts, self.router_pattern, self.expert_pattern = log_experts, router_pattern, expert_pattern
-        self.granularity = granularity
+        self.granularity, self.curvature_batches = granularity, curvature_batches
         self.history = RouterNormHistory()
         self.curvature: Curvature | None = None
         self.plan: PrecisionPlan | None = None
         self._model: nn.Module | None = None
         self._path: Path | None = None  # None where nothing is written
         self._layers: list[MoELayer] = []
+        self._counter: LoadCounter | None = None
+        self._logged_load: dict[str, torch.Tensor] = {}  # tokens so far, at the last log
         self._write_error: OSError | None = None
         self._warned = False
 
@@ -85,6 +91,7 @@ class PlanRecorder:
             anew: Training starts at step 0, so that what another run has recorded does not count.
         """
         self._path, self._layers, self._write_error, self._warned = None, [], None, False
+        self._stop_counting()
         self.plan = self.curvature = None
         if anew:
             self.history = RouterNormHistory()
@@ -116,6 +123,7 @@ class PlanRecorder:
             self._check_restored(step, fresh.dtypes)
             self.history.caveats, self.history.patterns = fresh.caveats, fresh.patterns
             self.history.dtypes = fresh.dtypes
+            self._start_counting()
             return False
         self.history = fresh
         if step > 0:
@@ -124,7 +132,27 @@ class PlanRecorder:
                 f"export_to={self.export_to!r}. The change is measured from here, not from the start of training; "
                 f'the plan will say "baseline": {{"step": {step}}}.'
             )
-        return self._record(step)
+        recorded = self._record(step)
+        self._start_counting()
+        return recorded
+
+    def _start_counting(self) -> None:
+        self._counter, self._logged_load = LoadCounter(self._layers), dict(self.history.loads.get("training", {}))
+
+    def _stop_counting(self) -> None:
+        if self._counter is not None:
+            self._counter.close()
+            self._counter = None
+
+    def _count(self) -> None:
+        """Adds the tokens that experts have received since the last call; a collective: called on all ranks."""
+        if self._counter is not None:
+            self.history.add_load(self._counter.take(training=True))
+
+    def _count_validation(self) -> None:
+        """Keeps what experts received in the validation that has just ended; a collective."""
+        if self._counter is not None and (loads := self._counter.take(training=False)):
+            self.history.loads["validation"] = loads
 
     def _check_restored(self, step: int, dtypes: list[str]) -> None:
         """A resumed run whose routers are not those of the checkpoint would go on with a wrong model."""
@@ -152,6 +180,7 @@ class PlanRecorder:
 
     def _record(self, step: int) -> bool:
         """Reads all norms, unless this step has them already; returns whether it did."""
+        self._count()
         if self.history.steps and step <= self.history.steps[-1]:
             return False
         self.history.record(step, router_norms(self._layers))
@@ -181,9 +210,23 @@ class PlanRecorder:
         """The last record for a logger, experts included up to `EXPERT_KEYS` of them."""
         experts = sum(layer.num_experts for layer in self._layers)
         metrics = self.history.metrics(experts <= EXPERT_KEYS if self.log_experts is None else self.log_experts)
+        metrics |= self._load_metrics()
         if self.method == "router_norm" and len(self.history.steps) > 2 and not self.history.not_finite(True):
             before, now = (self._bits_at(record) for record in (-2, -1))
             metrics["plan/changed"] = sum(a != b for a, b in zip(before, now, strict=True)) / len(now)
+        return metrics
+
+    def _load_metrics(self) -> dict[str, float]:
+        """Tokens of the least, the median and the most loaded expert since the last log, in even shares."""
+        before, metrics = self._logged_load, dict[str, float]()
+        self._logged_load = dict(self.history.loads.get("training", {}))
+        for index, layer in enumerate(self._layers):
+            if (load := self._logged_load.get(layer.name)) is None:
+                continue
+            tokens = load[0] - before[layer.name][0] if layer.name in before else load[0]
+            if tokens.sum() > 0:
+                shares = (tokens * layer.num_experts / tokens.sum()).tolist()
+                metrics |= aggregates(f"expert_load/layer_{index:02d}", shares)
         return metrics
 
     def _bits_at(self, record: int) -> list[int]:
@@ -191,7 +234,9 @@ class PlanRecorder:
         orders = [rank_experts(change) for change in self.history.changes(record).values()]
         return [bits for order in orders for bits in bits_from_order(order, self.average_bits, self.bits)]
 
-    def _finish(self, writes: bool, optimizers: Sequence[Any]) -> PrecisionPlan | None:
+    def _finish(
+        self, writes: bool, optimizers: Sequence[Any], losses: Iterable[Callable[[], torch.Tensor]] = ()
+    ) -> PrecisionPlan | None:
         """History, curvature and plan; returns the plan if it was written.
 
         A full disk does not stop the run, whose other callbacks may still save the model: see `_raise_write_error`.
@@ -199,15 +244,17 @@ class PlanRecorder:
         Args:
             writes: Whether this rank writes files.
             optimizers: That have trained the experts, for their second moments.
+            losses: Losses of training batches, for squared gradients in their place if `curvature_batches` is given.
         """
         if len(self.history.steps) < 2:
             rank_zero_warn(f"{type(self).__name__}: no plan is written, because no optimizer step was taken.")
             return None
         writes = writes and self._path is not None
+        self._stop_counting()
         if writes:
             self._save_history()  # whatever happens below, the record is kept
         self.history.measure_variance(self._layers)
-        self.curvature = self._curvature(optimizers)
+        self.curvature = self._curvature(optimizers, losses)
         if writes:
             assert self._path is not None
             self._path.with_suffix(_CURVATURE).unlink(missing_ok=True)  # of an earlier run
@@ -251,9 +298,11 @@ class PlanRecorder:
             return False
         return True
 
-    def _curvature(self, optimizers: Sequence[Any]) -> Curvature | None:
-        """Row and column means of the optimizer's second moments, if it has any."""
+    def _curvature(self, optimizers: Sequence[Any], losses: Iterable[Callable[[], torch.Tensor]]) -> Curvature | None:
+        """Means of the optimizer's second moments, or of squared gradients where those were asked for."""
         try:
+            if self.curvature_batches is not None:
+                return curvature_of_losses(self._layers, islice(losses, self.curvature_batches))
             return curvature_of(self._layers, optimizers)
         except CurvatureError as error:
             rank_zero_info(f"{type(self).__name__}: no curvature is written: {error}")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import CombinedLoader, rank_zero_warn
+from torch import Tensor
 
 from moe_precision.callbacks.plan_recorder import PlanRecorder
 from moe_precision.callbacks.wandb_media import log_to_wandb
+from moe_precision.curvature import CurvatureError
 
 
 class RouterNormMonitor(PlanRecorder, Callback):
@@ -25,6 +29,8 @@ class RouterNormMonitor(PlanRecorder, Callback):
     ``router_norm/layer_03/expert_007``       L2 norm of the router's row of expert 7, fourth MoE layer of the model
     ``router_norm/layer_03/{min,median,max}`` the same over the layer's experts
     ``router_norm_change/layer_03/{...}``     min, median and max of the change since the baseline
+    ``expert_load/layer_03/{min,median,max}`` tokens of the least, median and most loaded expert since the last record,
+                                              in even shares: 1 is as many as if all got the same
     ``plan/changed``                          share of experts whose bits the last record has changed: 0 once settled
     ========================================  ======================================================================
 
@@ -48,6 +54,9 @@ class RouterNormMonitor(PlanRecorder, Callback):
         expert_pattern: The same for the experts' weights.
         granularity: What shares a width: ``expert``; for ``weight_error`` and ``curvature`` also ``expert+projection``,
             ``layer`` or ``layer+projection``.
+        curvature_batches: Take the curvature from squared gradients of so many more training batches, after the last
+            step and at its weights; None reads the optimizer's second moments, which costs nothing. For optimizers
+            that have none (SGD, Muon, Lion).
 
     Attributes:
         history: The recorded norms.
@@ -97,7 +106,7 @@ class RouterNormMonitor(PlanRecorder, Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._record_final(trainer.global_step):
             self._log(trainer)
-        plan = self._finish(trainer.is_global_zero, trainer.optimizers)
+        plan = self._finish(trainer.is_global_zero, trainer.optimizers, _losses(trainer, pl_module))
         if plan is not None:
             assert self._path is not None
             for logger in trainer.loggers:
@@ -109,12 +118,18 @@ class RouterNormMonitor(PlanRecorder, Callback):
             rank_zero_warn("RouterNormMonitor: no plan is written, because training took no step (max_steps=0?).")
         self._raise_write_error()
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._count_validation()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # No collective here: one rank may have failed alone. What was recorded is kept.
+        self._stop_counting()
         if trainer.is_global_zero:
             self._save_history()
 
     def state_dict(self) -> dict[str, Any]:
+        self._count()  # checkpoints are made on all ranks
         return self.history.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -125,3 +140,26 @@ class RouterNormMonitor(PlanRecorder, Callback):
             metrics = self._metrics()
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def _losses(trainer: Trainer, pl_module: LightningModule) -> Iterator[Callable[[], Tensor]]:
+    """The module's own training loss on one more pass over the training data, as the training loop computes it."""
+    if not pl_module.automatic_optimization:
+        raise CurvatureError("curvature_batches needs automatic optimization: this module steps its own optimizers")
+    strategy = trainer.strategy
+    combined = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
+
+    def loss_of(batch: Any, index: int) -> Tensor:
+        batch = strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+        hook, pl_module._current_fx_name = pl_module._current_fx_name, "training_step"  # where self.log is allowed
+        try:
+            output = strategy.training_step(batch, index)
+        finally:
+            pl_module._current_fx_name = hook
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        if loss is None:
+            raise CurvatureError("training_step returned no loss")
+        return loss
+
+    for batch, index, _ in combined:
+        yield partial(loss_of, batch, index)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moe_precision.callbacks.plan_recorder import PlanRecorder
@@ -39,6 +42,8 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         expert_pattern: The same for the experts' weights.
         granularity: What shares a width: ``expert``; for ``weight_error`` and ``curvature`` also ``expert+projection``,
             ``layer`` or ``layer+projection``.
+        curvature_batches: Take the curvature from squared gradients of so many more training batches, with the model's
+            own loss; None reads the optimizer's second moments. For optimizers that have none.
 
     Attributes:
         history: The recorded norms.
@@ -78,13 +83,17 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         if state.is_world_process_zero:
             self.history.save(_state_file(args, state))
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._count_validation()
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._record_final(state.global_step):
             self._log(state)
         optimizers = [kwargs["optimizer"]] if kwargs.get("optimizer") is not None else []
-        plan = self._finish(state.is_world_process_zero, optimizers)
+        losses = _losses(kwargs["model"], kwargs.get("train_dataloader"))
+        plan = self._finish(state.is_world_process_zero, optimizers, losses)
         if plan is not None and (run := _wandb_run()) is not None:
             assert self._path is not None
             log_to_run(run, self.history, plan, self._path)
@@ -94,6 +103,16 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         run = _wandb_run()
         if run is not None and state.is_world_process_zero:
             run.log({**self._metrics(), "train/global_step": state.global_step})
+
+
+def _losses(model: Any, batches: Any) -> Iterator[Callable[[], Tensor]]:
+    device = next(model.parameters()).device
+
+    def loss_of(batch: dict[str, Tensor]) -> Tensor:
+        return model(**{key: value.to(device) for key, value in batch.items()}).loss
+
+    for batch in batches or ():
+        yield partial(loss_of, batch)
 
 
 def _state_file(args: TrainingArguments, state: TrainerState) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .checkpoint_signals import signals_of_checkpoint
 from .checkpoints import load_model
-from .costs import expert_costs
+from .costs import Costs, expert_costs
 from .curvature import Curvature, as_curvature
 from .knapsack import least_cost_bits
 from .moe_layers import CAVEATS, find_moe_layers, root_model
@@ -55,8 +55,9 @@ __all__ = [
 ]
 
 GRANULARITIES = ("expert", "expert+projection", "layer", "layer+projection")
-COST_METHODS = ("weight_error", "curvature")  # solve one knapsack over all layers
+COST_METHODS = ("weight_error", "curvature", "sensitivity")  # solve one knapsack over all layers
 ALL_METHODS = (*METHODS, *COST_METHODS)
+PLAN_METHODS = tuple(method for method in ALL_METHODS if method != "sensitivity")  # which `compare` alone measures
 
 
 def levels_of(method: str, average_bits: float, bits: Sequence[int]) -> list[int]:
@@ -101,6 +102,7 @@ def allocate(
     curvature: Curvature | str | os.PathLike | None = None,
     granularity: str = "expert",
     stored_bits: float | None = None,
+    expert_gib: float | None = None,
 ) -> PrecisionPlan:
     """Makes a precision plan: a width for each expert.
 
@@ -124,7 +126,8 @@ def allocate(
         curvature: For ``method="curvature"``: `Curvature` or the path of its file.
         granularity: What shares a width: ``expert``, ``expert+projection``, ``layer`` or ``layer+projection``; all but
             ``expert`` need a method that knows costs.
-        stored_bits: A budget with scales and offsets, in the place of ``average_bits``; for methods that know costs.
+        stored_bits: A budget with scales and offsets, in the place of ``average_bits``.
+        expert_gib: The same as the size of all routed experts in the file, in GiB.
 
     Raises:
         AllocationError: Levels, average or method are out of range, or a norm is not finite.
@@ -134,29 +137,23 @@ def allocate(
         CheckpointError: A checkpoint folder is incomplete or damaged.
         StreamingError: A checkpoint cannot be read tensor by tensor; load it and give the model.
     """
-    if stored_bits is None:
-        levels = levels_of(method, average_bits, bits)
-    else:
-        levels = levels_of(method, max(bits), bits)
-        lowest, highest = (stored_bits_per_weight(width, group_size) for width in (levels[0], levels[-1]))
-        if not lowest <= exact(stored_bits) <= highest:
-            raise AllocationError(
-                f"stored_bits={stored_bits} is outside of what the levels {levels} take with scales and offsets, "
-                f"{lowest:g} to {highest:g}; give levels around it"
-            )
+    if stored_bits is not None and expert_gib is not None:
+        raise AllocationError(f"stored_bits={stored_bits} and expert_gib={expert_gib} are two budgets; give one")
+    in_bytes = stored_bits is not None or expert_gib is not None
+    levels = levels_of(method, max(bits) if in_bytes else average_bits, bits)
+    if stored_bits is not None:
+        average_bits = _nominal(method, stored_bits, levels, group_size)
     check_granularity(method, granularity)
-    if method in METHODS and stored_bits is not None:
-        raise AllocationError(
-            f"method {method!r} orders the experts of a layer: stored_bits={stored_bits!r} needs a method that knows "
-            f"costs, one of {', '.join(COST_METHODS)}"
-        )
-    if method in COST_METHODS and model is None:
-        raise AllocationError(f"method {method!r} measures what each width costs: give the model or its checkpoint")
-    if method == "curvature" and curvature is None:
-        raise AllocationError("method 'curvature' needs curvature, which RouterNormMonitor writes beside the plan")
+    if method in COST_METHODS:
+        if method == "sensitivity":
+            raise AllocationError("method 'sensitivity' needs measured costs, as moe-precision compare takes them")
+        if model is None:
+            raise AllocationError(f"method {method!r} measures what each width costs: give the model or its checkpoint")
+        if method == "curvature" and curvature is None:
+            raise AllocationError("method 'curvature' needs curvature, which RouterNormMonitor writes beside the plan")
     given = {"router_pattern": router_pattern, "expert_pattern": expert_pattern}
     patterns = {key: pattern for key, pattern in given.items() if pattern is not None}
-    settings: dict[str, Any] = {"average_bits": average_bits, "bits": levels}
+    settings: dict[str, Any] = {} if expert_gib is None else {"expert_gib": expert_gib}
     for key, source in (("initial", history), ("final", model)):
         if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
             settings[key] = os.path.basename(os.path.abspath(source))
@@ -188,52 +185,105 @@ def allocate(
     if broken:
         raise AllocationError(f"{broken}: the weights are damaged or training has diverged, no plan can be made")
 
-    generator = torch.Generator().manual_seed(seed)
-    first_norms = None if history is None else history.first
-    plans: dict[str, LayerPlan] = {}
     for name, shape in final.layers.items():
         check_group_size(group_size, name, shape.projections)
+    if expert_gib is not None:
+        weights = sum(shape.expert_size * shape.num_experts for shape in final.layers.values())
+        stored_bits = expert_gib * 2**33 / weights
+        try:
+            average_bits = _nominal(method, stored_bits, levels, group_size)
+        except AllocationError as error:
+            raise AllocationError(f"{expert_gib} GiB for {weights} expert weights: {error}") from error
+    if stored_bits is not None:
+        settings["stored_bits"] = stored_bits
+    costs = None
     if method in COST_METHODS:
         assert isinstance(model, nn.Module)
-        found = find_moe_layers(model, **final.patterns)
         weighed = None
         if method == "curvature":
             assert curvature is not None
             weighed = as_curvature(curvature)
             weighed.check_layers(final.layers)
             weighed.check_router_norms(final.last)
-        costs = expert_costs(found, levels, group_size, weighed)
+        costs = expert_costs(find_moe_layers(model, **final.patterns), levels, group_size, weighed)
+    plan = plan_of_signals(
+        final, history, method, average_bits, levels, group_size, seed, granularity, stored_bits, costs
+    )
+    last_step = None if history is None or model is not None else history.steps[-1]
+    return replace(plan, settings=settings | plan.settings, last_step=last_step)
+
+
+def plan_of_signals(
+    final: RouterNormHistory,
+    baseline: RouterNormHistory | None,
+    method: str,
+    average_bits: float,
+    levels: Sequence[int],
+    group_size: int,
+    seed: int = 0,
+    granularity: str = "expert",
+    stored_bits: float | None = None,
+    costs: Costs | None = None,
+    zeta: float = ZETA,
+) -> PrecisionPlan:
+    """The part of `allocate` behind all measurements: from signals to a plan.
+
+    Args:
+        final: Its last record and variances are those of the trained model.
+        baseline: Its first record is the baseline; its loads, else those of ``final``, serve ``load``. None if unknown.
+        method: As in `allocate`.
+        average_bits: Nominal budget.
+        levels: Sorted widths.
+        group_size: Weights that share a scale and an offset.
+        seed: For ``random``.
+        granularity: As in `allocate`.
+        stored_bits: Budget with scales and offsets, in the place of ``average_bits``; for methods that know costs.
+        costs: What each level costs, for the methods that know costs.
+        zeta: Of the paper's reorder rule.
+
+    Raises:
+        AllocationError: A signal that the method reads is missing, or the budget is out of range.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    first_norms = None if baseline is None else baseline.first
+    counted = final.loads if baseline is None else baseline.loads or final.loads
+    loads = counted.get("training") or counted.get("validation") or {}
+    settings: dict[str, Any] = {"average_bits": average_bits, "bits": list(levels)}
+    plans: dict[str, LayerPlan] = {}
+    if method in COST_METHODS:
+        if costs is None:
+            raise AllocationError(f"method {method!r} needs what each width costs")
         least = least_cost_bits(final.layers, costs, levels, group_size, granularity, average_bits, stored_bits)
         settings |= {"granularity": granularity, "predicted_cost": _rounded(least.cost), "gap": _rounded(least.gap)}
-        if stored_bits is not None:
-            settings["stored_bits"] = stored_bits
         if least.indifferent:
             settings["without_gradient"] = least.indifferent
             warnings.warn(
                 f"for {least.indifferent} of the choices all widths cost the same, as for experts that never had a "
                 "gradient: they get the lowest width, and what others leave over; the plan says so",
-                stacklevel=2,
+                stacklevel=4,
             )
     for name, shape in final.layers.items():
         last, variance = final.last[name], final.max_variance.get(name)
+        load = loads[name][0] if name in loads else None
         norm = last if first_norms is None else last - first_norms[name]
         order: list[int] = []
-        if method in COST_METHODS:
+        signals = {"final_router_norm" if first_norms is None else "router_norm_change": _readable(norm)}
+        if variance is not None:
+            signals["max_variance"] = _readable(variance)
+        if costs is not None:
             projection_bits = least.bits[name]
+            for projection, of_projection in costs[name].items():
+                for column, width in enumerate(levels):
+                    signals[f"{method} of {projection} at {width} bits"] = _readable(of_projection[:, column])
         else:
             try:
-                order = METHODS[method](LayerSignals(norm, last, variance), generator)
+                order = METHODS[method](LayerSignals(norm, last, variance, load, zeta), generator)
             except AllocationError as error:
                 raise AllocationError(f"layer {name!r}: {error}") from error
             widths = bits_from_order(order, average_bits, levels)
             projection_bits = {projection: list(widths) for projection in shape.projections}
-        signals = {"final_router_norm" if first_norms is None else "router_norm_change": _readable(norm)}
-        if variance is not None:
-            signals["max_variance"] = _readable(variance)
-        if method in COST_METHODS:
-            for projection, of_projection in costs[name].items():
-                for column, width in enumerate(levels):
-                    signals[f"{method} of {projection} at {width} bits"] = _readable(of_projection[:, column])
+            if load is not None and method in ("load", "least_load"):
+                signals["expert_load"] = _readable(load)
         router_norms_of = {} if first_norms is None else {"first": _readable(first_norms[name])}
         plans[name] = LayerPlan(
             shape=shape,
@@ -244,9 +294,9 @@ def allocate(
         )
     settings |= final.patterns
     if method in ("router_norm", "final_norm", "reversed"):
-        settings["zeta"] = ZETA
+        settings["zeta"] = zeta
     if method in ("router_norm", "norm_only", "reversed"):
-        settings |= _reservations(final, history)
+        settings |= _reservations(final, baseline)
     if method == "random":
         settings["seed"] = seed
     plan = PrecisionPlan(
@@ -256,10 +306,29 @@ def allocate(
         asked_average_bits=average_bits,
         method=method,
         settings=settings,
-        baseline_step=None if history is None else history.steps[0],
-        last_step=None if history is None or model is not None else history.steps[-1],
+        baseline_step=None if baseline is None else baseline.steps[0],
     )
     return plan if stored_bits is None else replace(plan, asked_average_bits=round(plan.average_bits, 6))
+
+
+def _nominal(method: str, stored_bits: float, levels: Sequence[int], group_size: int) -> float:
+    """The average width that a budget with scales and offsets leaves, which are the same for every width but 16.
+
+    Raises:
+        AllocationError: The levels do not reach around it.
+    """
+    lowest, highest = (stored_bits_per_weight(width, group_size) for width in (levels[0], levels[-1]))
+    if not lowest <= exact(stored_bits) <= highest:
+        raise AllocationError(
+            f"stored_bits={stored_bits} is outside of what the levels {list(levels)} take with scales and offsets, "
+            f"{lowest:g} to {highest:g}; give levels around it"
+        )
+    if levels[-1] == 16 and method in METHODS:
+        raise AllocationError(
+            f"method {method!r} counts nominal bits, and experts at 16 bits have no scales: give average_bits, or a "
+            f"method that knows costs, one of {', '.join(COST_METHODS)}"
+        )
+    return min(max(float(exact(stored_bits)) - stored_bits_per_weight(0, group_size), levels[0]), levels[-1])
 
 
 def _reservations(final: RouterNormHistory, history: RouterNormHistory | None) -> dict[str, Any]:
@@ -268,7 +337,7 @@ def _reservations(final: RouterNormHistory, history: RouterNormHistory | None) -
 
     def say(key: str, value: Any, text: str) -> None:
         found[key] = value
-        warnings.warn(text + "; the plan says so", stacklevel=4)
+        warnings.warn(text + "; the plan says so", stacklevel=5)
 
     if history is None:
         spreads = sorted(float((n.max() - n.min()) / n.mean().clamp(min=1e-30)) for n in final.last.values())

@@ -1,20 +1,27 @@
-"""The command line: ``moe-precision fit | plan | show | quantize | evaluate | demo``."""
+"""The command line: ``moe-precision fit | plan | show | compare | quantize | evaluate | demo``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from . import tables
-from .allocation import ALL_METHODS, GRANULARITIES, allocate
+from .allocation import ALL_METHODS, GRANULARITIES, PLAN_METHODS, AllocationError, allocate
 from .checkpoint_signals import StreamingError
 from .checkpoints import load_model, quantize_checkpoint, stored_bits_per_expert_weight, tensor_bytes, weight_files
-from .files import check_writable
+from .curvature import Curvature, curvature_of_losses
+from .files import check_writable, replaced_when_done
+from .moe_layers import find_moe_layers
 from .plan import PrecisionPlan
+from .router_norms import RouterNormHistory
 from .version import __version__
 
 
@@ -71,7 +78,11 @@ def _allocated(options: argparse.Namespace) -> PrecisionPlan:
             weight_files(folder)  # before any work
     settings = {key: getattr(options, key) for key in ("method", "average_bits", "bits", "group_size", "seed")}
     settings |= {"router_pattern": options.router_pattern, "expert_pattern": options.expert_pattern}
-    settings |= {key: getattr(options, key) for key in ("curvature", "granularity", "stored_bits")}
+    settings |= {key: getattr(options, key) for key in ("curvature", "granularity", "stored_bits", "expert_gib")}
+    if options.curvature_batches is not None:
+        if final is None:
+            raise ValueError("--curvature-batches takes gradients of the trained model: give its checkpoint")
+        settings["curvature"] = _curvature_by_batches(options, final)
     history = source if source is not None else initial
     try:
         return allocate(final, history, **settings)
@@ -82,6 +93,35 @@ def _allocated(options: argparse.Namespace) -> PrecisionPlan:
         return allocate(load_model(final), history, **settings)
 
 
+def _curvature_by_batches(options: argparse.Namespace, checkpoint: str) -> Curvature:
+    """Squared gradients of a checkpoint on training batches, written beside the plan for the quantize step."""
+    if options.curvature is not None:
+        raise ValueError("--curvature and --curvature-batches are two sources of one thing; give one")
+    model = load_model(checkpoint, dtype="float32")
+    data, patterns = _data(options, checkpoint, model), {}
+    for key in ("router_pattern", "expert_pattern"):
+        if getattr(options, key) is not None:
+            patterns[key] = getattr(options, key)
+    batches = islice(data.train_dataloader(), options.curvature_batches)
+    bar = tqdm(batches, desc="gradients", total=options.curvature_batches, unit="batch", disable=None)
+    losses = (partial(lambda batch: model(**batch).loss, batch) for batch in bar)
+    found = curvature_of_losses(find_moe_layers(model.train(), **patterns), losses)
+    path = Path(options.output).with_suffix(".curvature.safetensors")
+    found.save(path)
+    print(f"wrote {path}")
+    return found
+
+
+def _data(options: argparse.Namespace, checkpoint: str, model: Any) -> Any:
+    """The data module that goes with a checkpoint's model, set up with its tokenizer."""
+    from .recipes import SummarizationDataModule, TextDataModule
+
+    module = SummarizationDataModule if model.config.is_encoder_decoder else TextDataModule
+    data = module(dataset=options.dataset, dataset_config=options.dataset_config, tokenizer=checkpoint)
+    data.setup("validate")
+    return data
+
+
 def _show(options: argparse.Namespace) -> None:
     plan = PrecisionPlan.load(options.plan)
     if options.diff:
@@ -89,6 +129,80 @@ def _show(options: argparse.Namespace) -> None:
         print("\n".join(lines) or "the plans give every expert the same bits")
         return
     tables.show(tables.plan_table(plan))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from .comparison import compare, verdict
+    from .report import plot_comparison
+
+    outputs = [path for path in (options.output, options.plot, options.write_plan) if path is not None]
+    for path in outputs:
+        check_writable(path)
+    if options.write_plan is not None and len(options.average_bits) > 1:
+        raise ValueError(f"--write-plan writes one plan: give one budget, got --average-bits {options.average_bits}")
+    if options.write_plan is not None and Path(options.write_plan).exists():
+        raise FileExistsError(f"{options.write_plan!r} exists; name another file with --write-plan")
+    history = None if options.history is None else RouterNormHistory.load(options.history)
+    curvature = options.curvature
+    if curvature is None and options.history is not None:
+        beside = Path(str(options.history).removesuffix(".history.safetensors") + ".curvature.safetensors")
+        curvature = beside if beside.is_file() else None
+    model = load_model(options.checkpoint, dtype="float32")
+    data = _data(options, options.checkpoint, model)
+    seq2seq = model.config.is_encoder_decoder
+    found = compare(
+        model,
+        islice(data.val_dataloader(), options.max_batches),
+        data.token_counts,
+        history,
+        None if curvature is None else Curvature.load(curvature),
+        list(islice(data.train_dataloader(), options.calibration_batches)),
+        methods=options.methods,
+        budgets=options.average_bits,
+        bits=options.bits,
+        group_size=options.group_size,
+        granularities=options.granularity,
+        random_draws=options.random_draws,
+        task=_rouge_of(data, options.rouge_examples) if seq2seq and options.rouge_examples else None,
+        task_name="ROUGE-L" if seq2seq and options.rouge_examples else "",
+    )
+    tables.show(tables.comparison_table(found))
+    if found.correlations:
+        tables.show(tables.correlation_table(found))
+    print("\n".join([*verdict(found), *(f"left out: {reason}" for reason in found.skipped)]))
+    if options.output is not None:
+        with replaced_when_done(options.output) as temporary:
+            temporary.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if options.plot is not None:
+        with replaced_when_done(options.plot) as temporary:
+            plot_comparison(found).savefig(temporary, format=Path(options.plot).suffix.lstrip(".") or "png", dpi=120)
+    if options.write_plan is not None:
+        winner = found.winner(options.average_bits[0])
+        if winner is None:
+            raise AllocationError("--write-plan: only controls were compared, there is no winner to write")
+        winner.plan.save(options.write_plan)
+        if curvature is not None:
+            Curvature.load(curvature).save(Path(options.write_plan).with_suffix(".curvature.safetensors"))
+    for path in outputs:
+        print(f"wrote {path}")
+
+
+def _rouge_of(data: Any, examples: int) -> Callable[[Any], float]:
+    """ROUGE-L of a model's summaries of the first validation documents."""
+    from torchmetrics.text.rouge import ROUGEScore
+
+    from .recipes.seq2seq_lm import add_summaries
+
+    def rouge(model: Any) -> float:
+        score, left = ROUGEScore(rouge_keys="rougeL"), examples
+        for batch in data.val_dataloader():
+            if left <= 0:
+                break
+            add_summaries(score, model, {key: value[:left] for key, value in batch.items()}, data.tokenizer)
+            left -= len(batch["labels"])
+        return float(score.compute()["rougeL_fmeasure"])
+
+    return rouge
 
 
 def _quantize(options: argparse.Namespace) -> None:
@@ -111,13 +225,9 @@ def _quantize(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from .evaluation import evaluate
-    from .recipes import SummarizationDataModule, TextDataModule
 
     model = load_model(options.checkpoint, **({} if options.dtype == "auto" else {"dtype": options.dtype}))
-    module = SummarizationDataModule if model.config.is_encoder_decoder else TextDataModule
-    data = module(dataset=options.dataset, dataset_config=options.dataset_config, tokenizer=options.checkpoint)
-    data.setup("validate")
-    assert data.token_counts is not None
+    data = _data(options, options.checkpoint, model)
     batches = data.val_dataloader()
     result = evaluate(model, list(islice(batches, options.max_batches)), data.token_counts)
     tables.show(tables.evaluation_table({Path(options.checkpoint).name: result}))
@@ -155,6 +265,14 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
+    def add_dataset(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--dataset",
+            default="python-stdlib",
+            help="a `datasets` name, local text files, or python-stdlib (default): the standard library's source",
+        )
+        command.add_argument("--dataset-config", help="the configuration's name, for a `datasets` name")
+
     add(
         "fit",
         lambda options: commands.choices["fit"].print_help(),
@@ -186,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--expert-pattern", metavar="REGEX", help="names the experts' weights; see find_moe_layers")
     plan.add_argument("--average-bits", type=float, default=2.5, help="bits an expert on average (default 2.5)")
     plan.add_argument("--bits", type=int, nargs="+", default=[2, 3], help="levels to choose from (default 2 3)")
-    plan.add_argument("--method", default="router_norm", choices=list(ALL_METHODS), help="how widths are chosen")
+    plan.add_argument("--method", default="router_norm", choices=list(PLAN_METHODS), help="how widths are chosen")
     plan.add_argument("--group-size", type=int, default=128, help="weights that share a scale (default 128)")
     plan.add_argument("--curvature", metavar="FILE", help="x.curvature.safetensors beside a plan, for that method")
     plan.add_argument(
@@ -198,6 +316,15 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--stored-bits", type=float, help="budget with scales and offsets, in the place of --average-bits"
     )
+    plan.add_argument("--expert-gib", type=float, help="the same as the size of all routed experts, in GiB")
+    plan.add_argument(
+        "--curvature-batches",
+        type=_positive,
+        metavar="N",
+        help="take the curvature from squared gradients of the checkpoint on N training batches, where the optimizer "
+        "kept none; written beside the plan",
+    )
+    add_dataset(plan)
     plan.add_argument("--seed", type=int, default=0, help="for --method random")
     plan.add_argument("-o", "--output", default="precision_plan.json", help="default precision_plan.json")
 
@@ -209,6 +336,49 @@ def _parser() -> argparse.ArgumentParser:
     )
     show.add_argument("plan", help="a plan's JSON file")
     show.add_argument("--diff", metavar="OTHER", help="another plan: print the experts whose bits differ")
+
+    compare = add(
+        "compare",
+        _compare,
+        "Judge every method on your own model: each at each budget, at equal stored bits, by the loss on held-out "
+        "text, with intervals, random draws and the tail; says in plain words which plan to use, and can write it.",
+        "moe-precision compare runs/demo/checkpoint runs/demo/precision_plan.history.safetensors --group-size 64 "
+        "--max-batches 8 --write-plan best.json",
+    )
+    compare.add_argument("checkpoint", help="folder of the trained float checkpoint, with its tokenizer")
+    compare.add_argument("history", nargs="?", help="x.history.safetensors of its training; without it, final norms")
+    compare.add_argument(
+        "--curvature", metavar="FILE", help="x.curvature.safetensors (default: the one beside the history, if there)"
+    )
+    compare.add_argument(
+        "--methods", nargs="+", default=list(ALL_METHODS), choices=list(ALL_METHODS), help="default: all of them"
+    )
+    compare.add_argument("--average-bits", type=float, nargs="+", default=[2.5], help="budgets (default 2.5)")
+    compare.add_argument("--bits", type=int, nargs="+", default=[2, 3], help="levels to choose from (default 2 3)")
+    compare.add_argument("--group-size", type=int, default=128, help="weights that share a scale (default 128)")
+    compare.add_argument(
+        "--granularity",
+        nargs="+",
+        default=["expert", "expert+projection"],
+        choices=list(GRANULARITIES),
+        help="of the methods that know costs (default: expert and expert+projection)",
+    )
+    compare.add_argument("--random-draws", type=_positive, default=20, help="19 can show 5 %% (default 20)")
+    compare.add_argument("--max-batches", type=_positive, help="validation batches of 16 documents (default: all)")
+    compare.add_argument(
+        "--calibration-batches",
+        type=int,
+        default=4,
+        help="training batches on which the sensitivity of every expert matrix at every level is measured, which is "
+        "slow (default 4; 0 leaves it out)",
+    )
+    compare.add_argument(
+        "--rouge-examples", type=int, default=32, help="documents to summarize, sequence-to-sequence (default 32)"
+    )
+    add_dataset(compare)
+    compare.add_argument("-o", "--output", metavar="JSON", help="write all figures")
+    compare.add_argument("--plot", metavar="PNG", help="draw them")
+    compare.add_argument("--write-plan", metavar="PLAN", help="write the winner's plan (and curvature beside it)")
 
     quantize = add(
         "quantize",
@@ -237,12 +407,7 @@ def _parser() -> argparse.ArgumentParser:
         "moe-precision evaluate runs/demo/quantized-plan --max-batches 20",
     )
     evaluate.add_argument("checkpoint", help="checkpoint folder that holds its tokenizer")
-    evaluate.add_argument(
-        "--dataset",
-        default="python-stdlib",
-        help="a `datasets` name, local text files, or python-stdlib (default): the standard library's source",
-    )
-    evaluate.add_argument("--dataset-config", help="the configuration's name, for a `datasets` name")
+    add_dataset(evaluate)
     evaluate.add_argument("--max-batches", type=_positive, help="use at most this many validation batches of 16")
     evaluate.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32 or bfloat16")
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -25,6 +26,8 @@ from .router_norms import router_norms
 
 _FORMAT = "moe-precision-curvature"
 _VERSION = 1
+_ADAPTIVE = ("betas", "beta2_decay", "decay_rate")  # in groups of Adam, of torch's Adafactor and of transformers'
+_BNB_BLOCK = 256  # weights that share a scale in bitsandbytes' optimizer state
 
 
 class CurvatureError(ValueError):
@@ -135,8 +138,10 @@ def as_curvature(curvature: Curvature | str | os.PathLike) -> Curvature:
 def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature:
     """Reads the second moments of all expert weights from Adam-like optimizers; a collective under FSDP2.
 
-    An expert with parameters of its own that got no token is skipped by the optimizer: its moment is the mean over the
-    steps that it took part in, and is scaled by their share, as that of a slice of a fused bank is by itself.
+    Adam and AdamW (fused ones and torchao's 8- and 4-bit ones too), Adafactor, whose state is these means, and
+    bitsandbytes' 8-bit Adam. An expert with parameters of its own that got no token is skipped by the optimizer: its
+    moment is the mean over the steps that it took part in, and is scaled by their share, as that of a slice of a fused
+    bank is by itself.
 
     Args:
         layers: As found by `find_moe_layers`.
@@ -144,21 +149,100 @@ def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature
 
     Raises:
         CurvatureError: An expert weight has no second moment in any of them: another kind of optimizer, frozen experts,
-            state in 8 bits, or a flat shard (FSDP1, DeepSpeed).
+            or a flat shard (FSDP1, DeepSpeed).
     """
     moments = _second_moments(optimizers)
+
+    def of(weight: Weight) -> _Means | None:
+        shape = weight.shape
+        found = moments.get(id(weight.parameter()), ())
+        if found is None:
+            return None
+        if not found or tuple(found[0].shape) != shape[:-1] or tuple(found[1].shape) != (*shape[:-2], shape[-1]):
+            raise CurvatureError(
+                f"the optimizer has no second moment of shape {shape} for {weight.name!r}: curvature is read from "
+                "Adam, AdamW and Adafactor whose state is whole. Are the experts frozen, the optimizer another one, or "
+                "its state in flat shards (FSDP1, DeepSpeed)? curvature_batches=N takes squared gradients instead"
+            )
+        return found
+
+    return _assembled(layers, of)
+
+
+def curvature_of_losses(layers: list[MoELayer], losses: Iterable[Callable[[], Tensor]]) -> Curvature:
+    """Means of the squared gradients of some losses, for experts whose optimizer keeps no second moment.
+
+    With many processes it is a collective: the gradients that DDP and FSDP2 have averaged are the same or sharded, all
+    others are averaged here.
+
+    Args:
+        layers: As found by `find_moe_layers`; frozen experts are unfrozen while this runs.
+        losses: Each computes the loss of one batch, ``()``; batches of the size of training's keep costs on the scale
+            of the optimizer's.
+
+    Raises:
+        CurvatureError: No loss at all, a gradient that is not finite, or none reaches any expert of a layer.
+    """
+    weights = [weight for layer in layers for bank in layer.banks.values() for weight in bank.weights]
+    parameters = [weight.parameter() for weight in weights]
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    sums: dict[int, _Means] = {}
+    count = 0
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for loss in losses:
+            for parameter in parameters:
+                parameter.grad = None
+            loss().backward()
+            count += 1
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    squared = _means(parameter.grad.float().square())
+                    before = sums.get(id(parameter))
+                    sums[id(parameter)] = (
+                        squared if before is None else (before[0] + squared[0], before[1] + squared[1])
+                    )
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    if count == 0:
+        raise CurvatureError("no batch to take gradients of")
+
+    def of(weight: Weight) -> _Means | None:
+        found = sums.get(id(weight.parameter()))
+        sharded = isinstance(weight.parameter(), DTensor)
+        if not sharded and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            zeros = torch.zeros(weight.shape[:-1]), torch.zeros((*weight.shape[:-2], weight.shape[-1]))
+            device = weight.parameter().device
+            found = tuple(one.to(device) / dist.get_world_size() for one in found or zeros)  # type: ignore[assignment]
+            assert found is not None
+            for one in found:
+                dist.all_reduce(one)
+        return None if found is None else (found[0] / count, found[1] / count)
+
+    return _assembled(layers, of)
+
+
+_Means = tuple[Tensor, Tensor]  # over the last and over the last but one dimension
+
+
+def _assembled(layers: list[MoELayer], means_of: Callable[[Weight], _Means | None]) -> Curvature:
+    """Curvature from the means of every weight; None for one that never had a gradient."""
     norms = router_norms(layers).cpu().split([layer.num_experts for layer in layers])
     curvature = Curvature({layer.name: layer.shape for layer in layers})
     curvature.router_norms = {layer.name: of_layer.clone() for layer, of_layer in zip(layers, norms, strict=True)}
     for layer in layers:
         curvature.rows[layer.name], curvature.columns[layer.name] = {}, {}
         for name, bank in layer.banks.items():
-            idle = [
-                id(weight.parameter()) in moments and moments[id(weight.parameter())] is None for weight in bank.weights
-            ]
-            if all(idle):
+            found = [means_of(weight) for weight in bank.weights]
+            if all(means is None for means in found):
                 raise CurvatureError(f"no gradient has reached any expert of {layer.name!r}: train first")
-            rows, columns = zip(*(_means(weight, moments) for weight in bank.weights), strict=True)
+            shape = bank.weights[0].shape
+            zeros = torch.zeros(shape[:-1]), torch.zeros((*shape[:-2], shape[-1]))
+            rows, columns = zip(*(means or zeros for means in found), strict=True)
             if len(bank.weights) > 1:
                 by_row, by_column = torch.stack(rows), torch.stack(columns)
             elif rows[0].ndim == 1:  # a flat bank has means of its rows alone
@@ -171,12 +255,9 @@ def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature
     return curvature._check_values()
 
 
-_Moments = dict[int, tuple[Tensor, float] | None]
-
-
-def _second_moments(optimizers: Iterable[Any]) -> _Moments:
-    """Parameter id -> (second moment, what divides it); None for a parameter in training that never had a gradient."""
-    found: dict[int, tuple[Tensor, float, float]] = {}
+def _second_moments(optimizers: Iterable[Any]) -> dict[int, _Means | None]:
+    """Parameter id -> means of its second moment; None for a parameter in training that never had a gradient."""
+    found: dict[int, tuple[_Means, float]] = {}
     idle: list[int] = []
     for optimizer in optimizers:
         inner = getattr(optimizer, "optimizer", optimizer)
@@ -184,28 +265,43 @@ def _second_moments(optimizers: Iterable[Any]) -> _Moments:
             beta = float(group.get("betas", (0.0, 0.0))[1])
             for parameter in group["params"]:
                 state = inner.state.get(parameter, {})
-                if "exp_avg_sq" in state:
-                    step = float(state.get("step", 0))
-                    found[id(parameter)] = (state["exp_avg_sq"], 1 - beta**step if step else 1.0, step)
-                elif not state and "betas" in group and parameter.requires_grad:
+                step = float(state.get("step", 0))
+                means = _means_in(state, parameter) if parameter.ndim >= 2 else None
+                if means is not None:
+                    unbiased = 1 - beta**step if step and beta else 1.0
+                    found[id(parameter)] = ((means[0] / unbiased, means[1] / unbiased), step)
+                elif not state and parameter.requires_grad and any(key in group for key in _ADAPTIVE):
                     idle.append(id(parameter))
-    most = max((step for *_, step in found.values()), default=0.0) or 1.0
-    moments: _Moments = dict.fromkeys(idle)
-    return moments | {key: (moment, by * most / (step or most)) for key, (moment, by, step) in found.items()}
+    most = max((step for _, step in found.values()), default=0.0) or 1.0
+    moments: dict[int, _Means | None] = dict.fromkeys(idle)
+    for key, (means, step) in found.items():
+        share = (step or most) / most
+        moments[key] = (means[0] * share, means[1] * share)
+    return moments
 
 
-def _means(weight: Weight, moments: _Moments) -> tuple[Tensor, Tensor]:
-    """Means over the last and over the last but one dimension, float32 on the CPU."""
-    known = moments.get(id(weight.parameter()), ())
-    if known is None:
-        return torch.zeros(weight.shape[:-1]), torch.zeros((*weight.shape[:-2], weight.shape[-1]))
-    moment, by = known or (None, 1.0)
-    if moment is None or tuple(moment.shape) != weight.shape or not moment.is_floating_point():
-        raise CurvatureError(
-            f"the optimizer has no second moment of shape {weight.shape} for {weight.name!r}: curvature is read from "
-            "Adam and AdamW whose state is whole and of floats. Are the experts frozen, the optimizer another one, its "
-            "state in 8 bits, or flat shards (FSDP1, DeepSpeed)?"
-        )
-    means = [moment.mean(dim=dimension, dtype=torch.float32) / by for dimension in (-1, -2)]
-    whole = [mean.full_tensor() if isinstance(mean, DTensor) else mean for mean in means]
+def _means_in(state: dict[str, Any], parameter: Tensor) -> _Means | None:
+    """Means of a second moment in the form that each optimizer keeps it, float32 on the CPU."""
+    if isinstance(moment := state.get("exp_avg_sq"), Tensor):  # Adam
+        if hasattr(moment, "dequantize") and hasattr(moment, "block_size"):  # torchao's
+            moment = moment.dequantize()
+        return _means(moment) if moment.is_floating_point() and moment.ndim >= 2 else None
+    for rows, columns in (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col")):  # Adafactor, torch's and HF's
+        if isinstance(state.get(rows), Tensor):
+            leading, inp = parameter.shape[:-1], (*parameter.shape[:-2], parameter.shape[-1])
+            return state[rows].float().cpu().reshape(leading), state[columns].float().cpu().reshape(inp)
+    if isinstance(state.get("state2"), Tensor) and state["state2"].dtype == torch.uint8:  # bitsandbytes' Adam8bit
+        from bitsandbytes.functional import dequantize_blockwise
+
+        absmax, code = state["absmax2"], state["qmap2"]
+        moment = dequantize_blockwise(state["state2"], absmax=absmax, code=code, blocksize=_BNB_BLOCK)
+        return _means(moment.view(parameter.shape))
+    if isinstance(state.get("state2"), Tensor):  # its float32 form, for small tensors
+        return _means(state["state2"].view(parameter.shape))
+    return None
+
+
+def _means(moment: Tensor) -> _Means:
+    rows, columns = (moment.mean(dim=dimension, dtype=torch.float32) for dimension in (-1, -2))
+    whole = [mean.full_tensor() if isinstance(mean, DTensor) else mean for mean in (rows, columns)]
     return whole[0].cpu(), whole[1].cpu()

@@ -16,6 +16,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 RARE_SHARE = 0.1  # the tail: this share of all target tokens, those seen least in training
+FREQUENT_SHARE = 0.5  # the head: this share of them, those seen most; the rest is the middle
+BANDS = ("frequent", "middle", "rare")
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,7 @@ class Evaluation:
         return math.exp(self.rare_loss)
 
 
-@torch.inference_mode()
-def token_losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def token_losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of every target token of a batch.
 
     Args:
@@ -53,7 +54,7 @@ def token_losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tens
             label, so its first label has no loss.
 
     Returns:
-        Losses ``(N,)`` float32 and their target tokens ``(N,)`` int64.
+        Losses ``(N,)`` float32, their target tokens ``(N,)`` int64 and the rows they are in ``(N,)`` int64.
     """
     batch = {key: value.to(model.device) for key, value in batch.items()}
     labels = batch["labels"]  # (B, T)
@@ -64,7 +65,7 @@ def token_losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tens
         labels = labels[:, 1:]
     kept = labels != -100
     targets = labels[kept]
-    return F.cross_entropy(logits[kept].float(), targets, reduction="none"), targets
+    return F.cross_entropy(logits[kept].float(), targets, reduction="none"), targets, kept.nonzero()[:, 0]
 
 
 def summarize_losses(losses: Tensor, targets: Tensor, token_counts: Tensor) -> Evaluation:
@@ -85,7 +86,46 @@ def evaluate(
     model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], token_counts: Tensor, name: str = "Evaluating"
 ) -> Evaluation:
     """Evaluates a model on batches as `token_losses` takes them, with a progress bar."""
-    model.eval()
-    parts = [token_losses(model, batch) for batch in tqdm(batches, desc=name, unit="batch", leave=False)]
-    losses, targets = (torch.cat([part[i].cpu() for part in parts]) for i in range(2))
+    losses, targets, _ = document_losses(model, batches, name)
     return summarize_losses(losses, targets, token_counts)
+
+
+def frequency_bands(targets: Tensor, token_counts: Tensor) -> Tensor:
+    """Which of `BANDS` each target token is in, by how often it occurs in training.
+
+    Args:
+        targets: ``(N,)`` int64.
+        token_counts: ``(vocab,)``.
+
+    Returns:
+        ``(N,)`` int64: 0 for the half of all targets that are most frequent, 2 for the rarest tenth, 1 between them.
+    """
+    order = torch.argsort(token_counts[targets], stable=True)  # rarest first, as in `summarize_losses`
+    bands = torch.ones_like(targets)
+    bands[order[: max(1, round(RARE_SHARE * len(targets)))]] = 2
+    bands[order[len(targets) - round(FREQUENT_SHARE * len(targets)) :]] = 0
+    return bands
+
+
+def document_losses(
+    model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], name: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of every target token of all batches, and the document, a row of a batch, that each is in.
+
+    Args:
+        model: As in `token_losses`; put into evaluation mode.
+        batches: As in `token_losses`.
+        name: What the progress bar says; None for no bar.
+
+    Returns:
+        Losses ``(N,)`` float32, targets ``(N,)`` int64 and documents ``(N,)`` int64, on the CPU.
+    """
+    model.eval()
+    parts, documents = [], 0
+    for batch in tqdm(batches, desc=name, unit="batch", leave=False, disable=name is None):
+        with torch.inference_mode():
+            losses, targets, rows = token_losses(model, batch)
+        parts.append((losses.cpu(), targets.cpu(), rows.cpu() + documents))
+        documents += len(batch["labels"])
+    losses, targets, rows = (torch.cat([part[i] for part in parts]) for i in range(3))
+    return losses, targets, rows

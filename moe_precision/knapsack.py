@@ -38,7 +38,7 @@ def choose(costs: np.ndarray, sizes: np.ndarray, budget: int) -> Choice:
     """Chooses one of ``C`` choices for each of ``U`` units, at the least total cost within the budget.
 
     Args:
-        costs: ``(U, C)`` finite, at least 0.
+        costs: ``(U, C)`` finite.
         sizes: ``(U, C)`` whole numbers, in bits.
         budget: Largest total size, in the same unit; never exceeded.
 
@@ -50,7 +50,7 @@ def choose(costs: np.ndarray, sizes: np.ndarray, budget: int) -> Choice:
         raise ValueError(f"the smallest choices take {smallest} bits together, the budget is {budget}")
     divisor = math.gcd(*sizes.ravel().tolist())
     sizes, budget = sizes // divisor, budget // divisor  # small whole numbers, which the solver's tolerance cannot blur
-    scale = costs.mean() or 1.0
+    scale = np.abs(costs).mean() or 1.0
     units, choices = costs.shape
     variables = np.arange(units * choices)
     rows = np.concatenate([variables // choices, np.full(units * choices, units)])

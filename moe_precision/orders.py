@@ -142,10 +142,12 @@ class LayerSignals:
     norm: Tensor  # (E,)
     last: Tensor  # (E,), the final norm
     max_variance: Tensor | None  # (E,)
+    load: Tensor | None = None  # (E,), tokens
+    zeta: float = ZETA
 
 
 def _order_router_norm(signals: LayerSignals, generator: torch.Generator) -> list[int]:
-    return rank_experts(signals.norm, signals.max_variance)
+    return rank_experts(signals.norm, signals.max_variance, signals.zeta)
 
 
 def _order_norm_only(signals: LayerSignals, generator: torch.Generator) -> list[int]:
@@ -153,13 +155,26 @@ def _order_norm_only(signals: LayerSignals, generator: torch.Generator) -> list[
 
 
 def _order_final_norm(signals: LayerSignals, generator: torch.Generator) -> list[int]:
-    return rank_experts(signals.last, signals.max_variance)
+    return rank_experts(signals.last, signals.max_variance, signals.zeta)
 
 
 def _order_max_variance(signals: LayerSignals, generator: torch.Generator) -> list[int]:
     if signals.max_variance is None:
         raise AllocationError("method 'max_variance' needs variances, which this history lacks: give the model too")
     return rank_experts(-signals.max_variance)
+
+
+def _order_load(signals: LayerSignals, generator: torch.Generator) -> list[int]:
+    if signals.load is None:
+        raise AllocationError(
+            "no tokens were counted, as load needs: give a history that RouterNormMonitor has written, of a model "
+            "whose experts are called with their indices or are modules of their own"
+        )
+    return rank_experts(-signals.load)
+
+
+def _order_least_load(signals: LayerSignals, generator: torch.Generator) -> list[int]:
+    return _order_load(signals, generator)[::-1]
 
 
 def _order_reversed(signals: LayerSignals, generator: torch.Generator) -> list[int]:
@@ -179,6 +194,8 @@ METHODS: dict[str, Callable[[LayerSignals, torch.Generator], list[int]]] = {
     "norm_only": _order_norm_only,  # its ablations
     "final_norm": _order_final_norm,
     "max_variance": _order_max_variance,
+    "load": _order_load,  # most tokens first
+    "least_load": _order_least_load,
     "reversed": _order_reversed,  # controls
     "random": _order_random,
     "uniform": _order_uniform,

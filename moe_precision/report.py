@@ -1,4 +1,4 @@
-"""Pictures of a recorded run: the router-norm curves of every layer, and the change as a layers x experts heatmap."""
+"""Pictures: the router-norm curves of a run, the change as a heatmap, and a comparison of methods."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .comparison import CONTROLS, Comparison
 from .plan import PrecisionPlan
 from .router_norms import RouterNormHistory
 
@@ -52,4 +53,26 @@ def plot_change_heatmap(history: RouterNormHistory) -> Figure:
     axis.set_xlabel("expert")
     axis.set_ylabel("MoE layer")
     figure.colorbar(image, ax=axis, label="change of router L2 norm")
+    return figure
+
+
+def plot_comparison(comparison: Comparison) -> Figure:
+    """A panel a budget, and beside it the same on the rarest tokens: every method with its interval, best on top."""
+    budgets = comparison.budgets
+    most = max((len(comparison.at(budget)) for budget in budgets), default=1)
+    figure = Figure(figsize=(11, max(2.5, 0.32 * most + 1.2) * max(1, len(budgets))), layout="constrained")
+    axes = figure.subplots(max(1, len(budgets)), 2, squeeze=False, sharey="row")
+    for panels, budget in zip(axes, budgets, strict=False):
+        rows = comparison.at(budget)
+        for axis, title in zip(panels, ("all tokens", "rarest tenth of the tokens"), strict=True):
+            for place, row in enumerate(rows):
+                interval = row.mean if title == "all tokens" else row.bands["rare"]
+                control = row.method in CONTROLS
+                low, high = max(0.0, interval.value - interval.low), max(0.0, interval.high - interval.value)
+                axis.errorbar(interval.value, place, xerr=[[low], [high]], fmt="o", color="0.6" if control else "C0")
+            axis.axvline(0, color="0.8", lw=0.8)
+            axis.set_xlabel("increase of the loss, nats a token")
+            axis.set_title(f"{budget:g} bits, {title}", fontsize=9)
+        panels[0].set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+        panels[0].invert_yaxis()
     return figure

@@ -106,6 +106,8 @@ class RouterNormHistory:
         layers: Layer name -> `LayerShape`, in module order.
         steps: Optimizer step of each record, rising; ``steps[0]`` is the baseline's.
         max_variance: Layer name -> ``(E,)`` float32 at the last record, or empty if never measured.
+        loads: ``training`` (since the first record) and ``validation`` (its last run), each layer name -> ``(2, E)``
+            float64: tokens that each expert received, and their summed routing weight (NaN where it cannot be seen).
         caveats: Layer name -> key of `moe_layers.CAVEATS`, for routers whose norm is not what it is elsewhere.
         patterns: ``router_pattern`` and ``expert_pattern`` that the layers were found with, if any.
         dtypes: dtypes of the routers that were read, e.g. ``["float32"]``.
@@ -119,6 +121,7 @@ class RouterNormHistory:
         self.dtypes: list[str] = []
         self.steps: list[int] = []
         self.max_variance: dict[str, Tensor] = {}
+        self.loads: dict[str, dict[str, Tensor]] = {}
         self._records: list[Tensor] = []  # each (sum of num_experts,) float32 on CPU
 
     @classmethod
@@ -180,6 +183,12 @@ class RouterNormHistory:
         """Reads each expert's maximum intra-neuron variance from the weights, for plans made without the model."""
         self.max_variance = {layer.name: max_variances(layer) for layer in layers}
 
+    def add_load(self, loads: dict[str, Tensor]) -> None:
+        """Adds what experts received in training since the last call, as `LoadCounter.take` returns it."""
+        known = self.loads.setdefault("training", {})
+        for name, load in loads.items():
+            known[name] = known[name] + load if name in known else load
+
     def change(self, layer: str) -> Tensor:
         """Last norm minus first norm of each expert, ``(E,)`` float32: a difference of norms (arXiv 2604.06515)."""
         if len(self.steps) < 2:
@@ -209,8 +218,8 @@ class RouterNormHistory:
             values = norms.tolist()
             if experts:
                 metrics |= {f"{layer}/expert_{expert:03d}": norm for expert, norm in enumerate(values)}
-            metrics |= _aggregates(layer, values)
-            metrics |= _aggregates(f"router_norm_change/layer_{index:02d}", (norms - first).tolist())
+            metrics |= aggregates(layer, values)
+            metrics |= aggregates(f"router_norm_change/layer_{index:02d}", (norms - first).tolist())
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -222,6 +231,7 @@ class RouterNormHistory:
             "steps": list(self.steps),
             "norms": torch.stack(self._records) if self._records else torch.empty(0),
             "max_variance": dict(self.max_variance),
+            "loads": {kind: dict(of_kind) for kind, of_kind in self.loads.items()},
             "caveats": dict(self.caveats),
             "patterns": dict(self.patterns),
             "dtypes": list(self.dtypes),
@@ -236,11 +246,12 @@ class RouterNormHistory:
         self.steps = [int(step) for step in state["steps"]]
         self._records = list(state["norms"].unbind()) if self.steps else []
         self.max_variance = dict(state["max_variance"])
+        self.loads = {kind: dict(of_kind) for kind, of_kind in state.get("loads", {}).items()}
         self.caveats, self.patterns = dict(state.get("caveats", {})), dict(state.get("patterns", {}))
         self.dtypes = list(state.get("dtypes", []))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the history as safetensors: ``steps``, ``norms/<layer>``, ``max_variance/<layer>``.
+        """Writes safetensors: ``steps``, ``norms/<layer>``, ``max_variance/<layer>``, ``loads/<kind>/<layer>``.
 
         Raises:
             OSError: The file cannot be written; an existing one is left as it was.
@@ -248,6 +259,8 @@ class RouterNormHistory:
         tensors = {"steps": torch.tensor(self.steps, dtype=torch.int64)}
         tensors |= {f"norms/{name}": norms for name, norms in self.norms.items()}
         tensors |= {f"max_variance/{name}": values for name, values in self.max_variance.items()}
+        for kind, loads in self.loads.items():
+            tensors |= {f"loads/{kind}/{name}": load for name, load in loads.items()}
         layers = {name: layer.to_dict() for name, layer in self.layers.items()}
         metadata = {
             "format": _FORMAT,
@@ -289,6 +302,10 @@ class RouterNormHistory:
                     "steps": tensors["steps"].tolist(),
                     "norms": torch.cat([tensors[f"norms/{name}"] for name in layers], dim=1),
                     "max_variance": {n: tensors[f"max_variance/{n}"] for n in layers if f"max_variance/{n}" in tensors},
+                    "loads": {
+                        kind: {n: tensors[f"loads/{kind}/{n}"] for n in layers if f"loads/{kind}/{n}" in tensors}
+                        for kind in ("training", "validation")
+                    },
                     "caveats": json.loads(metadata.get("caveats", "{}")),
                     "patterns": json.loads(metadata.get("patterns", "{}")),
                     "dtypes": json.loads(metadata.get("dtypes", "[]")),
@@ -299,7 +316,8 @@ class RouterNormHistory:
         return history
 
 
-def _aggregates(prefix: str, values: list[float]) -> dict[str, float]:
+def aggregates(prefix: str, values: list[float]) -> dict[str, float]:
+    """Keys of a logger for the least, the median and the largest of some values."""
     ordered = sorted(values)
     median = ordered[(len(ordered) - 1) // 2]  # the lower one, as torch.median's
     return {f"{prefix}/min": ordered[0], f"{prefix}/median": median, f"{prefix}/max": ordered[-1]}

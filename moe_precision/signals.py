@@ -82,6 +82,28 @@ def curvature_cost(weight: Tensor, quantized: Tensor, rows: Tensor, columns: Ten
     return 0.5 * (rows.to(squared) @ squared @ columns.to(squared)) / mean.to(squared)
 
 
+def expert_load(index: Tensor, weights: Tensor | None, num_experts: int) -> Tensor:
+    """Tokens that each expert received, and the sum of the weights with which the router sent them.
+
+    Args:
+        index: Chosen experts, any shape, as ``(N, K)``; an index outside of ``0..E - 1`` is no expert.
+        weights: Routing weight of each choice, the same shape; None where they are not known.
+        num_experts: ``E``.
+
+    Returns:
+        ``(2, E)`` float32: tokens, summed routing weight (NaN if not known).
+    """
+    chosen = index.flatten().long()
+    chosen = torch.where((chosen >= 0) & (chosen < num_experts), chosen, num_experts)
+    load = torch.zeros(2, num_experts + 1, device=index.device)
+    load[0].scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))  # 1-D: deterministic on GPUs too
+    if weights is None:
+        load[1] = torch.nan
+    else:
+        load[1].scatter_add_(0, chosen, weights.flatten().float())
+    return load[:, :num_experts]
+
+
 def _largest_variance(rows: Tensor) -> Tensor:
     largest = []
     for block in rows.split(max(1, _BLOCK // rows.shape[1])):  # so that the float32 copies stay in the cache

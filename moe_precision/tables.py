@@ -16,6 +16,7 @@ from .moe_layers import MoELayer
 from .plan import PrecisionPlan
 
 if TYPE_CHECKING:
+    from .comparison import Comparison
     from .evaluation import Evaluation
 
 
@@ -97,4 +98,38 @@ def evaluation_table(results: dict[str, Evaluation]) -> Table:
     for name, r in results.items():
         cells = (f"{r.loss:.4f}", f"{r.perplexity:.3f}", f"{r.rare_loss:.4f}", f"{r.rare_perplexity:.2f}")
         table.add_row(name, *cells, str(r.tokens))
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """A row a method and budget: stored bits, and the increase of the loss with intervals, in all and in the tail."""
+    title = (
+        f"{comparison.model_type}, float loss {comparison.loss['all']:.4f} (rare {comparison.loss['rare']:.4f}), "
+        f"{int(comparison.counts.sum())} tokens of {len(comparison.counts)} documents, levels {comparison.levels}, "
+        f"group {comparison.group_size}; increase in nats a token, with 95 % intervals over documents"
+    )
+    table = Table(title=title, box=box.MARKDOWN, title_justify="left")
+    columns = ["method", "bits", "stored bits", "loss", "frequent half", "rarest tenth", "worst tenth of documents"]
+    columns += [comparison.task_name] if comparison.task_name else []
+    for column in columns:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    brackets = [row for row in comparison.rows if row.asked_bits is None]
+    for row in [*brackets, *(row for budget in comparison.budgets for row in comparison.at(budget))]:
+        name = f"{row.name} ({len(row.draws)} draws)" if row.draws else row.name
+        cells = [name, f"{row.average_bits:.3g}", f"{row.stored_bits:.3f}", str(row.mean)]
+        cells += [str(row.bands["frequent"]), str(row.bands["rare"]), f"{row.worst_decile:.4f}"]
+        cells += ["-" if row.task is None else f"{row.task:.4f}"] if comparison.task_name else []
+        table.add_row(*cells)
+    return table
+
+
+def correlation_table(comparison: Comparison) -> Table:
+    """A row a signal: Spearman's correlation with the measured sensitivity, over all experts and by layer."""
+    table = Table(title="rank correlation with the measured sensitivity", box=box.MARKDOWN, title_justify="left")
+    layers = list(next(iter(comparison.correlations.values())))
+    shown = layers if len(layers) <= 9 else layers[:1]
+    for column in ("signal", *("all experts" if layer == "all" else layer for layer in shown)):
+        table.add_column(column, justify="left" if column == "signal" else "right", overflow="fold")
+    for signal, values in comparison.correlations.items():
+        table.add_row(signal, *(f"{values[layer]:.2f}" for layer in shown))
     return table

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from torchmetrics.text.rouge import ROUGEScore
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_precision.recipes.causal_lm import (
     check_config_or_checkpoint,
@@ -48,6 +48,25 @@ def training_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     balance = load_balancing_loss(out.encoder_router_logits, top_k=1) - out.encoder_aux_loss
     balance = balance + load_balancing_loss(out.decoder_router_logits, top_k=1) - out.decoder_aux_loss
     return out.loss + model.config.router_aux_loss_coef * balance
+
+
+def add_summaries(
+    score: ROUGEScore, model: PreTrainedModel, batch: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, **more: Any
+) -> None:
+    """Summarize the documents of a batch greedily, as long as its labels are, and add them to a ROUGE score."""
+    labels = batch["labels"]
+    generated = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=labels.shape[1],
+        do_sample=False,
+        **more,
+    )
+    wanted = labels.masked_fill(labels == -100, tokenizer.pad_token_id)
+    score.update(
+        tokenizer.batch_decode(generated, skip_special_tokens=True),
+        tokenizer.batch_decode(wanted, skip_special_tokens=True),
+    )
 
 
 class SpanCorruption(pl.LightningModule):
@@ -228,19 +247,10 @@ class Seq2SeqLM(pl.LightningModule):
         self.val_mean.update(self.model(**batch, use_cache=False).loss, (labels != -100).sum())
         left = self.hparams["rouge_examples"] - batch_idx * len(labels)
         if left > 0:
-            tokenizer = data_tokenizer(self)
-            generated = self.model.generate(
-                input_ids=batch["input_ids"][:left],
-                attention_mask=batch["attention_mask"][:left],
-                max_new_tokens=labels.shape[1],
-                do_sample=False,
-                synced_gpus=self.device_mesh is not None,  # shards are gathered together, however long each text is
-            )
-            wanted = labels[:left].masked_fill(labels[:left] == -100, tokenizer.pad_token_id)
-            self.rouge.update(
-                tokenizer.batch_decode(generated, skip_special_tokens=True),
-                tokenizer.batch_decode(wanted, skip_special_tokens=True),
-            )
+            first = {key: value[:left] for key, value in batch.items()}
+            # shards are gathered together, however long each text is
+            sharded = self.device_mesh is not None
+            add_summaries(self.rouge, self.model, first, data_tokenizer(self), synced_gpus=sharded)
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean cross-entropy and the F-measures of ROUGE."""

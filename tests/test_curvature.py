@@ -1,19 +1,33 @@
 """Curvature: read right from the optimizer, kept in a file, used by the fit and by the allocator."""
 
 import copy
+import importlib
+from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
 from pytorch_lightning import Callback
+from transformers.optimization import Adafactor
 
-from moe_precision import AllocationError, PrecisionPlan, allocate, find_moe_layers, quantize_model
+from moe_precision import (
+    AllocationError,
+    PrecisionPlan,
+    RouterNormHistory,
+    allocate,
+    find_moe_layers,
+    quantize_model,
+)
 from moe_precision.checkpoints import load_model, quantize_checkpoint
 from moe_precision.cli import main
-from moe_precision.curvature import Curvature, CurvatureError, curvature_of
+from moe_precision.curvature import Curvature, CurvatureError, curvature_of, curvature_of_losses
 from moe_precision.quantize.fitting import least_squares_scale, quantize_matrix, unbiased_scale
+from moe_precision.recipes import TextDataModule
+from moe_precision.router_norms import router_norms
 from moe_precision.signals import curvature_cost, weight_error
 from tests.conftest import build, logits
-from tests.test_router_norm_monitor import Module, data, monitor, trainer
+from tests.test_cli import TEXT
+from tests.test_router_norm_monitor import Module, TwoOptimizers, data, monitor, trainer
 
 
 def trained_with(optimizer_class, model, steps=3, **settings):
@@ -203,12 +217,148 @@ def test_commands(tmp_path, capsys):
     assert not torch.equal(logits(packed), logits(quantize_model(copy.deepcopy(model), plan)))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])
+@pytest.mark.parametrize("optimizer_class", [torch.optim.Adafactor, Adafactor])
+def test_adafactor_keeps_these_means_itself(optimizer_class, family):
+    settings = {"relative_step": False, "scale_parameter": False} if optimizer_class is Adafactor else {}
+    model = build(family)
+    optimizer = trained_with(optimizer_class, model, steps=1, **settings)
+    layers = find_moe_layers(model)
+    curvature = curvature_of(layers, [optimizer])
+    reference = build(family)  # after one step of any optimizer the moment is the gradient's square
+    adam = trained_with(torch.optim.Adam, reference, steps=1)
+    expected = curvature_of(find_moe_layers(reference), [adam])
+    for name in expected.layers:
+        for projection in expected.rows[name]:
+            pairs = (
+                (found[name][projection], other[name][projection])
+                for found, other in ((curvature.rows, expected.rows), (curvature.columns, expected.columns))
+            )
+            for found, other in pairs:
+                torch.testing.assert_close(found, other, rtol=1e-3, atol=1e-20)
+
+
+def test_torchaos_and_bitsandbytes_states_are_read_where_they_are_installed():
+    makers = {}
+    if find_spec("torchao") is not None:
+        makers["torchao"] = importlib.import_module("torchao.optim").AdamW8bit
+    if find_spec("bitsandbytes") is not None:
+        makers["bitsandbytes"] = importlib.import_module("bitsandbytes").optim.AdamW8bit
+    if not makers:
+        pytest.skip("neither torchao nor bitsandbytes is installed")
+    reference = build("mixtral")
+    expected = curvature_of(find_moe_layers(reference), [trained_with(torch.optim.AdamW, reference)])
+    for maker in makers.values():
+        model = build("mixtral")
+        found = curvature_of(find_moe_layers(model), [trained_with(maker, model)])
+        for name in expected.layers:
+            ratio = found.rows[name]["down_proj"].sum() / expected.rows[name]["down_proj"].sum()
+            assert 0.95 < ratio < 1.05
+
+
+def losses_of(model, count):
+    def loss(seed):
+        rows = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(seed))
+        return model(input_ids=rows, labels=rows).loss
+
+    return [partial(loss, seed) for seed in range(count)]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_squared_gradients_by_hand(frozen):
+    model = build("mixtral")
+    layers = find_moe_layers(model)
+    experts = model.model.layers[1].mlp.experts
+    if frozen:
+        experts.down_proj.requires_grad_(False)
+    found = curvature_of_losses(layers, losses_of(model, 3))
+    assert experts.down_proj.grad is None
+    assert experts.down_proj.requires_grad != frozen
+    experts.down_proj.requires_grad_(True)
+    squares = [torch.autograd.grad(loss(), experts.down_proj)[0].square() for loss in losses_of(model, 3)]
+    mean = torch.stack(squares).mean(0)  # (E, out, in)
+    torch.testing.assert_close(found.rows[layers[1].name]["down_proj"], mean.mean(2))
+    torch.testing.assert_close(found.columns[layers[1].name]["down_proj"], mean.mean(1))
+    with pytest.raises(CurvatureError, match="no batch"):
+        curvature_of_losses(layers, [])
+
+
+def test_experts_without_a_token_in_the_batches_count_as_zero():
+    model = build("switch_transformers")
+    layers = find_moe_layers(model)
+    ids = torch.full((1, 3), 5)
+    found = curvature_of_losses(layers, [lambda: model(input_ids=ids, labels=ids).loss])
+    rows = found.rows[layers[0].name]["wi"].sum(1)  # (E,)
+    assert (rows > 0).sum() == 1  # the same token three times
+    assert (rows == 0).sum() == 7
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_callback_takes_gradients_where_the_optimizer_keeps_none(accumulate, tmp_path):
+    class Plain(Module):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    callback, module = monitor(method="curvature", curvature_batches=3), Plain()
+    trainer(tmp_path, callback, accumulate_grad_batches=accumulate).fit(module, data())
+    assert PrecisionPlan.load(tmp_path / "precision_plan.json").method == "curvature"
+    found = Curvature.load(tmp_path / "precision_plan.curvature.safetensors")
+    batches = [batch for _, batch in zip(range(3), data(), strict=False)]
+    expected = curvature_of_losses(find_moe_layers(module), [partial(module.loss, batch) for batch in batches])
+    for name in expected.layers:
+        torch.testing.assert_close(found.rows[name]["0"], expected.rows[name]["0"])
+    assert callback.history.loads["training"]["model.0"][0].sum() == 6 * 8  # the extra batches are not counted
+
+
+def test_gradients_need_automatic_optimization(tmp_path):
+    with pytest.warns(UserWarning, match="no plan is written: method 'curvature' needs curvature"):
+        trainer(tmp_path, monitor(method="curvature", curvature_batches=2)).fit(TwoOptimizers(), data())
+
+
+def test_the_plan_command_takes_gradients_of_a_checkpoint(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    text = TextDataModule(dataset=str(tmp_path / "text.txt"), vocab_size=300)
+    text.setup("validate")
+    model = build("mixtral", vocab_size=len(text.tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    text.tokenizer.save_pretrained(tmp_path / "model")
+    arguments = ["plan", str(tmp_path / "model"), "--method", "curvature", "--curvature-batches", "2"]
+    arguments += ["--dataset", str(tmp_path / "text.txt"), "--group-size", "64", "-o", str(tmp_path / "plan.json")]
+    assert main(arguments) == 0
+    found = Curvature.load(tmp_path / "plan.curvature.safetensors")
+    assert all((of["down_proj"] > 0).any() for of in found.rows.values())
+    assert main(["quantize", str(tmp_path / "model"), str(tmp_path / "plan.json"), str(tmp_path / "out")]) == 0
+    assert "plan.curvature.safetensors" in capsys.readouterr().out
+    assert main([*arguments[:-1], str(tmp_path / "other.json"), "--curvature", "x.safetensors"]) == 2
+    assert "give one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["router_norm", "load", "weight_error"])
+def test_budgets_in_stored_bits_and_in_gib(method, mixtral):
+    layers = find_moe_layers(mixtral)
+    history = RouterNormHistory.of(layers, "mixtral")
+    history.record(0, router_norms(layers))
+    history.add_load({layer.name: torch.rand(2, 8) for layer in layers})
+    by_bits = allocate(mixtral, history, method, 2.5, (2, 3), 64)
+    assert allocate(mixtral, history, method, bits=(2, 3), group_size=64, stored_bits=3.0).diff(by_bits) == []
+    weights = 2 * 8 * 3 * 64 * 128
+    plan = allocate(mixtral, history, method, bits=(2, 3), group_size=64, expert_gib=3.0 * weights / 8 / 2**30)
+    assert plan.diff(by_bits) == []
+    assert plan.settings["expert_gib"] == 3.0 * weights / 8 / 2**30
+    with pytest.raises(AllocationError, match=r"1.0 GiB for 393216 expert weights: stored_bits=.* outside"):
+        allocate(mixtral, history, method, bits=(2, 3), group_size=64, expert_gib=1.0)
+    with pytest.raises(AllocationError, match="two budgets"):
+        allocate(mixtral, history, method, bits=(2, 3), group_size=64, expert_gib=1.0, stored_bits=3.0)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"method": "sensitivity"}, "moe-precision compare takes them"),
         ({"method": "curvature"}, "needs curvature"),
         ({"granularity": "layer"}, "orders the experts of a layer.*needs a method that knows costs"),
-        ({"stored_bits": 3.0}, "needs a method that knows costs"),
+        ({"stored_bits": 3.0, "bits": (2, 16)}, "a method that knows costs"),
+        ({"stored_bits": 9.0}, "outside of what the levels"),
         ({"method": "weight_error", "granularity": "expert+layer"}, "unknown granularity"),
         ({"method": "weight_error", "average_bits": 5.0}, "outside of the levels"),
     ],

@@ -27,7 +27,7 @@ def test_a_causal_model_predicts_the_next_token(mixtral):
     ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     labels[1, 5:] = -100  # padding
-    losses, targets = token_losses(mixtral, {"input_ids": ids, "labels": labels})
+    losses, targets, _ = token_losses(mixtral, {"input_ids": ids, "labels": labels})
     assert targets.tolist() == [*ids[0, 1:].tolist(), *ids[1, 1:5].tolist()]
     expected = F.cross_entropy(logits(mixtral)[0, :-1], ids[0, 1:], reduction="none")
     torch.testing.assert_close(losses[:8], expected)
@@ -36,7 +36,7 @@ def test_a_causal_model_predicts_the_next_token(mixtral):
 def test_a_seq2seq_model_predicts_its_labels():
     model = build("switch_transformers")
     batch = {"input_ids": torch.randint(3, 128, (2, 7)), "labels": torch.randint(3, 128, (2, 5))}
-    losses, targets = token_losses(model, batch)
+    losses, targets, _ = token_losses(model, batch)
     assert targets.tolist() == batch["labels"].flatten().tolist()
     with torch.no_grad():
         expected = F.cross_entropy(model(**batch).logits.flatten(0, 1), batch["labels"].flatten())

@@ -1,0 +1,124 @@
+"""Which experts the tokens go to: forward hooks on the experts of a model that count tokens and sum routing weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .moe_layers import MoELayer, find_moe_layers
+from .signals import expert_load
+
+Loads = dict[str, Tensor]  # layer -> (2, E) float64: tokens, summed routing weight (NaN where it cannot be seen)
+
+
+class LoadCounter:
+    """Counts what every expert receives, in training and in evaluation mode apart, until it is closed.
+
+    Experts that are called with the chosen indices and their weights, as in transformers, tell both. Modules of their
+    own in a plain list tell the number of tokens alone. A layer that tells neither is left out of the counts. Padding
+    counts as the router counts it; a forward pass that is repeated in the backward pass (gradient checkpointing) is
+    counted once.
+
+    Args:
+        layers: As found by `find_moe_layers`. The hooks are on their modules, under every wrapper.
+    """
+
+    def __init__(self, layers: list[MoELayer]) -> None:
+        self._layers = layers
+        self._counts: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}  # training -> layer -> (2, E)
+        self._handles: list[Any] = []
+        for layer in layers:
+            container = layer.container()
+            if layer.layout == "modules" and type(container).forward in (
+                nn.Module.forward,
+                nn.ModuleList.forward,
+                nn.ModuleDict.forward,
+            ):
+                for expert, module in enumerate(layer.expert_modules()):
+                    self._hook(module, self._one_expert, layer, expert)
+            else:
+                self._hook(container, self._all_experts, layer)
+
+    def _hook(self, module: nn.Module, count: Any, *known: Any) -> None:
+        def hook(called: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # else a recomputation
+                count(called.training, (*args, *kwargs.values()), *known)
+
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    @torch.no_grad()
+    def _all_experts(self, training: bool, given: tuple[Any, ...], layer: MoELayer) -> None:
+        found = _routing(given, layer.num_experts)
+        if found is not None:
+            self._add(training, layer, expert_load(*found, layer.num_experts))
+
+    @torch.no_grad()
+    def _one_expert(self, training: bool, given: tuple[Any, ...], layer: MoELayer, expert: int) -> None:
+        tokens = next((x for x in given if isinstance(x, Tensor) and x.is_floating_point()), None)
+        if tokens is not None:
+            load = torch.zeros(2, layer.num_experts, dtype=torch.float32, device=tokens.device)
+            load[0, expert], load[1] = tokens.shape[:-1].numel(), torch.nan
+            self._add(training, layer, load)
+
+    def _add(self, training: bool, layer: MoELayer, load: Tensor) -> None:
+        counts = self._counts[training]
+        precise = load if load.device.type == "mps" else load.double()
+        counts[layer.name] = counts[layer.name] + precise if layer.name in counts else precise
+
+    def take(self, training: bool) -> Loads:
+        """What was counted since the last call, summed over all processes; a collective: call it on all ranks."""
+        counted, self._counts[training] = self._counts[training], {}
+        device = next(iter(counted.values())).device if counted else self._layers[0].router_is.parameter().device
+        # layers that were not called have no tokens, and no weight either
+        flat = [counted.get(layer.name, torch.zeros(2, layer.num_experts)).to(device) for layer in self._layers]
+        together = torch.cat([one.double() if device.type != "mps" else one for one in flat], dim=1)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(together)
+        sizes = [layer.num_experts for layer in self._layers]
+        by_layer = zip(self._layers, together.cpu().double().split(sizes, dim=1), strict=True)
+        return {layer.name: load.clone() for layer, load in by_layer if load[0].sum() > 0}
+
+    def close(self) -> None:
+        """Takes the hooks off; a second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def count_loads(model: nn.Module, batches: Iterable[dict[str, Tensor]], **patterns: Any) -> Loads:
+    """What every expert receives on some batches, without training.
+
+    Args:
+        model: A transformers model; it is put into evaluation mode.
+        batches: Keyword arguments of its forward pass.
+        patterns: ``router_pattern`` and ``expert_pattern``, as in `find_moe_layers`.
+    """
+    model.eval()
+    counter = LoadCounter(find_moe_layers(model, **patterns))
+    device = next(model.parameters()).device
+    try:
+        with torch.inference_mode():
+            for batch in tqdm(batches, desc="expert load", unit="batch", leave=False):
+                model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
+        return counter.take(training=False)
+    finally:
+        counter.close()
+
+
+def _routing(given: tuple[Any, ...], num_experts: int) -> tuple[Tensor, Tensor | None] | None:
+    """Among what experts are called with: chosen indices ``(N, K)`` and, if there, their weights of the same shape."""
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    chosen = next((x for x in tensors if not x.is_floating_point() and not x.is_complex()), None)
+    if chosen is None:
+        return None
+    if chosen.ndim == 3 and chosen.shape[-1] == num_experts:  # a mask (N, K, E); a full expert leaves tokens out
+        index = torch.where(chosen.any(-1), chosen.to(torch.uint8).argmax(-1), num_experts)
+    else:
+        index = chosen
+    weights = [x for x in tensors if x.is_floating_point() and x.shape == index.shape]
+    return index, weights[-1] if weights else None
