@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_precision.loads import LoadCounter
 from moe_precision.moe_layers import find_moe_layers
 from moe_precision.router_norms import RouterNormHistory, router_norms
 
@@ -121,10 +122,20 @@ def a_record_every_step() -> None:
         step = statistics.median(b - a for a, b in pairwise(ends[5:]))
         record = statistics.median(a - b for a, b in zip(hooks[5:], logs[5:], strict=False))
         logging = statistics.median(logs[5:])
+        layers = find_moe_layers(cli.model)
+        counter, tokens = LoadCounter(layers), cli.datamodule.hparams["batch_size"] * 128
+        index, weights = torch.randint(8, (tokens, 2)), torch.rand(tokens, 2)
+
+        def count() -> None:
+            for layer in layers:
+                counter.count(True, (index, weights), layer)
+
+        (counting,) = medians(count, rounds=200)
     print(f"\npretrain_mixtral, 4 layers x 8 experts, a record at every step, {STEPS} steps\n")
     print("| what | ms | share of the step |\n|---|---|---|")
     print(f"| step | {1e3 * step:.1f} | 100 % |")
     print(f"| record | {1e3 * record:.2f} | {100 * record / step:.2f} % |")
+    print(f"| counting the load of all experts | {counting:.2f} | {counting / step / 10:.2f} % |")
     print(f"| WandbLogger.log_metrics, offline | {1e3 * logging:.2f} | {100 * logging / step:.2f} % |")
 
 

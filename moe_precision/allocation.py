@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint_signals import signals_of_checkpoint
-from .checkpoints import load_model
+from .checkpoint_signals import costs_of_checkpoint, signals_of_checkpoint
 from .costs import Costs, expert_costs
 from .curvature import Curvature, as_curvature
 from .knapsack import least_cost_bits
@@ -157,8 +156,6 @@ def allocate(
     for key, source in (("initial", history), ("final", model)):
         if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
             settings[key] = os.path.basename(os.path.abspath(source))
-    if method in COST_METHODS and isinstance(model, (str, os.PathLike)):
-        model = load_model(model)
     if isinstance(history, (str, os.PathLike)):
         is_folder = os.path.isdir(history)
         history = signals_of_checkpoint(history, False, patterns) if is_folder else RouterNormHistory.load(history)
@@ -198,14 +195,17 @@ def allocate(
         settings["stored_bits"] = stored_bits
     costs = None
     if method in COST_METHODS:
-        assert isinstance(model, nn.Module)
         weighed = None
         if method == "curvature":
             assert curvature is not None
             weighed = as_curvature(curvature)
             weighed.check_layers(final.layers)
             weighed.check_router_norms(final.last)
-        costs = expert_costs(find_moe_layers(model, **final.patterns), levels, group_size, weighed)
+        if isinstance(model, nn.Module):
+            costs = expert_costs(find_moe_layers(model, **final.patterns), levels, group_size, weighed)
+        else:
+            assert model is not None
+            costs = costs_of_checkpoint(model, levels, group_size, weighed, final.patterns)
     plan = plan_of_signals(
         final, history, method, average_bits, levels, group_size, seed, granularity, stored_bits, costs
     )

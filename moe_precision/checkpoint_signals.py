@@ -1,4 +1,4 @@
-"""Router norms and variances straight from a checkpoint's safetensors files; no weight of a model is allocated.
+"""Norms, variances and costs straight from a checkpoint's safetensors files; no weight of a model is allocated.
 
 The model's class is laid out on the meta device for its names and shapes alone. transformers' own mapping says which
 tensors on disk, under their hub names, make up a router or a bank of experts. Only these are read, one after the other.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ from transformers.core_model_loading import (
 )
 
 from .checkpoints import CheckpointError, model_class_of, weight_files
+from .costs import Costs, costs_of_matrices
+from .curvature import Curvature
 from .moe_layers import MoELayer, find_moe_layers
 from .plan import model_type_of
 from .router_norms import RouterNormHistory
@@ -48,6 +50,33 @@ class _Source:
     converter: WeightConverter | None
 
 
+@dataclass(frozen=True)
+class _Checkpoint:
+    """An opened checkpoint: its layers, and where the tensors on disk are that make up each parameter."""
+
+    folder: str
+    model: Any
+    layers: list[MoELayer]
+    sources: dict[str, list[_Source]]
+    place: dict[str, Any]
+
+
+@contextmanager
+def _opened(folder: str | os.PathLike, patterns: dict[str, Any] | None) -> Iterator[_Checkpoint]:
+    files = weight_files(folder)
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(f"{os.fspath(folder)!r} is quantized; give the float checkpoint")
+    with torch.device("meta"):
+        model = model_class_of(folder, config)._from_config(config)
+    layers = find_moe_layers(model, **(patterns or {}))
+    with ExitStack() as stack:
+        # Read and not mapped, so that memory is free again as soon as a tensor is done with.
+        opened = [stack.enter_context(safe_open(file, "pt", backend="pread")) for file in files]
+        place = {name: shard for shard in opened for name in shard.keys()}  # noqa: SIM118
+        yield _Checkpoint(os.fspath(folder), model, layers, _sources(model, list(place)), place)
+
+
 def signals_of_checkpoint(
     folder: str | os.PathLike, variance: bool = True, patterns: dict[str, Any] | None = None
 ) -> RouterNormHistory:
@@ -63,31 +92,49 @@ def signals_of_checkpoint(
         StreamingError: transformers converts these tensors by more than renaming, stacking and joining.
         MoELayerError: The model has no Mixture-of-Experts layer.
     """
-    files = weight_files(folder)
-    config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(f"{os.fspath(folder)!r} is quantized; give the float checkpoint")
-    with torch.device("meta"):
-        model = model_class_of(folder, config)._from_config(config)
-    layers = find_moe_layers(model, **(patterns or {}))
-    with ExitStack() as stack:
-        # Read and not mapped, so that memory is free again as soon as a tensor is done with.
-        opened = [stack.enter_context(safe_open(file, "pt", backend="pread")) for file in files]
-        place = {name: shard for shard in opened for name in shard.keys()}  # noqa: SIM118
-        sources = _sources(model, list(place))
-        history = RouterNormHistory.of(layers, model_type_of(model), patterns)
-        norms = [_router_norms(layer, sources, place, folder) for layer in layers]
-        history.record(0, torch.cat(norms))
+    with _opened(folder, patterns) as checkpoint:
+        history = RouterNormHistory.of(checkpoint.layers, model_type_of(checkpoint.model), patterns)
+        history.record(0, torch.cat([_router_norms(layer, checkpoint) for layer in checkpoint.layers]))
         if broken := history.not_finite():
             where = broken.removesuffix(" at step 0")
             raise CheckpointError(f"{os.fspath(folder)!r}: {where}; the weights are damaged")
         if variance:
-            experts = sum(layer.num_experts for layer in layers)
+            experts = sum(layer.num_experts for layer in checkpoint.layers)
             with tqdm(total=experts, desc="variance", unit="expert", disable=None if experts >= 64 else True) as bar:
-                for layer in layers:
-                    history.max_variance[layer.name] = _variances(layer, sources, place, folder)
+                for layer in checkpoint.layers:
+                    matrices = _matrices(layer, layer.first, checkpoint, neurons_alone=True)
+                    history.max_variance[layer.name] = torch.stack([max_variance(matrix) for matrix in matrices])
                     bar.update(layer.num_experts)
     return history
+
+
+def costs_of_checkpoint(
+    folder: str | os.PathLike,
+    widths: Sequence[int],
+    group_size: int,
+    curvature: Curvature | None = None,
+    patterns: dict[str, Any] | None = None,
+) -> Costs:
+    """`expert_costs` of a checkpoint, with one expert matrix in memory at a time.
+
+    Args:
+        folder: As in `signals_of_checkpoint`.
+        widths: Candidate widths.
+        group_size: Weights that share a scale and an offset.
+        curvature: Weighs fit and errors; None for squared weight errors.
+        patterns: ``router_pattern`` and ``expert_pattern`` for `find_moe_layers`.
+
+    Raises:
+        CheckpointError: A file or tensor is missing or damaged.
+        StreamingError: As in `signals_of_checkpoint`.
+        CostError: A matrix cannot be quantized.
+    """
+    with _opened(folder, patterns) as checkpoint:
+
+        def read(layer: MoELayer, projection: str) -> Iterator[Tensor]:
+            return _matrices(layer, projection, checkpoint)
+
+        return costs_of_matrices(checkpoint.layers, read, widths, group_size, curvature)
 
 
 def _sources(model: Any, names: list[str]) -> dict[str, list[_Source]]:
@@ -122,62 +169,75 @@ def _one(parameter: str, sources: dict[str, list[_Source]]) -> str:
     return of_this[0].name
 
 
-def _router_norms(layer: MoELayer, sources: Any, place: dict[str, Any], folder: Any) -> Tensor:
-    name = _one(layer.router, sources)
-    weight = place[name].get_tensor(name)
+def _router_norms(layer: MoELayer, checkpoint: _Checkpoint) -> Tensor:
+    name = _one(layer.router, checkpoint.sources)
+    weight = checkpoint.place[name].get_tensor(name)
     if tuple(weight.shape) != layer.router_is.shape:
         raise CheckpointError(
-            f"{os.fspath(folder)!r}: {name!r} has shape {tuple(weight.shape)}, but its config.json says "
+            f"{checkpoint.folder!r}: {name!r} has shape {tuple(weight.shape)}, but its config.json says "
             f"{layer.router_is.shape}"
         )
     rows = weight.T if layer.router_transposed else weight
     return torch.linalg.vector_norm(rows[: layer.num_experts], dim=-1, dtype=torch.float32)
 
 
-def _variances(layer: MoELayer, sources: Any, place: dict[str, Any], folder: Any) -> Tensor:
-    """``(E,)``, one matrix in memory at a time."""
-    expected = layer.neurons(torch.empty(layer.banks[layer.first].shape, device="meta")).shape
-    values = []
-    for expert, matrix in enumerate(_neurons(layer, sources, place)):
+def _matrices(
+    layer: MoELayer, projection: str, checkpoint: _Checkpoint, neurons_alone: bool = False
+) -> Iterator[Tensor]:
+    """One matrix of every expert in order, ``(out, in)``, one in memory at a time.
+
+    Args:
+        layer: The layer.
+        projection: Which matrix.
+        checkpoint: Where it is.
+        neurons_alone: Of the first projection the rows of the hidden neurons alone, ``(neurons, in)``.
+    """
+    whole = torch.empty(layer.banks[projection].shape, device="meta")
+    expected = (layer.neurons(whole) if neurons_alone else whole).shape
+    for expert, matrix in enumerate(_read(layer, projection, checkpoint, neurons_alone)):
         if matrix.shape != expected:
             raise CheckpointError(
-                f"{os.fspath(folder)!r}: {layer.first!r} of expert {expert} in layer {layer.name!r} has shape "
+                f"{checkpoint.folder!r}: {projection!r} of expert {expert} in layer {layer.name!r} has shape "
                 f"{tuple(matrix.shape)}, but its config.json says {tuple(expected)}"
             )
-        values.append(max_variance(matrix))
-    return torch.stack(values)
+        yield matrix
 
 
-def _neurons(layer: MoELayer, sources: Any, place: dict[str, Any]) -> Iterator[Tensor]:
-    """Reads for one expert after the other the rows of its hidden neurons, ``(neurons, in)``."""
-    bank = layer.banks[layer.first]
+def _read(layer: MoELayer, projection: str, checkpoint: _Checkpoint, neurons_alone: bool) -> Iterator[Tensor]:
+    bank, sources, place = layer.banks[projection], checkpoint.sources, checkpoint.place
     parameter = bank.weights[0].name
     converted = [source for source in sources.get(parameter, []) if source.converter is not None]
-    if len(bank.weights) > 1:  # a module an expert
-        for weight in bank.weights:
-            name = _one(weight.name, sources)
-            yield layer.neurons(place[name].get_tensor(name))
-    elif converted:
-        for name in _stacked(parameter, converted, layer):
-            yield place[name].get_tensor(name)
+    if len(bank.weights) == 1 and converted:  # joined on disk in no way: gate and up are tensors of their own
+        for names in _stacked(parameter, converted, layer, projection):
+            parts = [place[name].get_tensor(name) for name in (names[:1] if neurons_alone else names)]
+            yield parts[0] if len(parts) == 1 else torch.cat(parts)
+        return
+    stored = [_one(weight.name, sources) for weight in bank.weights]
+    if len(stored) > 1:  # a tensor an expert
+        matrices: Iterator[Tensor] = (place[name].get_tensor(name) for name in stored)
     else:
-        name = _one(parameter, sources)
+        (name,) = stored
         rows = bank.weights[0].shape[0] // layer.num_experts if len(bank.weights[0].shape) == 2 else 1
-        for expert in range(layer.num_experts):
-            part = place[name].get_slice(name)[expert * rows : (expert + 1) * rows]
-            matrix = part.squeeze(0) if part.ndim == 3 else part
-            yield layer.neurons(matrix.T if bank.transposed else matrix)
+        ranges = (slice(expert * rows, (expert + 1) * rows) for expert in range(layer.num_experts))
+        parts_of = (place[name].get_slice(name)[part] for part in ranges)
+        one_each = (part.squeeze(0) if part.ndim == 3 else part for part in parts_of)
+        matrices = (matrix.T if bank.transposed else matrix for matrix in one_each)
+    for matrix in matrices:
+        yield layer.neurons(matrix) if neurons_alone else matrix
 
 
-def _stacked(parameter: str, sources: list[_Source], layer: MoELayer) -> list[str]:
-    """Names of one tensor an expert: the gate, where gate and up are joined into one parameter on loading."""
+def _stacked(parameter: str, sources: list[_Source], layer: MoELayer, projection: str) -> list[tuple[str, ...]]:
+    """For each expert the names of the tensors on disk that are joined into its matrix on loading, gate before up."""
     converter = sources[0].converter
     assert converter is not None
     kinds = [type(operation) for operation in converter.operations]
     if kinds not in ([MergeModulelist], [MergeModulelist, Concatenate]) or len(converter.target_patterns) > 1:
         raise StreamingError(f"{parameter!r} is converted by {[kind.__name__ for kind in kinds]} on loading")
-    names = [source.name for source in sources if source.pattern == converter.source_patterns[0]]
-    slices = layer.banks[layer.first].weights[0].shape[0]
-    if len(names) != slices:
-        raise CheckpointError(f"the checkpoint has {len(names)} of {slices} experts for {parameter!r}")
-    return names[: layer.num_experts]  # the others are null experts
+    columns = [
+        [source.name for source in sources if source.pattern == pattern] for pattern in converter.source_patterns
+    ]
+    slices = layer.banks[projection].weights[0].shape[0]
+    for column in columns:
+        if len(column) != slices:
+            raise CheckpointError(f"the checkpoint has {len(column)} of {slices} experts for {parameter!r}")
+    return list(zip(*columns, strict=True))[: layer.num_experts]  # the others are null experts

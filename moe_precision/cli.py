@@ -79,6 +79,8 @@ def _allocated(options: argparse.Namespace) -> PrecisionPlan:
     settings = {key: getattr(options, key) for key in ("method", "average_bits", "bits", "group_size", "seed")}
     settings |= {"router_pattern": options.router_pattern, "expert_pattern": options.expert_pattern}
     settings |= {key: getattr(options, key) for key in ("curvature", "granularity", "stored_bits", "expert_gib")}
+    if options.method == "curvature" and options.curvature_batches is None and options.curvature is None:
+        settings["curvature"] = _beside(source)
     if options.curvature_batches is not None:
         if final is None:
             raise ValueError("--curvature-batches takes gradients of the trained model: give its checkpoint")
@@ -91,6 +93,14 @@ def _allocated(options: argparse.Namespace) -> PrecisionPlan:
             raise
         print(f"{error}: loading the whole model instead", file=sys.stderr)
         return allocate(load_model(final), history, **settings)
+
+
+def _beside(path: str | None) -> Path | None:
+    """The curvature that a run has written beside a plan or a history, if it is there."""
+    if path is None:
+        return None
+    curvature = Path(path.removesuffix(".json").removesuffix(".history.safetensors") + ".curvature.safetensors")
+    return curvature if curvature.is_file() else None
 
 
 def _curvature_by_batches(options: argparse.Namespace, checkpoint: str) -> Curvature:
@@ -143,10 +153,7 @@ def _compare(options: argparse.Namespace) -> None:
     if options.write_plan is not None and Path(options.write_plan).exists():
         raise FileExistsError(f"{options.write_plan!r} exists; name another file with --write-plan")
     history = None if options.history is None else RouterNormHistory.load(options.history)
-    curvature = options.curvature
-    if curvature is None and options.history is not None:
-        beside = Path(str(options.history).removesuffix(".history.safetensors") + ".curvature.safetensors")
-        curvature = beside if beside.is_file() else None
+    curvature = options.curvature or _beside(options.history)
     model = load_model(options.checkpoint, dtype="float32")
     data = _data(options, options.checkpoint, model)
     seq2seq = model.config.is_encoder_decoder
@@ -208,10 +215,7 @@ def _rouge_of(data: Any, examples: int) -> Callable[[Any], float]:
 def _quantize(options: argparse.Namespace) -> None:
     plan = PrecisionPlan.load(options.plan)
     check_writable(Path(options.out).parent / "config.json")
-    curvature = options.curvature
-    beside = Path(options.plan).with_suffix(".curvature.safetensors")
-    if curvature is None and beside.is_file():
-        curvature = beside
+    curvature = options.curvature or _beside(options.plan)
     print(
         f"weighs the fit by {curvature}"
         if curvature is not None
@@ -306,7 +310,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--bits", type=int, nargs="+", default=[2, 3], help="levels to choose from (default 2 3)")
     plan.add_argument("--method", default="router_norm", choices=list(PLAN_METHODS), help="how widths are chosen")
     plan.add_argument("--group-size", type=int, default=128, help="weights that share a scale (default 128)")
-    plan.add_argument("--curvature", metavar="FILE", help="x.curvature.safetensors beside a plan, for that method")
+    plan.add_argument(
+        "--curvature",
+        metavar="FILE",
+        help="x.curvature.safetensors, for --method curvature (default: the one beside the history, if there)",
+    )
     plan.add_argument(
         "--granularity",
         default="expert",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -41,25 +41,42 @@ def expert_costs(
     Returns:
         For each layer and projection ``(E, len(widths))`` float64.
     """
+    for layer in layers:
+        sharded = [weight for bank in layer.banks.values() for weight in bank.weights]
+        if any(isinstance(weight.parameter(), DTensor) for weight in sharded):
+            raise CostError(
+                f"the experts of layer {layer.name!r} are sharded over processes; save the checkpoint and make "
+                "the plan from it: moe-precision plan HISTORY --final CHECKPOINT --method ..."
+            )
+
+    def read(layer: MoELayer, projection: str) -> Iterator[Tensor]:
+        with layer.whole():
+            yield from layer.banks[projection].matrices()
+
+    return costs_of_matrices(layers, read, widths, group_size, curvature)
+
+
+def costs_of_matrices(
+    layers: list[MoELayer],
+    read: Callable[[MoELayer, str], Iterable[Tensor]],
+    widths: Sequence[int],
+    group_size: int,
+    curvature: Curvature | None,
+) -> Costs:
+    """`expert_costs` of matrices wherever they are: ``read`` gives those of a layer's projection, expert by expert."""
     costs: Costs = {}
     total = sum(len(layer.banks) * layer.num_experts for layer in layers)
     with torch.no_grad(), tqdm(total=total, desc="costs", unit="matrix", disable=None) as bar:
         for layer in layers:
-            with layer.whole():
-                if any(isinstance(weight.read(), DTensor) for bank in layer.banks.values() for weight in bank.weights):
-                    raise CostError(
-                        f"the experts of layer {layer.name!r} are sharded over processes; save the checkpoint and make "
-                        "the plan from it: moe-precision plan HISTORY --final CHECKPOINT --method ..."
-                    )
-                costs[layer.name] = {
-                    name: torch.stack(
-                        [
-                            _of_matrix(matrix, widths, group_size, curvature, layer.name, name, expert, bar)
-                            for expert, matrix in enumerate(bank.matrices())
-                        ]
-                    )
-                    for name, bank in layer.banks.items()
-                }
+            costs[layer.name] = {
+                name: torch.stack(
+                    [
+                        _of_matrix(matrix, widths, group_size, curvature, layer.name, name, expert, bar)
+                        for expert, matrix in enumerate(read(layer, name))
+                    ]
+                )
+                for name in layer.banks
+            }
     return costs
 
 

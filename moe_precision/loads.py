@@ -42,7 +42,7 @@ class LoadCounter:
                 for expert, module in enumerate(layer.expert_modules()):
                     self._hook(module, self._one_expert, layer, expert)
             else:
-                self._hook(container, self._all_experts, layer)
+                self._hook(container, self.count, layer)
 
     def _hook(self, module: nn.Module, count: Any, *known: Any) -> None:
         def hook(called: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -52,7 +52,8 @@ class LoadCounter:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     @torch.no_grad()
-    def _all_experts(self, training: bool, given: tuple[Any, ...], layer: MoELayer) -> None:
+    def count(self, training: bool, given: tuple[Any, ...], layer: MoELayer) -> None:
+        """Counts one call of all experts of a layer, by what they are called with."""
         found = _routing(given, layer.num_experts)
         if found is not None:
             self._add(training, layer, expert_load(*found, layer.num_experts))

@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/theory"), help="folder (default runs/theory)")
     parser.add_argument("--rare-share", type=float, default=0.1, help="of the samples, below 1/4 (default 0.1)")
-    parser.add_argument("--seeds", type=int, default=10, help="number of runs (default 10)")
+    parser.add_argument("--seeds", type=int, default=8, help="number of runs (default 8)")
     options = parser.parse_args(arguments)
     if not 0 < options.rare_share < 0.25:
         parser.error(f"--rare-share {options.rare_share}: the theorems are for shares between 0 and 1/4")

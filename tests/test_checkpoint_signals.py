@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_precision import HistoryError, PrecisionPlan, RouterNormHistory, allocate, find_moe_layers
-from moe_precision.checkpoint_signals import StreamingError, signals_of_checkpoint
+from moe_precision.checkpoint_signals import StreamingError, costs_of_checkpoint, signals_of_checkpoint
 from moe_precision.checkpoints import CheckpointError
 from moe_precision.cli import main
+from moe_precision.costs import expert_costs
 from moe_precision.router_norms import router_norms
 from tests.conftest import build
 from tests.model_zoo import build_tiny
@@ -49,6 +50,28 @@ def test_signals_are_those_of_the_model(family, sizes, tmp_path):
     for name in expected.layers:
         torch.testing.assert_close(read.last[name], expected.last[name])
         torch.testing.assert_close(read.max_variance[name], expected.max_variance[name])
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_costs_are_those_of_the_model(family, tmp_path):
+    model = build_tiny(family)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    group_size = 8
+    expected = expert_costs(find_moe_layers(model), (2, 3), group_size)
+    found = costs_of_checkpoint(tmp_path, (2, 3), group_size)
+    assert found.keys() == expected.keys()
+    for name, projections in expected.items():
+        assert found[name].keys() == projections.keys()
+        for projection, costs in projections.items():
+            torch.testing.assert_close(found[name][projection], costs, rtol=1e-5, atol=0)
+
+
+def test_a_plan_by_cost_from_a_folder_is_that_of_the_model(tmp_path, monkeypatch):
+    model = build("mixtral")
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(type(model), "from_pretrained", None)  # no model is loaded
+    plan = allocate(tmp_path, method="weight_error", group_size=64, bits=(1, 2, 3))
+    assert plan.diff(allocate(model, method="weight_error", group_size=64, bits=(1, 2, 3))) == []
 
 
 def test_module_names_on_disk(tmp_path):

@@ -184,6 +184,24 @@ def test_the_callback_writes_it_and_the_commands_use_it(tmp_path, capsys):
     assert "curvature of 0 at 2 bits" in plan.layers["model.0"].signals
 
 
+def test_the_plan_command_finds_the_curvature_beside_the_history(tmp_path, capsys):
+    model = build("mixtral")
+    layers = find_moe_layers(model)
+    history = RouterNormHistory.of(layers, "mixtral")
+    history.record(0, router_norms(layers))
+    optimizer = trained_with(torch.optim.AdamW, model)
+    history.record(3, router_norms(layers))
+    history.save(tmp_path / "x.history.safetensors")
+    model.save_pretrained(tmp_path / "model")
+    arguments = ["plan", str(tmp_path / "x.history.safetensors"), "--final", str(tmp_path / "model")]
+    arguments += ["--method", "curvature", "--group-size", "64", "-o", str(tmp_path / "plan.json")]
+    assert main(arguments) == 2
+    assert "needs curvature" in capsys.readouterr().err
+    curvature_of(layers, [optimizer]).save(tmp_path / "x.curvature.safetensors")
+    assert main(arguments) == 0
+    assert PrecisionPlan.load(tmp_path / "plan.json").method == "curvature"
+
+
 def test_an_optimizer_without_second_moments_still_makes_the_papers_plan(tmp_path):
     class Plain(Module):
         def configure_optimizers(self):
