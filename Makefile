@@ -6,7 +6,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint benchmarks
+.PHONY: demo test lint benchmarks evidence
 demo: .venv/installed
 	$(BIN)/moe-precision demo --output runs/demo
 
@@ -27,6 +27,13 @@ benchmarks: .venv/installed
 	$(BIN)/python -m benchmarks.checkpoint_plan
 	$(BIN)/python -m benchmarks.allocating
 	$(BIN)/python -m benchmarks.scaling
+
+# the tables of docs/evidence-tables.md; hours
+evidence: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e .[benchmarks]
+	$(BIN)/python -m moe_precision.recipes.study --output runs/study --workers 2
+	$(BIN)/python -m moe_precision.recipes.study --output runs/study --report > docs/evidence-tables.md
+	$(BIN)/python -m moe_precision.recipes.theory --output runs/theory
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

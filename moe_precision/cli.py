@@ -172,6 +172,7 @@ def _compare(options: argparse.Namespace) -> None:
         random_draws=options.random_draws,
         task=_rouge_of(data, options.rouge_examples) if seq2seq and options.rouge_examples else None,
         task_name="ROUGE-L" if seq2seq and options.rouge_examples else "",
+        end_of_text=None if seq2seq else data.tokenizer.eos_token_id,
     )
     tables.show(tables.comparison_table(found))
     if found.correlations:

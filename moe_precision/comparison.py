@@ -33,6 +33,7 @@ from .statistics import Interval, bootstrap, draws_as_good, rank_correlation, re
 
 CONTROLS = ("uniform", "random", "reversed", "least_load")
 WORST_SHARE = 0.1  # of the documents
+FEW_DOCUMENTS = 20
 
 
 @dataclass(frozen=True)
@@ -170,19 +171,29 @@ class Judge:
 
     Args:
         model: The float model; later calls look at whatever it is then.
-        batches: Held-out batches with labels; every row counts as a document.
+        batches: Held-out batches with labels.
         token_counts: ``(vocab,)``, how often each token occurs in training.
+        end_of_text: Token that ends a document, where batches are one packed text in order; None if every row is one.
 
     Attributes:
         counts: Tokens by document and band, ``(documents, 3)`` float64.
         loss: Of the float model, over all tokens and by band.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], token_counts: Tensor) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Iterable[dict[str, Tensor]],
+        token_counts: Tensor,
+        end_of_text: int | None = None,
+    ) -> None:
         self._model, self._batches = model, list(batches)
         self._losses, targets, documents = document_losses(model, self._batches)
         if len(targets) == 0:
             raise ValueError("no target tokens: every label is -100, or there is no batch")
+        if end_of_text is not None:
+            ends = targets == end_of_text
+            documents = ends.cumsum(0) - ends.long()  # the end belongs to its text
         bands = frequency_bands(targets, token_counts)
         self._cells = documents * len(BANDS) + bands
         self._shape = (int(documents.max()) + 1, len(BANDS))
@@ -236,6 +247,7 @@ def compare(
     random_draws: int = 20,
     task: Callable[[PreTrainedModel], float] | None = None,
     task_name: str = "",
+    end_of_text: int | None = None,
 ) -> Comparison:
     """Compares allocation methods on one trained model.
 
@@ -244,7 +256,7 @@ def compare(
 
     Args:
         model: The trained float model, whole on this process; its weights are as before afterwards.
-        batches: Held-out batches with labels; every row counts as a document.
+        batches: Held-out batches with labels.
         token_counts: ``(vocab,)``, how often each token occurs in training.
         history: Recorded norms and loads of its training.
         curvature: For ``curvature`` and the fit.
@@ -258,6 +270,7 @@ def compare(
         random_draws: Seeds of ``random``; 19 or more can show a difference at 5 %.
         task: A metric of the quantized model, such as ROUGE; larger is better. Of random order the first draw's.
         task_name: What it is called.
+        end_of_text: Token that ends a document, where batches are one packed text in order; None if every row is one.
 
     Raises:
         AllocationError: An unknown method, granularity, or a budget outside of the levels.
@@ -280,7 +293,7 @@ def compare(
     if curvature is not None:
         curvature.check_layers(final.layers)
         curvature.check_router_norms(final.last)
-    judge = Judge(model, batches, token_counts)
+    judge = Judge(model, batches, token_counts, end_of_text)
     rows: list[Row] = []
     skipped: list[str] = []
     float_task = None if task is None else task(model)
@@ -468,6 +481,8 @@ def verdict(comparison: Comparison) -> list[str]:
         ranked = sorted(comparison.correlations.items(), key=lambda item: -item[1]["all"])
         listed = ", ".join(f"{signal} {values['all']:.2f}" for signal, values in ranked)
         lines.append(f"Rank correlation with the measured sensitivity over all experts: {listed}.")
+    if len(comparison.counts) < FEW_DOCUMENTS:
+        lines.append(f"{len(comparison.counts)} documents alone: intervals are rough, judge on more.")
     return lines
 
 

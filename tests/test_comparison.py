@@ -115,6 +115,12 @@ def test_what_is_written_is_whole_json_and_the_picture_draws(comparison, tmp_pat
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
+def test_few_documents_are_said(comparison):
+    assert not any("documents" in line for line in verdict(comparison))
+    few = verdict(replace(comparison, counts=comparison.counts[:4], rows=[], correlations={}))
+    assert few == ["4 documents alone: intervals are rough, judge on more."]
+
+
 def row(method, mean, rare, comparison, draws=(), granularity="expert"):
     interval = lambda value: Interval(value, value - 0.001, value + 0.001)  # noqa: E731
     bands = {band: interval(rare if band == "rare" else mean) for band in BANDS}
@@ -141,7 +147,7 @@ def test_the_verdict_in_words(paper, rare, text, comparison):
         row("curvature", 0.01, 0.03, comparison, granularity="expert+projection"),
     ]
     said = verdict(replace(comparison, rows=rows, counts=comparison.counts[:4], correlations={}))
-    assert len(said) == 1
+    assert len(said) == 2
     assert text in said[0]
     assert "use `curvature, expert+projection`: it loses 0.0100" in said[0]
     assert f"on rare tokens {0.03 - rare:.4f}" in said[0]
@@ -152,7 +158,7 @@ def test_equal_losses_are_within_the_noise(comparison):
     rows[1].sums[0] += 5 * comparison.counts[0]
     rows[1].sums[1] -= 5.001 * comparison.counts[0]
     rows[1] = replace(rows[1], mean=Interval(0.0199, 0.019, 0.021))
-    (said,) = verdict(replace(comparison, rows=rows, counts=comparison.counts[:4], correlations={}))
+    said, _ = verdict(replace(comparison, rows=rows, counts=comparison.counts[:4], correlations={}))
     assert "use `load`" in said
     assert "within the noise" in said
 
@@ -182,6 +188,18 @@ def test_what_cannot_be_compared_is_said_and_the_rest_is(known):
     assert "sensitivity: no calibration batches" in text
     assert "router_norm at 2.5 bits: the paper's rule takes one, two or three levels" in text
     assert "load at 2.5 bits" in text
+
+
+def test_documents_end_with_their_last_token(known):
+    model, batches, _, _ = known
+    ids = batches[0]["input_ids"][:3].clone()
+    end = 255  # a byte that text in UTF-8 does not have
+    ids[0, 40], ids[2, 10] = end, end
+    judge = Judge(model, [{"input_ids": ids, "labels": ids}], torch.ones(256), end)
+    # tokens of a row but its first have a loss: up to the first end, up to the second, and the rest
+    assert judge.counts.sum(1).tolist() == [40, 87 + 127 + 10, 117]
+    by_row = Judge(model, [{"input_ids": ids, "labels": ids}], torch.ones(256))
+    assert by_row.counts.sum(1).tolist() == [127, 127, 127]
 
 
 def test_no_target_is_an_error(known):
