@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import nn
 
 from moe_precision.allocation import (
     COST_METHODS,
+    PLAN_METHODS,
+    AllocationError,
     allocate,
     bits_from_order,
     caveat_text,
@@ -59,6 +62,8 @@ class PlanRecorder:
         granularity: str = "expert",
         curvature_batches: int | None = None,
     ) -> None:
+        if method not in PLAN_METHODS:
+            raise AllocationError(f"unknown method {method!r}, expected one of {', '.join(PLAN_METHODS)}")
         levels_of(method, average_bits, bits)
         check_granularity(method, granularity)
         for name, value in (("every_n_steps", every_n_steps), ("curvature_batches", curvature_batches)):
@@ -235,7 +240,7 @@ class PlanRecorder:
         return [bits for order in orders for bits in bits_from_order(order, self.average_bits, self.bits)]
 
     def _finish(
-        self, writes: bool, optimizers: Sequence[Any], losses: Iterable[Callable[[], torch.Tensor]] = ()
+        self, writes: bool, optimizers: Sequence[Any], losses: Iterable[Callable[[], torch.Tensor | None]] = ()
     ) -> PrecisionPlan | None:
         """History, curvature and plan; returns the plan if it was written.
 
@@ -246,11 +251,11 @@ class PlanRecorder:
             optimizers: That have trained the experts, for their second moments.
             losses: Losses of training batches, for squared gradients in their place if `curvature_batches` is given.
         """
+        self._stop_counting()
         if len(self.history.steps) < 2:
             rank_zero_warn(f"{type(self).__name__}: no plan is written, because no optimizer step was taken.")
             return None
         writes = writes and self._path is not None
-        self._stop_counting()
         if writes:
             self._save_history()  # whatever happens below, the record is kept
         self.history.measure_variance(self._layers)
@@ -298,11 +303,18 @@ class PlanRecorder:
             return False
         return True
 
-    def _curvature(self, optimizers: Sequence[Any], losses: Iterable[Callable[[], torch.Tensor]]) -> Curvature | None:
+    def _curvature(
+        self, optimizers: Sequence[Any], losses: Iterable[Callable[[], torch.Tensor | None]]
+    ) -> Curvature | None:
         """Means of the optimizer's second moments, or of squared gradients where those were asked for."""
         try:
             if self.curvature_batches is not None:
-                return curvature_of_losses(self._layers, islice(losses, self.curvature_batches))
+                assert self._model is not None
+                with _left_as_it_is(self._model):
+                    taken = list(islice(losses, self.curvature_batches))
+                    if len(taken) < self.curvature_batches:
+                        rank_zero_warn(f"{type(self).__name__}: there are {len(taken)} batches to take gradients of.")
+                    return curvature_of_losses(self._layers, taken)
             return curvature_of(self._layers, optimizers)
         except CurvatureError as error:
             rank_zero_info(f"{type(self).__name__}: no curvature is written: {error}")
@@ -324,3 +336,19 @@ class PlanRecorder:
         """
         if self._write_error is not None:
             raise self._write_error
+
+
+@contextmanager
+def _left_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Buffers and modes are as before afterwards, and no gradient is left."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for module, training in modes:
+            module.training = training
+        model.zero_grad(set_to_none=True)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from moe_precision.callbacks.plan_recorder import PlanRecorder
 from moe_precision.callbacks.wandb_media import log_to_wandb
-from moe_precision.curvature import CurvatureError
 
 
 class RouterNormMonitor(PlanRecorder, Callback):
@@ -39,8 +38,9 @@ class RouterNormMonitor(PlanRecorder, Callback):
         bits: Levels to choose from, of 1 to 8, or 16: one, two, or three that are equally spaced; any number for
             ``curvature`` and ``weight_error``.
         method: How widths are chosen: ``router_norm`` (the paper's rule), its ablations ``norm_only``, ``final_norm``,
-            ``max_variance``, the least predicted increase of the loss ``curvature`` or least ``weight_error``, or a
-            control: ``reversed``, ``random``, ``uniform``.
+            ``max_variance``, by the tokens that experts get ``load``, the least predicted increase of the loss
+            ``curvature`` or least ``weight_error``, or a control: ``reversed``, ``least_load``, ``random`` or
+            ``uniform``.
         group_size: Weights that share a scale and an offset when the plan is carried out; divides every expert's
             input width.
         every_n_steps: Optimizer steps between records; None takes the Trainer's ``log_every_n_steps``.
@@ -92,6 +92,11 @@ class RouterNormMonitor(PlanRecorder, Callback):
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.curvature_batches is not None and not pl_module.automatic_optimization:
+            raise ValueError(
+                f"curvature_batches={self.curvature_batches} needs automatic optimization: this module steps its own "
+                "optimizers, so that its loss cannot be had without a step"
+            )
         # strategy.model: FSDP1's root unit is around the LightningModule
         if self._start(trainer.strategy.model or pl_module, trainer.global_step):
             self._log(trainer)
@@ -142,24 +147,19 @@ class RouterNormMonitor(PlanRecorder, Callback):
                 logger.log_metrics(metrics, step=trainer.global_step)
 
 
-def _losses(trainer: Trainer, pl_module: LightningModule) -> Iterator[Callable[[], Tensor]]:
+def _losses(trainer: Trainer, pl_module: LightningModule) -> Iterator[Callable[[], Tensor | None]]:
     """The module's own training loss on one more pass over the training data, as the training loop computes it."""
-    if not pl_module.automatic_optimization:
-        raise CurvatureError("curvature_batches needs automatic optimization: this module steps its own optimizers")
     strategy = trainer.strategy
     combined = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
 
-    def loss_of(batch: Any, index: int) -> Tensor:
+    def loss_of(batch: Any, index: int) -> Tensor | None:
         batch = strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
         hook, pl_module._current_fx_name = pl_module._current_fx_name, "training_step"  # where self.log is allowed
         try:
             output = strategy.training_step(batch, index)
         finally:
             pl_module._current_fx_name = hook
-        loss = output["loss"] if isinstance(output, Mapping) else output
-        if loss is None:
-            raise CurvatureError("training_step returned no loss")
-        return loss
+        return output["loss"] if isinstance(output, Mapping) else output
 
     for batch, index, _ in combined:
         yield partial(loss_of, batch, index)

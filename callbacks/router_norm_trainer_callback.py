@@ -43,7 +43,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         granularity: What shares a width: ``expert``; for ``weight_error`` and ``curvature`` also ``expert+projection``,
             ``layer`` or ``layer+projection``.
         curvature_batches: Take the curvature from squared gradients of so many more training batches, with the model's
-            own loss; None reads the optimizer's second moments. For optimizers that have none.
+            own loss, on one process; None reads the optimizer's second moments. For optimizers that have none.
 
     Attributes:
         history: The recorded norms.
@@ -92,7 +92,9 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         if self._record_final(state.global_step):
             self._log(state)
         optimizers = [kwargs["optimizer"]] if kwargs.get("optimizer") is not None else []
-        losses = _losses(kwargs["model"], kwargs.get("train_dataloader"))
+        losses: Iterator[Callable[[], Tensor | None]] = iter(())
+        if args.world_size == 1:  # else the model is inside of DDP or FSDP, where a callback cannot reach
+            losses = _losses(kwargs["model"], kwargs.get("train_dataloader"))
         plan = self._finish(state.is_world_process_zero, optimizers, losses)
         if plan is not None and (run := _wandb_run()) is not None:
             assert self._path is not None
@@ -105,10 +107,11 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
             run.log({**self._metrics(), "train/global_step": state.global_step})
 
 
-def _losses(model: Any, batches: Any) -> Iterator[Callable[[], Tensor]]:
+def _losses(model: Any, batches: Any) -> Iterator[Callable[[], Tensor | None]]:
     device = next(model.parameters()).device
 
-    def loss_of(batch: dict[str, Tensor]) -> Tensor:
+    def loss_of(batch: dict[str, Tensor]) -> Tensor | None:
+        model.train()  # an evaluation may have come last
         return model(**{key: value.to(device) for key, value in batch.items()}).loss
 
     for batch in batches or ():

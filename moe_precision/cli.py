@@ -14,13 +14,22 @@ from typing import Any
 from tqdm import tqdm
 
 from . import tables
-from .allocation import ALL_METHODS, GRANULARITIES, PLAN_METHODS, AllocationError, allocate
+from .allocation import (
+    ALL_METHODS,
+    GRANULARITIES,
+    PLAN_METHODS,
+    AllocationError,
+    allocate,
+    check_granularity,
+    levels_of,
+)
 from .checkpoint_signals import StreamingError
 from .checkpoints import load_model, quantize_checkpoint, stored_bits_per_expert_weight, tensor_bytes, weight_files
 from .curvature import Curvature, curvature_of_losses
 from .files import check_writable, replaced_when_done
 from .moe_layers import find_moe_layers
-from .plan import PrecisionPlan
+from .orders import check_levels
+from .plan import PrecisionPlan, check_group_size
 from .router_norms import RouterNormHistory
 from .version import __version__
 
@@ -56,14 +65,19 @@ def _plan(options: argparse.Namespace) -> None:
     if Path(options.output).exists():
         raise FileExistsError(f"{options.output!r} exists; name another file with -o")
     check_writable(options.output)
-    plan = _allocated(options)
+    if options.curvature_batches is not None and _curvature_of(options.output).exists():
+        raise FileExistsError(f"{str(_curvature_of(options.output))!r} exists; name another file with -o")
+    plan, curvature = _allocated(options)
+    if curvature is not None:
+        curvature.save(_curvature_of(options.output))
+        print(f"wrote {_curvature_of(options.output)}")
     plan.save(options.output)
     tables.show(tables.plan_table(plan))
     print(f"wrote {options.output}")
 
 
-def _allocated(options: argparse.Namespace) -> PrecisionPlan:
-    """The plan of what the command names: a history, one checkpoint, or two."""
+def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, Curvature | None]:
+    """The plan of what the command names, a history, one checkpoint, or two, and curvature that was made for it."""
     source, initial, final = options.source, options.initial, options.final
     if source is None and final is None:
         raise ValueError("give a history, a checkpoint folder, or --final with --initial; see --help")
@@ -81,45 +95,54 @@ def _allocated(options: argparse.Namespace) -> PrecisionPlan:
     settings |= {key: getattr(options, key) for key in ("curvature", "granularity", "stored_bits", "expert_gib")}
     if options.method == "curvature" and options.curvature_batches is None and options.curvature is None:
         settings["curvature"] = _beside(source)
+    made = None
     if options.curvature_batches is not None:
         if final is None:
             raise ValueError("--curvature-batches takes gradients of the trained model: give its checkpoint")
-        settings["curvature"] = _curvature_by_batches(options, final)
+        made = settings["curvature"] = _curvature_by_batches(options, final, source)
     history = source if source is not None else initial
     try:
-        return allocate(final, history, **settings)
+        return allocate(final, history, **settings), made
     except StreamingError as error:
         if initial is not None:
             raise
         print(f"{error}: loading the whole model instead", file=sys.stderr)
-        return allocate(load_model(final), history, **settings)
+        return allocate(load_model(final), history, **settings), made
 
 
 def _beside(path: str | None) -> Path | None:
     """The curvature that a run has written beside a plan or a history, if it is there."""
     if path is None:
         return None
-    curvature = Path(path.removesuffix(".json").removesuffix(".history.safetensors") + ".curvature.safetensors")
+    curvature = _curvature_of(path.removesuffix(".json").removesuffix(".history.safetensors") + ".json")
     return curvature if curvature.is_file() else None
 
 
-def _curvature_by_batches(options: argparse.Namespace, checkpoint: str) -> Curvature:
-    """Squared gradients of a checkpoint on training batches, written beside the plan for the quantize step."""
+def _curvature_of(plan: str) -> Path:
+    """Where the curvature of a plan stands."""
+    return Path(plan).with_suffix(".curvature.safetensors")
+
+
+def _curvature_by_batches(options: argparse.Namespace, checkpoint: str, history: str | None) -> Curvature:
+    """Squared gradients of a checkpoint on training batches, after all that can be wrong with the plan is checked."""
     if options.curvature is not None:
         raise ValueError("--curvature and --curvature-batches are two sources of one thing; give one")
-    model = load_model(checkpoint, dtype="float32")
-    data, patterns = _data(options, checkpoint, model), {}
+    in_bytes = options.stored_bits is not None or options.expert_gib is not None
+    levels_of(options.method, max(options.bits) if in_bytes else options.average_bits, options.bits)
+    check_granularity(options.method, options.granularity)
+    patterns = {} if history is None else RouterNormHistory.load(history).patterns
     for key in ("router_pattern", "expert_pattern"):
         if getattr(options, key) is not None:
             patterns[key] = getattr(options, key)
+    model = load_model(checkpoint, dtype="float32")
+    layers = find_moe_layers(model.train(), **patterns)
+    for layer in layers:
+        check_group_size(options.group_size, layer.name, layer.projections)
+    data = _data(options, checkpoint, model)
     batches = islice(data.train_dataloader(), options.curvature_batches)
     bar = tqdm(batches, desc="gradients", total=options.curvature_batches, unit="batch", disable=None)
     losses = (partial(lambda batch: model(**batch).loss, batch) for batch in bar)
-    found = curvature_of_losses(find_moe_layers(model.train(), **patterns), losses)
-    path = Path(options.output).with_suffix(".curvature.safetensors")
-    found.save(path)
-    print(f"wrote {path}")
-    return found
+    return curvature_of_losses(layers, losses)
 
 
 def _data(options: argparse.Namespace, checkpoint: str, model: Any) -> Any:
@@ -142,18 +165,28 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from .comparison import compare, verdict
+    from .comparison import CONTROLS, compare, verdict
     from .report import plot_comparison
 
     outputs = [path for path in (options.output, options.plot, options.write_plan) if path is not None]
-    for path in outputs:
+    if options.write_plan is not None:
+        if len(options.average_bits) > 1:
+            raise ValueError(f"--write-plan writes one plan: give one budget, got {options.average_bits}")
+        if Path(options.write_plan).suffix != ".json":
+            raise ValueError(f"--write-plan must end in .json, got {options.write_plan!r}")
+        if all(method in CONTROLS for method in options.methods):
+            raise ValueError(f"--write-plan writes the winner, and {', '.join(options.methods)} are controls")
+    if options.plot is not None and Path(options.plot).suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--plot must end in .png, .pdf or .svg, got {options.plot!r}")
+    for path in [*outputs, *([_curvature_of(options.write_plan)] if options.write_plan is not None else [])]:
+        if Path(path).exists():
+            raise FileExistsError(f"{str(path)!r} exists; name another file")
         check_writable(path)
-    if options.write_plan is not None and len(options.average_bits) > 1:
-        raise ValueError(f"--write-plan writes one plan: give one budget, got --average-bits {options.average_bits}")
-    if options.write_plan is not None and Path(options.write_plan).exists():
-        raise FileExistsError(f"{options.write_plan!r} exists; name another file with --write-plan")
+    for budget in options.average_bits:
+        check_levels(budget, options.bits)
     history = None if options.history is None else RouterNormHistory.load(options.history)
-    curvature = options.curvature or _beside(options.history)
+    path_of_curvature = options.curvature or _beside(options.history)
+    curvature = None if path_of_curvature is None else Curvature.load(path_of_curvature)
     model = load_model(options.checkpoint, dtype="float32")
     data = _data(options, options.checkpoint, model)
     seq2seq = model.config.is_encoder_decoder
@@ -162,7 +195,7 @@ def _compare(options: argparse.Namespace) -> None:
         islice(data.val_dataloader(), options.max_batches),
         data.token_counts,
         history,
-        None if curvature is None else Curvature.load(curvature),
+        curvature,
         list(islice(data.train_dataloader(), options.calibration_batches)),
         methods=options.methods,
         budgets=options.average_bits,
@@ -180,17 +213,17 @@ def _compare(options: argparse.Namespace) -> None:
     print("\n".join([*verdict(found), *(f"left out: {reason}" for reason in found.skipped)]))
     if options.output is not None:
         with replaced_when_done(options.output) as temporary:
-            temporary.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     if options.plot is not None:
         with replaced_when_done(options.plot) as temporary:
-            plot_comparison(found).savefig(temporary, format=Path(options.plot).suffix.lstrip(".") or "png", dpi=120)
+            plot_comparison(found).savefig(temporary, format=Path(options.plot).suffix.lstrip("."), dpi=120)
     if options.write_plan is not None:
         winner = found.winner(options.average_bits[0])
         if winner is None:
-            raise AllocationError("--write-plan: only controls were compared, there is no winner to write")
-        winner.plan.save(options.write_plan)
+            raise AllocationError("no method could be compared, there is no winner to write")
         if curvature is not None:
-            Curvature.load(curvature).save(Path(options.write_plan).with_suffix(".curvature.safetensors"))
+            curvature.save(_curvature_of(options.write_plan))
+        winner.plan.save(options.write_plan)
     for path in outputs:
         print(f"wrote {path}")
 
@@ -248,6 +281,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -372,17 +409,19 @@ def _parser() -> argparse.ArgumentParser:
         choices=list(GRANULARITIES),
         help="of the methods that know costs (default: expert and expert+projection)",
     )
-    compare.add_argument("--random-draws", type=_positive, default=20, help="19 can show 5 %% (default 20)")
-    compare.add_argument("--max-batches", type=_positive, help="validation batches of 16 documents (default: all)")
+    compare.add_argument(
+        "--random-draws", type=_positive, default=40, help="39 can show a difference at 5 %% (default 40)"
+    )
+    compare.add_argument("--max-batches", type=_positive, help="validation batches of 16 rows (default: all)")
     compare.add_argument(
         "--calibration-batches",
-        type=int,
+        type=_count,
         default=4,
         help="training batches on which the sensitivity of every expert matrix at every level is measured, which is "
         "slow (default 4; 0 leaves it out)",
     )
     compare.add_argument(
-        "--rouge-examples", type=int, default=32, help="documents to summarize, sequence-to-sequence (default 32)"
+        "--rouge-examples", type=_count, default=32, help="documents to summarize, sequence-to-sequence (default 32)"
     )
     add_dataset(compare)
     compare.add_argument("-o", "--output", metavar="JSON", help="write all figures")

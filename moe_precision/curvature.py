@@ -169,16 +169,16 @@ def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature
     return _assembled(layers, of)
 
 
-def curvature_of_losses(layers: list[MoELayer], losses: Iterable[Callable[[], Tensor]]) -> Curvature:
+def curvature_of_losses(layers: list[MoELayer], losses: Iterable[Callable[[], Tensor | None]]) -> Curvature:
     """Means of the squared gradients of some losses, for experts whose optimizer keeps no second moment.
 
-    With many processes it is a collective: the gradients that DDP and FSDP2 have averaged are the same or sharded, all
-    others are averaged here.
+    With many processes it is a collective: DDP and FSDP2 average gradients of what they train, those of frozen experts
+    are averaged here. Gradients of all parameters are left as the last loss made them.
 
     Args:
         layers: As found by `find_moe_layers`; frozen experts are unfrozen while this runs.
-        losses: Each computes the loss of one batch, ``()``; batches of the size of training's keep costs on the scale
-            of the optimizer's.
+        losses: Each computes the loss of one batch, ``()``, or None to skip it; batches of the size of training's keep
+            costs on the scale of the optimizer's.
 
     Raises:
         CurvatureError: No loss at all, a gradient that is not finite, or none reaches any expert of a layer.
@@ -186,6 +186,7 @@ def curvature_of_losses(layers: list[MoELayer], losses: Iterable[Callable[[], Te
     weights = [weight for layer in layers for bank in layer.banks.values() for weight in bank.weights]
     parameters = [weight.parameter() for weight in weights]
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     sums: dict[int, _Means] = {}
     count = 0
     try:
@@ -194,8 +195,18 @@ def curvature_of_losses(layers: list[MoELayer], losses: Iterable[Callable[[], Te
         for loss in losses:
             for parameter in parameters:
                 parameter.grad = None
-            loss().backward()
+            value = loss()
+            if value is None:
+                continue
+            value.backward()
             count += 1
+            for parameter in frozen if many else ():
+                if isinstance(parameter, DTensor):
+                    continue
+                # DDP averages the gradients of what it trains alone
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
             for parameter in parameters:
                 if parameter.grad is not None:
                     squared = _means(parameter.grad.float().square())
@@ -209,19 +220,11 @@ def curvature_of_losses(layers: list[MoELayer], losses: Iterable[Callable[[], Te
         for parameter in frozen:
             parameter.requires_grad_(False)
     if count == 0:
-        raise CurvatureError("no batch to take gradients of")
+        raise CurvatureError("no batch gave a loss to take gradients of")
 
     def of(weight: Weight) -> _Means | None:
         found = sums.get(id(weight.parameter()))
-        sharded = isinstance(weight.parameter(), DTensor)
-        if not sharded and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            zeros = torch.zeros(weight.shape[:-1]), torch.zeros((*weight.shape[:-2], weight.shape[-1]))
-            device = weight.parameter().device
-            found = tuple(one.to(device) / dist.get_world_size() for one in found or zeros)  # type: ignore[assignment]
-            assert found is not None
-            for one in found:
-                dist.all_reduce(one)
-        return None if found is None else (found[0] / count, found[1] / count)
+        return None if found is None or not found[0].any() else (found[0] / count, found[1] / count)
 
     return _assembled(layers, of)
 

@@ -127,5 +127,7 @@ def document_losses(
             losses, targets, rows = token_losses(model, batch)
         parts.append((losses.cpu(), targets.cpu(), rows.cpu() + documents))
         documents += len(batch["labels"])
+    if not parts:
+        raise ValueError("no batch to judge on")
     losses, targets, rows = (torch.cat([part[i] for part in parts]) for i in range(3))
     return losses, targets, rows

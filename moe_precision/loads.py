@@ -45,11 +45,7 @@ class LoadCounter:
                 self._hook(container, self.count, layer)
 
     def _hook(self, module: nn.Module, count: Any, *known: Any) -> None:
-        def hook(called: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # else a recomputation
-                count(called.training, (*args, *kwargs.values()), *known)
-
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._handles.append(module.register_forward_pre_hook(_Hook(count, known), with_kwargs=True))
 
     @torch.no_grad()
     def count(self, training: bool, given: tuple[Any, ...], layer: MoELayer) -> None:
@@ -91,6 +87,25 @@ class LoadCounter:
         self._handles = []
 
 
+class _Hook:
+    """A forward hook that counts; in copies and pickles of the model it does nothing."""
+
+    def __init__(self, count: Any, known: tuple[Any, ...]) -> None:
+        self._count, self._known = count, known
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # else a recomputation
+            self._count(module.training, (*args, *kwargs.values()), *self._known)
+
+    def __reduce__(self) -> Any:
+        return _Nothing, ()
+
+
+class _Nothing:
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        pass
+
+
 def count_loads(model: nn.Module, batches: Iterable[dict[str, Tensor]], **patterns: Any) -> Loads:
     """What every expert receives on some batches, without training.
 
@@ -112,14 +127,26 @@ def count_loads(model: nn.Module, batches: Iterable[dict[str, Tensor]], **patter
 
 
 def _routing(given: tuple[Any, ...], num_experts: int) -> tuple[Tensor, Tensor | None] | None:
-    """Among what experts are called with: chosen indices ``(N, K)`` and, if there, their weights of the same shape."""
+    """Among what experts are called with: chosen indices ``(N, K)`` and, if there, their weights of the same shape.
+
+    None where nothing is certain to be that: a count for each expert, a padding mask or positions are not.
+    """
     tensors = [x for x in given if isinstance(x, Tensor)]
-    chosen = next((x for x in tensors if not x.is_floating_point() and not x.is_complex()), None)
-    if chosen is None:
+    hidden = next((x for x in tensors if x.is_floating_point() and x.ndim >= 2), None)  # (..., d)
+    if hidden is None:
         return None
-    if chosen.ndim == 3 and chosen.shape[-1] == num_experts:  # a mask (N, K, E); a full expert leaves tokens out
-        index = torch.where(chosen.any(-1), chosen.to(torch.uint8).argmax(-1), num_experts)
-    else:
-        index = chosen
-    weights = [x for x in tensors if x.is_floating_point() and x.shape == index.shape]
-    return index, weights[-1] if weights else None
+    tokens = hidden.shape[:-1].numel()
+    for chosen in tensors:
+        if chosen.is_floating_point() or chosen.ndim < 2 or chosen.shape[0] != tokens:
+            continue
+        if chosen.ndim == 3 and chosen.shape[-1] == num_experts:  # a mask (N, K, E); a full expert leaves tokens out
+            index = torch.where(chosen.any(-1), chosen.to(torch.uint8).argmax(-1), num_experts)
+        elif chosen.shape == (tokens, num_experts) and chosen.dtype == torch.bool:  # a mask (N, E)
+            index = torch.where(chosen, torch.arange(num_experts, device=chosen.device), num_experts)
+        elif chosen.ndim == 2 and chosen.shape[1] < num_experts and chosen.dtype != torch.bool:
+            index = chosen
+        else:
+            continue
+        weights = [x for x in tensors if x.is_floating_point() and x.shape == index.shape]
+        return index, weights[-1] if weights else None
+    return None

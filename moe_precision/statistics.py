@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its 95 % interval."""
+    """An estimate and its 95 % interval; NaN limits where there is nothing to estimate one from."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.value:.4f}"
         return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
 
@@ -44,10 +47,13 @@ def bootstrap(sums: Tensor, counts: Tensor, draws: Tensor) -> Interval:
         counts: ``(documents,)``, number of tokens of each.
         draws: As `resample_documents` returns it.
     """
+    value = float(sums.sum() / counts.sum())
+    if (counts > 0).sum() < 2:
+        return Interval(value, math.nan, math.nan)
     totals = draws @ counts.double()
-    means = (draws @ sums.double()) / totals.clamp(min=1e-300)
+    means = ((draws @ sums.double()) / totals)[totals > 0]  # a resample may have no token of a band
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(float(sums.sum() / counts.sum()), low, high)
+    return Interval(value, low, high)
 
 
 def mean_of_runs(values: Sequence[float]) -> Interval:
@@ -89,6 +95,7 @@ def rank_correlation(signal: Tensor, reference: Tensor) -> float:
         return float(stats.spearmanr(signal.double().numpy(), reference.double().numpy()).statistic)
 
 
-def draws_as_good(value: float, draws: Sequence[float]) -> float:
-    """One-sided p-value of a loss against random draws, ``(1 + k) / (1 + n)`` where k of n are at least as good."""
-    return (1 + sum(draw <= value for draw in draws)) / (1 + len(draws))
+def p_among_draws(value: float, draws: Sequence[float]) -> float:
+    """Two-sided p-value of a loss among random draws: twice ``(1 + k) / (1 + n)``, k of n draws at least as extreme."""
+    below, above = sum(draw <= value for draw in draws), sum(draw >= value for draw in draws)
+    return min(1.0, 2 * (1 + min(below, above)) / (1 + len(draws)))

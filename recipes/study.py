@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from moe_precision import recipes
-from moe_precision.allocation import METHODS, plan_of_signals
+from moe_precision.allocation import GRANULARITIES, METHODS, plan_of_signals
 from moe_precision.callbacks import RouterNormMonitor, SavePretrained
 from moe_precision.checkpoints import load_model
 from moe_precision.comparison import Judge, final_history
@@ -50,7 +50,6 @@ from moe_precision.simulation import Bits, Matrix, SimulatedExperts
 from moe_precision.statistics import rank_correlation
 
 ORDERS = ("router_norm", "norm_only", "final_norm", "max_variance", "load", "least_load", "reversed")
-ALL_GRANULARITIES = ("expert", "expert+projection", "layer", "layer+projection")
 ZETAS = (1.5, 2.0, 5.0)  # beside the paper's 3, which is `router_norm`, and `norm_only`
 MAIN = [2, 3]
 REFERENCE = "language-reference"
@@ -367,7 +366,7 @@ class Study:
                 judged = method in ("weight_error", "curvature", "sensitivity")
                 if not judged and equally_spaced and levels != MAIN:
                     continue
-                for granularity in ALL_GRANULARITIES if judged else ALL_GRANULARITIES[:2]:
+                for granularity in GRANULARITIES if judged else GRANULARITIES[:2]:
                     plan = self._plan("curvature", budget, levels, granularity=granularity, costs=found)
                     self.add(simulated, plan, method, quantizer, levels)
 

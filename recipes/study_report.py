@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from moe_precision.evaluation import BANDS
+from moe_precision.recipes.study import MAIN
 from moe_precision.statistics import Interval, mean_of_runs, ratio_of_runs
 
 OURS = "unbiased gain, curvature"
 RTN = "round to nearest"
-MAIN = [2, 3]
 SHOWN = (
     ("uniform 2", "expert"),
     ("uniform 3", "expert"),

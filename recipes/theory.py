@@ -198,6 +198,7 @@ def plot(first: Run, rare_share: float) -> Figure:
         axis.plot(first.steps, values, color="C1" if rare else "C0", lw=1.2, label=label)
     axis.axvline(first.learned.step, color="0.5", ls="--", lw=1, label="just learned")
     axis.set_xscale("symlog", linthresh=10)
+    axis.set_xlim(left=0)
     axis.set_xlabel("SGD step")
     axis.set_ylabel("change of router L2 norm")
     axis.set_title(f"experts of frequent and rare tokens, rare share {rare_share:g}", fontsize=9)
@@ -231,6 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not 0 < options.rare_share < 0.25:
         parser.error(f"--rare-share {options.rare_share}: the theorems are for shares between 0 and 1/4")
+    if options.seeds < 1:
+        parser.error(f"--seeds {options.seeds}: expected at least 1")
     options.output.mkdir(parents=True, exist_ok=True)
     runs = [run(seed, options.rare_share) for seed in tqdm(range(options.seeds), desc="theory", unit="run")]
     show(table(runs))

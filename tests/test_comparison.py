@@ -116,9 +116,23 @@ def test_what_is_written_is_whole_json_and_the_picture_draws(comparison, tmp_pat
 
 
 def test_few_documents_are_said(comparison):
-    assert not any("documents" in line for line in verdict(comparison))
+    assert not any("Documents" in line for line in verdict(comparison))
     few = verdict(replace(comparison, counts=comparison.counts[:4], rows=[], correlations={}))
-    assert few == ["4 documents alone: intervals are rough, judge on more."]
+    assert few == ["Documents: 4. Intervals are rough, judge on 20 or more."]
+
+
+def test_draws_too_few_to_tell(comparison):
+    rows = [row("router_norm", 0.01, 0.01, comparison), row("random", 0.02, 0.02, comparison, [0.02] * 10)]
+    said, *_ = verdict(replace(comparison, rows=rows, correlations={}))
+    assert "cannot be told from random order with 10 draws on rare tokens" in said
+
+
+def test_a_signal_that_ranks_nothing_is_left_out_and_json_stays_valid(comparison):
+    correlations = {"router_norm_change": {"all": float("nan")}, "curvature": {"all": 0.5}}
+    found = replace(comparison, correlations=correlations)
+    assert verdict(found)[-1].endswith("over all experts: curvature 0.50.")
+    data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert data["correlations"]["router_norm_change"]["all"] is None
 
 
 def row(method, mean, rare, comparison, draws=(), granularity="expert"):
@@ -135,12 +149,12 @@ def row(method, mean, rare, comparison, draws=(), granularity="expert"):
 @pytest.mark.parametrize(
     ("paper", "rare", "text"),
     [
-        (0.05, 0.01, "beats random order (p=0.048) on rare tokens and loses to random order (p=0.048) on the mean"),
-        (0.02, 0.02, "does not differ from random order (p=0.52) on rare tokens and does not differ"),
+        (0.05, 0.01, "beats random order (p=0.049) on rare tokens and loses to random order (p=0.049) on the mean"),
+        (0.02, 0.02, "does not differ from random order (p=1) on rare tokens and does not differ"),
     ],
 )
 def test_the_verdict_in_words(paper, rare, text, comparison):
-    draws = [0.02 + (i - 10) * 1e-4 for i in range(20)]
+    draws = [0.02 + (i - 20) * 1e-4 for i in range(40)]
     rows = [
         row("router_norm", paper, rare, comparison),
         row("random", 0.02, 0.02, comparison, draws),
@@ -149,7 +163,8 @@ def test_the_verdict_in_words(paper, rare, text, comparison):
     said = verdict(replace(comparison, rows=rows, counts=comparison.counts[:4], correlations={}))
     assert len(said) == 2
     assert text in said[0]
-    assert "use `curvature, expert+projection`: it loses 0.0100" in said[0]
+    assert "use `curvature, expert+projection` (3 stored bits), which loses least here: 0.0100" in said[0]
+    assert "within the noise" in said[0]  # four documents
     assert f"on rare tokens {0.03 - rare:.4f}" in said[0]
 
 
@@ -171,6 +186,9 @@ def test_equal_losses_are_within_the_noise(comparison):
         ({"granularities": ["neuron"]}, AllocationError, "unknown granularity"),
         ({"group_size": 48}, PlanError, "does not divide"),
         ({"random_draws": 0}, AllocationError, "at least 1"),
+        ({"methods": []}, AllocationError, "methods is empty"),
+        ({"budgets": []}, AllocationError, "budgets is empty"),
+        ({"granularities": []}, AllocationError, "granularities is empty"),
     ],
 )
 def test_bad_arguments(settings, error, message, known):
@@ -206,6 +224,10 @@ def test_no_target_is_an_error(known):
     model, batches, counts, _ = known
     with pytest.raises(ValueError, match="no target tokens"):
         Judge(model, [{"input_ids": batches[0]["input_ids"], "labels": torch.full((32, 128), -100)}], counts)
+    with pytest.raises(ValueError, match="no batch to judge on"):
+        Judge(model, [], counts)
+    with pytest.raises(ValueError, match="token_counts has 3 entries"):
+        Judge(model, batches[:1], counts[:3])
 
 
 def test_the_command(tmp_path, capsys):
@@ -230,7 +252,7 @@ def test_the_command(tmp_path, capsys):
     assert main([*arguments, *outputs]) == 0
     out = capsys.readouterr().out
     assert "curvature, expert+projection" in out
-    assert "At 2.5 bits (3 stored) on this model" in out
+    assert "At 2.5 bits on this model" in out
     assert all(file.is_file() for file in files)
     best = PrecisionPlan.load(files[2])
     assert best.method in ("router_norm", "curvature")
@@ -239,6 +261,15 @@ def test_the_command(tmp_path, capsys):
     # nothing is replaced, and one plan has one budget
     assert main([*arguments, *outputs]) == 2
     assert "exists" in capsys.readouterr().err
+    for bad, message in (
+        (["--plot", str(tmp_path / "p.xyz")], "must end in .png"),
+        (["--write-plan", str(tmp_path / "best.v2")], "must end in .json"),
+        (["--write-plan", str(tmp_path / "c.json"), "--methods", "random"], "are controls"),
+        (["--average-bits", "7"], "outside of the levels"),
+        (["--curvature", str(tmp_path / "no.safetensors")], "no curvature at"),
+    ):
+        assert main([*arguments, *bad]) == 2
+        assert message in capsys.readouterr().err
     two = ["--average-bits", "2.25", "2.5", "--write-plan", str(tmp_path / "other.json")]
     assert main([*arguments, *two]) == 2
     assert "give one budget" in capsys.readouterr().err

@@ -329,8 +329,30 @@ def test_the_callback_takes_gradients_where_the_optimizer_keeps_none(accumulate,
 
 
 def test_gradients_need_automatic_optimization(tmp_path):
-    with pytest.warns(UserWarning, match="no plan is written: method 'curvature' needs curvature"):
+    with pytest.raises(ValueError, match="curvature_batches=2 needs automatic optimization"):
         trainer(tmp_path, monitor(method="curvature", curvature_batches=2)).fit(TwoOptimizers(), data())
+
+
+def test_the_extra_batches_leave_the_model_as_it_was(tmp_path):
+    class Normed(Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(32)
+
+        def loss(self, x):
+            return super().loss(self.norm(x))
+
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    module = Normed()
+    callback = monitor(curvature_batches=100)
+    with pytest.warns(UserWarning, match="there are 6 batches to take gradients of"):
+        trainer(tmp_path, callback).fit(module, data())
+    assert callback.curvature is not None
+    assert module.norm.num_batches_tracked == 5  # of training alone
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert not any(one._forward_pre_hooks for one in module.modules())
 
 
 def test_the_plan_command_takes_gradients_of_a_checkpoint(tmp_path, capsys):
@@ -349,6 +371,15 @@ def test_the_plan_command_takes_gradients_of_a_checkpoint(tmp_path, capsys):
     assert "plan.curvature.safetensors" in capsys.readouterr().out
     assert main([*arguments[:-1], str(tmp_path / "other.json"), "--curvature", "x.safetensors"]) == 2
     assert "give one" in capsys.readouterr().err
+    # what is wrong with the plan is told before gradients are taken, and nothing is replaced
+    for wrong, message in (("--average-bits", "outside of the levels"), ("--group-size", "does not divide")):
+        bad = [*arguments[:-1], str(tmp_path / "bad.json"), wrong, "9" if wrong == "--average-bits" else "48"]
+        assert main(bad) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "bad.curvature.safetensors").exists()
+    (tmp_path / "kept.curvature.safetensors").write_text("precious")
+    assert main([*arguments[:-1], str(tmp_path / "kept.json")]) == 2
+    assert (tmp_path / "kept.curvature.safetensors").read_text() == "precious"
 
 
 @pytest.mark.parametrize("method", ["router_norm", "load", "weight_error"])

@@ -1,12 +1,15 @@
 """Expert load: counted right in every layout, once, and carried by history, callbacks and plans."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
 from moe_precision import AllocationError, RouterNormHistory, allocate, find_moe_layers
-from moe_precision.loads import LoadCounter, count_loads
+from moe_precision.loads import LoadCounter, _routing, count_loads
 from moe_precision.router_norms import router_norms
 from moe_precision.signals import expert_load
 from tests.conftest import CONFIGS, PlainMoE, build
@@ -30,7 +33,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe"])
 def test_fused_experts_against_what_their_router_says(family):
-    model = build(family)
+    model = build(family, num_experts_per_tok=2)
     said = {}
     layers = find_moe_layers(model)
 
@@ -166,6 +169,52 @@ def test_plans_by_load():
     assert layer.signals["expert_load"] == tokens.tolist()
     least = allocate(history=history, method="least_load", group_size=64)
     assert least.layers[layers[0].name].bits == [2, 3, 2, 3, 3, 2, 3, 2]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (torch.tensor([2, 1, 0, 0]),),  # tokens an expert
+        (torch.tensor([0, 1, 2]),),  # positions
+        (torch.ones(3, 4, dtype=torch.int64),),  # as wide as there are experts: a mask or indices
+        (torch.ones(3, dtype=torch.bool),),  # padding
+    ],
+)
+def test_other_integers_are_not_taken_for_indices(extra):
+    hidden = torch.randn(3, 8)
+    assert _routing((hidden, *extra), 4) is None
+    index = torch.tensor([[0, 2], [1, 2], [3, 0]])
+    found, weights = _routing((hidden, *extra, index, torch.rand(3, 2)), 4)
+    assert found is index
+    assert weights.shape == (3, 2)
+
+
+def test_masks():
+    hidden, mask = torch.randn(3, 8), torch.tensor([[True, False], [True, True], [False, False]])
+    index, _ = _routing((hidden, mask), 2)
+    assert expert_load(index, None, 2)[0].tolist() == [2, 1]
+
+
+def test_copies_and_pickles_of_a_counted_model_do_not_count():
+    model = nn.Sequential(PlainMoE())
+    counter = LoadCounter(find_moe_layers(model))
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied(torch.randn(5, 32))
+    assert counter.take(training=True) == {}
+    model(torch.randn(5, 32))
+    assert counter.take(training=True)["0"][0].sum() == 5
+
+
+def test_a_fit_without_a_step_leaves_no_hook(tmp_path):
+    module = Module()
+    trainer(tmp_path, monitor(), limit_train_batches=1, accumulate_grad_batches=1).fit(module, data(1))
+    assert not any(one._forward_pre_hooks for one in module.modules())
+    stopped = monitor()
+    stopped._start(module, 0)
+    assert any(one._forward_pre_hooks for one in module.modules())
+    with pytest.warns(UserWarning, match="no optimizer step was taken"):
+        assert stopped._finish(False, []) is None
+    assert not any(one._forward_pre_hooks for one in module.modules())
 
 
 def test_a_family_whose_experts_are_not_called_with_indices_has_no_load():

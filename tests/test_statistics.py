@@ -7,8 +7,8 @@ import torch
 
 from moe_precision.statistics import (
     bootstrap,
-    draws_as_good,
     mean_of_runs,
+    p_among_draws,
     rank_correlation,
     ratio_of_runs,
     resample_documents,
@@ -67,5 +67,21 @@ def test_rank_correlation_by_spearmans_formula():
 
 
 def test_the_p_value_of_a_loss_among_draws():
-    assert draws_as_good(0.5, [1.0] * 19) == pytest.approx(0.05)
-    assert draws_as_good(1.0, [0.5, 1.0, 2.0]) == pytest.approx(3 / 4)
+    assert p_among_draws(0.5, [1.0] * 39) == pytest.approx(0.05)
+    assert p_among_draws(1.5, [1.0] * 39) == pytest.approx(0.05)
+    assert p_among_draws(1.0, [0.5, 2.0, 3.0]) == pytest.approx(1.0)  # one of three below: 2 (1 + 1) / 4
+    generator = torch.Generator().manual_seed(0)
+    found = [p_among_draws(float(row[0]), row[1:].tolist()) for row in torch.rand(2000, 40, generator=generator)]
+    assert sum(p <= 0.05 for p in found) / 2000 == pytest.approx(0.05, abs=0.015)
+
+
+def test_too_few_documents_give_no_interval():
+    draws = resample_documents(3)
+    one = bootstrap(torch.tensor([1.0, 0, 0]), torch.tensor([2.0, 0, 0]), draws)
+    assert one.value == 0.5
+    assert math.isnan(one.low)
+    assert str(one) == "0.5000"
+    two = bootstrap(
+        torch.tensor([1.0, 3, 0]), torch.tensor([2.0, 2, 0]), draws
+    )  # resamples without a token are left out
+    assert (two.low, two.high) == (0.5, 1.5)
