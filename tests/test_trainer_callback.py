@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from moe_precision import AllocationError, HistoryError, PrecisionPlan, RouterNormHistory, find_moe_layers
 from moe_precision.callbacks import RouterNormMonitor, RouterNormTrainerCallback
+from moe_precision.curvature import Curvature, curvature_of_losses
 from tests.conftest import build
 from tests.wandb_file import read_artifacts, read_curves
 
@@ -16,7 +17,7 @@ IDS = torch.randint(3, 128, (12,), generator=torch.Generator().manual_seed(0)).t
 ITEM = {"input_ids": IDS, "labels": IDS}
 
 
-def train(folder, callback, steps=6, resume=None, restored=True, **changes):
+def train(folder, callback, steps=6, resume=None, restored=True, evaluation=False, **changes):
     settings = {"save_strategy": "no", "report_to": [], "logging_steps": 2, **changes}
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -32,7 +33,9 @@ def train(folder, callback, steps=6, resume=None, restored=True, **changes):
     )
     # resume_from_checkpoint alone does not restore routers and experts of a Mixtral: transformers issue 48805
     model = AutoModelForCausalLM.from_pretrained(resume) if resume and restored else build("mixtral")
-    Trainer(model, arguments, train_dataset=[ITEM] * 40, callbacks=[callback]).train(resume_from_checkpoint=resume)
+    held_out = [ITEM] * 3 if evaluation else None
+    trainer = Trainer(model, arguments, train_dataset=[ITEM] * 40, eval_dataset=held_out, callbacks=[callback])
+    trainer.train(resume_from_checkpoint=resume)
 
 
 class Same(pl.LightningModule):
@@ -116,6 +119,22 @@ def test_accumulation_counts_optimizer_steps(tmp_path):
     callback = RouterNormTrainerCallback(group_size=64)
     train(tmp_path, callback, 3, gradient_accumulation_steps=4)
     assert callback.history.steps == [0, 2, 3]
+    for load in callback.history.loads["training"].values():
+        assert load[0].sum() == 3 * 4 * 2 * 12 * 2  # steps, micro-batches, rows, tokens, experts a token
+
+
+def test_gradients_of_more_batches_after_an_evaluation(tmp_path):
+    callback = RouterNormTrainerCallback(group_size=64, method="curvature", curvature_batches=2)
+    train(tmp_path, callback, 4, evaluation=True, eval_strategy="steps", eval_steps=2)
+    assert callback.plan.method == "curvature"
+    assert PrecisionPlan.load(tmp_path / "precision_plan.json") == callback.plan
+    curvature = Curvature.load(tmp_path / "precision_plan.curvature.safetensors")
+    model = callback._model
+    batch = {key: torch.tensor([value, value]) for key, value in ITEM.items()}
+    expected = curvature_of_losses(find_moe_layers(model), [lambda: model(**batch).loss] * 2)
+    for name in expected.layers:
+        torch.testing.assert_close(curvature.rows[name], expected.rows[name], rtol=1e-4, atol=0)
+    assert {load[0].sum().item() for load in callback.history.loads["validation"].values()} == {3 * 12 * 2}  # the last
 
 
 def test_the_best_checkpoint_loaded_at_the_end(tmp_path):
