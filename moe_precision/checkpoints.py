@@ -18,6 +18,7 @@ from .curvature import Curvature
 from .files import folder_replaced_when_done
 from .plan import PrecisionPlan
 from .quantize import PlanQuantizationConfig
+from .quantize.grid import Grid
 
 _OF_AN_EXPERT = re.compile(r"(?:^|\.)experts\.")
 _WRITTEN_HERE = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.bin", "*.pt")
@@ -116,6 +117,7 @@ def quantize_checkpoint(
     out: str | os.PathLike,
     non_expert_bits: int | None = None,
     curvature: Curvature | str | os.PathLike | None = None,
+    grid: Grid | str | os.PathLike | None = None,
 ) -> PreTrainedModel:
     """Quantizes a float checkpoint by a plan while it loads, and saves the packed model with its tokenizer.
 
@@ -125,6 +127,7 @@ def quantize_checkpoint(
         out: Folder to write; it appears in one step, when it is complete.
         non_expert_bits: 8 or 4 to quantize the other linear layers too.
         curvature: `Curvature` or the path of its file, for the weights of the fit.
+        grid: `Grid` or the path of its file, in the place of a fit.
 
     Returns:
         The packed model.
@@ -133,7 +136,7 @@ def quantize_checkpoint(
         CheckpointError: The checkpoint is incomplete, or packed already.
         PlanError: The plan is for another model.
     """
-    quantization = PlanQuantizationConfig(plan, non_expert_bits, curvature)
+    quantization = PlanQuantizationConfig(plan, non_expert_bits, curvature, grid)
     files = weight_files(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint)
     model_class = model_class_of(checkpoint, config)

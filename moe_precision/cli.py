@@ -250,12 +250,15 @@ def _quantize(options: argparse.Namespace) -> None:
     plan = PrecisionPlan.load(options.plan)
     check_writable(Path(options.out).parent / "config.json")
     curvature = options.curvature or _beside(options.plan)
-    print(
-        f"weighs the fit by {curvature}"
-        if curvature is not None
-        else "no curvature file: errors of all columns count alike"
-    )
-    quantize_checkpoint(options.checkpoint, plan, options.out, options.non_expert_bits, curvature)
+    annealed = Path(options.plan).with_suffix(".grid.safetensors")
+    grid = options.grid or (annealed if annealed.is_file() else None)
+    if grid is not None:
+        print(f"takes scales and offsets from {grid}, on which training has ended")
+    elif curvature is not None:
+        print(f"weighs the fit by {curvature}")
+    else:
+        print("no curvature file: errors of all columns count alike")
+    quantize_checkpoint(options.checkpoint, plan, options.out, options.non_expert_bits, curvature, grid)
     before, after = (sum(tensor_bytes(folder).values()) / 1e6 for folder in (options.checkpoint, options.out))
     bits = stored_bits_per_expert_weight(options.out, plan)
     print(f"wrote {options.out}: {before:.2f} MB -> {after:.2f} MB, {bits:.3f} stored bits per expert weight")
@@ -445,6 +448,9 @@ def _parser() -> argparse.ArgumentParser:
         "--curvature",
         metavar="FILE",
         help="weighs the fit (default: x.curvature.safetensors beside the plan, if there)",
+    )
+    quantize.add_argument(
+        "--grid", metavar="FILE", help="of PrecisionAnneal (default: x.grid.safetensors beside the plan, if there)"
     )
 
     evaluate = add(

@@ -9,8 +9,13 @@ Where the curvature of the loss is known, each input column weighs in the fit by
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Quantized = tuple[Tensor, Tensor, Tensor]  # codes (out, in) uint8, scales and offsets (out, in / group) float16
+Fit = Callable[[Tensor, int, int], Quantized]  # of a weight, a width and a group size
 
 _ITERATIONS = 20
 _CHUNK = 1 << 18  # weights fitted at a time: bounds the memory and stays in cache
@@ -65,9 +70,7 @@ def _moments(groups: Tensor, codes: Tensor, weights: Tensor | None) -> tuple[Ten
     return mean_w, mean_q, variance_w, covariance, _mean_product(by_q, codes) - mean_q * mean_q
 
 
-def quantize_matrix(
-    weight: Tensor, bits: int, group_size: int, column_weights: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_matrix(weight: Tensor, bits: int, group_size: int, column_weights: Tensor | None = None) -> Quantized:
     """Quantizes one matrix, asymmetrically, in groups along its input dimension.
 
     Args:
@@ -117,6 +120,34 @@ def quantize_matrix(
                 f"magnitudes up to {weight.abs().max().item():.3g}; leave it at 16 bits"
             )
     return codes, scales, offsets
+
+
+def quantize_on_grid(weight: Tensor, bits: int, group_size: int, grid: tuple[Tensor, Tensor]) -> Quantized:
+    """`quantize_matrix` with scales and offsets that are given, ``(out, in / group)`` float16 each."""
+    scale, offset = (tensor.to(weight.device) for tensor in grid)
+    codes = codes_on_grid(weight, bits, scale, offset).to(torch.uint8)
+    return codes.flatten(-2), scale, offset
+
+
+def codes_on_grid(weight: Tensor, bits: Tensor | int, scale: Tensor, offset: Tensor) -> Tensor:
+    """Nearest codes for scales and offsets that are given.
+
+    Args:
+        weight: ``(..., out, in)``, any float dtype.
+        bits: Width, or ``(..., 1, 1, 1)`` for matrices of different widths.
+        scale: ``(..., out, in / group)``; 0 for a constant group.
+        offset: The same shape.
+
+    Returns:
+        ``(..., out, in / group, group)`` float32 of whole numbers from 0 to ``2**bits - 1``.
+    """
+    groups = weight.float().unflatten(-1, (scale.shape[-1], -1))
+    scale, offset = scale.float().unsqueeze(-1), offset.float().unsqueeze(-1)
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    codes = ((groups - offset) * inverse).round_()
+    if isinstance(bits, int):
+        return codes.clamp_(0, 2**bits - 1)
+    return torch.minimum(codes.clamp_(min=0), 2.0**bits - 1)
 
 
 def _mean_product(a: Tensor, b: Tensor) -> Tensor:

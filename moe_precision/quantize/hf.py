@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..curvature import Curvature, as_curvature
 from ..plan import PlanError, PrecisionPlan, as_plan
+from .grid import Grid
 from .packed import packed_experts_forward
 from .replace import EXPERTS_IMPLEMENTATION, Target, find_targets, replace_weight
 
@@ -42,6 +43,8 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
             head always keep their precision. None, the default, quantizes experts only.
         curvature: `Curvature`, or the path of its file: errors in input columns where the loss is curved count more in
             the fit. It changes values, not sizes, and is not needed again for loading.
+        grid: `Grid`, or the path of its file: scales and offsets that training has ended on, by `PrecisionAnneal`;
+            nothing is fitted then.
 
     Raises:
         PlanError: The plan or ``non_expert_bits`` is not valid.
@@ -57,6 +60,7 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         plan: PrecisionPlan | dict | str | os.PathLike,
         non_expert_bits: int | None = None,
         curvature: Curvature | str | os.PathLike | None = None,
+        grid: Grid | str | os.PathLike | None = None,
         quant_method: str = QUANT_METHOD,  # config.json names it; never another
     ) -> None:
         if non_expert_bits not in (None, 4, 8):
@@ -65,6 +69,7 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         self.plan = as_plan(plan)
         self.non_expert_bits = non_expert_bits
         self.curvature = None if curvature is None else as_curvature(curvature)
+        self.grid = grid if grid is None or isinstance(grid, Grid) else Grid.load(grid)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: the widths, without the signals that led to them."""
@@ -109,9 +114,8 @@ class PlanHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
             _warn_if_unweighted(self.quantization_config)
-        targets = find_targets(
-            model, self.plan, self.quantization_config.non_expert_bits, self.quantization_config.curvature
-        )
+        config = self.quantization_config
+        targets = find_targets(model, self.plan, config.non_expert_bits, config.curvature, config.grid)
         if self.pre_quantized:
             for target in targets:
                 replace_weight(model, target, self.plan.group_size, weight=None)
@@ -171,6 +175,7 @@ def quantize_model(
     plan: PrecisionPlan | dict | str | os.PathLike,
     non_expert_bits: int | None = None,
     curvature: Curvature | str | os.PathLike | None = None,
+    grid: Grid | str | os.PathLike | None = None,
 ) -> nn.Module:
     """Quantizes a model in memory, in place, by a precision plan.
 
@@ -179,6 +184,7 @@ def quantize_model(
         plan: A `PrecisionPlan`, its dict, or the path of its file.
         non_expert_bits: 8 or 4 to quantize the other linear layers too.
         curvature: `Curvature` or its path, for the weights of the fit.
+        grid: `Grid` or its path, in the place of a fit.
 
     Returns:
         The same model, in evaluation mode. A transformers model can be saved with ``save_pretrained``.
@@ -187,8 +193,8 @@ def quantize_model(
         PlanError: The plan is for another model.
         UnsupportedLayoutError: Experts in a layout that cannot be packed yet.
     """
-    config = PlanQuantizationConfig(plan, non_expert_bits, curvature)
-    targets = find_targets(model, config.plan, non_expert_bits, config.curvature)
+    config = PlanQuantizationConfig(plan, non_expert_bits, curvature, grid)
+    targets = find_targets(model, config.plan, non_expert_bits, config.curvature, config.grid)
     _warn_if_unweighted(config)
     if config.curvature is not None:
         _check_curvature(model, config)
@@ -217,7 +223,7 @@ def quantize_model(
 
 
 def _warn_if_unweighted(config: PlanQuantizationConfig) -> None:
-    if config.plan.method == "curvature" and config.curvature is None:
+    if config.plan.method == "curvature" and config.curvature is None and config.grid is None:
         warnings.warn(
             "the plan was made by curvature, for a fit that curvature weighs: give curvature= (or --curvature), the "
             "file beside the run's plan; the fit is unweighted now",

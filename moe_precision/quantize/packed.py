@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
-from .fitting import quantize_matrix
+from .fitting import Fit, quantize_matrix
 from .packing import pack
 
 
@@ -38,9 +38,9 @@ class PackedMatrices(nn.Module):
         self.register_buffer("offset", torch.empty(groups, dtype=torch.float16, device=device))
         self._int4: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def put(self, index: int, weight: Tensor, column_weights: Tensor | None = None) -> None:
-        """Quantizes ``weight`` ``(out, in)`` into place ``index``; errors count by ``column_weights`` ``(in,)``."""
-        codes, scale, offset = quantize_matrix(weight, self.bits, self.group_size, column_weights)
+    def put(self, index: int, weight: Tensor, fit: Fit = quantize_matrix) -> None:
+        """Quantizes ``weight`` ``(out, in)`` into place ``index``."""
+        codes, scale, offset = fit(weight, self.bits, self.group_size)
         self.codes[index], self.scale[index], self.offset[index] = pack(codes, self.bits), scale, offset
         self._int4.pop(index, None)
 
@@ -79,7 +79,7 @@ class DenseMatrices(nn.Module):
         super().__init__()
         self.register_buffer("matrices", torch.empty(count, out, inp, dtype=dtype, device=device))
 
-    def put(self, index: int, weight: Tensor, column_weights: Tensor | None = None) -> None:
+    def put(self, index: int, weight: Tensor, fit: Fit = quantize_matrix) -> None:
         """Copies ``weight`` ``(out, in)`` into place ``index``."""
         self.matrices[index] = weight
 
@@ -119,10 +119,10 @@ class PackedProjection(nn.Module):
             )
             self.add_module(f"bits_{width}", bucket)
 
-    def put(self, expert: int, weight: Tensor, column_weights: Tensor | None = None) -> None:
+    def put(self, expert: int, weight: Tensor, fit: Fit = quantize_matrix) -> None:
         """Quantizes ``weight`` ``(out, in)`` as the matrix of ``expert``."""
         bucket, index = self._place[expert]
-        self.get_submodule(bucket).put(index, weight, column_weights)  # type: ignore[operator]
+        self.get_submodule(bucket).put(index, weight, fit)  # type: ignore[operator]
 
     def weight(self, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float matrix of ``expert``, ``(out, in)``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel
 from ..curvature import Curvature
 from ..moe_layers import MoELayer, find_moe_layers
 from ..plan import PrecisionPlan, check_group_size, model_type_of
+from .fitting import Fit, quantize_matrix, quantize_on_grid
+from .grid import Grid
 from .packed import PackedLinear, PackedProjection, sentinel
 
 EXPERTS_IMPLEMENTATION = "moe_precision"
@@ -34,8 +37,7 @@ class Target:
         bits: Width of each expert for a fused parameter ``(E, ...)``, or one width for a matrix.
         shape: ``(out, in)`` of each matrix.
         transposed: The parameter holds ``(in, out)`` matrices.
-        column_weights: How much an error in each input column counts, ``(E, in)`` for a fused parameter or ``(1, in)``;
-            None for all alike.
+        fits: How each matrix is quantized, one a matrix.
     """
 
     parameter: str
@@ -43,7 +45,7 @@ class Target:
     shape: tuple[int, int]
     fused: bool
     transposed: bool = False
-    column_weights: Tensor | None = None
+    fits: tuple[Fit, ...] = (quantize_matrix,)
 
     @property
     def module(self) -> str:
@@ -57,13 +59,18 @@ class Target:
 
 
 def find_targets(
-    model: nn.Module, plan: PrecisionPlan, non_expert_bits: int | None, curvature: Curvature | None = None
+    model: nn.Module,
+    plan: PrecisionPlan,
+    non_expert_bits: int | None,
+    curvature: Curvature | None = None,
+    grid: Grid | None = None,
 ) -> list[Target]:
     """Lists the parameters that a plan quantizes, after checking that plan and model belong together.
 
     Raises:
         PlanError: The plan is for another model, or a group size does not divide.
         CurvatureError: The curvature is of another model.
+        GridError: The grid belongs to another plan.
         UnsupportedLayoutError: Experts in a layout that cannot be packed yet.
         MoELayerError: No Mixture-of-Experts layer.
     """
@@ -73,22 +80,23 @@ def find_targets(
     tied = {parameter for parameter, count in names.items() if count > 1}
     if curvature is not None:
         curvature.check_layers({layer.name: layer.shape for layer in layers})
+    if grid is not None:
+        grid.check(plan)
     targets = []
     for layer in layers:
-        targets += _expert_targets(layer, plan.layers[layer.name].projection_bits, tied, curvature)
+        targets += _expert_targets(layer, plan.layers[layer.name].projection_bits, tied, curvature, grid)
     if non_expert_bits is not None:
         targets += _non_expert_targets(model, layers, non_expert_bits, plan.group_size)
     return targets
 
 
 def _expert_targets(
-    layer: MoELayer, projection_bits: dict[str, list[int]], tied: set[int], curvature: Curvature | None
+    layer: MoELayer,
+    projection_bits: dict[str, list[int]],
+    tied: set[int],
+    curvature: Curvature | None,
+    grid: Grid | None,
 ) -> list[Target]:
-    def weights_of(projection: str, *experts: int) -> Tensor | None:
-        if curvature is None:
-            return None
-        return torch.stack([curvature.fit_weights(layer.name, projection, expert) for expert in experts])
-
     container = layer.container()
     path = layer.experts
     shared = [bank.weights[0].name for bank in layer.banks.values() if id(bank.weights[0].parameter()) in tied]
@@ -110,7 +118,7 @@ def _expert_targets(
                 shape,
                 fused=True,
                 transposed=layer.transposed,
-                column_weights=weights_of(name, *range(layer.num_experts)),
+                fits=tuple(_fit(layer.name, name, expert, curvature, grid) for expert in range(layer.num_experts)),
             )
             for name, shape in layer.projections.items()
         ]
@@ -132,9 +140,20 @@ def _expert_targets(
                 )
             bits = projection_bits[projection][index]
             if bits < 16:
-                name, column_weights = f"{path}.{names[id(expert)]}.{parameter}", weights_of(projection, index)
-                targets.append(Target(name, [bits], shape, fused=False, column_weights=column_weights))
+                fits = (_fit(layer.name, projection, index, curvature, grid),)
+                name = f"{path}.{names[id(expert)]}.{parameter}"
+                targets.append(Target(name, [bits], shape, fused=False, fits=fits))
     return targets
+
+
+def _fit(layer: str, projection: str, expert: int, curvature: Curvature | None, grid: Grid | None) -> Fit:
+    """How one expert matrix is quantized: on a given grid, or fitted, with or without weights."""
+    if grid is not None:
+        given = grid.scales[layer][projection][expert], grid.offsets[layer][projection][expert]
+        return partial(quantize_on_grid, grid=given)
+    if curvature is not None:
+        return partial(quantize_matrix, column_weights=curvature.fit_weights(layer, projection, expert))
+    return quantize_matrix
 
 
 def _non_expert_targets(model: nn.Module, layers: list[MoELayer], bits: int, group_size: int) -> list[Target]:
@@ -185,8 +204,8 @@ def _replace_fused(model: nn.Module, target: Target, group_size: int, weight: Te
     packed = PackedProjection(target.bits, target.shape, group_size, parameter.dtype, device)
     if weight is not None:
         for expert in range(len(target.bits)):
-            column_weights = None if target.column_weights is None else target.column_weights[expert]
-            packed.put(expert, weight[expert].T if target.transposed else weight[expert], column_weights)
+            matrix = weight[expert].T if target.transposed else weight[expert]
+            packed.put(expert, matrix, target.fits[expert])
     del module._parameters[target.name]
     mark = sentinel(parameter.dtype, device)
     module.register_buffer(target.name, mark)
@@ -202,6 +221,6 @@ def _replace_linear(model: nn.Module, target: Target, group_size: int, weight: T
     assert isinstance(module, nn.Linear)
     linear = PackedLinear(module, target.bits[0], group_size, module.weight.device if weight is None else weight.device)
     if weight is not None:
-        linear.packed.put(0, weight, None if target.column_weights is None else target.column_weights[0])
+        linear.packed.put(0, weight, target.fits[0])
     setattr(model.get_submodule(parent), leaf, linear)
     return list(linear.buffers())
