@@ -17,7 +17,7 @@ from .signals import curvature_cost, weight_error
 
 
 class CostError(ValueError):
-    """Costs of experts that no process holds whole, or that cannot be quantized."""
+    """Experts that cannot be quantized, or whose weights cannot be put back."""
 
 
 Costs = dict[str, dict[str, Tensor]]  # layer -> projection -> (E, widths) float64
@@ -26,7 +26,7 @@ Costs = dict[str, dict[str, Tensor]]  # layer -> projection -> (E, widths) float
 def expert_costs(
     layers: list[MoELayer], widths: Sequence[int], group_size: int, curvature: Curvature | None = None
 ) -> Costs:
-    """Quantizes every expert matrix at every width and measures what is lost.
+    """Quantizes every expert matrix at every width and measures what is lost; a collective where experts are sharded.
 
     Args:
         layers: As found by `find_moe_layers`, with weights.
@@ -36,22 +36,16 @@ def expert_costs(
             loss; None gives squared weight errors.
 
     Raises:
-        CostError: The experts are sharded over processes (FSDP2), or cannot be quantized.
+        CostError: A matrix cannot be quantized.
 
     Returns:
         For each layer and projection ``(E, len(widths))`` float64.
     """
-    for layer in layers:
-        sharded = [weight for bank in layer.banks.values() for weight in bank.weights]
-        if any(isinstance(weight.parameter(), DTensor) for weight in sharded):
-            raise CostError(
-                f"the experts of layer {layer.name!r} are sharded over processes; save the checkpoint and make "
-                "the plan from it: moe-precision plan HISTORY --final CHECKPOINT --method ..."
-            )
 
     def read(layer: MoELayer, projection: str) -> Iterator[Tensor]:
         with layer.whole():
-            yield from layer.banks[projection].matrices()
+            for matrix in layer.banks[projection].matrices():
+                yield matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
 
     return costs_of_matrices(layers, read, widths, group_size, curvature)
 

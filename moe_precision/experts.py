@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .module_tree import MoELayerError, Node, Weight
 
@@ -54,6 +55,8 @@ class Bank:
 
     def _slices(self) -> Tensor:
         bank = self.weights[0].read().detach()
+        if isinstance(bank, DTensor):  # one bank at a time, on every rank
+            bank = bank.full_tensor()
         return bank if bank.ndim == 3 else bank.unflatten(0, (self.num_experts, -1))
 
 

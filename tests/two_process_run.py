@@ -6,7 +6,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
 
-from moe_precision.callbacks import RouterNormMonitor, SavePretrained
+from moe_precision.callbacks import PrecisionAnneal, RouterNormMonitor, SavePretrained
 from moe_precision.recipes import CausalLM, TextDataModule
 from tests.conftest import CONFIGS
 
@@ -31,7 +31,7 @@ def main(folder: str, text: str, strategy: str) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        callbacks=[RouterNormMonitor(group_size=64), SavePretrained()],
+        callbacks=[RouterNormMonitor(group_size=64), PrecisionAnneal(start=2, group_size=64), SavePretrained()],
     ).fit(module, data)
 
 
