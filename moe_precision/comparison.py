@@ -481,7 +481,8 @@ def verdict(comparison: Comparison) -> list[str]:
         text = f"use `{best.name}` ({best.stored_bits:.3g} stored bits), which loses least here: {best.mean} nats"
         if paper is not None and best is not paper:
             gain, rare_gain = comparison.difference(best, paper), comparison.difference(best, paper, "rare")
-            sure = "" if gain.high < 0 and len(comparison.counts) >= FEW_DOCUMENTS else ", which is within the noise"
+            few = f", though {len(comparison.counts)} documents are few" * (len(comparison.counts) < FEW_DOCUMENTS)
+            sure = few if gain.high < 0 else ", which is within the noise"
             text += f", {gain} against the router-norm order{sure}; on rare tokens {rare_gain}"
         parts.append(text)
         lines.append(f"At {budget:g} bits on this model " + "; ".join(parts) + ".")

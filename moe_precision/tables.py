@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def show(table: Table) -> None:
     """Prints a table wide enough that Markdown rows stay on one line each."""
-    Console(width=160).print(table)
+    Console(width=240).print(table)
 
 
 def as_text(table: Table) -> str:

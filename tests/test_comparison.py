@@ -164,7 +164,7 @@ def test_the_verdict_in_words(paper, rare, text, comparison):
     assert len(said) == 2
     assert text in said[0]
     assert "use `curvature, expert+projection` (3 stored bits), which loses least here: 0.0100" in said[0]
-    assert "within the noise" in said[0]  # four documents
+    assert "though 4 documents are few" in said[0]
     assert f"on rare tokens {0.03 - rare:.4f}" in said[0]
 
 
