@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveragi
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from moe_precision.allocation import COST_METHODS, PLAN_METHODS, AllocationError, allocate, check_granularity, levels_of
+from moe_precision.allocation import PLAN_METHODS, AllocationError, allocate, check_granularity, levels_of
 from moe_precision.annealing import AnnealError, GridHooks, check_trainable
 from moe_precision.callbacks.router_norm_monitor import RouterNormMonitor
 from moe_precision.curvature import Curvature, CurvatureError, curvature_of
@@ -19,6 +19,8 @@ from moe_precision.files import check_writable
 from moe_precision.moe_layers import MoELayer, find_moe_layers, root_model
 from moe_precision.plan import PrecisionPlan, as_plan, check_group_size, model_type_of
 from moe_precision.quantize.grid import Grid
+
+_NEED_HISTORY = ("router_norm", "norm_only", "reversed", "load", "least_load")
 
 
 class PrecisionAnneal(Callback):
@@ -82,10 +84,13 @@ class PrecisionAnneal(Callback):
             raise ValueError(f"export_to must end in .json, got {export_to!r}")
         self.start, self.average_bits, self.bits, self.method = start, average_bits, tuple(bits), method
         self.granularity, self.group_size, self.export_to = granularity, group_size, export_to
-        self.plan = None if plan is None else as_plan(plan)
+        self._given = None if plan is None else as_plan(plan)
+        self.plan = self._given
         self.grid: Grid | None = None
         self._hooks: GridHooks | None = None
+        self._first_step = 0  # of annealing
         self._before: list[Tensor] = []  # codes before the step, on steps that are logged
+        self._logged_step = 0
 
     @property
     def state_key(self) -> str:
@@ -95,7 +100,7 @@ class PrecisionAnneal(Callback):
         if stage != "fit":
             return
         if trainer.global_step == 0:  # a checkpoint is restored after setup
-            self.grid = None
+            self.grid, self.plan = None, self._given
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
                 raise AnnealError(
@@ -113,16 +118,17 @@ class PrecisionAnneal(Callback):
         if self.plan is not None:
             self.plan.check_layers({layer.name: layer.shape for layer in layers}, model_type_of(root_model(pl_module)))
         total = trainer.estimated_stepping_batches
-        if self._first_step(total) >= total:
-            raise AnnealError(
-                f"start={self.start} is step {self._first_step(total)} of {total}: nothing is left to anneal"
-            )
+        if self.start < 1 and total == float("inf"):
+            raise AnnealError(f"start={self.start} is a share of max_steps, which is not set: set it, or give a step")
+        self._first_step = int(self.start * total) if self.start < 1 else int(self.start)
+        if self._first_step >= total:
+            raise AnnealError(f"start={self.start} is step {self._first_step} of {total}: nothing is left to anneal")
+        self._before, self._logged_step = [], trainer.global_step
         if self.grid is not None:  # resumed in the middle
             self._hooks = GridHooks(layers, self.grid)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        due = self._first_step(trainer.estimated_stepping_batches)
-        if self._hooks is None and trainer.global_step >= due:
+        if self._hooks is None and trainer.global_step >= self._first_step:
             self._begin(trainer, find_moe_layers(pl_module))
         if self._hooks is not None and self._logs(trainer) and not self._before:
             self._before = self._hooks.codes()
@@ -130,8 +136,10 @@ class PrecisionAnneal(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not trainer.loggers or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not trainer.loggers or step % every or step == self._logged_step:  # micro-batches do not count
             return
+        self._logged_step = step
         metrics = {"anneal/active": float(self._hooks is not None)}
         if self._hooks is not None and self._before:
             pairs = list(zip(self._before, self._hooks.codes(), strict=True))
@@ -168,9 +176,6 @@ class PrecisionAnneal(Callback):
             self.grid = Grid.from_state_dict(state_dict)
             self.plan = self.grid.plan
 
-    def _first_step(self, total: float) -> int:
-        return int(self.start * total) if self.start < 1 else int(self.start)
-
     def _logs(self, trainer: Trainer) -> bool:
         return bool(trainer.loggers) and (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
@@ -180,14 +185,8 @@ class PrecisionAnneal(Callback):
         if self.plan is None:
             monitors = [c for c in trainer.callbacks if isinstance(c, RouterNormMonitor)]  # type: ignore[attr-defined]
             history = monitors[0].history if monitors else None
-            if history is None and self.method not in (
-                *COST_METHODS,
-                "uniform",
-                "random",
-                "max_variance",
-                "final_norm",
-            ):
-                raise AnnealError(f"method {self.method!r} reads recorded router norms: add RouterNormMonitor too")
+            if history is None and self.method in _NEED_HISTORY:
+                raise AnnealError(f"method {self.method!r} reads what RouterNormMonitor records: add it too")
             self.plan = allocate(
                 trainer.lightning_module,
                 history,

@@ -16,6 +16,7 @@ from .module_tree import Weight
 from .moe_layers import MoELayer
 from .quantize.fitting import codes_on_grid
 from .quantize.grid import Grid, on_grid
+from .router_norms import norms_by_layer
 
 
 class AnnealError(ValueError):
@@ -75,7 +76,7 @@ class GridHooks:
 
     def __init__(self, layers: list[MoELayer], grid: Grid) -> None:
         check_trainable(layers)
-        self.grid = grid
+        self.grid, self._layers = grid, layers
         self._places: list[_Place] = []
         for layer in layers:
             for name, bank in layer.banks.items():
@@ -102,6 +103,7 @@ class GridHooks:
         """Moves the float weights themselves onto the grid, so that they stay there when saved; a collective."""
         for place in self._places:
             place.settle()
+        self.grid.router_norms = norms_by_layer(self._layers)
 
 
 class _Place:

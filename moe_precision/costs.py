@@ -95,9 +95,15 @@ def _of_matrix(
             quantized = scaled(*quantize_matrix(weight, bits, group_size, column_weights))
         except ValueError as error:
             raise CostError(f"{projection!r} of expert {expert} in layer {layer!r}: {error}") from error
-        if curvature is None:
-            found.append(float(weight_error(weight, quantized)))
-        else:
-            rows, columns = curvature.rows[layer][projection][expert], curvature.columns[layer][projection][expert]
-            found.append(float(curvature_cost(weight, quantized, rows, columns)))
+        found.append(cost_of(weight, quantized, curvature, layer, projection, expert))
     return torch.tensor(found, dtype=torch.float64)
+
+
+def cost_of(
+    weight: Tensor, quantized: Tensor, curvature: Curvature | None, layer: str, projection: str, expert: int
+) -> float:
+    """What quantizing one matrix ``(out, in)`` costs: by curvature if it is known, else the squared error."""
+    if curvature is None:
+        return float(weight_error(weight, quantized))
+    rows, columns = curvature.rows[layer][projection][expert], curvature.columns[layer][projection][expert]
+    return float(curvature_cost(weight, quantized, rows, columns))

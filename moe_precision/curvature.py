@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from .files import save_tensors
 from .module_tree import Weight
 from .moe_layers import LayerShape, MoELayer
-from .router_norms import router_norms
+from .router_norms import HistoryError, check_same_weights, norms_by_layer
 
 _FORMAT = "moe-precision-curvature"
 _VERSION = 1
@@ -65,13 +65,10 @@ class Curvature:
 
     def check_router_norms(self, norms: dict[str, Tensor]) -> None:
         """Raises `CurvatureError` if it is of other weights: router norms differ by more than another dtype does."""
-        for name, expected in self.router_norms.items():
-            found = norms[name].detach().float().cpu()
-            if not torch.allclose(found, expected, rtol=2e-3, atol=0):
-                raise CurvatureError(
-                    f"the curvature is of other weights: in layer {name!r} router norms differ by up to "
-                    f"{float(((found - expected).abs() / expected.clamp(min=1e-30)).max()):.2%}. Is it of another run?"
-                )
+        try:
+            check_same_weights(self.router_norms, norms, "curvature")
+        except HistoryError as error:
+            raise CurvatureError(str(error)) from None
 
     def _check_values(self) -> Curvature:
         for name, layer in self.layers.items():
@@ -234,9 +231,8 @@ _Means = tuple[Tensor, Tensor]  # over the last and over the last but one dimens
 
 def _assembled(layers: list[MoELayer], means_of: Callable[[Weight], _Means | None]) -> Curvature:
     """Curvature from the means of every weight; None for one that never had a gradient."""
-    norms = router_norms(layers).cpu().split([layer.num_experts for layer in layers])
     curvature = Curvature({layer.name: layer.shape for layer in layers})
-    curvature.router_norms = {layer.name: of_layer.clone() for layer, of_layer in zip(layers, norms, strict=True)}
+    curvature.router_norms = norms_by_layer(layers)
     for layer in layers:
         curvature.rows[layer.name], curvature.columns[layer.name] = {}, {}
         for name, bank in layer.banks.items():

@@ -34,11 +34,7 @@ class LoadCounter:
         self._handles: list[Any] = []
         for layer in layers:
             container = layer.container()
-            if layer.layout == "modules" and type(container).forward in (
-                nn.Module.forward,
-                nn.ModuleList.forward,
-                nn.ModuleDict.forward,
-            ):
+            if layer.layout == "modules" and type(container).forward is nn.Module.forward:  # a plain list
                 for expert, module in enumerate(layer.expert_modules()):
                     self._hook(module, self._one_expert, layer, expert)
             else:

@@ -55,6 +55,24 @@ def router_norms(layers: list[MoELayer]) -> Tensor:
         return torch.cat(norms)
 
 
+def norms_by_layer(layers: list[MoELayer]) -> dict[str, Tensor]:
+    """`router_norms` by layer name, each ``(E,)`` float32 on the CPU; a collective where that is one."""
+    norms = router_norms(layers).cpu().split([layer.num_experts for layer in layers])
+    return {layer.name: of_layer.clone() for layer, of_layer in zip(layers, norms, strict=True)}
+
+
+def check_same_weights(expected: dict[str, Tensor], found: dict[str, Tensor], what: str) -> None:
+    """Raises `HistoryError` where router norms differ by more than another dtype does: ``what`` is of other weights."""
+    for name, norms in expected.items():
+        now = found[name].detach().float().cpu()
+        if not torch.allclose(now, norms, rtol=2e-3, atol=0):
+            difference = float(((now - norms).abs() / norms.clamp(min=1e-30)).max())
+            raise HistoryError(
+                f"the {what} is of other weights: in layer {name!r} router norms differ by up to {difference:.2%}. "
+                "Is it of another run?"
+            )
+
+
 def _norms(layers: list[MoELayer]) -> list[Tensor]:
     """``(num_experts,)`` for each layer: one kernel a layer, and as little else as can be."""
     norm = torch.linalg.vector_norm

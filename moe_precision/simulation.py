@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .costs import CostError, Costs
+from .costs import CostError, Costs, cost_of
 from .curvature import Curvature
 from .moe_layers import MoELayer
 from .quantize.fitting import quantize_matrix
 from .quantize.kernels import scaled
-from .signals import curvature_cost, weight_error
 
 Quantizer = Callable[[Tensor, int, int, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 Bits = Mapping[str, Mapping[str, Sequence[int]]]  # layer -> projection -> width of each expert
@@ -98,15 +97,10 @@ class SimulatedExperts(AbstractContextManager):
     def costs(self, levels: Sequence[int], curvature: Curvature | None) -> Costs:
         """Squared errors of every matrix at every level, weighed by curvature if it is given, as `expert_costs`."""
 
-        def cost(matrix: Matrix, bits: int) -> float:
-            layer, projection, expert = matrix
-            pair = self._floats[matrix], self.values(matrix, bits)
-            if curvature is None:
-                return float(weight_error(*pair))
-            rows, columns = curvature.rows[layer][projection], curvature.columns[layer][projection]
-            return float(curvature_cost(*pair, rows[expert], columns[expert]))
+        def of(matrix: Matrix) -> list[float]:
+            return [cost_of(self._floats[matrix], self.values(matrix, b), curvature, *matrix) for b in levels]
 
-        return self._of_all(lambda matrix: [cost(matrix, bits) for bits in levels])
+        return self._of_all(of)
 
     def sensitivity(self, levels: Sequence[int], loss: Callable[[], float], name: str = "sensitivity") -> Costs:
         """Measured increase of a loss when one matrix alone is quantized: the reference that signals are judged by.

@@ -9,7 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from torch.utils.data import DataLoader
 
-from moe_precision import PlanError, PrecisionPlan, allocate, find_moe_layers, quantize_model
+from moe_precision import HistoryError, PlanError, PrecisionPlan, allocate, find_moe_layers, quantize_model
 from moe_precision.annealing import AnnealError, GridHooks
 from moe_precision.callbacks import PrecisionAnneal, RouterNormMonitor, SavePretrained
 from moe_precision.checkpoints import load_model
@@ -186,6 +186,41 @@ def test_a_given_plan_and_one_by_router_norms(tmp_path):
     assert made.baseline_step == 0
 
 
+def test_accumulation_logs_each_step_once_and_a_second_fit_plans_anew(tmp_path):
+    logger, callback = MemoryLogger(), anneal()
+    fit(tmp_path, callback, logger=logger, accumulate_grad_batches=3)
+    steps = [step for step, metrics in logger.calls if "anneal/active" in metrics]
+    assert steps == [2, 4, 6, 8, 10]
+    first = callback.plan
+    fit(tmp_path, callback, steps=4)
+    assert callback.plan is not first
+
+
+def test_a_grid_of_other_weights_is_refused(tmp_path):
+    module = fit(tmp_path, anneal())
+    plan, grid = tmp_path / "annealed_plan.json", tmp_path / "annealed_plan.grid.safetensors"
+    with torch.no_grad():
+        module.model.model.layers[0].mlp.gate.weight.mul_(1.1)
+    with pytest.raises(HistoryError, match="the grid is of other weights"):
+        quantize_model(module.model, plan, grid=grid)
+
+
+def test_experts_at_16_bits_are_left_alone():
+    model = build("mixtral")
+    layers = find_moe_layers(model)
+    with torch.no_grad():
+        layers[0].expert_weights(3)["down_proj"].mul_(1e7)  # what float16 scales cannot hold
+    plan = allocate(copy.deepcopy(model), method="uniform", average_bits=2, group_size=64)
+    for layer in plan.layers.values():
+        for widths in layer.projection_bits.values():
+            widths[3] = 16
+    before = {name: tensor.clone() for name, tensor in layers[0].expert_weights(3).items()}
+    hooks = GridHooks(layers, Grid.fit(layers, plan))
+    hooks.settle()
+    for name, tensor in layers[0].expert_weights(3).items():
+        assert torch.equal(tensor, before[name])
+
+
 def test_a_grid_file(tmp_path):
     model = build("mixtral")
     plan = allocate(copy.deepcopy(model), method="uniform", average_bits=2, group_size=64)
@@ -227,7 +262,7 @@ def adapted():
             Language,
             lambda: [anneal(method="norm_only", bits=(2, 3), average_bits=2.5)],
             AnnealError,
-            "add RouterNormMonitor",
+            "RouterNormMonitor records",
         ),
         (
             Language,

@@ -36,11 +36,13 @@ class Grid:
         plan: The widths; experts at 16 bits are left alone.
         scales: Layer name -> projection -> ``(E, out, in / group)`` float16.
         offsets: The same.
+        router_norms: Layer name -> ``(E,)`` float32 when training ended, by which the weights it belongs to are known.
     """
 
     plan: PrecisionPlan
     scales: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     offsets: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    router_norms: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def fit(cls, layers: list[MoELayer], plan: PrecisionPlan, curvature: Curvature | None = None) -> Grid:
@@ -51,12 +53,15 @@ class Grid:
                 grid.scales[layer.name], grid.offsets[layer.name] = {}, {}
                 for name, bank in layer.banks.items():
                     widths = plan.layers[layer.name].projection_bits[name]
-                    fitted = []
+                    fitted: list[tuple[Tensor, ...]] = []
                     for expert, matrix in enumerate(bank.matrices()):
                         whole = matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
                         weights = None if curvature is None else curvature.fit_weights(layer.name, name, expert)
-                        bits = min(widths[expert], 8)  # of experts at 16 bits nothing is used
-                        fitted.append(quantize_matrix(whole, bits, plan.group_size, weights)[1:])
+                        if widths[expert] == 16:  # left alone
+                            none = torch.zeros(len(whole), whole.shape[1] // plan.group_size, dtype=torch.float16)
+                            fitted.append((none.to(whole.device), none.to(whole.device)))
+                            continue
+                        fitted.append(quantize_matrix(whole, widths[expert], plan.group_size, weights)[1:])
                     scales, offsets = zip(*fitted, strict=True)
                     grid.scales[layer.name][name] = torch.stack(scales)
                     grid.offsets[layer.name][name] = torch.stack(offsets)
@@ -82,7 +87,7 @@ class Grid:
             raise GridError("the grid belongs to another plan: widths or group size differ; give the plan beside it")
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes safetensors: ``scales/<layer>/<projection>`` and ``offsets/...``; the plan in the metadata.
+        """Writes safetensors: ``scales/<layer>/<projection>``, ``offsets/...``, ``router_norms/<layer>``, and the plan.
 
         Raises:
             OSError: The file cannot be written; an existing one is left as it was.
@@ -91,6 +96,7 @@ class Grid:
         for kind, values in (("scales", self.scales), ("offsets", self.offsets)):
             for layer, of_layer in values.items():
                 tensors |= {f"{kind}/{layer}/{name}": tensor.cpu() for name, tensor in of_layer.items()}
+        tensors |= {f"router_norms/{layer}": norms for layer, norms in self.router_norms.items()}
         plan = json.dumps(self.plan.without_signals().to_dict())
         save_tensors(tensors, path, {"format": _FORMAT, "version": str(_VERSION), "plan": plan})
 
@@ -118,9 +124,11 @@ class Grid:
                     }
                     for kind in ("scales", "offsets")
                 )
+                names = [f"router_norms/{layer}" for layer in plan.layers]
+                norms = {n.removeprefix("router_norms/"): file.get_tensor(n) for n in names if n in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, json.JSONDecodeError, PlanError) as error:
             raise GridError(f"{name} is no whole grid file: {error}") from error
-        return cls(plan, scales, offsets)
+        return cls(plan, scales, offsets, norms)
 
 
 def on_grid(weight: Tensor, bits: Tensor, scale: Tensor, offset: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..curvature import Curvature, as_curvature
 from ..plan import PlanError, PrecisionPlan, as_plan
+from ..router_norms import check_same_weights
 from .grid import Grid
 from .packed import packed_experts_forward
 from .replace import EXPERTS_IMPLEMENTATION, Target, find_targets, replace_weight
@@ -157,8 +158,7 @@ class PlanHfQuantizer(HfQuantizer):
             raise QuantizationError(
                 f"{len(unread)} tensors were not in the checkpoint, the first is {unread[0]!r}; is it complete?"
             )
-        if self.quantization_config.curvature is not None:
-            _check_curvature(model, self.quantization_config)
+        _check_weights(model, self.quantization_config)
         _finish(model)
         return model
 
@@ -196,8 +196,7 @@ def quantize_model(
     config = PlanQuantizationConfig(plan, non_expert_bits, curvature, grid)
     targets = find_targets(model, config.plan, non_expert_bits, config.curvature, config.grid)
     _warn_if_unweighted(config)
-    if config.curvature is not None:
-        _check_curvature(model, config)
+    _check_weights(model, config)
     own = dict(model.named_parameters(remove_duplicate=False))
     for target in targets:  # before any change: a half packed model is of no use
         if target.parameter not in own:
@@ -231,15 +230,19 @@ def _warn_if_unweighted(config: PlanQuantizationConfig) -> None:
         )
 
 
-def _check_curvature(model: nn.Module, config: PlanQuantizationConfig) -> None:
-    """Whether the curvature is of these weights, by the norms of the routers, which stay as they are."""
-    assert config.curvature is not None
+def _check_weights(model: nn.Module, config: PlanQuantizationConfig) -> None:
+    """Whether curvature and grid are of these weights, by the norms of the routers, which stay as they are."""
+    if config.curvature is None and config.grid is None:
+        return
     norms = {}
     for name, layer in config.plan.layers.items():
         router, experts = model.get_parameter(layer.shape.router), layer.shape.num_experts
         rows = router if router.shape[0] >= experts else router.T
         norms[name] = torch.linalg.vector_norm(rows[:experts], dim=1, dtype=torch.float32)
-    config.curvature.check_router_norms(norms)
+    if config.curvature is not None:
+        config.curvature.check_router_norms(norms)
+    if config.grid is not None:
+        check_same_weights(config.grid.router_norms, norms, "grid")
 
 
 def _finish(model: PreTrainedModel) -> None:
