@@ -2,21 +2,28 @@
 
 Hooks put the quantized weights over the modules' parameters for the time of a forward pass, so that parameters,
 optimizer and ``state_dict`` stay those of the float model, under every strategy that gives a module whole parameters.
+
+Only one layer's quantized weights are ever held: what a backward pass needs of them is quantized again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .module_tree import Weight
 from .moe_layers import MoELayer
 from .quantize.fitting import codes_on_grid
 from .quantize.grid import Grid, on_grid
 from .router_norms import norms_by_layer
+
+_CODES_COUNTED = 1 << 16  # of each parameter, about: enough for a share that a curve can show
 
 
 class AnnealError(ValueError):
@@ -36,31 +43,10 @@ def check_trainable(layers: list[MoELayer]) -> None:
                 if layer.layout not in ("fused", "modules") or (layer.fused and weight.shape[0] > layer.num_experts):
                     raise AnnealError(f"{weight.name!r}: experts laid out as {layer.layout!r} cannot be annealed yet")
                 if not weight.parameter().requires_grad:
-                    raise AnnealError(f"{weight.name!r} is frozen: it cannot move on a grid. Train the experts")
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Quantized forward, identity backward."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, bits: Tensor, scale: Tensor, offset: Tensor, transposed: bool) -> Tensor:
-        return _quantized(weight, bits, scale, offset, transposed)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return gradient, None, None, None, None
-
-
-def _quantized(weight: Tensor, bits: Tensor, scale: Tensor, offset: Tensor, transposed: bool) -> Tensor:
-    """On the grid, in the layout of the parameter."""
-    values = on_grid(_banks(weight, transposed), bits, scale, offset)
-    return (values.transpose(1, 2).contiguous() if transposed else values).view_as(weight)
-
-
-def _banks(weight: Tensor, transposed: bool) -> Tensor:
-    """A parameter as ``(E, out, in)``; one matrix is a bank of one."""
-    banks = weight if weight.ndim == 3 else weight.unsqueeze(0)
-    return banks.transpose(1, 2) if transposed else banks
+                    raise AnnealError(
+                        f"{weight.name!r} is frozen: it cannot move on a grid. Train the experts, or keep them packed "
+                        "and train the routers alone (moe-precision fit --config recipes/recover.yaml --train routers)"
+                    )
 
 
 class GridHooks:
@@ -78,24 +64,52 @@ class GridHooks:
         check_trainable(layers)
         self.grid, self._layers = grid, layers
         self._places: list[_Place] = []
+        buffers = _Buffers()
+        covers: dict[nn.Module, _Cover] = {}
         for layer in layers:
             for name, bank in layer.banks.items():
-                widths = grid.widths(layer.name, name)
+                widths = grid.plan.layers[layer.name].projection_bits[name]
                 scales, offsets = grid.scales[layer.name][name], grid.offsets[layer.name][name]
                 for index, weight in enumerate(bank.weights):
                     part = slice(None) if len(bank.weights) == 1 else slice(index, index + 1)
-                    self._places.append(
-                        _Place(weight, widths[part], scales[part], offsets[part], transposed=bank.transposed)
+                    device = weight.parameter().device
+                    place = _Place(
+                        module=weight._module,
+                        name=weight._key,
+                        layer=layer.name,
+                        bits=widths[part],
+                        scale=scales[part].to(device),
+                        offset=offsets[part].to(device),
+                        transposed=bank.transposed,
                     )
+                    self._places.append(place)
+                    covers.setdefault(place.module, _Cover(place.module, buffers)).places.append(place)
+        self._covers = list(covers.values())
+        for cover in self._covers:
+            cover.attach()
 
     def close(self) -> None:
         """Takes the hooks off; a second call does nothing."""
-        for place in self._places:
-            place.close()
+        for cover in self._covers:
+            cover.close()
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Forward passes inside use the float weights."""
+        for cover in self._covers:
+            cover.lifted = True
+        try:
+            yield
+        finally:
+            for cover in self._covers:
+                cover.lifted = False
 
     @torch.no_grad()
     def codes(self) -> list[Tensor]:
-        """The codes that the weights have now, uint8, for counting how many change; a collective under FSDP2."""
+        """Codes that the weights have now, uint8, for counting how many change: of evenly spaced rows of every matrix.
+
+        A collective under FSDP2.
+        """
         return [place.codes() for place in self._places]
 
     @torch.no_grad()
@@ -106,15 +120,130 @@ class GridHooks:
         self.grid.router_norms = norms_by_layer(self._layers)
 
 
+@dataclass(eq=False)
 class _Place:
     """One parameter and its grid."""
 
-    def __init__(self, weight: Weight, bits: Tensor, scale: Tensor, offset: Tensor, transposed: bool) -> None:
-        self._module: nn.Module = weight._module
-        self._name: str = weight._key
-        device = weight.parameter().device
-        self._grid = bits.to(device), scale.to(device), offset.to(device)
-        self._transposed = transposed
+    module: nn.Module
+    name: str
+    layer: str
+    bits: list[int]
+    scale: Tensor  # (E, out, in / group), one matrix is a bank of one
+    offset: Tensor
+    transposed: bool
+
+    def weight(self) -> Tensor:
+        weight = self.module._parameters[self.name]
+        assert weight is not None
+        return weight
+
+    def quantized(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """On the grid, in the layout of the parameter; into ``out`` if it is given."""
+        out = torch.empty_like(weight) if out is None else out
+        on_grid(self._bank(weight), self.bits, self.scale, self.offset, self._bank(out))
+        return out
+
+    def codes(self) -> Tensor:
+        bank = self._bank(self._whole())
+        step = -(-bank.numel() // _CODES_COUNTED)
+        parts = [
+            codes_on_grid(bank[i, ::step], bits, self.scale[i, ::step], self.offset[i, ::step]).to(torch.uint8)
+            for i, bits in enumerate(self.bits)
+            if bits < 16
+        ]
+        return torch.stack(parts) if parts else torch.empty(0, dtype=torch.uint8)
+
+    def settle(self) -> None:
+        weight = self.weight()
+        values = self.quantized(self._whole())
+        if isinstance(weight, DTensor):
+            values = distribute_tensor(values, weight.device_mesh, weight.placements)
+        weight.copy_(values)
+
+    def _whole(self) -> Tensor:
+        weight = self.weight()
+        return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+    def _bank(self, weight: Tensor) -> Tensor:
+        """A parameter as ``(E, out, in)``."""
+        bank = weight if weight.ndim == 3 else weight.unsqueeze(0)
+        return bank.transpose(1, 2) if self.transposed else bank
+
+
+class _Buffers:
+    """Memory for quantized weights that is used again and again: fresh memory costs more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple, list[Tensor]] = {}
+        self._recomputed: dict[_Place, tuple[int, Tensor]] = {}  # for backward, of one layer at a time
+
+    def take(self, like: Tensor) -> Tensor:
+        """A tensor of the same shape, strides, dtype and device."""
+        free = self._free.get(_kind(like), [])
+        if free:
+            return free.pop()
+        with torch.inference_mode(False):  # else it could not be used in training
+            return torch.empty_like(like, requires_grad=False)
+
+    def give(self, buffer: Tensor) -> None:
+        """Back, for the next one."""
+        self._free.setdefault(_kind(buffer), []).append(buffer)
+
+    def forget(self) -> None:
+        """What was quantized again for a backward pass may be used for other weights."""
+        for _, buffer in self._recomputed.values():
+            self.give(buffer)
+        self._recomputed.clear()
+
+    def recomputed(self, place: _Place, weight: Tensor) -> Tensor:
+        """The quantized weight once more, kept until it is another layer's turn."""
+        if any(other.layer != place.layer for other in self._recomputed):
+            self.forget()
+        version, buffer = self._recomputed.get(place, (None, None))
+        if buffer is None or version != weight._version:
+            buffer = place.quantized(weight, self.take(weight) if buffer is None else buffer)
+            self._recomputed[place] = weight._version, buffer
+        return buffer
+
+
+def _kind(tensor: Tensor) -> tuple:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+@dataclass
+class _Saved:
+    """A view of a quantized weight that a backward pass will need."""
+
+    place: _Place
+    weight: Tensor
+    version: int
+    view: tuple[torch.Size, tuple[int, ...], int]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Quantized forward, identity backward."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, place: _Place, out: Tensor) -> Tensor:
+        return place.quantized(weight, out).detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient, None, None
+
+
+class _Cover:
+    """Hooks of one module, which put quantized weights over its parameters."""
+
+    def __init__(self, module: nn.Module, buffers: _Buffers) -> None:
+        self.places: list[_Place] = []
+        self.lifted = False
+        self._module, self._buffers = module, buffers
+        self._lent: dict[int, tuple[_Place, Tensor, Tensor]] = {}  # address -> place, weight, buffer
+        self._saving: saved_tensors_hooks | None = None
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
         self._handles = [
             self._module.register_forward_pre_hook(self._cover),
             self._module.register_forward_hook(self._uncover, always_call=True),
@@ -123,29 +252,53 @@ class _Place:
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._module.__dict__.pop(self._name, None)
+        self._uncover(self._module)
 
     def _cover(self, module: nn.Module, args: Any) -> None:
-        weight = module._parameters[self._name]
-        assert weight is not None
-        values = _StraightThrough.apply(weight, *self._grid, self._transposed)
-        module.__dict__[self._name] = values  # found before the parameter, which stays where it is
+        if self.lifted:
+            return
+        self._buffers.forget()
+        # checkpointing and offloading have hooks of their own: what they keep must not be used again
+        reused = not torch.is_grad_enabled() or not _hooks_are_set()
+        for place in self.places:
+            weight = place.weight()
+            buffer = self._buffers.take(weight) if reused else torch.empty_like(weight, requires_grad=False)
+            values = _StraightThrough.apply(weight, place, buffer)
+            if values.grad_fn is not None:  # hand the gradient on at once, so that only one bank's waits in the engine
+                values.grad_fn._set_sequence_nr(2**63 - 1)
+            module.__dict__[place.name] = values  # found before the parameter
+            if reused:
+                self._lent[buffer.untyped_storage().data_ptr()] = place, weight, buffer
+        if reused and torch.is_grad_enabled():
+            self._saving = saved_tensors_hooks(self._pack, self._unpack)
+            self._saving.__enter__()
 
-    def _uncover(self, module: nn.Module, args: Any, output: Any) -> None:
-        module.__dict__.pop(self._name, None)
+    def _uncover(self, module: nn.Module, args: Any = None, output: Any = None) -> None:
+        if self._saving is not None:
+            self._saving.__exit__(None, None, None)
+            self._saving = None
+        for place in self.places:
+            module.__dict__.pop(place.name, None)
+        for _, _, buffer in self._lent.values():
+            self._buffers.give(buffer)
+        self._lent.clear()
 
-    def codes(self) -> Tensor:
-        bits, scale, offset = self._grid
-        return codes_on_grid(_banks(self._whole(), self._transposed), bits.clamp(max=8), scale, offset).to(torch.uint8)
+    def _pack(self, tensor: Tensor) -> Tensor | _Saved:
+        place, weight, _ = self._lent.get(tensor.untyped_storage().data_ptr(), (None, None, None))
+        if place is None or weight is None:
+            return tensor.detach()  # the tensor itself could hold the graph that holds it
+        return _Saved(place, weight, weight._version, (tensor.shape, tensor.stride(), tensor.storage_offset()))
 
-    def _whole(self) -> Tensor:
-        weight = self._module._parameters[self._name]
-        return weight.full_tensor() if isinstance(weight, DTensor) else weight  # type: ignore[return-value]
+    def _unpack(self, saved: Tensor | _Saved) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        if saved.weight._version != saved.version:
+            raise RuntimeError(
+                f"the expert weight {saved.place.name!r} of {saved.place.layer!r} was changed in place between a "
+                "forward pass and its backward pass, so that the quantized weight of the forward pass is lost"
+            )
+        return self._buffers.recomputed(saved.place, saved.weight).as_strided(*saved.view)
 
-    def settle(self) -> None:
-        weight = self._module._parameters[self._name]
-        assert weight is not None
-        values = _quantized(self._whole(), *self._grid, self._transposed)
-        if isinstance(weight, DTensor):
-            values = distribute_tensor(values, weight.device_mesh, weight.placements)
-        weight.copy_(values)
+
+def _hooks_are_set() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

@@ -129,25 +129,24 @@ def quantize_on_grid(weight: Tensor, bits: int, group_size: int, grid: tuple[Ten
     return codes.flatten(-2), scale, offset
 
 
-def codes_on_grid(weight: Tensor, bits: Tensor | int, scale: Tensor, offset: Tensor) -> Tensor:
+def codes_on_grid(weight: Tensor, bits: int, scale: Tensor, offset: Tensor, out: Tensor | None = None) -> Tensor:
     """Nearest codes for scales and offsets that are given.
 
     Args:
-        weight: ``(..., out, in)``, any float dtype.
-        bits: Width, or ``(..., 1, 1, 1)`` for matrices of different widths.
-        scale: ``(..., out, in / group)``; 0 for a constant group.
+        weight: ``(out, in)``, any float dtype.
+        bits: Width of a code.
+        scale: ``(out, in / group)``; 0 for a constant group.
         offset: The same shape.
+        out: Where to put them, of the result's shape and dtype.
 
     Returns:
-        ``(..., out, in / group, group)`` float32 of whole numbers from 0 to ``2**bits - 1``.
+        ``(out, in / group, group)`` float32 of whole numbers from 0 to ``2**bits - 1``.
     """
-    groups = weight.float().unflatten(-1, (scale.shape[-1], -1))
+    groups = weight.unflatten(-1, (scale.shape[-1], -1))
     scale, offset = scale.float().unsqueeze(-1), offset.float().unsqueeze(-1)
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    codes = ((groups - offset) * inverse).round_()
-    if isinstance(bits, int):
-        return codes.clamp_(0, 2**bits - 1)
-    return torch.minimum(codes.clamp_(min=0), 2.0**bits - 1)
+    codes = torch.sub(groups.float(), offset, out=out)
+    return codes.mul_(inverse).round_().clamp_(0, 2**bits - 1)
 
 
 def _mean_product(a: Tensor, b: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +23,7 @@ from .fitting import codes_on_grid, quantize_matrix
 
 _FORMAT = "moe-precision-grid"
 _VERSION = 1
+_CHUNK = 1 << 19  # weights at a time: their float32 stays in cache
 
 
 class GridError(ValueError):
@@ -66,11 +68,6 @@ class Grid:
                     grid.scales[layer.name][name] = torch.stack(scales)
                     grid.offsets[layer.name][name] = torch.stack(offsets)
         return grid
-
-    def widths(self, layer: str, projection: str, device: torch.device | None = None) -> Tensor:
-        """Width of each expert, ``(E, 1, 1, 1)`` float32."""
-        bits = self.plan.layers[layer].projection_bits[projection]
-        return torch.tensor(bits, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
 
     def state_dict(self) -> dict[str, object]:
         """Plain types and tensors, for a checkpoint."""
@@ -131,18 +128,33 @@ class Grid:
         return cls(plan, scales, offsets, norms)
 
 
-def on_grid(weight: Tensor, bits: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """The nearest weights on a grid; where ``bits`` is 16 the weight itself.
+def on_grid(
+    weight: Tensor, bits: Sequence[int], scale: Tensor, offset: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """The nearest weights on a grid.
 
     Args:
-        weight: ``(E, out, in)``.
-        bits: ``(E, 1, 1, 1)``.
+        weight: ``(E, out, in)``, any float dtype and strides.
+        bits: Width of each matrix; one of 16 bits is copied.
         scale: ``(E, out, in / group)``.
         offset: The same shape.
+        out: Where to put them, like the weight.
 
     Returns:
         ``(E, out, in)``, of the weight's dtype: what the packed matrices are, rounded to it.
     """
-    values = codes_on_grid(weight, bits.clamp(max=8), scale, offset)
-    values.mul_(scale.float().unsqueeze(-1)).add_(offset.float().unsqueeze(-1))
-    return torch.where(bits.squeeze(-1) < 16, values.flatten(-2).to(weight.dtype), weight)
+    out = torch.empty_like(weight) if out is None else out
+    rows = max(1, _CHUNK // weight.shape[2])
+    for expert, width in enumerate(bits):
+        if width == 16:
+            out[expert].copy_(weight[expert])
+            continue
+        for start in range(0, weight.shape[1], rows):
+            chunk = (expert, slice(start, start + rows))
+            place = out[chunk].unflatten(-1, (scale.shape[-1], -1))
+            whole = place if out.dtype == torch.float32 else None
+            values = codes_on_grid(weight[chunk], width, scale[chunk], offset[chunk], whole)
+            values.mul_(scale[chunk].float().unsqueeze(-1)).add_(offset[chunk].float().unsqueeze(-1))
+            if whole is None:
+                place.copy_(values)
+    return out
