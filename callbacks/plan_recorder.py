@@ -34,6 +34,10 @@ from moe_precision.tables import as_text, layers_table
 
 _CURVATURE = ".curvature.safetensors"
 _HISTORY = ".history.safetensors"
+NOT_RESTORED = (
+    "transformers' Trainer leaves out routers and experts whose names on disk differ from the model's "
+    "(transformers issue 48805): load the model with from_pretrained(checkpoint) before you resume from it"
+)
 EXPERT_KEYS = 4096  # more curves than this are left out unless asked for: W&B slows down at 10,000 keys
 
 
@@ -171,8 +175,7 @@ class PlanRecorder:
             raise HistoryError(
                 f"{type(self).__name__}: the routers of this model are not those whose norms were recorded at step "
                 f"{step} (a norm differs by {difference:.2%}): the checkpoint was not restored into the model. "
-                "transformers' Trainer leaves out routers and experts whose names on disk differ from the model's "
-                "(transformers issue 48805): load the model with from_pretrained(checkpoint) before you resume from it"
+                f"{NOT_RESTORED}"
             )
 
     def _due(self, step: int, default_every: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moe_precision.callbacks.plan_recorder import PlanRecorder
-from moe_precision.callbacks.wandb_media import log_to_run
+from moe_precision.callbacks.wandb_media import current_run, log_to_run
 from moe_precision.router_norms import RouterNormHistory
 
 _STATE = "router_norms.safetensors"
@@ -96,13 +95,13 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         if args.world_size == 1:  # else the model is inside of DDP or FSDP, where a callback cannot reach
             losses = _losses(kwargs["model"], kwargs.get("train_dataloader"))
         plan = self._finish(state.is_world_process_zero, optimizers, losses)
-        if plan is not None and (run := _wandb_run()) is not None:
+        if plan is not None and (run := current_run()) is not None:
             assert self._path is not None
             log_to_run(run, self.history, plan, self._path)
         self._raise_write_error()
 
     def _log(self, state: TrainerState) -> None:
-        run = _wandb_run()
+        run = current_run()
         if run is not None and state.is_world_process_zero:
             run.log({**self._metrics(), "train/global_step": state.global_step})
 
@@ -120,8 +119,3 @@ def _losses(model: Any, batches: Any) -> Iterator[Callable[[], Tensor | None]]:
 
 def _state_file(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir), f"checkpoint-{state.global_step}", _STATE)
-
-
-def _wandb_run() -> Any:
-    """The run that transformers' own WandbCallback has opened, if there is one."""
-    return getattr(sys.modules.get("wandb"), "run", None)

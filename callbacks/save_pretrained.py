@@ -22,7 +22,8 @@ class SavePretrained(Callback):
 
     Args:
         dirpath: Folder of the checkpoint, relative to the Trainer's ``default_root_dir``.
-        dtype: ``bfloat16``, ``float16`` or ``float32`` to save in, or None to keep the training dtype.
+        dtype: ``bfloat16``, ``float16`` or ``float32`` to save in, or None to keep the training dtype. A model whose
+            experts are packed is saved as it is.
 
     Raises:
         ValueError: An unknown dtype, or the LightningModule holds no transformers model, or one with PEFT adapters.
@@ -56,8 +57,9 @@ class SavePretrained(Callback):
         trainer.strategy.barrier("SavePretrained.on_train_end")
 
     def _write(self, trainer: Trainer, model: PreTrainedModel, state: dict[str, Any]) -> None:
-        dtype = model.dtype if self.dtype is None else _DTYPES[self.dtype]
-        if self.dtype is not None:
+        packed = getattr(model, "is_quantized", False)  # whose scales have a dtype of their own
+        dtype = model.dtype if self.dtype is None or packed else _DTYPES[self.dtype]
+        if self.dtype is not None and not packed:
             state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
         folder = Path(trainer.default_root_dir, self.dirpath)
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)

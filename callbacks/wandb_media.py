@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,8 @@ def log_to_run(run: Any, history: RouterNormHistory, plan: PrecisionPlan, path: 
     artifact.add_file(str(path))
     run.log_artifact(artifact)
     run.summary.update({f"precision_plan/{key}": value for key, value in headline.items()})
+
+
+def current_run() -> Any:
+    """The run that transformers' own WandbCallback has opened, if there is one."""
+    return getattr(sys.modules.get("wandb"), "run", None)

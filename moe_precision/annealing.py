@@ -217,7 +217,7 @@ class _Saved:
     place: _Place
     weight: Tensor
     version: int
-    view: tuple[torch.Size, tuple[int, ...], int]
+    view: tuple[Any, Any, Any]  # shape, strides, offset
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -25,7 +25,7 @@ from .allocation import (
 )
 from .checkpoint_signals import StreamingError
 from .checkpoints import load_model, quantize_checkpoint, stored_bits_per_expert_weight, tensor_bytes, weight_files
-from .curvature import Curvature, curvature_of_losses
+from .curvature import Curvature, curvature_of_losses, curvature_path
 from .files import check_writable, replaced_when_done
 from .moe_layers import find_moe_layers
 from .orders import check_levels
@@ -53,24 +53,22 @@ def fit(arguments: Sequence[str]) -> Any:
     """Trains a recipe: ``LightningCLI fit`` with these arguments; returns the data module that it trained on."""
     import warnings
 
-    from pytorch_lightning.cli import LightningCLI
-
-    import moe_precision.callbacks  # noqa: F401  so that YAML may name the callbacks without their module
+    from .fit import FitCLI
 
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
-    return LightningCLI(args=["fit", *arguments], save_config_kwargs={"overwrite": True}).datamodule
+    return FitCLI(args=["fit", *arguments], save_config_kwargs={"overwrite": True}).datamodule
 
 
 def _plan(options: argparse.Namespace) -> None:
     if Path(options.output).exists():
         raise FileExistsError(f"{options.output!r} exists; name another file with -o")
     check_writable(options.output)
-    if options.curvature_batches is not None and _curvature_of(options.output).exists():
-        raise FileExistsError(f"{str(_curvature_of(options.output))!r} exists; name another file with -o")
+    if options.curvature_batches is not None and curvature_path(options.output).exists():
+        raise FileExistsError(f"{str(curvature_path(options.output))!r} exists; name another file with -o")
     plan, curvature = _allocated(options)
     if curvature is not None:
-        curvature.save(_curvature_of(options.output))
-        print(f"wrote {_curvature_of(options.output)}")
+        curvature.save(curvature_path(options.output))
+        print(f"wrote {curvature_path(options.output)}")
     plan.save(options.output)
     tables.show(tables.plan_table(plan))
     print(f"wrote {options.output}")
@@ -114,13 +112,8 @@ def _beside(path: str | None) -> Path | None:
     """The curvature that a run has written beside a plan or a history, if it is there."""
     if path is None:
         return None
-    curvature = _curvature_of(path.removesuffix(".json").removesuffix(".history.safetensors") + ".json")
+    curvature = curvature_path(path.removesuffix(".json").removesuffix(".history.safetensors") + ".json")
     return curvature if curvature.is_file() else None
-
-
-def _curvature_of(plan: str) -> Path:
-    """Where the curvature of a plan stands."""
-    return Path(plan).with_suffix(".curvature.safetensors")
 
 
 def _curvature_by_batches(options: argparse.Namespace, checkpoint: str, history: str | None) -> Curvature:
@@ -178,7 +171,7 @@ def _compare(options: argparse.Namespace) -> None:
             raise ValueError(f"--write-plan writes the winner, and {', '.join(options.methods)} are controls")
     if options.plot is not None and Path(options.plot).suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--plot must end in .png, .pdf or .svg, got {options.plot!r}")
-    for path in [*outputs, *([_curvature_of(options.write_plan)] if options.write_plan is not None else [])]:
+    for path in [*outputs, *([curvature_path(options.write_plan)] if options.write_plan is not None else [])]:
         if Path(path).exists():
             raise FileExistsError(f"{str(path)!r} exists; name another file")
         check_writable(path)
@@ -222,7 +215,7 @@ def _compare(options: argparse.Namespace) -> None:
         if winner is None:
             raise AllocationError("no method could be compared, there is no winner to write")
         if curvature is not None:
-            curvature.save(_curvature_of(options.write_plan))
+            curvature.save(curvature_path(options.write_plan))
         winner.plan.save(options.write_plan)
     for path in outputs:
         print(f"wrote {path}")

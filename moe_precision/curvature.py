@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,6 +126,11 @@ class Curvature:
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise CurvatureError(f"{name} is no whole curvature file: {error}") from error
         return cls(layers, rows, columns, norms)._check_values()
+
+
+def curvature_path(plan: str | os.PathLike) -> Path:
+    """Where a run keeps the curvature of a plan: ``x.curvature.safetensors`` beside ``x.json``."""
+    return Path(plan).with_suffix(".curvature.safetensors")
 
 
 def as_curvature(curvature: Curvature | str | os.PathLike) -> Curvature:

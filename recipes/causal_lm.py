@@ -16,7 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from moe_precision.curvature import curvature_path
 from moe_precision.moe_layers import find_moe_layers
+from moe_precision.quantize import PlanQuantizationConfig
 
 FINAL_LR_FRACTION = 0.1
 
@@ -111,6 +113,40 @@ def check_config_or_checkpoint(config: dict[str, Any] | None, checkpoint: str | 
         raise ValueError(f"config has the keys {sorted(config)}, expected 'model_type' among them, such as 'mixtral'")
 
 
+def check_train(train: str, checkpoint: str | None, plan: str | None) -> None:
+    """Raise ValueError unless `train` is known, and has a checkpoint and a plan if it is routers alone."""
+    if train not in ("all", "routers"):
+        raise ValueError(f"train must be 'all' or 'routers', got {train!r}")
+    if train == "routers" and (checkpoint is None or plan is None):
+        raise ValueError(
+            f"train='routers' packs the experts of a finished model: it needs checkpoint and plan, got "
+            f"checkpoint={checkpoint!r} and plan={plan!r}"
+        )
+    if train == "all" and plan is not None:
+        raise ValueError("plan is for train='routers'; to train all weights at a plan's precision, use PrecisionAnneal")
+
+
+def load_checkpoint(auto_class: Any, checkpoint: str, train: str, plan: str | None) -> PreTrainedModel:
+    """Load a trained model in the dtype of training; for `train` ``routers`` with packed experts, all else frozen.
+
+    Args:
+        auto_class: Such as `AutoModelForCausalLM`.
+        checkpoint: Folder or name.
+        train: ``all`` or ``routers``.
+        plan: Path of the plan by which experts are packed; the curvature file beside it weighs the fit.
+    """
+    dtype = torch.get_default_dtype()  # transformers alone would take the dtype of the file, often bfloat16
+    if plan is None:
+        return auto_class.from_pretrained(checkpoint, dtype=dtype)
+    beside = curvature_path(plan)
+    config = PlanQuantizationConfig(plan, curvature=beside if beside.is_file() else None)
+    model = auto_class.from_pretrained(checkpoint, dtype=dtype, quantization_config=config)
+    model.requires_grad_(False)
+    for layer in config.plan.layers.values():
+        model.get_parameter(layer.shape.router).requires_grad_(True)
+    return model
+
+
 def data_tokenizer(module: pl.LightningModule) -> PreTrainedTokenizerBase:
     """Return the tokenizer of the Trainer's data module; raise ValueError if there is none."""
     tokenizer = getattr(getattr(module.trainer, "datamodule", None), "tokenizer", None)
@@ -147,9 +183,12 @@ class CausalLM(pl.LightningModule):
         weight_decay: AdamW's, on matrices only.
         warmup_steps: Optimizer steps of linear warmup, before the cosine fall to a tenth.
         betas: AdamW's.
+        train: ``all``, or ``routers``: the checkpoint's experts are packed by `plan` and nothing but routers learns.
+        plan: Path of the precision plan for ``routers``.
 
     Raises:
-        ValueError: Not exactly one of `config` and `checkpoint` is given, or `config` has no `model_type`.
+        ValueError: Not exactly one of `config` and `checkpoint` is given, `config` has no `model_type`, or `train` does
+            not go with the others.
     """
 
     def __init__(
@@ -160,9 +199,12 @@ class CausalLM(pl.LightningModule):
         weight_decay: float = 0.1,
         warmup_steps: int = 100,
         betas: tuple[float, float] = (0.9, 0.95),
+        train: str = "all",
+        plan: str | None = None,
     ) -> None:
         super().__init__()
         check_config_or_checkpoint(config, checkpoint)
+        check_train(train, checkpoint, plan)
         self.save_hyperparameters()
         self.model: PreTrainedModel | None = None
         self.val_mean = MeanMetric()
@@ -172,14 +214,15 @@ class CausalLM(pl.LightningModule):
         if self.model is not None:
             return
         checkpoint, config = self.hparams["checkpoint"], self.hparams["config"]
-        if checkpoint is not None:  # transformers alone would take the dtype of the file, often bfloat16
-            self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.get_default_dtype())
+        train, plan = self.hparams["train"], self.hparams["plan"]
+        if checkpoint is not None:
+            self.model = load_checkpoint(AutoModelForCausalLM, checkpoint, train, plan)
         else:
             self.model = AutoModelForCausalLM.from_config(new_config(config, data_tokenizer(self)))
         self.model.train()
         if self.device_mesh is not None:
             shard_layers(self.model, self.device_mesh)
-        if self.trainer.world_size > 1 and hasattr(self.model.config, "router_aux_loss_coef"):
+        if self.trainer.world_size > 1 and train == "all" and hasattr(self.model.config, "router_aux_loss_coef"):
             reach_all_experts(self.model)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.seed import isolate_rng
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
@@ -24,8 +23,10 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedToken
 
 from moe_precision.recipes.causal_lm import (
     check_config_or_checkpoint,
+    check_train,
     data_tokenizer,
     load_balancing_loss,
+    load_checkpoint,
     new_config,
     optimizer_and_schedule,
     reach_all_experts,
@@ -124,9 +125,12 @@ class Seq2SeqLM(pl.LightningModule):
         pretrain_sequence_length: Tokens in such a block.
         pretrain_learning_rate: Peak learning rate of the pretraining.
         rouge_examples: Validation documents, on each device, that are summarized for ROUGE.
+        train: ``all``, or ``routers``: the checkpoint's experts are packed by `plan` and nothing but routers learns.
+        plan: Path of the precision plan for ``routers``.
 
     Raises:
-        ValueError: Not exactly one of `config` and `checkpoint` is given, or `config` has no `model_type`.
+        ValueError: Not exactly one of `config` and `checkpoint` is given, `config` has no `model_type`, or `train` does
+            not go with the others.
     """
 
     def __init__(
@@ -142,9 +146,12 @@ class Seq2SeqLM(pl.LightningModule):
         pretrain_sequence_length: int = 128,
         pretrain_learning_rate: float = 2e-3,
         rouge_examples: int = 64,
+        train: str = "all",
+        plan: str | None = None,
     ) -> None:
         super().__init__()
         check_config_or_checkpoint(config, checkpoint)
+        check_train(train, checkpoint, plan)
         self.save_hyperparameters()
         self.prepare_data_per_node = False  # one pretraining for all nodes: two would give two different models
         self.model: PreTrainedModel | None = None
@@ -226,11 +233,13 @@ class Seq2SeqLM(pl.LightningModule):
         if source is None:
             self.model = self._new_model()
         else:
-            self.model = AutoModelForSeq2SeqLM.from_pretrained(source, dtype=torch.get_default_dtype())
+            train, plan = self.hparams["train"], self.hparams["plan"]
+            self.model = load_checkpoint(AutoModelForSeq2SeqLM, source, train, plan)
         self.model.train()
         if self.device_mesh is not None:
             shard_layers(self.model, self.device_mesh)
-        if self.trainer.world_size > 1 and hasattr(self.model.config, "num_experts"):
+        trains_experts = self.hparams["train"] == "all"
+        if self.trainer.world_size > 1 and trains_experts and hasattr(self.model.config, "num_experts"):
             reach_all_experts(self.model)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

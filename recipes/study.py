@@ -8,31 +8,22 @@ file, so that an interrupted study goes on where it was. The second prints the t
 """
 
 import argparse
-import copy
 import json
-import logging
 import multiprocessing
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-import yaml
 from scipy.stats import kendalltau
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
-from moe_precision import recipes
 from moe_precision.allocation import GRANULARITIES, METHODS, plan_of_signals
-from moe_precision.callbacks import RouterNormMonitor, SavePretrained
 from moe_precision.checkpoints import load_model
 from moe_precision.comparison import Judge, final_history
 from moe_precision.costs import Costs
@@ -45,6 +36,7 @@ from moe_precision.orders import bits_from_order, rank_experts
 from moe_precision.plan import stored_bits_per_weight
 from moe_precision.quantize.fitting import quantize_matrix
 from moe_precision.recipes.quantizers import quantizers, rtn
+from moe_precision.recipes.study_models import Batch, Setting, folder_of, merged, rows_of, settings_of, train, worker
 from moe_precision.router_norms import RouterNormHistory
 from moe_precision.simulation import Bits, Matrix, SimulatedExperts
 from moe_precision.statistics import rank_correlation
@@ -52,100 +44,6 @@ from moe_precision.statistics import rank_correlation
 ORDERS = ("router_norm", "norm_only", "final_norm", "max_variance", "load", "least_load", "reversed")
 ZETAS = (1.5, 2.0, 5.0)  # beside the paper's 3, which is `router_norm`, and `norm_only`
 MAIN = [2, 3]
-REFERENCE = "language-reference"
-
-Batch = dict[str, Tensor]
-Setting = dict[str, Any]
-
-
-def settings_of(path: Path | None) -> Setting:
-    """The study's settings: of a file, or the ones that come with the package."""
-    text = files("moe_precision.recipes").joinpath("study.yaml") if path is None else path
-    return yaml.safe_load(text.read_text(encoding="utf-8"))
-
-
-def language_reference(folder: Path) -> str:
-    """Write the language reference that ``help()`` prints, a file a topic, and return the folder."""
-    from pydoc_data.topics import topics
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for topic, text in topics.items():
-        with replaced_when_done(folder / f"{topic}.txt") as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return str(folder)
-
-
-def data_of(study: Setting, name: str, seed: int, root: Path) -> Any:
-    """The data module of a model, set up."""
-    model = study["models"][name]
-    arguments = dict(model["data_args"], seed=seed)
-    if arguments.get("dataset") == REFERENCE:
-        arguments["dataset"] = language_reference(root / "language_reference")
-    if "from" in model:
-        arguments["tokenizer"] = str(folder_of(model["from"], seed, root) / "checkpoint")
-    data = getattr(recipes, model["data"])(**arguments)
-    data.setup()
-    return data
-
-
-def folder_of(name: str, seed: int, root: Path) -> Path:
-    """Where everything of one model and seed is kept."""
-    return root / name / f"seed_{seed}"
-
-
-def train(study: Setting, name: str, seed: int, root: Path) -> Any:
-    """Train one model with the callback, unless its files are there; return its data module."""
-    model, folder = study["models"][name], folder_of(name, seed, root)
-    if "from" in model:
-        train(study, model["from"], seed, root)
-    data = data_of(study, name, seed, root)
-    if (folder / "checkpoint" / "config.json").is_file():
-        return data
-    pl.seed_everything(seed, verbose=False)
-    arguments = copy.deepcopy(model["module_args"])
-    if "from" in model:
-        arguments["checkpoint"] = str(folder_of(model["from"], seed, root) / "checkpoint")
-    monitor = RouterNormMonitor(group_size=model["group_size"], every_n_steps=study["record_every"])
-    trainer = pl.Trainer(
-        default_root_dir=str(folder),
-        max_steps=model["max_steps"],
-        gradient_clip_val=1.0,
-        callbacks=[monitor, SavePretrained()],
-        accelerator="auto",
-        devices=1,
-        limit_val_batches=0,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    trainer.fit(getattr(recipes, model["module"])(**arguments), datamodule=data)
-    return data
-
-
-def rows_of(batches: Iterable[Batch], count: int, size: int = 1) -> Iterator[Batch]:
-    """The first ``count`` rows of some batches, in batches of ``size``."""
-    done = 0
-    for batch in batches:
-        for start in range(0, len(batch["labels"]), size):
-            if done >= count:
-                return
-            part = {key: value[start : start + size] for key, value in batch.items()}
-            done += len(part["labels"])
-            yield part
-
-
-def merged(batches: Iterable[Batch], rows: int = 64) -> list[Batch]:
-    """Batches of the same shape joined up to so many rows, which are evaluated faster."""
-    found: list[Batch] = []
-    for batch in batches:
-        last = found[-1] if found else {}
-        alike = all(key in last and last[key].shape[1:] == value.shape[1:] for key, value in batch.items())
-        if alike and len(last["labels"]) + len(batch["labels"]) <= rows:
-            found[-1] = {key: torch.cat([last[key], value]) for key, value in batch.items()}
-        else:
-            found.append(batch)
-    return found
 
 
 class Study:
@@ -478,14 +376,6 @@ class Study:
         return found
 
 
-def _quiet(threads: int) -> None:
-    """What a worker process sets once."""
-    torch.set_num_threads(threads)
-    warnings.simplefilter("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    disable_progress_bar()
-
-
 def measure(study: Setting, name: str, seed: int, root: Path) -> str:
     """Everything of one model and seed, unless its result is there; return what was done."""
     result = folder_of(name, seed, root) / "result.json"
@@ -528,7 +418,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     work = [(m, s) for s in options.seeds or study["seeds"] for m in options.models or study["models"]]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, context, _quiet, (options.threads,)) as pool:
+    with ProcessPoolExecutor(options.workers, context, worker, (options.threads,)) as pool:
         tasks = [pool.submit(measure, study, name, seed, options.output) for name, seed in work]
         for task in tqdm(as_completed(tasks), total=len(tasks), desc="study", unit="model"):
             tqdm.write(task.result())

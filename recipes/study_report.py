@@ -84,11 +84,13 @@ def between(interval: Interval) -> str:
     return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
-def _of(numbers: Sequence[float], digits: int = 4) -> str:
+def of_runs(numbers: Sequence[float], digits: int = 4) -> str:
+    """Mean of a number a seed ± half of its interval; a dash where there is none."""
     return plain(mean_of_runs(numbers), digits) if numbers else "-"
 
 
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table under a heading of the third level."""
     lines = [f"### {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows), ""])
 
@@ -109,10 +111,10 @@ def report(study: dict[str, Any], root: Path) -> str:
     def per_model(title: str, methods: Sequence[tuple[str, str]], **how: Any) -> None:
         rows = []
         for method, granularity in methods:
-            cells = [_of(values(found[name], method, granularity, **how)) for name in models]
+            cells = [of_runs(values(found[name], method, granularity, **how)) for name in models]
             if any(cell != "-" for cell in cells):
                 rows.append([_label(method, granularity), *cells])
-        parts.append(_table(title, ["method", *models], rows))
+        parts.append(markdown_table(title, ["method", *models], rows))
 
     per_model("Increase of the loss at 2.5 bits from {2, 3}, all tokens", SHOWN)
     per_model("The same, rarest tenth of the target tokens", SHOWN, key="rare")
@@ -144,8 +146,8 @@ def report(study: dict[str, Any], root: Path) -> str:
 def _models(study: dict[str, Any], found: dict[str, Runs]) -> str:
     rows = []
     for name, runs in found.items():
-        uniform = [_of(values(runs, f"uniform {bits}")) for bits in (1, 2, 3, 4)]
-        loss = _of([run["loss"]["all"] for run in runs], 3)
+        uniform = [of_runs(values(runs, f"uniform {bits}")) for bits in (1, 2, 3, 4)]
+        loss = of_runs([run["loss"]["all"] for run in runs], 3)
         rows.append([name, study["models"][name]["title"], str(len(runs)), str(runs[0]["tokens"]), loss, *uniform])
     head = (
         "model",
@@ -155,7 +157,7 @@ def _models(study: dict[str, Any], found: dict[str, Runs]) -> str:
         "float loss",
         *(f"all at {b}: increase" for b in range(1, 5)),
     )
-    return _table("The models", head, rows)
+    return markdown_table("The models", head, rows)
 
 
 def _ratio(runs: Runs, over: tuple[str, str], key: str = "mean", **how: Any) -> str:
@@ -172,7 +174,7 @@ def _targets(found: dict[str, Runs]) -> str:
     rows = []
     for name, runs in found.items():
         against = [("router_norm", "expert"), ("load", "expert"), ("random", "expert"), ("sensitivity", BEST[1])]
-        rare = _of(_difference(runs, BEST, ("router_norm", "expert"), "rare"))
+        rare = of_runs(_difference(runs, BEST, ("router_norm", "expert"), "rare"))
         rows.append([name, *(_ratio(runs, other) for other in against), rare])
     head = (
         "model",
@@ -183,7 +185,7 @@ def _targets(found: dict[str, Runs]) -> str:
         "rare, minus router_norm",
     )
     title = "curvature, expert+projection: its increase as a ratio to others' (2.5 bits from {2, 3})"
-    return _table(title, head, rows)
+    return markdown_table(title, head, rows)
 
 
 def _paper(found: dict[str, Runs]) -> str:
@@ -192,10 +194,10 @@ def _paper(found: dict[str, Runs]) -> str:
         cells = []
         for other in (("random", "expert"), ("reversed", "expert")):
             for key in ("mean", *BANDS):
-                cells.append(_of(_difference(runs, ("router_norm", "expert"), other, key)))
+                cells.append(of_runs(_difference(runs, ("router_norm", "expert"), other, key)))
         rows.append([name, *cells])
     head = ["model", *(f"{other}, {key}" for other in ("minus random", "minus reversed") for key in ("all", *BANDS))]
-    return _table(
+    return markdown_table(
         "router_norm: its increase minus that of random and of reversed order (2.5 bits from {2, 3})", head, rows
     )
 
@@ -206,11 +208,13 @@ def _quantizers(found: dict[str, Runs]) -> str:
     for name in names:
         for bits in ("1", "2", "3", "4"):
             cells = [
-                _of([run["quantizers"][name][bits] for run in runs if name in run["quantizers"]])
+                of_runs([run["quantizers"][name][bits] for run in runs if name in run["quantizers"]])
                 for runs in found.values()
             ]
             rows.append([name, bits, *cells])
-    return _table("Quantizers: increase of the loss with all experts at one width", ["quantizer", "bits", *found], rows)
+    return markdown_table(
+        "Quantizers: increase of the loss with all experts at one width", ["quantizer", "bits", *found], rows
+    )
 
 
 def _zetas(found: dict[str, Runs]) -> str:
@@ -220,11 +224,11 @@ def _zetas(found: dict[str, Runs]) -> str:
     for method, label in zip(methods, labels, strict=True):
         cells = []
         for runs in found.values():
-            cells.append(_of(values(runs, method)))
-            cells.append(_of(_difference(runs, (method, "expert"), ("norm_only", "expert"), "mean")))
+            cells.append(of_runs(values(runs, method)))
+            cells.append(of_runs(_difference(runs, (method, "expert"), ("norm_only", "expert"), "mean")))
         rows.append([label, *cells])
     head = ["zeta", *(cell for name in found for cell in (name, "minus no MaxVar"))]
-    return _table("MaxVar: the reorder rule's zeta, 2.5 bits from {2, 3}", head, rows)
+    return markdown_table("MaxVar: the reorder rule's zeta, 2.5 bits from {2, 3}", head, rows)
 
 
 def _correlations(found: dict[str, Runs]) -> str:
@@ -236,10 +240,10 @@ def _correlations(found: dict[str, Runs]) -> str:
             for runs in found.values():
                 for suffix in ("", ", within layers"):
                     numbers = [run["correlations"][signal][band + suffix] for run in runs]
-                    cells.append(_of([n for n in numbers if np.isfinite(n)], 2))
+                    cells.append(of_runs([n for n in numbers if np.isfinite(n)], 2))
             rows.append([signal, band, *cells])
     head = ["signal", "tokens", *(f"{name}, {scope}" for name in found for scope in ("all experts", "within layers"))]
-    return _table("Rank correlation of signals with the measured sensitivity at 2 bits", head, rows)
+    return markdown_table("Rank correlation of signals with the measured sensitivity at 2 bits", head, rows)
 
 
 def _settling(found: dict[str, Runs]) -> str:
@@ -250,11 +254,11 @@ def _settling(found: dict[str, Runs]) -> str:
         for runs in found.values():
             nearest: Callable[[dict[str, Any]], float] = lambda one, share=share: abs(one["share_of_training"] - share)  # type: ignore[misc]  # noqa: E731
             at = [min(run["settling"], key=nearest) for run in runs]
-            cells.append(_of([one["tau"] for one in at], 2))
-            cells.append(_of([100 * one["other_bits"] for one in at], 0))
+            cells.append(of_runs([one["tau"] for one in at], 2))
+            cells.append(of_runs([100 * one["other_bits"] for one in at], 0))
         rows.append([f"{share:.0%}", *cells])
     head = ["share of training", *(f"{name}, {what}" for name in found for what in ("tau", "other bits, %"))]
-    return _table("When the paper's plan settles: Kendall's tau with the last record", head, rows)
+    return markdown_table("When the paper's plan settles: Kendall's tau with the last record", head, rows)
 
 
 def _variants(found: dict[str, Runs]) -> str:
@@ -269,7 +273,7 @@ def _variants(found: dict[str, Runs]) -> str:
                     cells.append(between(ratio_of_runs(top, bottom)) if top else "-")
             rows.append([f"{variant}, {granularity}", *cells])
     head = ["costs", *(f"{name}, {key}" for name in found for key in ("all", "rare"))]
-    return _table(
+    return markdown_table(
         "Other costs than the optimizer's curvature: ratio of the increases (2.5 bits from {2, 3})", head, rows
     )
 
@@ -286,7 +290,7 @@ def _granularities(found: dict[str, Runs]) -> str:
                     cells.append(between(ratio_of_runs(top, bottom)))
             rows.append([f"{method}, {granularity}", *cells])
     head = ["granularity", *(f"{name}, {budget}" for name in found for budget in ("2.25", "2.5"))]
-    return _table("Granularity: ratio of the increase to that of the choice by expert, {2, 3}", head, rows)
+    return markdown_table("Granularity: ratio of the increase to that of the choice by expert, {2, 3}", head, rows)
 
 
 def _group_sizes(found: dict[str, Runs]) -> str:
@@ -305,7 +309,7 @@ def _group_sizes(found: dict[str, Runs]) -> str:
                 ]
                 for both in (False, True)
             ]
-            cells += [_of(by_choice[0]), between(ratio_of_runs(by_choice[1], by_choice[0]))]
+            cells += [of_runs(by_choice[0]), between(ratio_of_runs(by_choice[1], by_choice[0]))]
         rows.append([widths, f"{stored:g}", *cells])
     head = ["widths", "stored bits", *(cell for name in found for cell in (name, "ratio with half the group too"))]
-    return _table("The group size as a choice in the knapsack, at equal stored bits", head, rows)
+    return markdown_table("The group size as a choice in the knapsack, at equal stored bits", head, rows)

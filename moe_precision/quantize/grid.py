@@ -128,9 +128,7 @@ class Grid:
         return cls(plan, scales, offsets, norms)
 
 
-def on_grid(
-    weight: Tensor, bits: Sequence[int], scale: Tensor, offset: Tensor, out: Tensor | None = None
-) -> Tensor:
+def on_grid(weight: Tensor, bits: Sequence[int], scale: Tensor, offset: Tensor, out: Tensor | None = None) -> Tensor:
     """The nearest weights on a grid.
 
     Args:

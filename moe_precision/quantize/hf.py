@@ -167,7 +167,11 @@ class PlanHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # routers, adapters and whatever else is not packed: gradients pass through packed experts
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True  # transformers' Trainer takes a quantized model without adapters only then
 
 
 def quantize_model(

@@ -49,7 +49,13 @@ class PackedMatrices(nn.Module):
         return kernels.dequantize(self.codes[index], self.scale[index], self.offset[index], self.bits, dtype)
 
     def linear(self, index: int, x: Tensor) -> Tensor:
-        """``x @ W.T`` for ``x`` ``(..., in)``."""
+        """``x @ W.T`` for ``x`` ``(..., in)``; gradients flow to ``x``."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Product.apply(x, self, index)
+        return self.product(index, x)
+
+    def product(self, index: int, x: Tensor) -> Tensor:
+        """The same without gradients, by the fastest kernel that fits."""
         if not kernels.int4_fits(x, self.codes.shape[1], self.bits, self.group_size):
             return kernels.linear(x, self.codes[index], self.scale[index], self.offset[index], self.bits)
         if index not in self._int4:
@@ -68,6 +74,19 @@ class PackedMatrices(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._int4.clear()
         super()._load_from_state_dict(*args, **kwargs)
+
+
+class _Product(torch.autograd.Function):
+    """``x @ W.T`` with a packed W, which is dequantized anew for the backward pass: nothing in float is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrices: PackedMatrices, index: int) -> Tensor:
+        ctx.matrices, ctx.index = matrices, index
+        return matrices.product(index, x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient @ ctx.matrices.weight(ctx.index, gradient.dtype), None, None
 
 
 class DenseMatrices(nn.Module):

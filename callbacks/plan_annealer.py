@@ -1,0 +1,190 @@
+"""What the annealing callbacks share: when to begin, the plan and its grid, what is logged, files at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_precision.allocation import PLAN_METHODS, AllocationError, allocate, check_granularity, levels_of
+from moe_precision.annealing import AnnealError, GridHooks, check_trainable
+from moe_precision.curvature import Curvature, CurvatureError, curvature_of, curvature_path
+from moe_precision.files import check_writable
+from moe_precision.moe_layers import MoELayer, find_moe_layers, root_model
+from moe_precision.plan import PrecisionPlan, as_plan, check_group_size, model_type_of
+from moe_precision.quantize.grid import Grid
+from moe_precision.router_norms import RouterNormHistory
+
+GRID = ".grid.safetensors"
+_NEED_HISTORY = ("router_norm", "norm_only", "reversed", "load", "least_load")
+
+
+class PlanAnnealer:
+    """What a callback inherits beside its trainer's own base class; arguments as in `PrecisionAnneal`.
+
+    Fitting, counting and settling are collectives under FSDP2: `_begin`, `_before_step`, `_after_step` and `_finish`
+    are called on all ranks.
+
+    Attributes:
+        plan: The plan, once it is known.
+        grid: The grid, once annealing has begun.
+    """
+
+    def __init__(
+        self,
+        start: float = 0.9,
+        plan: PrecisionPlan | dict | str | os.PathLike | None = None,
+        average_bits: float = 2.5,
+        bits: Sequence[int] = (2, 3),
+        method: str = "curvature",
+        granularity: str = "expert",
+        group_size: int = 128,
+        export_to: str = "annealed_plan.json",
+    ) -> None:
+        if method not in PLAN_METHODS:
+            raise AllocationError(f"unknown method {method!r}, expected one of {', '.join(PLAN_METHODS)}")
+        levels_of(method, average_bits, bits)
+        check_granularity(method, granularity)
+        if start < 0 or (start >= 1 and start != int(start)):
+            raise ValueError(f"start must be a share of max_steps below 1 or a whole step, got {start}")
+        if Path(export_to).suffix != ".json":
+            raise ValueError(f"export_to must end in .json, got {export_to!r}")
+        self.start, self.average_bits, self.bits, self.method = start, average_bits, tuple(bits), method
+        self.granularity, self.group_size, self.export_to = granularity, group_size, export_to
+        self._given = None if plan is None else as_plan(plan)
+        self._beside = curvature_path(plan) if isinstance(plan, (str, os.PathLike)) else None
+        self.plan = self._given
+        self.grid: Grid | None = None
+        self._hooks: GridHooks | None = None
+        self._path: Path | None = None  # None where nothing is written
+        self._first_step = 0  # of annealing
+        self._before: list[Tensor] = []  # codes before a step that is logged
+        self._losses: Tensor | None = None  # tokens, and summed loss on and off the grid
+
+    def _prepare(self, folder: str | None, anew: bool) -> None:
+        """Before training: where the plan goes, checked to be writable; None for a run that writes nothing."""
+        self._path, self._before, self._losses = None, [], None
+        self._let_go()
+        if anew:
+            self.grid, self.plan = None, self._given
+        if folder is not None:
+            self._path = Path(folder, self.export_to)
+            check_writable(self._path)
+
+    def _check(self, model: nn.Module, total: float) -> None:
+        """All that can be wrong, before the first step; goes on with the grid where a checkpoint has brought one."""
+        layers = find_moe_layers(model)
+        check_trainable(layers)
+        group_size = self.group_size if self.plan is None else self.plan.group_size
+        for layer in layers:
+            check_group_size(group_size, layer.name, layer.projections)
+        shapes = {layer.name: layer.shape for layer in layers}
+        if self.plan is not None:
+            self.plan.check_layers(shapes, model_type_of(root_model(model)))
+        if self._beside is not None and self._beside.is_file():
+            Curvature.load(self._beside).check_layers(shapes)
+        if self.start < 1 and total == float("inf"):
+            raise AnnealError(f"start={self.start} is a share of max_steps, which is not set: set it, or give a step")
+        self._first_step = int(self.start * total) if self.start < 1 else int(self.start)
+        if self._first_step >= total:
+            raise AnnealError(f"start={self.start} is step {self._first_step} of {total}: nothing is left to anneal")
+        if self.grid is not None:  # resumed in the middle
+            self._hooks = GridHooks(layers, self.grid)
+
+    def _begin(self, model: nn.Module, optimizers: Iterable[Any], history: RouterNormHistory | None, step: int) -> None:
+        """Makes the plan if there is none, fixes the grid, and puts it into every forward pass."""
+        layers = find_moe_layers(model)
+        curvature = self._curvature(layers, optimizers)
+        if self.plan is None:
+            if history is None and self.method in _NEED_HISTORY:
+                raise AnnealError(f"method {self.method!r} reads what {self._recorder} records: add it too")
+            self.plan = allocate(
+                model,
+                history,
+                self.method,
+                self.average_bits,
+                self.bits,
+                self.group_size,
+                curvature=curvature,
+                granularity=self.granularity,
+            )
+        self.grid = Grid.fit(layers, self.plan, curvature)
+        self._hooks = GridHooks(layers, self.grid)
+        rank_zero_info(
+            f"{type(self).__name__}: from step {step} on the experts are trained at "
+            f"{self.plan.average_bits:.3g} bits on average"
+        )
+
+    _recorder = "RouterNormMonitor"
+
+    def _curvature(self, layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature | None:
+        """The optimizer's second moments, or before it has any the file beside a plan that was given."""
+        try:
+            return curvature_of(layers, optimizers)
+        except CurvatureError as error:
+            if self._beside is not None and self._beside.is_file():
+                rank_zero_info(f"{type(self).__name__}: the grid is fitted with the curvature of {self._beside}")
+                return Curvature.load(self._beside)
+            rank_zero_info(f"{type(self).__name__}: the grid is fitted without curvature: {error}")
+            return None
+
+    def _before_step(self, logged: bool) -> None:
+        """Keeps the codes before a step that will be logged; called again before its other micro-batches."""
+        if self._hooks is not None and logged and not self._before:
+            self._before = self._hooks.codes()
+
+    def _after_step(self) -> dict[str, float]:
+        """What to log of a step."""
+        metrics = {"anneal/active": float(self._hooks is not None)}
+        if self._hooks is not None and self._before:
+            pairs = list(zip(self._before, self._hooks.codes(), strict=True))
+            flipped, total = sum(int((a != b).sum()) for a, b in pairs), sum(a.numel() for a, _ in pairs)
+            metrics["anneal/flips"] = flipped / max(1, total)
+            self._before = []
+        return metrics
+
+    @torch.no_grad()
+    def _validate(self, model: nn.Module, batch: Any) -> None:
+        """Adds a batch to the losses on and off the grid, if it is the arguments of a transformers model."""
+        model = root_model(model)
+        known = isinstance(model, PreTrainedModel) and isinstance(batch, Mapping) and "labels" in batch
+        if self._hooks is None or not known:
+            return
+        tokens = (batch["labels"] != -100).sum().double()
+        on = model(**batch).loss.double()
+        with self._hooks.lifted():
+            off = model(**batch).loss.double()
+        sums = tokens * torch.stack([torch.ones_like(tokens), on, off])
+        self._losses = sums if self._losses is None else self._losses + sums
+
+    def _validated(self, sums: Tensor | None) -> dict[str, float]:
+        """The mean losses of a validation, of all ranks' sums."""
+        self._losses = None
+        if sums is None:
+            return {}
+        tokens, on, off = sums.tolist()
+        return {"anneal/val_loss": on / tokens, "anneal/val_loss_float": off / tokens}
+
+    def _finish(self, writes: bool) -> None:
+        """Moves the weights onto the grid; writes plan and grid."""
+        if self._hooks is None or self.grid is None or self.plan is None:
+            return
+        self._hooks.settle()
+        self._let_go()
+        if writes and self._path is not None:
+            self.grid.save(self._path.with_suffix(GRID))
+            self.plan.save(self._path)
+            rank_zero_info(
+                f"{type(self).__name__}: wrote {self._path} ({self.plan.average_bits:.3g} bits on average) and its grid"
+            )
+
+    def _let_go(self) -> None:
+        if self._hooks is not None:
+            self._hooks.close()
+            self._hooks = None

@@ -1,0 +1,128 @@
+"""The same for transformers' Trainer: the last steps go through the quantization grid of a precision plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from moe_precision.annealing import AnnealError
+from moe_precision.callbacks.plan_annealer import PlanAnnealer
+from moe_precision.callbacks.plan_recorder import NOT_RESTORED
+from moe_precision.callbacks.router_norm_trainer_callback import RouterNormTrainerCallback
+from moe_precision.callbacks.wandb_media import current_run
+from moe_precision.moe_layers import find_moe_layers
+from moe_precision.quantize.grid import Grid
+from moe_precision.router_norms import HistoryError, check_same_weights, norms_by_layer
+
+_STATE = "annealing.safetensors"
+
+
+class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
+    """Ends ``transformers.Trainer``'s training on a precision plan, as `PrecisionAnneal` does for Lightning.
+
+    From ``start`` on every forward pass uses the quantized expert weights. When training ends the model's weights are
+    on the grid: ``trainer.save_model(folder)`` afterwards, and ``moe-precision quantize folder annealed_plan.json out``
+    packs exactly the codes that training ended on. The grid is part of every checkpoint, so that
+    ``resume_from_checkpoint`` goes on with it. With ``report_to="wandb"`` its curves stand beside the Trainer's own;
+    the losses of an evaluation, on the grid and off it, take two more forward passes.
+
+    Args:
+        recorder: The callback that records router norms, for a ``method`` that reads them.
+        settings: As in `PrecisionAnneal`; ``export_to`` is relative to ``output_dir``.
+
+    Attributes:
+        plan: The plan, once it is known.
+        grid: The grid, once annealing has begun.
+
+    Raises:
+        ValueError: As in `PrecisionAnneal`; or a resumed model is not the checkpoint's.
+
+    Example:
+        >>> anneal = PrecisionAnnealTrainerCallback(start=0.9, average_bits=2.0, bits=(1, 2, 3))
+        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[anneal])
+        >>> trainer.train()
+        >>> trainer.save_model("checkpoint")
+    """
+
+    _recorder = "RouterNormTrainerCallback (recorder=...)"
+
+    def __init__(self, *, recorder: RouterNormTrainerCallback | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._history_of = recorder
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self._prepare(args.output_dir, anew=True)
+        saved = _state_file(args, state)
+        if isinstance(args.resume_from_checkpoint, str) and not saved.is_file():
+            saved = Path(args.resume_from_checkpoint, _STATE)
+        if state.global_step > 0 and saved.is_file():
+            self.grid = Grid.load(saved)
+            self.plan = self.grid.plan
+            try:
+                check_same_weights(self.grid.router_norms, norms_by_layer(find_moe_layers(model)), f"grid {saved}")
+            except HistoryError as error:
+                raise HistoryError(f"{error} {NOT_RESTORED}") from error
+            rank_zero_info(f"PrecisionAnnealTrainerCallback: goes on with the grid of {saved}")
+        self._check(model, state.max_steps)
+        if state.global_step > self._first_step and self.grid is None:
+            raise AnnealError(
+                f"training resumes at step {state.global_step}, annealing began at {self._first_step}, and there is no "
+                f"{str(saved)!r} with the grid: name the checkpoint in TrainingArguments.resume_from_checkpoint too"
+            )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self._hooks is None and state.global_step >= self._first_step:
+            optimizers = [kwargs["optimizer"]] if kwargs.get("optimizer") is not None else []
+            history = None if self._history_of is None else self._history_of.history
+            self._begin(model, optimizers, history, state.global_step)
+        self._before_step(current_run() is not None and (state.global_step + 1) % int(state.logging_steps or 1) == 0)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if current_run() is not None and state.global_step % int(state.logging_steps or 1) == 0:
+            _log(state, self._after_step())
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self._hooks is None or current_run() is None or args.world_size > 1:
+            return
+        training = model.training
+        model.eval()
+        device = next(model.parameters()).device
+        for batch in kwargs.get("eval_dataloader") or ():
+            self._validate(model, {key: value.to(device) for key, value in batch.items()})
+        model.train(training)
+        _log(state, self._validated(self._losses))
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self.grid is None or self._hooks is None:
+            return
+        with torch.no_grad():
+            self.grid.router_norms = norms_by_layer(find_moe_layers(model))
+        if state.is_world_process_zero:
+            self.grid.save(_state_file(args, state))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._finish(state.is_world_process_zero)
+
+
+def _state_file(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir), f"checkpoint-{state.global_step}", _STATE)
+
+
+def _log(state: TrainerState, metrics: dict[str, float]) -> None:
+    run = current_run()
+    if run is not None and metrics and state.is_world_process_zero:
+        run.log({**metrics, "train/global_step": state.global_step})

@@ -1,0 +1,47 @@
+"""``moe-precision fit``: LightningCLI, and two flags for recipes that end training on a precision plan."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+import moe_precision.callbacks  # noqa: F401  so that YAML may name the callbacks without their module
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI with ``--plan`` and ``--train``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--plan", type=str | None, default=None, help="precision plan that training ends on")
+        parser.add_argument(
+            "--train",
+            type=Literal["all", "routers"],
+            default="all",
+            help="routers: pack the checkpoint's experts by the plan and train the routers alone, for little memory",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        callbacks = config.trainer.callbacks or []
+        anneals = [c for c in callbacks if c.class_path.rpartition(".")[2] == "PrecisionAnneal"]
+        if config.plan is not None:
+            if not anneals:
+                raise ValueError("--plan is for a recipe with PrecisionAnneal among its callbacks; this one has none")
+            for anneal in anneals:
+                anneal.init_args.plan = config.plan
+        if config.train == "routers":
+            self._routers_only(config, anneals)
+
+    def _routers_only(self, config: Any, anneals: list[Any]) -> None:
+        """The plan goes from the callback, which is left out, to the model."""
+        plans = [anneal.init_args.plan for anneal in anneals if anneal.init_args.plan is not None]
+        if not plans:
+            raise ValueError("--train routers packs experts by a plan that is there: give --plan")
+        arguments = config.model.init_args if "init_args" in config.model else config.model
+        if "train" not in arguments:
+            raise ValueError(
+                f"--train routers needs a model with the argument 'train', such as CausalLM; got {config.model}"
+            )
+        arguments.train, arguments.plan = "routers", plans[0]
+        config.trainer.callbacks = [c for c in config.trainer.callbacks if c not in anneals]
