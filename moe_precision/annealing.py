@@ -186,8 +186,9 @@ class _Buffers:
             return torch.empty_like(like, requires_grad=False)
 
     def give(self, buffer: Tensor) -> None:
-        """Back, for the next one."""
-        self._free.setdefault(_kind(buffer), []).append(buffer)
+        """Back, for the next one, unless somebody else has kept it without autograd's knowledge."""
+        if _holders(buffer) == 1:
+            self._free.setdefault(_kind(buffer), []).append(buffer)
 
     def forget(self) -> None:
         """What was quantized again for a backward pass may be used for other weights."""
@@ -298,6 +299,12 @@ class _Cover:
                 "forward pass and its backward pass, so that the quantized weight of the forward pass is lost"
             )
         return self._buffers.recomputed(saved.place, saved.weight).as_strided(*saved.view)
+
+
+def _holders(tensor: Tensor) -> int:
+    """How many tensors share its memory."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) - 1  # the variable here is one too
 
 
 def _hooks_are_set() -> bool:

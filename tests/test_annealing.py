@@ -17,7 +17,7 @@ from moe_precision.cli import main
 from moe_precision.quantize.fitting import quantize_matrix, quantize_on_grid
 from moe_precision.quantize.grid import Grid, GridError
 from moe_precision.quantize.kernels import scaled
-from tests.conftest import build, logits
+from tests.conftest import PlainMoE, build, logits
 from tests.test_router_norm_monitor import MemoryLogger
 
 IDS = torch.randint(3, 128, (40, 12), generator=torch.Generator().manual_seed(0))
@@ -67,9 +67,17 @@ def test_codes_on_a_grid_are_those_of_the_fit():
     assert torch.equal(scaled(codes, scale, offset), flat)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])
-def test_forward_is_the_packed_model_and_backward_goes_straight_through(family):
-    model = build(family)
+FAMILIES = [
+    ("mixtral", {}),
+    ("mixtral", {"experts_implementation": "eager"}),
+    ("gpt_oss", {}),
+    ("switch_transformers", {}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), FAMILIES)
+def test_forward_is_the_packed_model_and_backward_goes_straight_through(family, changes):
+    model = build(family, **changes)
     layers = find_moe_layers(model)
     plan = allocate(copy.deepcopy(model), method="random", bits=(1, 2, 3), average_bits=2, group_size=64)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -125,6 +133,147 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         model(input_ids=IDS[:2], labels=IDS[:2]).loss.backward()
         found.append(model.model.layers[0].mlp.experts.down_proj.grad)
     torch.testing.assert_close(*found)
+
+
+def held(hooks):
+    """Bytes of all quantized weights that are kept between passes."""
+    buffers = hooks._covers[0]._buffers
+    free = [tensor for tensors in buffers._free.values() for tensor in tensors]
+    again = [tensor for _, tensor in buffers._recomputed.values()]
+    return sum(tensor.nbytes for tensor in free + again)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "switch_transformers"])
+def test_only_one_layer_of_quantized_weights_is_ever_held(family):
+    model = build(family).train()
+    layers = find_moe_layers(model)
+    plan = allocate(copy.deepcopy(model), method="uniform", average_bits=2, group_size=64)
+    hooks = GridHooks(layers, Grid.fit(layers, plan))
+    extra = {"decoder_input_ids": IDS[:2]} if model.config.is_encoder_decoder else {}
+    one_layer = sum(w.parameter().nbytes for bank in layers[0].banks.values() for w in bank.weights)
+    for _ in range(2):
+        loss = model(input_ids=IDS[:2], **extra).logits.square().mean()
+        assert 0 < held(hooks) <= one_layer
+        saved = graph_tensors(loss.grad_fn)
+        sizes = {w.parameter().nbytes for bank in layers[0].banks.values() for w in bank.weights}
+        own = {parameter.data_ptr() for parameter in model.parameters()}
+        kept = [t.untyped_storage() for t in saved]
+        assert not [storage for storage in kept if storage.nbytes() in sizes and storage.data_ptr() not in own]
+        loss.backward()
+        assert 0 < held(hooks) <= one_layer
+
+
+def graph_tensors(node):
+    """What the graph keeps for its backward pass, as packed."""
+    seen, waiting, found = set(), [node], []
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        for name in dir(node):
+            if name.startswith("_raw_saved"):
+                values = getattr(node, name)
+                for value in values if isinstance(values, tuple) else (values,):
+                    data = getattr(value, "data", None)
+                    if isinstance(data, torch.Tensor):
+                        found.append(data)
+    return found
+
+
+def test_a_weight_that_changes_before_its_backward_pass_is_an_error():
+    model = build("mixtral")
+    layers = find_moe_layers(model)
+    plan = allocate(copy.deepcopy(model), method="uniform", average_bits=2, group_size=64)
+    GridHooks(layers, Grid.fit(layers, plan))
+    loss = model(input_ids=IDS[:2], labels=IDS[:2]).loss
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj.add_(1)
+    with pytest.raises(RuntimeError, match=r"'down_proj' of 'model\.layers\.0\.mlp' was changed in place"):
+        loss.backward()
+
+
+class _Keeps(torch.autograd.Function):
+    """A product that keeps its weight on its own, as some kernels do."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.weight, None
+
+
+def test_a_kernel_that_keeps_its_weight_gets_to_keep_it():
+    model = PlainMoE(width=64, hidden=64, experts=2)
+    layers = find_moe_layers(model)
+    plan = allocate(copy.deepcopy(model), method="uniform", average_bits=2, group_size=64)
+    grid = Grid.fit(layers, plan)
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    model(x).sum()
+    gradients = []
+    for keeps in (False, True):
+        one = copy.deepcopy(model)
+        hooks = GridHooks(find_moe_layers(one), grid)
+        if keeps:
+            for module in one.experts.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.forward = lambda x, m=module: _Keeps.apply(x, m.weight) + m.bias
+        x.grad = None
+        one(x).square().sum().backward()
+        gradients.append(x.grad.clone())
+        hooks.close()
+    torch.testing.assert_close(*gradients)
+
+
+class Validated(Language):
+    """With a validation set that is the arguments of the model."""
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def val_dataloader(self):
+        return DataLoader([{"input_ids": row, "labels": row} for row in IDS[:6]], batch_size=4)
+
+
+def test_validation_on_and_off_the_grid(tmp_path):
+    logger, callback = MemoryLogger(), anneal()
+    kept = {}
+
+    class Keep(pl.Callback):
+        def on_train_end(self, trainer, module):  # before the weights move onto the grid
+            kept.update({name: tensor.clone() for name, tensor in module.model.state_dict().items()})
+
+    module = fit(tmp_path, Keep(), callback, module=Validated(), logger=logger, val_check_interval=2)
+    losses = {step: metrics for step, metrics in logger.calls if "anneal/val_loss" in metrics}
+    assert losses.keys() == {6, 8, 10}
+    plain = build("mixtral")
+    with torch.no_grad():
+        on = module.model.eval()(input_ids=IDS[:6], labels=IDS[:6]).loss.item()
+        plain.load_state_dict(kept)
+        off = plain(input_ids=IDS[:6], labels=IDS[:6]).loss.item()
+    assert losses[10]["anneal/val_loss"] == pytest.approx(on, rel=1e-5)
+    assert losses[10]["anneal/val_loss_float"] == pytest.approx(off, rel=1e-5)
+    assert on != pytest.approx(off, rel=1e-4)
+
+
+def test_a_plan_from_a_run_brings_its_curvature(tmp_path):
+    """From the first step on the optimizer has no second moments."""
+    monitor = RouterNormMonitor(group_size=64, method="curvature", bits=(1, 2, 3), average_bits=2)
+    module = fit(tmp_path / "first", monitor)
+    before = copy.deepcopy(module.model)
+    callback = anneal(start=0, plan=tmp_path / "first" / "precision_plan.json")
+    module = fit(tmp_path / "second", callback, module=module, steps=2)
+    layers = find_moe_layers(before)
+    weighted = Grid.fit(layers, monitor.plan, monitor.curvature)
+    plain = Grid.fit(layers, monitor.plan)
+    for layer, scales in callback.grid.scales.items():
+        for name, scale in scales.items():
+            assert torch.equal(scale, weighted.scales[layer][name])
+            assert not torch.equal(scale, plain.scales[layer][name])
 
 
 def test_resume_in_the_middle_ends_bit_identical(tmp_path):

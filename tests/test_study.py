@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from moe_precision.quantize.kernels import scaled
-from moe_precision.recipes import study, study_report, theory
+from moe_precision.recipes import anneal_report, anneal_study, study, study_report, theory
 from moe_precision.recipes.quantizers import least_squares, quantizers, rtn
 from tests.test_cli import TEXT
 
@@ -55,6 +55,37 @@ def test_the_report_has_every_table(small):
     assert "| curvature, expert+projection |" in text
     assert "nan" not in text
     assert "no result" in study_report.report(settings, root / "nothing")
+
+
+def test_annealing_is_measured_and_reported(small):
+    settings, root = small
+    settings["models"]["mixtral"]["max_steps"] = 8
+    settings["annealing"] |= {
+        "models": ["mixtral"],
+        "shares": [0.25, 0.5],
+        "budgets": [1.0, 2.0],
+        "plan_budgets": [2.0],
+        "scale_budgets": [2.0],
+        "recover": {"budgets": [2.0], "steps": [1, 2], "learning_rate": 1e-3, "warmup_steps": 0},
+    }
+    root = root / "annealing"
+    root.mkdir()
+    assert anneal_study.measure(settings, "mixtral", 0, root) == "mixtral 0: done"
+    found = json.loads((root / "mixtral" / "seed_0" / "annealing.json").read_text())
+    assert len(found) == 2 + 2 + 4 + 2 + 4 + 4 + 2 + 3 + 1 + 4
+    assert all(math.isfinite(one["mean"]) for one in found.values())
+    assert found["float 0.25"] != found["float 0.5"]
+    assert found["annealed 0.5 1.0"]["stored_bits"] == pytest.approx(1.5)
+    before = (root / "mixtral" / "seed_0" / "annealing.json").stat().st_mtime_ns
+    anneal_study.measure(settings, "mixtral", 0, root)  # finds everything
+    assert (root / "mixtral" / "seed_0" / "annealing.json").stat().st_mtime_ns == before
+    text = anneal_report.report(settings, root)
+    assert text.count("### ") == 5
+    assert "nan" not in text
+    assert "| - |" not in text
+    increase = found["annealed 0.5 2.0"]["mean"] - found["float 0.5"]["mean"]
+    assert f"| 2 | annealed, last 50% | {increase:.4f} ± 0.0000 |" in text
+    assert "no result" in anneal_report.report(settings, root / "nothing")
 
 
 def test_values_are_means_over_draws():
