@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .buffers import Buffers
 from .moe_layers import MoELayer
 from .quantize.fitting import codes_on_grid
 from .quantize.grid import Grid, on_grid
@@ -64,7 +65,8 @@ class GridHooks:
         check_trainable(layers)
         self.grid, self._layers = grid, layers
         self._places: list[_Place] = []
-        buffers = _Buffers()
+        buffers = Buffers()
+        again = _QuantizedAgain(buffers)
         covers: dict[nn.Module, _Cover] = {}
         for layer in layers:
             for name, bank in layer.banks.items():
@@ -83,7 +85,7 @@ class GridHooks:
                         transposed=bank.transposed,
                     )
                     self._places.append(place)
-                    covers.setdefault(place.module, _Cover(place.module, buffers)).places.append(place)
+                    covers.setdefault(place.module, _Cover(place.module, buffers, again)).places.append(place)
         self._covers = list(covers.values())
         for cover in self._covers:
             cover.attach()
@@ -170,45 +172,27 @@ class _Place:
         return bank.transpose(1, 2) if self.transposed else bank
 
 
-class _Buffers:
-    """Memory for quantized weights that is used again and again: fresh memory costs more than the arithmetic."""
+class _QuantizedAgain:
+    """Quantized weights for backward passes, of one layer at a time."""
 
-    def __init__(self) -> None:
-        self._free: dict[tuple, list[Tensor]] = {}
-        self._recomputed: dict[_Place, tuple[int, Tensor]] = {}  # for backward, of one layer at a time
+    def __init__(self, buffers: Buffers) -> None:
+        self._buffers = buffers
+        self._made: dict[_Place, tuple[int, Tensor]] = {}  # version of the float weight, and the quantized one
 
-    def take(self, like: Tensor) -> Tensor:
-        """A tensor of the same shape, strides, dtype and device."""
-        free = self._free.get(_kind(like), [])
-        if free:
-            return free.pop()
-        with torch.inference_mode(False):  # else it could not be used in training
-            return torch.empty_like(like, requires_grad=False)
-
-    def give(self, buffer: Tensor) -> None:
-        """Back, for the next one, unless somebody else has kept it without autograd's knowledge."""
-        if _holders(buffer) == 1:
-            self._free.setdefault(_kind(buffer), []).append(buffer)
-
-    def forget(self) -> None:
-        """What was quantized again for a backward pass may be used for other weights."""
-        for _, buffer in self._recomputed.values():
-            self.give(buffer)
-        self._recomputed.clear()
-
-    def recomputed(self, place: _Place, weight: Tensor) -> Tensor:
-        """The quantized weight once more, kept until it is another layer's turn."""
-        if any(other.layer != place.layer for other in self._recomputed):
+    def get(self, place: _Place, weight: Tensor) -> Tensor:
+        """The quantized weight, kept until it is another layer's turn."""
+        if any(other.layer != place.layer for other in self._made):
             self.forget()
-        version, buffer = self._recomputed.get(place, (None, None))
+        version, buffer = self._made.get(place, (None, None))
         if buffer is None or version != weight._version:
-            buffer = place.quantized(weight, self.take(weight) if buffer is None else buffer)
-            self._recomputed[place] = weight._version, buffer
+            buffer = place.quantized(weight, self._buffers.take(weight) if buffer is None else buffer)
+            self._made[place] = weight._version, buffer
         return buffer
 
-
-def _kind(tensor: Tensor) -> tuple:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+    def forget(self) -> None:
+        """The float weights may have changed."""
+        while self._made:
+            self._buffers.give(self._made.popitem()[1][1])
 
 
 @dataclass
@@ -236,10 +220,10 @@ class _StraightThrough(torch.autograd.Function):
 class _Cover:
     """Hooks of one module, which put quantized weights over its parameters."""
 
-    def __init__(self, module: nn.Module, buffers: _Buffers) -> None:
+    def __init__(self, module: nn.Module, buffers: Buffers, again: _QuantizedAgain) -> None:
         self.places: list[_Place] = []
         self.lifted = False
-        self._module, self._buffers = module, buffers
+        self._module, self._buffers, self._again = module, buffers, again
         self._lent: dict[int, tuple[_Place, Tensor, Tensor]] = {}  # address -> place, weight, buffer
         self._saving: saved_tensors_hooks | None = None
         self._handles: list[Any] = []
@@ -258,7 +242,7 @@ class _Cover:
     def _cover(self, module: nn.Module, args: Any) -> None:
         if self.lifted:
             return
-        self._buffers.forget()
+        self._again.forget()
         # checkpointing and offloading have hooks of their own: what they keep must not be used again
         reused = not torch.is_grad_enabled() or not _hooks_are_set()
         for place in self.places:
@@ -298,13 +282,7 @@ class _Cover:
                 f"the expert weight {saved.place.name!r} of {saved.place.layer!r} was changed in place between a "
                 "forward pass and its backward pass, so that the quantized weight of the forward pass is lost"
             )
-        return self._buffers.recomputed(saved.place, saved.weight).as_strided(*saved.view)
-
-
-def _holders(tensor: Tensor) -> int:
-    """How many tensors share its memory."""
-    storage = tensor.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata) - 1  # the variable here is one too
+        return self._again.get(saved.place, saved.weight).as_strided(*saved.view)
 
 
 def _hooks_are_set() -> bool:

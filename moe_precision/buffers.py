@@ -1,0 +1,35 @@
+"""Memory that is used again and again: on CPUs, fresh memory costs more than the arithmetic that fills it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Buffers:
+    """A pool of tensors by shape, strides, dtype and device."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple, list[Tensor]] = {}
+
+    def take(self, like: Tensor) -> Tensor:
+        """An uninitialized tensor like another one."""
+        free = self._free.get(_kind(like), [])
+        if free:
+            return free.pop()
+        with torch.inference_mode(False):  # else it could not be used in training
+            return torch.empty_like(like, requires_grad=False)
+
+    def give(self, buffer: Tensor) -> None:
+        """Back, for the next one, unless another tensor still shares its memory."""
+        storage = buffer.untyped_storage()
+        if torch._C._storage_Use_Count(storage._cdata) == 2:  # the buffer's, and the variable here
+            self._free.setdefault(_kind(buffer), []).append(buffer)
+
+    def nbytes(self) -> int:
+        """Bytes that lie ready."""
+        return sum(tensor.nbytes for tensors in self._free.values() for tensor in tensors)
+
+
+def _kind(tensor: Tensor) -> tuple:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
