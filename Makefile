@@ -27,12 +27,15 @@ benchmarks: .venv/installed
 	$(BIN)/python -m benchmarks.checkpoint_plan
 	$(BIN)/python -m benchmarks.allocating
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.annealing
 
-# the tables of docs/evidence-tables.md; hours
+# the tables of docs/evidence-tables.md and docs/annealing-tables.md; hours
 evidence: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e .[benchmarks]
 	$(BIN)/python -m moe_precision.recipes.study --output runs/study --workers 2
 	$(BIN)/python -m moe_precision.recipes.study --output runs/study --report > docs/evidence-tables.md
+	$(BIN)/python -m moe_precision.recipes.anneal_study --output runs/anneal --workers 2
+	$(BIN)/python -m moe_precision.recipes.anneal_study --output runs/anneal --report > docs/annealing-tables.md
 	$(BIN)/python -m moe_precision.recipes.theory --output runs/theory
 
 .venv/installed: pyproject.toml constraints.txt

@@ -39,13 +39,15 @@ def recipe() -> tuple[nn.Module, Callable[[], Tensor], int]:
     return model, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss, 64
 
 
-def block(dtype: torch.dtype = torch.float32, count: int = 1) -> tuple[nn.Module, Callable[[], Tensor], int]:
-    """MoE layers of Mixtral's shape at half its width, one after the other, and a loss on 2,048 tokens."""
+def block(
+    dtype: torch.dtype = torch.float32, count: int = 1, tokens: int = TOKENS
+) -> tuple[nn.Module, Callable[[], Tensor], int]:
+    """MoE layers of Mixtral's shape at half its width, one after the other, and a loss on so many tokens."""
     config = MixtralConfig(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, experts_implementation="grouped_mm")
     layers = nn.ModuleList(MixtralSparseMoeBlock(config) for _ in range(count)).to(dtype).train()
     for parameter in layers.parameters():
         nn.init.normal_(parameter, std=0.02)
-    x = torch.randn(1, TOKENS, HIDDEN, dtype=dtype, requires_grad=True)  # as what layers below give
+    x = torch.randn(1, tokens, HIDDEN, dtype=dtype, requires_grad=True)  # as what layers below give
 
     def loss() -> Tensor:
         hidden = x
@@ -80,7 +82,7 @@ def pairs(model: nn.Module, loss: Callable[[], Tensor], group_size: int, rounds:
 
 def peak(on: bool, count: int = 4) -> None:
     """Prints by how many bytes this process grows at most in steps of several layers, after their gradients exist."""
-    model, loss, group_size = block(count=count)
+    model, loss, group_size = block(count=count, tokens=64)  # few: weights are what is measured
     layers = find_moe_layers(model)
     plan = allocate(model, method="uniform", average_bits=2, group_size=group_size)
     grid = Grid.fit(layers, plan) if on else None

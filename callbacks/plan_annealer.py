@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_precision.allocation import PLAN_METHODS, AllocationError, allocate, check_granularity, levels_of
-from moe_precision.annealing import AnnealError, GridHooks, check_trainable
+from moe_precision.annealing import AnnealError, GridHooks, check_trainable, uncover
 from moe_precision.curvature import Curvature, CurvatureError, curvature_of, curvature_path
 from moe_precision.files import check_writable
+from moe_precision.loads import not_counted
 from moe_precision.moe_layers import MoELayer, find_moe_layers, root_model
 from moe_precision.plan import PrecisionPlan, as_plan, check_group_size, model_type_of
 from moe_precision.quantize.grid import Grid
-from moe_precision.router_norms import RouterNormHistory
+from moe_precision.quantize.replace import check_packable
+from moe_precision.router_norms import RouterNormHistory, norms_by_layer
 
 GRID = ".grid.safetensors"
 _NEED_HISTORY = ("router_norm", "norm_only", "reversed", "load", "least_load")
@@ -28,7 +30,7 @@ _NEED_HISTORY = ("router_norm", "norm_only", "reversed", "load", "least_load")
 class PlanAnnealer:
     """What a callback inherits beside its trainer's own base class; arguments as in `PrecisionAnneal`.
 
-    Fitting, counting and settling are collectives under FSDP2: `_begin`, `_before_step`, `_after_step` and `_finish`
+    Fitting, counting and settling are collectives under FSDP2: `_before_step`, `_after_step`, `_metrics` and `_finish`
     are called on all ranks.
 
     Attributes:
@@ -51,7 +53,7 @@ class PlanAnnealer:
             raise AllocationError(f"unknown method {method!r}, expected one of {', '.join(PLAN_METHODS)}")
         levels_of(method, average_bits, bits)
         check_granularity(method, granularity)
-        if start < 0 or (start >= 1 and start != int(start)):
+        if not 0 <= start < float("inf") or (start >= 1 and start != int(start)):
             raise ValueError(f"start must be a share of max_steps below 1 or a whole step, got {start}")
         if Path(export_to).suffix != ".json":
             raise ValueError(f"export_to must end in .json, got {export_to!r}")
@@ -64,46 +66,82 @@ class PlanAnnealer:
         self._hooks: GridHooks | None = None
         self._path: Path | None = None  # None where nothing is written
         self._first_step = 0  # of annealing
+        self._began_at = self._started_at = 0  # steps of this run, which a checkpoint may have brought forward
+        self._checked = False  # that the optimizer keeps second moments
+        self._used = False  # that every layer has gone through the grid
+        self._write_error: OSError | None = None
         self._before: list[Tensor] = []  # codes before a step that is logged
         self._losses: Tensor | None = None  # tokens, and summed loss on and off the grid
 
     def _prepare(self, folder: str | None, anew: bool) -> None:
         """Before training: where the plan goes, checked to be writable; None for a run that writes nothing."""
-        self._path, self._before, self._losses = None, [], None
-        self._let_go()
+        self._path, self._before, self._losses, self._write_error = None, [], None, None
+        self.close()
         if anew:
             self.grid, self.plan = None, self._given
         if folder is not None:
             self._path = Path(folder, self.export_to)
             check_writable(self._path)
 
-    def _check(self, model: nn.Module, total: float) -> None:
-        """All that can be wrong, before the first step; goes on with the grid where a checkpoint has brought one."""
-        layers = find_moe_layers(model)
+    def _check(self, model: nn.Module, step: int, total: float, history: RouterNormHistory | None) -> None:
+        """All that can be wrong, before the first step; goes on with the grid where a checkpoint has brought one.
+
+        Args:
+            model: The model, or what is around it.
+            step: Where training starts.
+            total: Where it ends.
+            history: Of the callback that records router norms, if there is one.
+        """
+        layers = find_moe_layers(model, **self._patterns())
+        uncover(layers)
         check_trainable(layers)
+        check_packable(model, layers)
         group_size = self.group_size if self.plan is None else self.plan.group_size
         for layer in layers:
             check_group_size(group_size, layer.name, layer.projections)
         shapes = {layer.name: layer.shape for layer in layers}
         if self.plan is not None:
             self.plan.check_layers(shapes, model_type_of(root_model(model)))
-        if self._beside is not None and self._beside.is_file():
-            Curvature.load(self._beside).check_layers(shapes)
+        elif history is None and self.method in _NEED_HISTORY:
+            raise AnnealError(f"method {self.method!r} reads what {self._recorder} records: add it too")
         if self.start < 1 and total == float("inf"):
             raise AnnealError(f"start={self.start} is a share of max_steps, which is not set: set it, or give a step")
         self._first_step = int(self.start * total) if self.start < 1 else int(self.start)
         if self._first_step >= total:
             raise AnnealError(f"start={self.start} is step {self._first_step} of {total}: nothing is left to anneal")
+        if self.plan is None and self.method == "curvature" and self._first_step == 0:
+            raise AnnealError(
+                "with start=0 the optimizer has no second moments to make a plan of: give the plan of an earlier run "
+                "(plan=...), another method, or a later start"
+            )
+        if self._uses_file():
+            assert self._beside is not None
+            curvature = Curvature.load(self._beside)
+            curvature.check_layers(shapes)
+            curvature.check_router_norms(norms_by_layer(layers))
+        self._started_at, self._checked, self._used = step, False, False
+        if self.grid is None and step > self._first_step:
+            raise AnnealError(
+                f"training resumes at step {step}, annealing began at {self._first_step}, and the checkpoint has no "
+                f"grid of a callback with export_to={self.export_to!r}: resume with the callback that the run had"
+            )
         if self.grid is not None:  # resumed in the middle
-            self._hooks = GridHooks(layers, self.grid)
+            if self._given is not None and (changed := self._given.diff(self.grid.plan)):
+                raise AnnealError(f"the checkpoint was annealed on another plan than the given one: {changed[0]}")
+            self._hooks, self._began_at = GridHooks(layers, self.grid), step
+
+    def _patterns(self) -> dict[str, Any]:
+        return {} if self.plan is None else self.plan.patterns
+
+    def _uses_file(self) -> bool:
+        """Whether the curvature beside the plan is of the weights that annealing begins with."""
+        return self._first_step == 0 and self.grid is None and self._beside is not None and self._beside.is_file()
 
     def _begin(self, model: nn.Module, optimizers: Iterable[Any], history: RouterNormHistory | None, step: int) -> None:
         """Makes the plan if there is none, fixes the grid, and puts it into every forward pass."""
-        layers = find_moe_layers(model)
+        layers = find_moe_layers(model, **self._patterns())
         curvature = self._curvature(layers, optimizers)
         if self.plan is None:
-            if history is None and self.method in _NEED_HISTORY:
-                raise AnnealError(f"method {self.method!r} reads what {self._recorder} records: add it too")
             self.plan = allocate(
                 model,
                 history,
@@ -115,7 +153,7 @@ class PlanAnnealer:
                 granularity=self.granularity,
             )
         self.grid = Grid.fit(layers, self.plan, curvature)
-        self._hooks = GridHooks(layers, self.grid)
+        self._hooks, self._began_at = GridHooks(layers, self.grid), step
         rank_zero_info(
             f"{type(self).__name__}: from step {step} on the experts are trained at "
             f"{self.plan.average_bits:.3g} bits on average"
@@ -128,18 +166,50 @@ class PlanAnnealer:
         try:
             return curvature_of(layers, optimizers)
         except CurvatureError as error:
-            if self._beside is not None and self._beside.is_file():
+            if self._uses_file():
+                assert self._beside is not None
                 rank_zero_info(f"{type(self).__name__}: the grid is fitted with the curvature of {self._beside}")
                 return Curvature.load(self._beside)
             rank_zero_info(f"{type(self).__name__}: the grid is fitted without curvature: {error}")
             return None
 
-    def _before_step(self, logged: bool) -> None:
-        """Keeps the codes before a step that will be logged; called again before its other micro-batches."""
+    def _before_step(
+        self,
+        model: nn.Module,
+        optimizers: Iterable[Any],
+        history: RouterNormHistory | None,
+        step: int,
+        logged: bool,
+    ) -> None:
+        """Begins annealing when it is time, and keeps the codes before a step that will be logged.
+
+        Called again before the other micro-batches of a step.
+        """
+        if self._hooks is None and step >= self._first_step:
+            self._begin(model, optimizers, history, step)
+        elif self._hooks is None and not self._checked and step > self._started_at:
+            self._check_moments(model, optimizers)
         if self._hooks is not None and logged and not self._before:
             self._before = self._hooks.codes()
 
-    def _after_step(self) -> dict[str, float]:
+    def _check_moments(self, model: nn.Module, optimizers: Iterable[Any]) -> None:
+        """After one step: whether the optimizer keeps what the plan will be made of."""
+        self._checked = True
+        if self.plan is None and self.method == "curvature":
+            try:
+                curvature_of(find_moe_layers(model), optimizers)
+            except CurvatureError as error:
+                raise AnnealError(
+                    f"method 'curvature' cannot make a plan at step {self._first_step}: {error}"
+                ) from error
+
+    def _after_step(self, step: int) -> None:
+        """After the first annealed step: whether every layer has gone through the grid."""
+        if self._hooks is not None and not self._used and step > self._began_at:
+            self._hooks.check_used()
+            self._used = True
+
+    def _metrics(self) -> dict[str, float]:
         """What to log of a step."""
         metrics = {"anneal/active": float(self._hooks is not None)}
         if self._hooks is not None and self._before:
@@ -156,10 +226,16 @@ class PlanAnnealer:
         known = isinstance(model, PreTrainedModel) and isinstance(batch, Mapping) and "labels" in batch
         if self._hooks is None or not known:
             return
-        tokens = (batch["labels"] != -100).sum().double()
-        on = model(**batch).loss.double()
-        with self._hooks.lifted():
-            off = model(**batch).loss.double()
+        labels = batch["labels"]
+        if not model.config.is_encoder_decoder:  # type: ignore[union-attr]
+            labels = labels[..., 1:]  # each token is predicted by those before it
+        tokens = (labels != -100).sum().double()
+        if tokens == 0:
+            return
+        with not_counted():
+            on = model(**batch).loss.double()
+            with self._hooks.lifted():
+                off = model(**batch).loss.double()
         sums = tokens * torch.stack([torch.ones_like(tokens), on, off])
         self._losses = sums if self._losses is None else self._losses + sums
 
@@ -171,20 +247,42 @@ class PlanAnnealer:
         tokens, on, off = sums.tolist()
         return {"anneal/val_loss": on / tokens, "anneal/val_loss_float": off / tokens}
 
-    def _finish(self, writes: bool) -> None:
-        """Moves the weights onto the grid; writes plan and grid."""
+    def _finish(self, writes: bool, step: int) -> None:
+        """Moves the weights onto the grid; writes plan and grid.
+
+        A full disk does not stop the run, whose other callbacks may still save the model: see `_raise_write_error`.
+        """
         if self._hooks is None or self.grid is None or self.plan is None:
+            rank_zero_warn(
+                f"{type(self).__name__}: training ended at step {step}, before annealing began at {self._first_step}: "
+                "the weights are on no grid, and no plan is written"
+            )
             return
         self._hooks.settle()
-        self._let_go()
-        if writes and self._path is not None:
+        self.close()
+        if not writes or self._path is None:
+            return
+        try:
             self.grid.save(self._path.with_suffix(GRID))
             self.plan.save(self._path)
-            rank_zero_info(
-                f"{type(self).__name__}: wrote {self._path} ({self.plan.average_bits:.3g} bits on average) and its grid"
+        except OSError as error:
+            text = f"{type(self).__name__} could not write {str(self._path)!r} and its grid: {error.strerror or error}"
+            self._write_error = type(error)(
+                error.errno, f"{text}. callback.plan.save(path) and callback.grid.save(path) do"
             )
+            rank_zero_warn(str(self._write_error))
+            return
+        rank_zero_info(
+            f"{type(self).__name__}: wrote {self._path} ({self.plan.average_bits:.3g} bits on average) and its grid"
+        )
 
-    def _let_go(self) -> None:
+    def _raise_write_error(self) -> None:
+        """Raises what `_finish` could not write."""
+        if self._write_error is not None:
+            raise self._write_error
+
+    def close(self) -> None:
+        """Gives the model its float weights back, where training was interrupted; a second call does nothing."""
         if self._hooks is not None:
             self._hooks.close()
             self._hooks = None

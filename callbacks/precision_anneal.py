@@ -10,7 +10,9 @@ from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveragi
 from moe_precision.annealing import AnnealError
 from moe_precision.callbacks.plan_annealer import PlanAnnealer
 from moe_precision.callbacks.router_norm_monitor import RouterNormMonitor
+from moe_precision.callbacks.save_pretrained import SavePretrained
 from moe_precision.quantize.grid import Grid
+from moe_precision.router_norms import RouterNormHistory
 
 
 class PrecisionAnneal(PlanAnnealer, Callback):
@@ -59,7 +61,7 @@ class PrecisionAnneal(PlanAnnealer, Callback):
         >>> Trainer(callbacks=[anneal, SavePretrained()], max_steps=10_000).fit(module, data)
     """
 
-    _logged_step = 0
+    _logged_step = _seen_step = 0
 
     @property
     def state_key(self) -> str:
@@ -74,30 +76,49 @@ class PrecisionAnneal(PlanAnnealer, Callback):
                     f"{type(callback).__name__} averages weights of several steps, which are on no grid: leave it out, "
                     "or average first and anneal the average afterwards"
                 )
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks[: callbacks.index(self)]:
+            if isinstance(callback, SavePretrained):
+                raise AnnealError(
+                    "SavePretrained saves the weights before they are on the grid: put it behind this one"
+                )
+        for callback in callbacks[callbacks.index(self) + 1 :]:
+            if isinstance(callback, RouterNormMonitor):
+                raise AnnealError(
+                    "RouterNormMonitor would make its plan of weights that are on the grid: put it in front of this one"
+                )
         # A checkpoint is restored after setup, and nothing is written in a fast_dev_run.
         folder = None if trainer.fast_dev_run else trainer.default_root_dir  # type: ignore[attr-defined]
         self._prepare(folder, anew=trainer.global_step == 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._logged_step = trainer.global_step
-        self._check(pl_module, trainer.estimated_stepping_batches)
+        self._logged_step = self._seen_step = trainer.global_step
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which is too short to anneal anything
+            self._check(pl_module, trainer.global_step, trainer.estimated_stepping_batches, _history(trainer))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._hooks is None and trainer.global_step >= self._first_step:
-            monitors = [c for c in trainer.callbacks if isinstance(c, RouterNormMonitor)]  # type: ignore[attr-defined]
-            history = monitors[0].history if monitors else None
-            self._begin(pl_module, trainer.optimizers, history, trainer.global_step)
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        self._before_step(bool(trainer.loggers) and (trainer.global_step + 1) % every == 0)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        step = trainer.global_step
+        logged = self._crosses(trainer, step + len(trainer.optimizers))  # each optimizer's step counts
+        self._before_step(pl_module, trainer.optimizers, _history(trainer), step, logged)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not trainer.loggers or step % every or step == self._logged_step:  # micro-batches do not count
+        step = trainer.global_step
+        if step == self._seen_step:  # a micro-batch
             return
-        self._logged_step = step
-        self._log(trainer, self._after_step())
+        self._seen_step = step
+        self._after_step(step)
+        if self._crosses(trainer, step):
+            self._logged_step = step
+            self._log(trainer, self._metrics())
+
+    def _crosses(self, trainer: Trainer, step: int) -> bool:
+        """Whether a multiple of the logging interval lies between the last log and a step."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return bool(trainer.loggers) and every > 0 and step // every > self._logged_step // every
 
     def on_validation_batch_end(
         self,
@@ -120,11 +141,15 @@ class PrecisionAnneal(PlanAnnealer, Callback):
             self._log(trainer, metrics)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish(trainer.is_global_zero)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._finish(trainer.is_global_zero, trainer.global_step)
         trainer.strategy.barrier("PrecisionAnneal.on_train_end")
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._raise_write_error()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()
+        self.close()
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.grid is None else self.grid.state_dict()
@@ -138,3 +163,9 @@ class PrecisionAnneal(PlanAnnealer, Callback):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def _history(trainer: Trainer) -> RouterNormHistory | None:
+    """What `RouterNormMonitor` has recorded in this run, if it is in the Trainer."""
+    monitors = [c for c in trainer.callbacks if isinstance(c, RouterNormMonitor)]  # type: ignore[attr-defined]
+    return monitors[0].history if monitors else None

@@ -34,6 +34,8 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
         recorder: The callback that records router norms, for a ``method`` that reads them.
         settings: As in `PrecisionAnneal`; ``export_to`` is relative to ``output_dir``.
 
+    A run that was interrupted leaves the model on the grid: `close` takes it off.
+
     Attributes:
         plan: The plan, once it is known.
         grid: The grid, once annealing has begun.
@@ -57,6 +59,15 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        if args.load_best_model_at_end:
+            raise AnnealError(
+                "load_best_model_at_end brings back weights of an earlier step, not those that ended on the grid: "
+                "leave it out"
+            )
+        if args.n_gpu > 1:
+            raise AnnealError(
+                "several GPUs in one process (nn.DataParallel) copy the model in every step: use torchrun"
+            )
         self._prepare(args.output_dir, anew=True)
         saved = _state_file(args, state)
         if isinstance(args.resume_from_checkpoint, str) and not saved.is_file():
@@ -69,36 +80,35 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
             except HistoryError as error:
                 raise HistoryError(f"{error} {NOT_RESTORED}") from error
             rank_zero_info(f"PrecisionAnnealTrainerCallback: goes on with the grid of {saved}")
-        self._check(model, state.max_steps)
-        if state.global_step > self._first_step and self.grid is None:
-            raise AnnealError(
-                f"training resumes at step {state.global_step}, annealing began at {self._first_step}, and there is no "
-                f"{str(saved)!r} with the grid: name the checkpoint in TrainingArguments.resume_from_checkpoint too"
-            )
+        if state.global_step > 0 and self.grid is None:
+            rank_zero_info(f"PrecisionAnnealTrainerCallback: no grid in {saved}")
+        history = None if self._history_of is None else self._history_of.history
+        self._check(model, state.global_step, state.max_steps, history)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if self._hooks is None and state.global_step >= self._first_step:
-            optimizers = [kwargs["optimizer"]] if kwargs.get("optimizer") is not None else []
-            history = None if self._history_of is None else self._history_of.history
-            self._begin(model, optimizers, history, state.global_step)
-        self._before_step(current_run() is not None and (state.global_step + 1) % int(state.logging_steps or 1) == 0)
+        optimizers = [kwargs["optimizer"]] if kwargs.get("optimizer") is not None else []
+        history = None if self._history_of is None else self._history_of.history
+        step = state.global_step
+        self._before_step(model, optimizers, history, step, _logs(args, state, step + 1))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if current_run() is not None and state.global_step % int(state.logging_steps or 1) == 0:
-            _log(state, self._after_step())
+        self._after_step(state.global_step)
+        if _logs(args, state, state.global_step):
+            _log(state, self._metrics())
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if self._hooks is None or current_run() is None or args.world_size > 1:
             return
+        from accelerate.utils import send_to_device
+
         training = model.training
         model.eval()
-        device = next(model.parameters()).device
         for batch in kwargs.get("eval_dataloader") or ():
-            self._validate(model, {key: value.to(device) for key, value in batch.items()})
+            self._validate(model, send_to_device(batch, next(model.parameters()).device))
         model.train(training)
         _log(state, self._validated(self._losses))
 
@@ -115,11 +125,17 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._finish(state.is_world_process_zero)
+        self._finish(state.is_world_process_zero, state.global_step)
+        self._raise_write_error()
 
 
 def _state_file(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir), f"checkpoint-{state.global_step}", _STATE)
+
+
+def _logs(args: TrainingArguments, state: TrainerState, step: int) -> bool:
+    """Whether a step is logged: the same on all ranks, since counting codes is a collective."""
+    return "wandb" in (args.report_to or []) and step % int(state.logging_steps or 1) == 0
 
 
 def _log(state: TrainerState, metrics: dict[str, float]) -> None:

@@ -3,11 +3,12 @@
 Hooks put the quantized weights over the modules' parameters for the time of a forward pass, so that parameters,
 optimizer and ``state_dict`` stay those of the float model, under every strategy that gives a module whole parameters.
 
-Only one layer's quantized weights are ever held: what a backward pass needs of them is quantized again.
+Only one layer's quantized weights are held (one of each shape): what a backward pass needs of them is quantized again.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,16 @@ def check_trainable(layers: list[MoELayer]) -> None:
                     )
 
 
+def uncover(layers: list[MoELayer]) -> None:
+    """Takes off the hooks of a run that was interrupted, if there are any."""
+    for layer in layers:
+        for bank in layer.banks.values():
+            for weight in bank.weights:
+                for hook in list(weight._module._forward_pre_hooks.values()):
+                    if isinstance(cover := getattr(hook, "__self__", None), _Cover):
+                        cover.close()
+
+
 class GridHooks:
     """Puts every expert weight on a grid during forward passes, until it is closed.
 
@@ -62,6 +73,7 @@ class GridHooks:
     """
 
     def __init__(self, layers: list[MoELayer], grid: Grid) -> None:
+        uncover(layers)
         check_trainable(layers)
         self.grid, self._layers = grid, layers
         self._places: list[_Place] = []
@@ -79,21 +91,36 @@ class GridHooks:
                         module=weight._module,
                         name=weight._key,
                         layer=layer.name,
+                        projection=name,
                         bits=widths[part],
                         scale=scales[part].to(device),
                         offset=offsets[part].to(device),
                         transposed=bank.transposed,
+                        dtype=weight.dtype,
                     )
                     self._places.append(place)
                     covers.setdefault(place.module, _Cover(place.module, buffers, again)).places.append(place)
         self._covers = list(covers.values())
         for cover in self._covers:
             cover.attach()
+        _forget_compiled()
 
     def close(self) -> None:
         """Takes the hooks off; a second call does nothing."""
         for cover in self._covers:
             cover.close()
+        _forget_compiled()
+
+    def check_used(self) -> None:
+        """Raises `AnnealError` if a projection of a layer has run in no expert since the hooks were put on."""
+        used = {(place.layer, place.projection) for cover in self._covers if cover.calls for place in cover.places}
+        for place in self._places:
+            if (place.layer, place.projection) not in used:
+                raise AnnealError(
+                    f"no expert of {place.layer!r} has run on its quantized {place.projection!r}: the layer took no "
+                    "part in the step, or it reads the weights without calling the modules that own them, where they "
+                    "cannot be annealed"
+                )
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
@@ -129,10 +156,12 @@ class _Place:
     module: nn.Module
     name: str
     layer: str
+    projection: str
     bits: list[int]
     scale: Tensor  # (E, out, in / group), one matrix is a bank of one
     offset: Tensor
     transposed: bool
+    dtype: torch.dtype
 
     def weight(self) -> Tensor:
         weight = self.module._parameters[self.name]
@@ -177,32 +206,31 @@ class _QuantizedAgain:
 
     def __init__(self, buffers: Buffers) -> None:
         self._buffers = buffers
-        self._made: dict[_Place, tuple[int, Tensor]] = {}  # version of the float weight, and the quantized one
+        self._made: dict[_Place, Tensor] = {}
 
+    @torch.no_grad()
     def get(self, place: _Place, weight: Tensor) -> Tensor:
         """The quantized weight, kept until it is another layer's turn."""
         if any(other.layer != place.layer for other in self._made):
             self.forget()
-        version, buffer = self._made.get(place, (None, None))
-        if buffer is None or version != weight._version:
-            buffer = place.quantized(weight, self._buffers.take(weight) if buffer is None else buffer)
-            self._made[place] = weight._version, buffer
-        return buffer
+        if place not in self._made:
+            self._made[place] = place.quantized(weight, self._buffers.take(weight))
+        return self._made[place]
 
     def forget(self) -> None:
         """The float weights may have changed."""
         while self._made:
-            self._buffers.give(self._made.popitem()[1][1])
+            self._buffers.give(self._made.popitem()[1])
 
 
 @dataclass
 class _Saved:
-    """A view of a quantized weight that a backward pass will need."""
+    """What a backward pass will need: a tensor, or a view of a quantized weight in the form of the float one."""
 
-    place: _Place
-    weight: Tensor
+    tensor: Tensor
     version: int
-    view: tuple[Any, Any, Any]  # shape, strides, offset
+    place: _Place | None = None
+    view: tuple[Any, Any, Any] | None = None  # shape, strides, offset
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -223,6 +251,7 @@ class _Cover:
     def __init__(self, module: nn.Module, buffers: Buffers, again: _QuantizedAgain) -> None:
         self.places: list[_Place] = []
         self.lifted = False
+        self.calls = 0
         self._module, self._buffers, self._again = module, buffers, again
         self._lent: dict[int, tuple[_Place, Tensor, Tensor]] = {}  # address -> place, weight, buffer
         self._saving: saved_tensors_hooks | None = None
@@ -237,16 +266,23 @@ class _Cover:
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._handles = []
         self._uncover(self._module)
 
     def _cover(self, module: nn.Module, args: Any) -> None:
         if self.lifted:
             return
+        self.calls += 1
         self._again.forget()
         # checkpointing and offloading have hooks of their own: what they keep must not be used again
         reused = not torch.is_grad_enabled() or not _hooks_are_set()
         for place in self.places:
             weight = place.weight()
+            if weight.dtype != place.dtype:
+                raise AnnealError(
+                    f"{place.layer!r} computes with {weight.dtype} weights and the optimizer keeps {place.dtype} ones "
+                    "(FSDP2's MixedPrecisionPolicy): their codes differ. Train with autocast, or in one dtype"
+                )
             buffer = self._buffers.take(weight) if reused else torch.empty_like(weight, requires_grad=False)
             values = _StraightThrough.apply(weight, place, buffer)
             if values.grad_fn is not None:  # hand the gradient on at once, so that only one bank's waits in the engine
@@ -268,21 +304,29 @@ class _Cover:
             self._buffers.give(buffer)
         self._lent.clear()
 
-    def _pack(self, tensor: Tensor) -> Tensor | _Saved:
-        place, weight, _ = self._lent.get(tensor.untyped_storage().data_ptr(), (None, None, None))
-        if place is None or weight is None:
-            return tensor.detach()  # the tensor itself could hold the graph that holds it
-        return _Saved(place, weight, weight._version, (tensor.shape, tensor.stride(), tensor.storage_offset()))
+    def _pack(self, tensor: Tensor) -> _Saved:
+        lent = self._lent.get(tensor.untyped_storage().data_ptr())
+        if lent is None:  # detached: the tensor itself could hold the graph that holds it
+            return _Saved(tensor.detach(), tensor._version)
+        place, weight, _ = lent
+        return _Saved(weight, weight._version, place, (tensor.shape, tensor.stride(), tensor.storage_offset()))
 
-    def _unpack(self, saved: Tensor | _Saved) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        if saved.weight._version != saved.version:
+    def _unpack(self, saved: _Saved) -> Tensor:
+        if saved.tensor._version != saved.version:  # autograd itself does not look behind such hooks
+            what = "a tensor" if saved.place is None else f"the expert weight {saved.place.name!r}"
             raise RuntimeError(
-                f"the expert weight {saved.place.name!r} of {saved.place.layer!r} was changed in place between a "
-                "forward pass and its backward pass, so that the quantized weight of the forward pass is lost"
+                f"{what} that the backward pass of {self.places[0].layer!r} needs has been modified by an inplace "
+                "operation since its forward pass"
             )
-        return self._again.get(saved.place, saved.weight).as_strided(*saved.view)
+        if saved.place is None or saved.view is None:
+            return saved.tensor
+        return self._again.get(saved.place, saved.tensor).as_strided(*saved.view)
+
+
+def _forget_compiled() -> None:
+    """Compiled code does not see hooks that come or go: it is compiled anew."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def _hooks_are_set() -> bool:

@@ -26,10 +26,6 @@ class Buffers:
         if torch._C._storage_Use_Count(storage._cdata) == 2:  # the buffer's, and the variable here
             self._free.setdefault(_kind(buffer), []).append(buffer)
 
-    def nbytes(self) -> int:
-        """Bytes that lie ready."""
-        return sum(tensor.nbytes for tensors in self._free.values() for tensor in tensors)
-
 
 def _kind(tensor: Tensor) -> tuple:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device

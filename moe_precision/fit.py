@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -24,13 +25,17 @@ class FitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
         callbacks = config.trainer.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         anneals = [c for c in callbacks if c.class_path.rpartition(".")[2] == "PrecisionAnneal"]
         if config.plan is not None:
+            if not Path(config.plan).is_file():
+                raise FileNotFoundError(f"--plan {config.plan!r}: no such file")
             if not anneals:
                 raise ValueError("--plan is for a recipe with PrecisionAnneal among its callbacks; this one has none")
             for anneal in anneals:
                 anneal.init_args.plan = config.plan
         if config.train == "routers":
+            config.trainer.callbacks = [c for c in callbacks if c not in anneals]
             self._routers_only(config, anneals)
 
     def _routers_only(self, config: Any, anneals: list[Any]) -> None:
@@ -44,4 +49,3 @@ class FitCLI(LightningCLI):
                 f"--train routers needs a model with the argument 'train', such as CausalLM; got {config.model}"
             )
         arguments.train, arguments.plan = "routers", plans[0]
-        config.trainer.callbacks = [c for c in config.trainer.callbacks if c not in anneals]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class LoadCounter:
     Experts that are called with the chosen indices and their weights, as in transformers, tell both. Modules of their
     own in a plain list tell the number of tokens alone. A layer that tells neither is left out of the counts. Padding
     counts as the router counts it; a forward pass that is repeated in the backward pass (gradient checkpointing) is
-    counted once.
+    counted once, and one inside of `not_counted` is not.
 
     Args:
         layers: As found by `find_moe_layers`. The hooks are on their modules, under every wrapper.
@@ -90,11 +91,26 @@ class _Hook:
         self._count, self._known = count, known
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if _not_counted:
+            return
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # else a recomputation
             self._count(module.training, (*args, *kwargs.values()), *self._known)
 
     def __reduce__(self) -> Any:
         return _Nothing, ()
+
+
+_not_counted: list[bool] = []
+
+
+@contextmanager
+def not_counted() -> Iterator[None]:
+    """Forward passes inside are not part of the run, and no counter counts them."""
+    _not_counted.append(True)
+    try:
+        yield
+    finally:
+        _not_counted.pop()
 
 
 class _Nothing:

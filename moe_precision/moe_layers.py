@@ -215,7 +215,7 @@ def find_moe_layers(
     problems += [] if skip_unrouted else unrouted
     if problems:
         raise MoELayerError("; ".join(problems))
-    if not layers and getattr(model, "is_quantized", False):
+    if not layers and getattr(root_model(model), "is_quantized", False):
         raise MoELayerError(f"the experts of this {type(model).__name__} are quantized already; take the float model")
     if not layers:
         raise MoELayerError(

@@ -10,6 +10,11 @@ from moe_precision.statistics import ratio_of_runs
 
 PLANS = ("curvature", "router_norm", "reversed", "random")
 KEYS = (("all", "mean"), ("rare", "rare"))
+HEADER = """# Tables of annealing
+
+Printed by `python -m moe_precision.recipes.anneal_study --report`; what they mean: [evidence.md](evidence.md). Nats a
+token, means over seeds ± half of the 95 % interval; *rare* is the tenth of the target tokens seen least in training.
+"""
 
 Runs = list[dict[str, Any]]  # the results of one model, a seed each
 
@@ -35,13 +40,15 @@ def report(study: dict[str, Any], root: Path) -> str:
     if not found:
         return f"no result in {root}: run the study first"
     settings = study["annealing"]
+    detailed = {name: runs for name, runs in found.items() if name in settings["detailed"]}
     return "\n".join(
         [
+            HEADER,
             _ends(settings, found),
             _gains(settings, found),
-            _plans(settings, found),
-            _scales(settings, found),
-            _recovered(settings, found),
+            _plans(settings, detailed),
+            _scales(settings, detailed),
+            _recovered(settings, detailed),
         ]
     )
 
@@ -74,9 +81,10 @@ def _gains(settings: dict[str, Any], found: dict[str, Runs]) -> str:
     for budget in settings["budgets"]:
         cells = []
         for runs in found.values():
-            top = increases(runs, f"annealed {longest} {budget}", f"float {longest}")
-            bottom = increases(runs, f"afterwards {budget}", f"float {longest}")
-            cells.append(between(ratio_of_runs(top, bottom)) if top and len(top) == len(bottom) else "-")
+            both = [run for run in runs if f"annealed {longest} {budget}" in run and f"afterwards {budget}" in run]
+            top = increases(both, f"annealed {longest} {budget}", f"float {longest}")
+            bottom = increases(both, f"afterwards {budget}", f"float {longest}")
+            cells.append(between(ratio_of_runs(top, bottom)) if top else "-")
         rows.append([f"{budget:g}", *cells])
     title = f"The same as a ratio: annealed over the last {longest:.0%}, to quantized afterwards (all tokens)"
     return markdown_table(title, ["bits", *found], rows)

@@ -65,6 +65,9 @@ class RoutersOnly(PrecisionAnneal):
         for layer in find_moe_layers(model):
             layer.router_weight().requires_grad_(True)
 
+    def _after_step(self, step: int) -> None:
+        """The experts go through no grid: they are on it."""
+
 
 class AnnealStudy:
     """One model and seed: its checkpoints before the end, and every way of taking the last steps.
@@ -145,6 +148,8 @@ class AnnealStudy:
                 yield f"annealed {share} {budget}", partial(self.annealed, share, average_bits=budget, **BEST)
         for budget in budgets:
             yield f"routers {budget}", partial(self.annealed, longest, RoutersOnly, average_bits=budget, **BEST)
+        if self.name not in self.settings["detailed"]:
+            return
         for budget in self.settings["plan_budgets"]:
             for method in PLANS:
                 yield f"plan {method} {budget}", partial(self.with_plan, longest, method, budget)
@@ -231,7 +236,7 @@ class AnnealStudy:
             f"afterwards {budget}": {"average_bits": budget, "bits": settings["bits"], **BEST}
             for budget in settings["budgets"]
         }
-        for budget in settings["plan_budgets"]:
+        for budget in settings["plan_budgets"] if self.name in settings["detailed"] else ():
             for method in PLANS:
                 how = {"average_bits": budget, "bits": settings["plan_bits"], "method": method, "seed": self.seed}
                 wanted[f"afterwards {method} {budget}"] = how

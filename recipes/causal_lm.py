@@ -126,18 +126,23 @@ def check_train(train: str, checkpoint: str | None, plan: str | None) -> None:
         raise ValueError("plan is for train='routers'; to train all weights at a plan's precision, use PrecisionAnneal")
 
 
-def load_checkpoint(auto_class: Any, checkpoint: str, train: str, plan: str | None) -> PreTrainedModel:
-    """Load a trained model in the dtype of training; for `train` ``routers`` with packed experts, all else frozen.
+def load_checkpoint(auto_class: Any, checkpoint: str, plan: str | None) -> PreTrainedModel:
+    """Load a trained model in the dtype of training; with a plan its experts are packed, and all but routers frozen.
 
     Args:
         auto_class: Such as `AutoModelForCausalLM`.
         checkpoint: Folder or name.
-        train: ``all`` or ``routers``.
-        plan: Path of the plan by which experts are packed; the curvature file beside it weighs the fit.
+        plan: Path of the plan by which experts are packed, with the curvature file beside it as weights of the fit;
+            None for a float model, all of which learns.
+
+    Raises:
+        ValueError: A plan is given and the checkpoint is quantized already.
     """
     dtype = torch.get_default_dtype()  # transformers alone would take the dtype of the file, often bfloat16
     if plan is None:
         return auto_class.from_pretrained(checkpoint, dtype=dtype)
+    if getattr(AutoConfig.from_pretrained(checkpoint), "quantization_config", None) is not None:
+        raise ValueError(f"the checkpoint {checkpoint!r} is quantized already: give the float one that {plan!r} is of")
     beside = curvature_path(plan)
     config = PlanQuantizationConfig(plan, curvature=beside if beside.is_file() else None)
     model = auto_class.from_pretrained(checkpoint, dtype=dtype, quantization_config=config)
@@ -216,7 +221,7 @@ class CausalLM(pl.LightningModule):
         checkpoint, config = self.hparams["checkpoint"], self.hparams["config"]
         train, plan = self.hparams["train"], self.hparams["plan"]
         if checkpoint is not None:
-            self.model = load_checkpoint(AutoModelForCausalLM, checkpoint, train, plan)
+            self.model = load_checkpoint(AutoModelForCausalLM, checkpoint, plan)
         else:
             self.model = AutoModelForCausalLM.from_config(new_config(config, data_tokenizer(self)))
         self.model.train()

@@ -233,8 +233,7 @@ class Seq2SeqLM(pl.LightningModule):
         if source is None:
             self.model = self._new_model()
         else:
-            train, plan = self.hparams["train"], self.hparams["plan"]
-            self.model = load_checkpoint(AutoModelForSeq2SeqLM, source, train, plan)
+            self.model = load_checkpoint(AutoModelForSeq2SeqLM, source, self.hparams["plan"])
         self.model.train()
         if self.device_mesh is not None:
             shard_layers(self.model, self.device_mesh)

@@ -37,6 +37,11 @@ SHOWN = (
 )
 VARIANTS = ("squared_gradients", "fisher", "tail", "curvature + tail", "curvature x sqrt(load)")
 BEST = ("curvature", "expert+projection")
+HEADER = """# Tables of the study
+
+Printed by `python -m moe_precision.recipes.study --report`; what they mean: [evidence.md](evidence.md). Means over
+seeds ± half of the 95 % interval; ratios with their intervals.
+"""
 
 Runs = list[dict[str, Any]]  # the results of one model, a seed each
 
@@ -106,7 +111,7 @@ def report(study: dict[str, Any], root: Path) -> str:
     if not found:
         return f"no result in {root}: run the study first"
     models = list(found)
-    parts = [_models(study, found)]
+    parts = [HEADER, _models(study, found)]
 
     def per_model(title: str, methods: Sequence[tuple[str, str]], **how: Any) -> None:
         rows = []

@@ -71,12 +71,17 @@ def test_routers_alone_over_packed_experts(finished, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--trainer.callbacks=[]", "--plan=x.json"], "for a recipe with PrecisionAnneal"),
+        (["--trainer.callbacks=[]", "--plan=PLAN"], "for a recipe with PrecisionAnneal"),
         (["--trainer.callbacks=[]", "--train=routers"], "give --plan"),
+        (["--plan=none.json"], "--plan 'none.json': no such file"),
+        (["--model.checkpoint=PACKED", "--train=routers"], "is quantized already"),
     ],
 )
 def test_flags_that_do_not_fit_the_recipe(more, message, finished, tmp_path):
-    with pytest.raises(ValueError, match=message):
+    plan, packed = finished / "precision_plan.json", tmp_path / "packed"
+    quantize_model(load_model(finished / "checkpoint"), plan).save_pretrained(packed)
+    more = [flag.replace("PLAN", str(plan)).replace("PACKED", str(packed)) for flag in more]
+    with pytest.raises((ValueError, OSError), match=message):
         recover(finished, tmp_path, *more)
 
 

@@ -62,6 +62,7 @@ def test_annealing_is_measured_and_reported(small):
     settings["models"]["mixtral"]["max_steps"] = 8
     settings["annealing"] |= {
         "models": ["mixtral"],
+        "detailed": ["mixtral"],
         "shares": [0.25, 0.5],
         "budgets": [1.0, 2.0],
         "plan_budgets": [2.0],

@@ -18,6 +18,7 @@ Quantized = tuple[Tensor, Tensor, Tensor]  # codes (out, in) uint8, scales and o
 Fit = Callable[[Tensor, int, int], Quantized]  # of a weight, a width and a group size
 
 _ITERATIONS = 20
+_BETWEEN = 0.45  # of a step, from the nearest code
 _CHUNK = 1 << 18  # weights fitted at a time: bounds the memory and stays in cache
 
 
@@ -123,10 +124,28 @@ def quantize_matrix(weight: Tensor, bits: int, group_size: int, column_weights: 
 
 
 def quantize_on_grid(weight: Tensor, bits: int, group_size: int, grid: tuple[Tensor, Tensor]) -> Quantized:
-    """`quantize_matrix` with scales and offsets that are given, ``(out, in / group)`` float16 each."""
+    """The codes of a matrix that lies on a grid already, up to the rounding of its dtype.
+
+    Args:
+        weight: ``(out, in)``, any float dtype.
+        bits: Width of a code.
+        group_size: Weights that share a scale and an offset.
+        grid: Scales and offsets, ``(out, in / group)`` float16 each.
+
+    Raises:
+        ValueError: A weight lies between two codes, so that either could have been meant.
+    """
     scale, offset = (tensor.to(weight.device) for tensor in grid)
-    codes = codes_on_grid(weight, bits, scale, offset).to(torch.uint8)
-    return codes.flatten(-2), scale, offset
+    codes = codes_on_grid(weight, bits, scale, offset)
+    width, start = scale.float().unsqueeze(-1), offset.float().unsqueeze(-1)
+    away = (codes * width + start).sub_(weight.float().unflatten(-1, (scale.shape[-1], -1))).abs_()
+    if (away > torch.where(width > 0, _BETWEEN * width, start.abs() / 128)).any():
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)} lies between two codes of the {bits}-bit grid: the checkpoint "
+            "was saved before training ended on the grid (put SavePretrained behind PrecisionAnneal), or in a dtype "
+            "that cannot hold it (save in float32)"
+        )
+    return codes.to(torch.uint8).flatten(-2), scale, offset
 
 
 def codes_on_grid(weight: Tensor, bits: int, scale: Tensor, offset: Tensor, out: Tensor | None = None) -> Tensor:

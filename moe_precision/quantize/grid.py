@@ -38,7 +38,7 @@ class Grid:
         plan: The widths; experts at 16 bits are left alone.
         scales: Layer name -> projection -> ``(E, out, in / group)`` float16.
         offsets: The same.
-        router_norms: Layer name -> ``(E,)`` float32 when training ended, by which the weights it belongs to are known.
+        router_norms: Layer name -> ``(E,)`` float32 when it was saved, by which the weights it belongs to are known.
     """
 
     plan: PrecisionPlan
@@ -71,7 +71,7 @@ class Grid:
 
     def state_dict(self) -> dict[str, object]:
         """Plain types and tensors, for a checkpoint."""
-        return {"plan": self.plan.without_signals().to_dict(), "scales": self.scales, "offsets": self.offsets}
+        return {"plan": self.plan.to_dict(), "scales": self.scales, "offsets": self.offsets}
 
     @classmethod
     def from_state_dict(cls, state: dict) -> Grid:
@@ -94,7 +94,7 @@ class Grid:
             for layer, of_layer in values.items():
                 tensors |= {f"{kind}/{layer}/{name}": tensor.cpu() for name, tensor in of_layer.items()}
         tensors |= {f"router_norms/{layer}": norms for layer, norms in self.router_norms.items()}
-        plan = json.dumps(self.plan.without_signals().to_dict())
+        plan = json.dumps(self.plan.to_dict())
         save_tensors(tensors, path, {"format": _FORMAT, "version": str(_VERSION), "plan": plan})
 
     @classmethod

@@ -76,8 +76,7 @@ def find_targets(
     """
     layers = find_moe_layers(model, **plan.patterns)
     plan.check_layers({layer.name: layer.shape for layer in layers}, model_type_of(model))
-    names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    tied = {parameter for parameter, count in names.items() if count > 1}
+    tied = _tied(model)
     if curvature is not None:
         curvature.check_layers({layer.name: layer.shape for layer in layers})
     if grid is not None:
@@ -88,6 +87,20 @@ def find_targets(
     if non_expert_bits is not None:
         targets += _non_expert_targets(model, layers, non_expert_bits, plan.group_size)
     return targets
+
+
+def check_packable(model: nn.Module, layers: list[MoELayer]) -> None:
+    """Raises `UnsupportedLayoutError` unless the experts of all layers can be packed; names layer and reason."""
+    tied = _tied(model)
+    for layer in layers:
+        widths = {name: [2] * layer.num_experts for name in layer.projections}
+        _expert_targets(layer, widths, tied, curvature=None, grid=None)
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Ids of the parameters that several modules share."""
+    names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {parameter for parameter, count in names.items() if count > 1}
 
 
 def _expert_targets(
