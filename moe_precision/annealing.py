@@ -112,14 +112,14 @@ class GridHooks:
         _forget_compiled()
 
     def check_used(self) -> None:
-        """Raises `AnnealError` if a projection of a layer has run in no expert since the hooks were put on."""
-        used = {(place.layer, place.projection) for cover in self._covers if cover.calls for place in cover.places}
+        """Raises `AnnealError` if a projection of a layer has got no gradient, or a wrong one, through the grid."""
+        used = {(place.layer, place.projection) for place in self._places if place.gradients and not place.lost}
         for place in self._places:
             if (place.layer, place.projection) not in used:
                 raise AnnealError(
-                    f"no expert of {place.layer!r} has run on its quantized {place.projection!r}: the layer took no "
-                    "part in the step, or it reads the weights without calling the modules that own them, where they "
-                    "cannot be annealed"
+                    f"no expert of {place.layer!r} has learned through its quantized {place.projection!r}: the layer "
+                    "took no part in the step, reads the weights without calling the modules that own them, or uses "
+                    "gradient checkpointing inside of them; such layers cannot be annealed"
                 )
 
     @contextmanager
@@ -162,6 +162,8 @@ class _Place:
     offset: Tensor
     transposed: bool
     dtype: torch.dtype
+    gradients: int = 0  # that have passed so far
+    lost: bool = False  # nothing was kept for the gradient of the input: it is computed with other weights
 
     def weight(self) -> Tensor:
         weight = self.module._parameters[self.name]
@@ -238,10 +240,12 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, place: _Place, out: Tensor) -> Tensor:
+        ctx.place = place
         return place.quantized(weight, out).detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        ctx.place.gradients += 1
         return gradient, None, None
 
 
@@ -251,7 +255,6 @@ class _Cover:
     def __init__(self, module: nn.Module, buffers: Buffers, again: _QuantizedAgain) -> None:
         self.places: list[_Place] = []
         self.lifted = False
-        self.calls = 0
         self._module, self._buffers, self._again = module, buffers, again
         self._lent: dict[int, tuple[_Place, Tensor, Tensor]] = {}  # address -> place, weight, buffer
         self._saving: saved_tensors_hooks | None = None
@@ -272,7 +275,6 @@ class _Cover:
     def _cover(self, module: nn.Module, args: Any) -> None:
         if self.lifted:
             return
-        self.calls += 1
         self._again.forget()
         # checkpointing and offloading have hooks of their own: what they keep must not be used again
         reused = not torch.is_grad_enabled() or not _hooks_are_set()
@@ -290,6 +292,7 @@ class _Cover:
             module.__dict__[place.name] = values  # found before the parameter
             if reused:
                 self._lent[buffer.untyped_storage().data_ptr()] = place, weight, buffer
+                place.lost = torch.is_grad_enabled() and _requires_grad(args)
         if reused and torch.is_grad_enabled():
             self._saving = saved_tensors_hooks(self._pack, self._unpack)
             self._saving.__enter__()
@@ -300,8 +303,9 @@ class _Cover:
             self._saving = None
         for place in self.places:
             module.__dict__.pop(place.name, None)
-        for _, _, buffer in self._lent.values():
-            self._buffers.give(buffer)
+        for place, _, buffer in self._lent.values():
+            if not self._buffers.give(buffer):
+                place.lost = False
         self._lent.clear()
 
     def _pack(self, tensor: Tensor) -> _Saved:
@@ -309,6 +313,7 @@ class _Cover:
         if lent is None:  # detached: the tensor itself could hold the graph that holds it
             return _Saved(tensor.detach(), tensor._version)
         place, weight, _ = lent
+        place.lost = False
         return _Saved(weight, weight._version, place, (tensor.shape, tensor.stride(), tensor.storage_offset()))
 
     def _unpack(self, saved: _Saved) -> Tensor:
@@ -331,3 +336,8 @@ def _forget_compiled() -> None:
 
 def _hooks_are_set() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _requires_grad(args: tuple[Any, ...]) -> bool:
+    """Whether a backward pass will ask for the gradient of what a module is called with."""
+    return bool(args) and isinstance(args[0], Tensor) and args[0].requires_grad

@@ -20,11 +20,13 @@ class Buffers:
         with torch.inference_mode(False):  # else it could not be used in training
             return torch.empty_like(like, requires_grad=False)
 
-    def give(self, buffer: Tensor) -> None:
-        """Back, for the next one, unless another tensor still shares its memory."""
+    def give(self, buffer: Tensor) -> bool:
+        """Back, for the next one, unless another tensor still shares its memory; returns whether it was taken."""
         storage = buffer.untyped_storage()
         if torch._C._storage_Use_Count(storage._cdata) == 2:  # the buffer's, and the variable here
             self._free.setdefault(_kind(buffer), []).append(buffer)
+            return True
+        return False
 
 
 def _kind(tensor: Tensor) -> tuple:
