@@ -8,12 +8,9 @@ steps of each in every way. All of them, the float control too, go on from the s
 Every result is kept, so that an interrupted study goes on where it was.
 """
 
-import argparse
 import json
-import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from moe_precision import recipes
 from moe_precision.allocation import allocate
@@ -42,10 +38,9 @@ from moe_precision.recipes.study_models import (
     merged,
     module_of,
     monitor_of,
-    settings_of,
+    run,
     train,
     trainer_of,
-    worker,
 )
 from moe_precision.simulation import SimulatedExperts
 
@@ -260,27 +255,9 @@ def measure(study: Setting, name: str, seed: int, root: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study or print its tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/anneal"), help="folder (default runs/anneal)")
-    parser.add_argument("--config", type=Path, help="settings (default: recipes/study.yaml)")
-    parser.add_argument("--models", nargs="+", help="only these")
-    parser.add_argument("--seeds", nargs="+", type=int, help="only these")
-    parser.add_argument("--workers", type=int, default=1, help="processes, of --threads threads each (default 1)")
-    parser.add_argument("--threads", type=int, default=1, help="default 1")
-    parser.add_argument("--report", action="store_true", help="print the tables of what is there")
-    options = parser.parse_args(arguments)
-    study = settings_of(options.config)
-    if options.report:
-        from moe_precision.recipes.anneal_report import report
+    from moe_precision.recipes.anneal_report import report
 
-        print(report(study, options.output))
-        return
-    work = [(m, s) for m in options.models or study["annealing"]["models"] for s in options.seeds or study["seeds"]]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, context, worker, (options.threads,)) as pool:
-        tasks = [pool.submit(measure, study, name, seed, options.output) for name, seed in work]
-        for task in tqdm(as_completed(tasks), total=len(tasks), desc="study", unit="model"):
-            tqdm.write(task.result())
+    run(arguments, __doc__, "runs/anneal", lambda study: study["annealing"]["models"], measure, report)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,8 @@ The first trains and compares what recipes/study.yaml says, which takes hours on
 file, so that an interrupted study goes on where it was. The second prints the tables of what is there.
 """
 
-import argparse
 import json
-import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ import numpy as np
 import torch
 from scipy.stats import kendalltau
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from moe_precision.allocation import GRANULARITIES, METHODS, plan_of_signals
@@ -36,7 +32,7 @@ from moe_precision.orders import bits_from_order, rank_experts
 from moe_precision.plan import stored_bits_per_weight
 from moe_precision.quantize.fitting import quantize_matrix
 from moe_precision.recipes.quantizers import quantizers, rtn
-from moe_precision.recipes.study_models import Batch, Setting, folder_of, merged, rows_of, settings_of, train, worker
+from moe_precision.recipes.study_models import Batch, Setting, folder_of, merged, rows_of, run, train
 from moe_precision.router_norms import RouterNormHistory
 from moe_precision.simulation import Bits, Matrix, SimulatedExperts
 from moe_precision.statistics import rank_correlation
@@ -401,27 +397,9 @@ def measure(study: Setting, name: str, seed: int, root: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study or print its tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder (default runs/study)")
-    parser.add_argument("--config", type=Path, help="settings (default: recipes/study.yaml)")
-    parser.add_argument("--models", nargs="+", help="only these")
-    parser.add_argument("--seeds", nargs="+", type=int, help="only these")
-    parser.add_argument("--workers", type=int, default=1, help="processes, of --threads threads each (default 1)")
-    parser.add_argument("--threads", type=int, default=1, help="default 1")
-    parser.add_argument("--report", action="store_true", help="print the tables of what is there")
-    options = parser.parse_args(arguments)
-    study = settings_of(options.config)
-    if options.report:
-        from moe_precision.recipes.study_report import report
+    from moe_precision.recipes.study_report import report
 
-        print(report(study, options.output))
-        return
-    work = [(m, s) for s in options.seeds or study["seeds"] for m in options.models or study["models"]]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, context, worker, (options.threads,)) as pool:
-        tasks = [pool.submit(measure, study, name, seed, options.output) for name, seed in work]
-        for task in tqdm(as_completed(tasks), total=len(tasks), desc="study", unit="model"):
-            tqdm.write(task.result())
+    run(arguments, __doc__, "runs/study", lambda study: study["models"], measure, report)
 
 
 if __name__ == "__main__":

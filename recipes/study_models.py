@@ -1,9 +1,12 @@
 """The models of the studies: trained with the callback, a folder a model and seed, from the settings in study.yaml."""
 
+import argparse
 import copy
 import logging
+import multiprocessing
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from torch import Tensor
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from moe_precision import recipes
@@ -155,7 +159,46 @@ def merged(batches: Iterable[Batch], rows: int = 64) -> list[Batch]:
     return found
 
 
-def worker(threads: int) -> None:
+def run(
+    arguments: Sequence[str] | None,
+    description: str | None,
+    output: str,
+    models_of: Callable[[Setting], Iterable[str]],
+    measure: Callable[[Setting, str, int, Path], str],
+    report: Callable[[Setting, Path], str],
+) -> None:
+    """The command line of a study: measures every model and seed in worker processes, or prints the tables.
+
+    Args:
+        arguments: Of the command; None for those of the process.
+        description: What ``--help`` begins with.
+        output: Folder, unless another is named.
+        models_of: The models of the settings.
+        measure: Measures a model with a seed into a folder and says what was done; a function of a module.
+        report: The tables of a folder.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(output), help=f"folder (default {output})")
+    parser.add_argument("--config", type=Path, help="settings (default: recipes/study.yaml)")
+    parser.add_argument("--models", nargs="+", help="only these")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these")
+    parser.add_argument("--workers", type=int, default=1, help="processes, of --threads threads each (default 1)")
+    parser.add_argument("--threads", type=int, default=1, help="default 1")
+    parser.add_argument("--report", action="store_true", help="print the tables of what is there")
+    options = parser.parse_args(arguments)
+    study = settings_of(options.config)
+    if options.report:
+        print(report(study, options.output))
+        return
+    work = [(m, s) for m in options.models or models_of(study) for s in options.seeds or study["seeds"]]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, context, _quiet, (options.threads,)) as pool:
+        tasks = [pool.submit(measure, study, name, seed, options.output) for name, seed in work]
+        for task in tqdm(as_completed(tasks), total=len(tasks), desc="study", unit="model"):
+            tqdm.write(task.result())
+
+
+def _quiet(threads: int) -> None:
     """What a worker process sets once."""
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")

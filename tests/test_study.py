@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from moe_precision.quantize.kernels import scaled
-from moe_precision.recipes import anneal_report, anneal_study, study, study_report, theory
+from moe_precision.recipes import anneal_report, anneal_study, study, study_models, study_report, theory
 from moe_precision.recipes.quantizers import least_squares, quantizers, rtn
 from tests.test_cli import TEXT
 
@@ -18,7 +18,7 @@ def small(tmp_path_factory):
     """A study of one tiny model, measured once."""
     root = tmp_path_factory.mktemp("study")
     (root / "text.txt").write_text(TEXT)
-    settings = study.settings_of(None)
+    settings = study_models.settings_of(None)
     model = settings["models"]["mixtral"]
     model["module_args"]["config"] |= {"num_hidden_layers": 1, "num_local_experts": 4}
     model["data_args"] = {"dataset": str(root / "text.txt"), "vocab_size": 300, "sequence_length": 32, "batch_size": 4}
@@ -26,7 +26,7 @@ def small(tmp_path_factory):
     settings |= {"record_every": 2, "random_draws": 2, "calibration_rows": 4, "gradient_rows": 4, "seeds": [0]}
     settings["models"] = {"mixtral": model}
     (root / "study.yaml").write_text(yaml.safe_dump(settings))
-    settings = study.settings_of(root / "study.yaml")
+    settings = study_models.settings_of(root / "study.yaml")
     assert study.measure(settings, "mixtral", 0, root) == "mixtral 0: done"
     return settings, root
 
