@@ -327,7 +327,7 @@ def test_an_interrupted_trainer_leaves_no_old_grid_behind(tmp_path):
     experts, seen = model.model.layers[0].mlp.experts, []
 
     def covers():
-        return sum(type(getattr(h, "__self__", None)).__name__ == "_Cover" for h in experts._forward_pre_hooks.values())
+        return sum(type(getattr(h, "__self__", None)).__name__ == "Cover" for h in experts._forward_pre_hooks.values())
 
     class Look(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
