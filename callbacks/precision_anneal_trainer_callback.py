@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from moe_precision.annealing import AnnealError
 from moe_precision.callbacks.plan_annealer import PlanAnnealer
 from moe_precision.callbacks.plan_recorder import NOT_RESTORED
-from moe_precision.callbacks.router_norm_trainer_callback import RouterNormTrainerCallback
+from moe_precision.callbacks.router_norm_trainer_callback import (
+    RouterNormTrainerCallback,
+    saved_file,
+    state_file,
+)
 from moe_precision.callbacks.wandb_media import current_run
 from moe_precision.moe_layers import find_moe_layers
 from moe_precision.quantize.grid import Grid
@@ -69,19 +72,14 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
                 "several GPUs in one process (nn.DataParallel) copy the model in every step: use torchrun"
             )
         self._prepare(args.output_dir, anew=True)
-        saved = _state_file(args, state)
-        if isinstance(args.resume_from_checkpoint, str) and not saved.is_file():
-            saved = Path(args.resume_from_checkpoint, _STATE)
-        if state.global_step > 0 and saved.is_file():
+        if (saved := saved_file(args, state, _STATE)) is not None:
             self.grid = Grid.load(saved)
             self.plan = self.grid.plan
             try:
-                check_same_weights(self.grid.router_norms, norms_by_layer(find_moe_layers(model)), f"grid {saved}")
+                check_same_weights(self.grid.router_norms, self._norms(model), f"grid {saved}")
             except HistoryError as error:
                 raise HistoryError(f"{error} {NOT_RESTORED}") from error
             rank_zero_info(f"PrecisionAnnealTrainerCallback: goes on with the grid of {saved}")
-        if state.global_step > 0 and self.grid is None:
-            rank_zero_info(f"PrecisionAnnealTrainerCallback: no grid in {saved}")
         history = None if self._history_of is None else self._history_of.history
         self._check(model, state.global_step, state.max_steps, history)
 
@@ -117,20 +115,19 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
     ) -> None:
         if self.grid is None or self._hooks is None:
             return
-        with torch.no_grad():
-            self.grid.router_norms = norms_by_layer(find_moe_layers(model))
+        self.grid.router_norms = self._norms(model)
         if state.is_world_process_zero:
-            self.grid.save(_state_file(args, state))
+            self.grid.save(state_file(args, state, _STATE))
+
+    @torch.no_grad()
+    def _norms(self, model: Any) -> dict[str, torch.Tensor]:
+        return norms_by_layer(find_moe_layers(model, **self._patterns()))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._finish(state.is_world_process_zero, state.global_step)
         self._raise_write_error()
-
-
-def _state_file(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir), f"checkpoint-{state.global_step}", _STATE)
 
 
 def _logs(args: TrainingArguments, state: TrainerState, step: int) -> bool:

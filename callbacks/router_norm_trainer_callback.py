@@ -62,10 +62,8 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         self._prepare(args.output_dir, anew=True)
-        saved = _state_file(args, state)
-        if isinstance(args.resume_from_checkpoint, str) and not saved.is_file():
-            saved = Path(args.resume_from_checkpoint, _STATE)
-        if state.global_step > 0 and saved.is_file():
+        saved = saved_file(args, state, _STATE)
+        if saved is not None:
             self.history = RouterNormHistory.load(saved)
             self.history.max_variance = {}
             rank_zero_info(f"RouterNormTrainerCallback: goes on with the router norms of {saved}")
@@ -80,7 +78,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         if self._record(state.global_step):
             self._log(state)
         if state.is_world_process_zero:
-            self.history.save(_state_file(args, state))
+            self.history.save(state_file(args, state, _STATE))
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._count_validation()
@@ -117,5 +115,16 @@ def _losses(model: Any, batches: Any) -> Iterator[Callable[[], Tensor | None]]:
         yield partial(loss_of, batch)
 
 
-def _state_file(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir), f"checkpoint-{state.global_step}", _STATE)
+def state_file(args: TrainingArguments, state: TrainerState, name: str) -> Path:
+    """Where a callback keeps its state in the checkpoint of a step."""
+    return Path(str(args.output_dir), f"checkpoint-{state.global_step}", name)
+
+
+def saved_file(args: TrainingArguments, state: TrainerState, name: str) -> Path | None:
+    """That file in the checkpoint from which training resumes; None if it is not there, or training starts."""
+    if state.global_step == 0:
+        return None
+    places = [state_file(args, state, name)]
+    if isinstance(args.resume_from_checkpoint, str):
+        places.append(Path(args.resume_from_checkpoint, name))
+    return next((place for place in places if place.is_file()), None)

@@ -1,14 +1,14 @@
-"""The tables of annealing in docs/evidence-tables.md, from what recipes/anneal_study.py has left."""
+"""The tables of docs/annealing-tables.md, from what recipes/anneal_study.py has left."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_precision.recipes.anneal_study import PLANS
 from moe_precision.recipes.study_report import between, markdown_table, of_runs
 from moe_precision.statistics import ratio_of_runs
 
-PLANS = ("curvature", "router_norm", "reversed", "random")
 KEYS = (("all", "mean"), ("rare", "rare"))
 HEADER = """# Tables of annealing
 
@@ -47,7 +47,9 @@ def report(study: dict[str, Any], root: Path) -> str:
             _ends(settings, found),
             _gains(settings, found),
             _plans(settings, detailed),
+            _plan_ratios(settings, detailed),
             _scales(settings, detailed),
+            _scale_differences(settings, detailed),
             _recovered(settings, detailed),
         ]
     )
@@ -102,6 +104,22 @@ def _plans(settings: dict[str, Any], found: dict[str, Runs]) -> str:
     return markdown_table(title, _head("bits", "plan", "quantized", found=found), rows)
 
 
+def _plan_ratios(settings: dict[str, Any], found: dict[str, Runs]) -> str:
+    control = f"float {max(settings['shares'])}"
+    rows = []
+    for budget in settings["plan_budgets"]:
+        for method in PLANS[1:]:
+            cells = []
+            for runs in found.values():
+                for kind in ("afterwards", "plan"):
+                    first = increases(runs, f"{kind} {PLANS[0]} {budget}", control)
+                    other = increases(runs, f"{kind} {method} {budget}", control)
+                    cells.append(between(ratio_of_runs(first, other)))
+            rows.append([f"{budget:g}", method, *cells])
+    head = ["bits", "to", *(f"{name}, {how}" for name in found for how in ("afterwards", "annealed"))]
+    return markdown_table(f"The same: {PLANS[0]}'s increase as a ratio to the others' (all tokens)", head, rows)
+
+
 def _scales(settings: dict[str, Any], found: dict[str, Runs]) -> str:
     longest = max(settings["shares"])
     ways = (
@@ -116,6 +134,18 @@ def _scales(settings: dict[str, Any], found: dict[str, Runs]) -> str:
     ]
     title = f"Scales while annealing over the last {longest:.0%}"
     return markdown_table(title, _head("bits", "scales", found=found), rows)
+
+
+def _scale_differences(settings: dict[str, Any], found: dict[str, Runs]) -> str:
+    fixed = f"annealed {max(settings['shares'])}"
+    rows = [
+        [f"{budget:g}", key, *_cells(found, f"{key} {budget}", f"{fixed} {budget}")]
+        for budget in settings["scale_budgets"]
+        for key in ("refitted", "learned")
+    ]
+    return markdown_table(
+        "The same: difference to fixed scales, paired by seed", _head("bits", "scales", found=found), rows
+    )
 
 
 def _recovered(settings: dict[str, Any], found: dict[str, Runs]) -> str:

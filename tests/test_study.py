@@ -81,7 +81,7 @@ def test_annealing_is_measured_and_reported(small):
     anneal_study.measure(settings, "mixtral", 0, root)  # finds everything
     assert (root / "mixtral" / "seed_0" / "annealing.json").stat().st_mtime_ns == before
     text = anneal_report.report(settings, root)
-    assert text.count("### ") == 5
+    assert text.count("### ") == 7
     assert "nan" not in text
     assert "| - |" not in text
     increase = found["annealed 0.5 2.0"]["mean"] - found["float 0.5"]["mean"]
