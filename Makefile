@@ -6,7 +6,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint benchmarks evidence
+.PHONY: demo test lint test-exports benchmarks evidence
 demo: .venv/installed
 	$(BIN)/moe-precision demo --output runs/demo
 
@@ -17,6 +17,10 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# exported plans carried out by the real tools, each in a virtual environment of its own; half an hour, most of it installs
+test-exports:
+	PYTHON=$(PYTHON) tests/exports/run.sh
 
 # needs a run of `make demo`, for its model
 benchmarks: .venv/installed

@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from .checkpoints import CheckpointError, model_class_of, weight_files
+from .checkpoints import CheckpointError, empty_model, weight_files
 from .costs import Costs, costs_of_matrices
 from .curvature import Curvature
 from .moe_layers import MoELayer, find_moe_layers
@@ -67,8 +67,7 @@ def _opened(folder: str | os.PathLike, patterns: dict[str, Any] | None) -> Itera
     config = AutoConfig.from_pretrained(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{os.fspath(folder)!r} is quantized; give the float checkpoint")
-    with torch.device("meta"):
-        model = model_class_of(folder, config)._from_config(config)
+    model = empty_model(folder, config)
     layers = find_moe_layers(model, **(patterns or {}))
     with ExitStack() as stack:
         # Read and not mapped, so that memory is free again as soon as a tensor is done with.

@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -59,17 +61,39 @@ def weight_files(folder: str | os.PathLike) -> list[Path]:
     return files
 
 
-def tensor_bytes(folder: str | os.PathLike) -> dict[str, int]:
-    """Bytes that each tensor takes in a checkpoint's files, read from their headers."""
-    sizes = {}
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the header of a safetensors file describes it.
+
+    Attributes:
+        dtype: safetensors' own name: ``BF16``, ``I32``, ...
+        shape: Its shape.
+        nbytes: Bytes it takes in the file.
+        file: Where it is.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path
+
+
+def stored_tensors(folder: str | os.PathLike) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint by its name on disk, read from the headers of its files."""
+    found = {}
     for file in weight_files(folder):
         with open(file, "rb") as opened:
             header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
         for name, entry in header.items():
             if name != "__metadata__":
                 start, end = entry["data_offsets"]
-                sizes[name] = end - start
-    return sizes
+                found[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]), end - start, file)
+    return found
+
+
+def tensor_bytes(folder: str | os.PathLike) -> dict[str, int]:
+    """Bytes that each tensor takes in a checkpoint's files, read from their headers."""
+    return {name: tensor.nbytes for name, tensor in stored_tensors(folder).items()}
 
 
 def stored_bits_per_expert_weight(folder: str | os.PathLike, plan: PrecisionPlan) -> float:
@@ -109,6 +133,12 @@ def model_class_of(folder: str | os.PathLike, config: PreTrainedConfig) -> type[
     if model_class is None:
         raise CheckpointError(f"{os.fspath(folder)!r} names architectures {architectures}, which transformers lacks")
     return model_class
+
+
+def empty_model(folder: str | os.PathLike, config: PreTrainedConfig) -> PreTrainedModel:
+    """A checkpoint's float model on the meta device: names and shapes, no weight is allocated."""
+    with torch.device("meta"):
+        return model_class_of(folder, config)._from_config(config)
 
 
 def quantize_checkpoint(

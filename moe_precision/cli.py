@@ -1,4 +1,4 @@
-"""The command line: ``moe-precision fit | plan | show | compare | quantize | evaluate | demo``."""
+"""The command line: ``moe-precision fit | plan | show | compare | quantize | export | evaluate | demo``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from .allocation import (
 from .checkpoint_signals import StreamingError
 from .checkpoints import load_model, quantize_checkpoint, stored_bits_per_expert_weight, tensor_bytes, weight_files
 from .curvature import Curvature, curvature_of_losses, curvature_path
+from .export import ENGINES, TARGETS, export, plan_of_checkpoint
 from .files import check_writable, replaced_when_done
 from .moe_layers import find_moe_layers
 from .orders import check_levels
@@ -149,12 +150,35 @@ def _data(options: argparse.Namespace, checkpoint: str, model: Any) -> Any:
 
 
 def _show(options: argparse.Namespace) -> None:
-    plan = PrecisionPlan.load(options.plan)
+    plan = _plan_of(options.plan)
     if options.diff:
-        lines = plan.diff(PrecisionPlan.load(options.diff))
+        lines = plan.diff(_plan_of(options.diff))
         print("\n".join(lines) or "the plans give every expert the same bits")
         return
     tables.show(tables.plan_table(plan))
+    if Path(options.plan).is_dir():
+        stored = stored_bits_per_expert_weight(options.plan, plan)
+        print(f"its files hold {stored:.4g} bits an expert weight, scales and offsets included")
+
+
+def _plan_of(source: str) -> PrecisionPlan:
+    """A plan's file, or the widths that a quantized checkpoint has."""
+    return plan_of_checkpoint(source) if Path(source).is_dir() else PrecisionPlan.load(source)
+
+
+def _export(options: argparse.Namespace) -> None:
+    if options.output is not None:
+        if Path(options.output).exists():
+            raise FileExistsError(f"{options.output!r} exists; name another file with -o")
+        check_writable(options.output)
+    found = export(options.plan, options.to, options.engine)
+    print("\n".join(f"note: {note}" for note in found.notes), file=sys.stderr)
+    if options.output is None:
+        print(found.text, end="")
+        return
+    with replaced_when_done(options.output) as temporary:
+        temporary.write_text(found.text, encoding="utf-8")
+    print(f"wrote {options.output}")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -373,11 +397,13 @@ def _parser() -> argparse.ArgumentParser:
     show = add(
         "show",
         _show,
-        "Print a plan as a table, or where two plans differ.",
-        "moe-precision show runs/demo/precision_plan.json --diff plan_2.25.json",
+        "Print the bits of every expert as a table, of a plan or of a checkpoint that AutoRound, GPTQModel, "
+        "llm-compressor or moe-precision quantized, or where two of them differ.",
+        "moe-precision show runs/demo/precision_plan.json --diff plan_2.25.json\n"
+        "  moe-precision show runs/demo/quantized-plan",
     )
-    show.add_argument("plan", help="a plan's JSON file")
-    show.add_argument("--diff", metavar="OTHER", help="another plan: print the experts whose bits differ")
+    show.add_argument("plan", help="a plan's JSON file, or the folder of a quantized checkpoint")
+    show.add_argument("--diff", metavar="OTHER", help="another of either: print the experts whose bits differ")
 
     compare = add(
         "compare",
@@ -445,6 +471,23 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--grid", metavar="FILE", help="of PrecisionAnneal (default: x.grid.safetensors beside the plan, if there)"
     )
+
+    as_config = add(
+        "export",
+        _export,
+        "Print a plan as the config of another quantizer (docs/export.md says how each takes it). Widths that it does "
+        "not have are rounded up, with a note; a plan that it cannot carry out is an error.",
+        "moe-precision export runs/demo/precision_plan.json --to autoround > layer_config.json",
+    )
+    as_config.add_argument("plan", help="a plan's JSON file")
+    as_config.add_argument("--to", required=True, choices=list(TARGETS), help="whose config")
+    as_config.add_argument(
+        "--engine",
+        choices=list(ENGINES),
+        help="the checkpoint is for this inference engine, which wants one format a layer (of autoround, gptqmodel and "
+        "llm-compressor)",
+    )
+    as_config.add_argument("-o", "--output", metavar="FILE", help="write to a file (default: print)")
 
     evaluate = add(
         "evaluate",

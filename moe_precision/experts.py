@@ -85,6 +85,13 @@ class Experts:
         return self.node.path
 
     @property
+    def template(self) -> str:
+        """Path of one expert's module, ``{expert}`` in the place of its index; else `path`."""
+        if self.layout != "modules":
+            return self.path
+        return re.sub(r"\d+$", "{expert}", numbered_children(self.node)[0].path)
+
+    @property
     def identity(self) -> int:
         """The same for experts that two modules share."""
         return id(next(iter(self.banks.values())).weights[0].parameter())

@@ -30,11 +30,14 @@ class LayerShape:
         num_experts: Number of routed experts ``E``.
         projections: Name of each expert matrix -> ``(out, in)``, in the order of the forward pass. Fused families
             name the parameter (``gate_up_proj``), others the path inside one expert (``wi``).
+        experts: Module path of one expert, ``{expert}`` in the place of its index, or, without it, of the module that
+            holds the weights of all experts; empty where a file of an earlier release does not say.
     """
 
     router: str
     num_experts: int
     projections: dict[str, tuple[int, int]]
+    experts: str = field(default="", compare=False)
 
     @property
     def expert_size(self) -> int:
@@ -45,12 +48,12 @@ class LayerShape:
     def from_dict(cls, data: dict[str, Any]) -> LayerShape:
         """Inverse of `to_dict`."""
         shapes = {name: (int(out), int(inp)) for name, (out, inp) in data["projections"].items()}
-        return cls(data["router"], data["num_experts"], shapes)
+        return cls(data["router"], data["num_experts"], shapes, data.get("experts", ""))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for checkpoints and JSON."""
         shapes = {name: list(shape) for name, shape in self.projections.items()}
-        return {"router": self.router, "num_experts": self.num_experts, "projections": shapes}
+        return {"router": self.router, "num_experts": self.num_experts, "projections": shapes, "experts": self.experts}
 
 
 @dataclass(frozen=True)
@@ -261,10 +264,11 @@ def _describe(experts: Experts, router: Router) -> MoELayer:
         guess = out == router.width and inp != router.width
         transposed = bool(getattr(experts.node.module, "is_transposed", guess))
         banks = {name: Bank(bank.weights, bank.num_experts, transposed) for name, bank in banks.items()}
+    shapes = {name: bank.shape for name, bank in banks.items()}
     return MoELayer(
         name=router.root.path,
         experts=experts.path,
-        shape=LayerShape(router.weight.name, experts.num_experts, {n: bank.shape for n, bank in banks.items()}),
+        shape=LayerShape(router.weight.name, experts.num_experts, shapes, experts.template),
         layout=experts.layout,
         transposed=transposed,
         caveat=router.caveat,

@@ -218,7 +218,8 @@ class PrecisionPlan:
                 "num_experts": layer.shape.num_experts,
                 "projections": {p: {"shape": list(shapes[p]), "bits": b} for p, b in layer.projection_bits.items()},
             }
-            optional = {"order": layer.order, "router_norms": layer.router_norms, "signals": layer.signals}
+            optional: dict[str, Any] = {"experts": layer.shape.experts, "order": layer.order}
+            optional |= {"router_norms": layer.router_norms, "signals": layer.signals}
             layers[name] = entry | {key: value for key, value in optional.items() if value}
         return {
             "format": FORMAT,
@@ -249,7 +250,7 @@ class PrecisionPlan:
             projections = entry["projections"]
             shapes = {p: (int(v["shape"][0]), int(v["shape"][1])) for p, v in projections.items()}
             layers[name] = LayerPlan(
-                shape=LayerShape(entry["router"], int(entry["num_experts"]), shapes),
+                shape=LayerShape(entry["router"], int(entry["num_experts"]), shapes, entry.get("experts", "")),
                 projection_bits={p: [int(bits) for bits in v["bits"]] for p, v in projections.items()},
                 order=list(entry.get("order", [])),
                 router_norms=dict(entry.get("router_norms", {})),

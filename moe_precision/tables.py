@@ -66,15 +66,12 @@ def _ranges(numbers: Sequence[str]) -> str:
 
 def plan_table(plan: PrecisionPlan) -> Table:
     """A row a layer: how many experts have which bits, and which experts have the most."""
-    step = plan.baseline_step
-    baseline = "no baseline: ranked by final norm" if step is None else f"baseline step {step}"
-    if (assumed := plan.settings.get("assumes_equal_initial_norms")) is not None:
-        largest = assumed["spread_of_final_norms"]["largest"]
-        baseline += f", as if initial norms were equal (final norms spread up to {largest:.1%} in a layer)"
-    title = (
-        f"{plan.model_type}, method {plan.method}, {baseline}; asked {plan.asked_average_bits:g}, "
-        f"reached {plan.average_bits:.4g} bits on average, {plan.stored_bits:.4g} stored (group {plan.group_size})"
-    )
+    if "read_from" in plan.settings:
+        groups = " and ".join(map(str, plan.settings["group_sizes"])) or "none"
+        bits = f"{plan.average_bits:.4g} bits on average, groups: {groups}"
+        title = f"{plan.model_type}, read from a checkpoint of {plan.method}: {bits}"
+    else:
+        title = _plan_title(plan)
     table = Table(title=title, box=box.MARKDOWN, title_justify="left")
     for column in ("layer", "projection", "experts by bits", "most bits to experts"):
         table.add_column(column, overflow="fold")
@@ -88,6 +85,18 @@ def plan_table(plan: PrecisionPlan) -> Table:
             top = [e for e in layer.order or range(len(widths)) if widths[e] == counts[0][0]]
             table.add_row(name, projection, by_bits, "all" if len(counts) == 1 else " ".join(map(str, top)))
     return table
+
+
+def _plan_title(plan: PrecisionPlan) -> str:
+    step = plan.baseline_step
+    baseline = "no baseline: ranked by final norm" if step is None else f"baseline step {step}"
+    if (assumed := plan.settings.get("assumes_equal_initial_norms")) is not None:
+        largest = assumed["spread_of_final_norms"]["largest"]
+        baseline += f", as if initial norms were equal (final norms spread up to {largest:.1%} in a layer)"
+    return (
+        f"{plan.model_type}, method {plan.method}, {baseline}; asked {plan.asked_average_bits:g}, "
+        f"reached {plan.average_bits:.4g} bits on average, {plan.stored_bits:.4g} stored (group {plan.group_size})"
+    )
 
 
 def evaluation_table(results: dict[str, Evaluation]) -> Table:

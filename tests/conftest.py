@@ -1,7 +1,11 @@
 """Small real models, one a family, built from configs with random weights; nothing is downloaded."""
 
 import os
+import subprocess
+import sys
 import sysconfig
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from moe_precision.plan import LayerPlan, PrecisionPlan
 
 DECODER = {
     "hidden_size": 64,
@@ -100,6 +106,26 @@ def logits(model: PreTrainedModel) -> Tensor:
     extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
         return model(input_ids=ids, **extra).logits
+
+
+def with_bits(plan: PrecisionPlan, bits: Callable[[int, int, int], list[int]]) -> PrecisionPlan:
+    """A plan with other widths: ``bits`` takes the layer's index, the projection's, and the number of experts."""
+    layers = {}
+    for index, (name, layer) in enumerate(plan.layers.items()):
+        names = enumerate(layer.projection_bits)
+        widths = {projection: bits(index, place, layer.shape.num_experts) for place, projection in names}
+        layers[name] = LayerPlan(layer.shape, widths)
+    made = replace(plan, layers=layers, settings={})
+    return replace(made, asked_average_bits=round(made.average_bits, 6))
+
+
+def fresh_python(code: str, *arguments: str) -> str:
+    """Runs code in a Python process of its own and returns what it printed."""
+    command = [sys.executable, "-c", code, *arguments]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 class PlainMoE(nn.Module):

@@ -49,7 +49,7 @@ def run(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("command", ["fit", "plan", "show", "quantize", "evaluate", "demo"])
+@pytest.mark.parametrize("command", ["fit", "plan", "show", "quantize", "export", "evaluate", "demo"])
 def test_help_teaches_by_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

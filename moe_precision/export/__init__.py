@@ -1,0 +1,55 @@
+"""A precision plan as another quantizer's own config; one file a target, and all names in `names`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from ..plan import PrecisionPlan, as_plan
+from . import autoround, gguf, gptqmodel, llm_compressor, mlx, modelopt, torchao
+from .exported import ENGINES, Exported, ExportError
+from .reading import plan_of_checkpoint
+
+__all__ = ["ENGINES", "TARGETS", "ExportError", "Exported", "export", "plan_of_checkpoint"]
+
+_SERVED: dict[str, Callable[..., Exported]] = {  # checkpoints that inference engines read
+    "autoround": autoround.export,
+    "gptqmodel": gptqmodel.export,
+    "llm-compressor": llm_compressor.export,
+}
+TARGETS: dict[str, Callable[..., Exported]] = _SERVED | {
+    "gguf": gguf.export,
+    "mlx": mlx.export,
+    "torchao": torchao.export,
+    "modelopt": modelopt.export,
+}
+
+
+def export(plan: PrecisionPlan | dict[str, Any] | str | os.PathLike, to: str, engine: str | None = None) -> Exported:
+    """Says a plan in another tool's words.
+
+    Args:
+        plan: A plan, its dict, or the path of its file.
+        to: A key of `TARGETS`.
+        engine: ``vllm`` or ``sglang``, of targets that write checkpoints for them: the export is one that the engine
+            serves.
+
+    Returns:
+        The config, its text, the plan as the target carries it out, and what a user has to know.
+
+    Raises:
+        ExportError: An unknown target or engine, or a plan that the target cannot carry out.
+
+    Example:
+        >>> found = export("precision_plan.json", to="autoround")
+        >>> AutoRound(model, tokenizer, bits=4, group_size=64, layer_config=found.config)
+    """
+    if to not in TARGETS:
+        raise ExportError(f"to={to!r} is not one of {', '.join(TARGETS)}")
+    plan = as_plan(plan)
+    if to in _SERVED:
+        return _SERVED[to](plan, engine)
+    if engine is not None:
+        raise ExportError(f"engine={engine!r} goes with {', '.join(_SERVED)}; {to} has formats of its own")
+    return TARGETS[to](plan)

@@ -1,0 +1,105 @@
+"""What an export is, and what every target checks first: does it have these widths, can experts of a layer differ."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..plan import PrecisionPlan
+
+ENGINES = ("vllm", "sglang")
+
+
+class ExportError(ValueError):
+    """A plan that a target cannot carry out, or whose experts it has no name for."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A plan in another tool's words.
+
+    Attributes:
+        target: Name of the target.
+        config: The tool's own config as plain Python: what its API takes.
+        text: The same as its file holds it.
+        plan: The plan as the target carries it out, after rounding widths that it does not have.
+        notes: What a user has to know, a sentence each: what was rounded, what is left to the tool.
+    """
+
+    target: str
+    config: Any
+    text: str
+    plan: PrecisionPlan
+    notes: tuple[str, ...]
+
+
+def with_widths(plan: PrecisionPlan, have: Sequence[int], target: str) -> tuple[PrecisionPlan, list[str]]:
+    """The plan with every width rounded up to one that the target has.
+
+    Args:
+        plan: Any plan.
+        have: The target's widths, rising; 16 for matrices that are left alone is always among them.
+        target: What to call the target in the note.
+
+    Returns:
+        The plan to carry out, and a note for each width that was rounded; none where all are there.
+    """
+    return rounded(plan, lambda bits, layer, projection: next(b for b in (*have, 16) if b >= bits), target)
+
+
+def rounded(plan: PrecisionPlan, to: Callable[[int, str, str], int], target: str) -> tuple[PrecisionPlan, list[str]]:
+    """`with_widths` where the width depends on the matrix.
+
+    Args:
+        plan: Any plan.
+        to: Takes bits, layer and projection, and returns the bits to export, never fewer.
+        target: What to call the target in the note.
+    """
+    counts: Counter[tuple[int, int]] = Counter()
+    layers = {}
+    for name, layer in plan.layers.items():
+        projections = {}
+        for projection, widths in layer.projection_bits.items():
+            projections[projection] = [to(bits, name, projection) for bits in widths]
+            pairs = zip(widths, projections[projection], strict=True)
+            counts.update((before, after) for before, after in pairs if before != after)
+        layers[name] = replace(layer, projection_bits=projections)
+    out = replace(plan, layers=layers)
+    notes = [
+        f"{target} has no {before}-bit format for {count} expert matrices: rounded up to {after} bits"
+        for (before, after), count in sorted(counts.items())
+    ]
+    if notes:
+        notes.append(f"the plan has {plan.average_bits:.4g} bits on average, the export {out.average_bits:.4g}")
+    return out, notes
+
+
+def check_granularity(plan: PrecisionPlan, finest: str, reason: str) -> None:
+    """Checks that experts of a layer, and for ``finest="layer"`` their projections too, share a width.
+
+    Raises:
+        ExportError: They do not; the message holds the command that makes such a plan.
+    """
+    allowed = ("layer",) if finest == "layer" else ("layer", "layer+projection")
+    if plan.granularity in allowed:
+        return
+    widths = sorted(
+        {bits for layer in plan.layers.values() for bank in layer.projection_bits.values() for bits in bank}
+    )
+    raise ExportError(
+        f"{reason}, and this plan has granularity {plan.granularity!r}. Make one that it can carry out: moe-precision "
+        f"plan HISTORY_OR_CHECKPOINT --method curvature --granularity {finest} --average-bits {plan.average_bits:.4g} "
+        f"--bits {' '.join(map(str, widths))} --group-size {plan.group_size} -o plan.{finest}.json (--method "
+        "weight_error where no curvature was recorded)"
+    )
+
+
+def check_engine(plan: PrecisionPlan, engine: str | None) -> None:
+    """Raises `ExportError` if an inference engine cannot serve the plan: they hold one format a layer of experts."""
+    if engine is None:
+        return
+    if engine not in ENGINES:
+        raise ExportError(f"engine={engine!r} is not one of {', '.join(ENGINES)}")
+    check_granularity(plan, "layer", f"{engine} serves all experts of a layer, gate, up and down, in one format")

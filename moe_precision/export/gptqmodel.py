@@ -1,0 +1,33 @@
+"""GPTQModel's ``dynamic``: expressions for module names; ``-:`` leaves modules alone and goes before ``+:``."""
+
+from __future__ import annotations
+
+import json
+
+from ..plan import PrecisionPlan
+from .exported import Exported, check_engine, with_widths
+from .names import all_but_experts, rules
+
+_OF_AN_ENGINE = (4, 8)  # vLLM and SGLang have 4 and 8 bits for the experts of a GPTQ checkpoint
+
+
+def export(plan: PrecisionPlan, engine: str | None = None) -> Exported:
+    """For ``GPTQConfig(dynamic=...)`` or ``RTNConfig(dynamic=...)``; whatever the plan does not name is left alone.
+
+    Raises:
+        ExportError: An engine that cannot serve the plan, or experts that nothing is known to unfuse.
+    """
+    check_engine(plan, engine)
+    have, who = ((2, 3, 4, 5, 6, 7, 8), "GPTQModel") if engine is None else (_OF_AN_ENGINE, f"{engine} with GPTQ")
+    plan, notes = with_widths(plan, have, who)
+    config: dict[str, dict] = {}
+    for rule in rules(plan):
+        # an engine matches the beginning of the name of a layer's experts, GPTQModel that of each module
+        patterns = [f"^{layer}" for layer in rule.layers] if engine is not None else rule.modules[:1]
+        for pattern in patterns:
+            if rule.bits == 16:
+                config[f"-:{pattern}"] = {}
+            else:
+                config[f"+:{pattern}"] = {"bits": rule.bits, "group_size": plan.group_size}
+    config[f"-:{all_but_experts(plan)}"] = {}
+    return Exported("gptqmodel", config, json.dumps(config, indent=2) + "\n", plan, tuple(notes))

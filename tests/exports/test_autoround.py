@@ -1,0 +1,34 @@
+"""AutoRound carries a plan out, expert by expert and projection by projection."""
+
+from auto_round import AutoRound
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moe_precision.export import export, plan_of_checkpoint
+from tests.conftest import fresh_python
+
+
+def test_every_expert_gets_its_bits_and_the_model_loads(checkpoint, plan, tmp_path):
+    found = export(plan, "autoround")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    rtn = {"iters": 0, "disable_opt_rtn": True, "device_map": "cpu"}
+    rounder = AutoRound(model, tokenizer, bits=4, group_size=64, layer_config=found.config, **rtn)
+    rounder.quantize_and_save(str(tmp_path), format="auto_round")
+    (config,) = tmp_path.glob("**/config.json")
+    read = plan_of_checkpoint(config.parent)
+    assert read.diff(found.plan) == []
+    assert read.settings["group_sizes"] == [64]
+    plan.save(tmp_path / "plan.json")
+    # in a process of its own: AutoRound leaves transformers' conversion patched
+    fresh_python(_RELOAD, str(config.parent), str(checkpoint), str(tmp_path / "plan.json"))
+
+
+_RELOAD = """
+import sys
+from transformers import AutoModelForCausalLM
+from moe_precision import PrecisionPlan
+from tests.exports.conftest import check_experts, float_experts
+layers = float_experts(sys.argv[2])
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+check_experts(model, layers, PrecisionPlan.load(sys.argv[3]))
+"""
