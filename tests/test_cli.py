@@ -102,6 +102,16 @@ def test_quantize_and_evaluate(run, capsys):
     assert any(line.startswith("| packed") for line in row)
 
 
+def test_the_command_in_a_refusal_makes_a_plan_that_is_taken(run, capsys, monkeypatch):
+    assert main(["export", str(run / "plan.json"), "--to", "llm-compressor", "--engine", "vllm"]) == 2
+    command = capsys.readouterr().err.split("moe-precision plan ")[1].split()
+    command = [{"HISTORY": "plan.history.safetensors", "CHECKPOINT": "checkpoint"}.get(word, word) for word in command]
+    command[command.index("curvature")] = "weight_error"  # none was recorded
+    monkeypatch.chdir(run)
+    assert main(["plan", *command]) == 0
+    assert main(["export", command[-1], "--to", "llm-compressor", "--engine", "vllm"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -89,10 +89,10 @@ def check_granularity(plan: PrecisionPlan, finest: str, reason: str) -> None:
         {bits for layer in plan.layers.values() for bank in layer.projection_bits.values() for bits in bank}
     )
     raise ExportError(
-        f"{reason}, and this plan has granularity {plan.granularity!r}. Make one that it can carry out: moe-precision "
-        f"plan HISTORY_OR_CHECKPOINT --method curvature --granularity {finest} --average-bits {plan.average_bits:.4g} "
-        f"--bits {' '.join(map(str, widths))} --group-size {plan.group_size} -o plan.{finest}.json (--method "
-        "weight_error where no curvature was recorded)"
+        f"{reason}, and this plan has granularity {plan.granularity!r}. Make one that it can carry out, from the run's "
+        "history and checkpoint (with --method weight_error where no curvature was recorded): moe-precision plan "
+        f"HISTORY --final CHECKPOINT --method curvature --granularity {finest} --average-bits {plan.average_bits:.4g} "
+        f"--bits {' '.join(map(str, widths))} --group-size {plan.group_size} -o plan.{finest}.json"
     )
 
 
