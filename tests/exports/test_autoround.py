@@ -1,5 +1,6 @@
 """AutoRound carries a plan out, expert by expert and projection by projection."""
 
+import pytest
 from auto_round import AutoRound
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,4 +32,27 @@ layers = float_experts(sys.argv[2])
 model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
 assert not info["missing_keys"] and not info["unexpected_keys"], info
 check_experts(model, layers, PrecisionPlan.load(sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "switch_transformers"])
+def test_names_are_those_after_unfusing(family):
+    fresh_python(_UNFUSE, family)
+
+
+_UNFUSE = """
+import sys
+import torch
+from auto_round.modeling.fused_moe.replace_modules import apply_replacements
+from moe_precision import allocate
+from moe_precision.export.names import all_places
+from tests.conftest import build
+model = build(sys.argv[1])
+plan = allocate(model, method="uniform", average_bits=4, bits=(4,), group_size=32)
+model = apply_replacements(model)
+for place in all_places(plan):
+    shape = plan.layers[place.layer].shape
+    for expert in range(shape.num_experts):
+        module = model.get_submodule(place.module_of(expert))
+        assert isinstance(module, torch.nn.Linear), (place, type(module))
 """

@@ -1,14 +1,15 @@
-"""lm-evaluation-harness runs a packed model through its ``hf`` model type after one import."""
+"""lm-evaluation-harness runs a packed model through its ``hf`` model type after one import, on a local task."""
 
 import json
 import math
+import sysconfig
+from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
 from moe_precision.checkpoints import load_model, quantize_checkpoint
 from tests.conftest import fresh_python
-from tests.exports.conftest import TEXT
 
 RUN = "import sys, moe_precision\nfrom lm_eval.__main__ import cli_evaluate\ncli_evaluate()"
 TASK = """
@@ -28,7 +29,7 @@ metric_list:
 
 def test_byte_perplexity_is_that_of_the_packed_model(checkpoint, plan, tmp_path):
     quantize_checkpoint(checkpoint, plan, tmp_path / "packed")
-    text = TEXT[:400]
+    text = Path(sysconfig.get_paths()["stdlib"], "bisect.py").read_text(encoding="utf-8")[:1000]
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "local_text.yaml").write_text(TASK.format(data=tmp_path / "text.jsonl"))
