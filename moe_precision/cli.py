@@ -171,6 +171,8 @@ def _export(options: argparse.Namespace) -> None:
         if Path(options.output).exists():
             raise FileExistsError(f"{options.output!r} exists; name another file with -o")
         check_writable(options.output)
+    if Path(options.plan).is_dir():
+        raise ValueError(f"{options.plan!r} is a folder; give a plan's JSON file")
     found = export(options.plan, options.to, options.engine)
     print("\n".join(f"note: {note}" for note in found.notes), file=sys.stderr)
     if options.output is None:

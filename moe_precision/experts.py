@@ -86,9 +86,9 @@ class Experts:
 
     @property
     def template(self) -> str:
-        """Path of one expert's module, ``{expert}`` in the place of its index; else `path`."""
+        """Path of one expert's module, ``{expert}`` in the place of its index; `path` for fused experts, else empty."""
         if self.layout != "modules":
-            return self.path
+            return self.path if self.layout == "fused" else ""
         return re.sub(r"\d+$", "{expert}", numbered_children(self.node)[0].path)
 
     @property

@@ -31,7 +31,8 @@ class LayerShape:
         projections: Name of each expert matrix -> ``(out, in)``, in the order of the forward pass. Fused families
             name the parameter (``gate_up_proj``), others the path inside one expert (``wi``).
         experts: Module path of one expert, ``{expert}`` in the place of its index, or, without it, of the module that
-            holds the weights of all experts; empty where a file of an earlier release does not say.
+            holds the weights of all experts; empty for other layouts, and where a file of an earlier release does not
+            say.
     """
 
     router: str

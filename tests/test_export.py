@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from moe_precision.cli import main
 from moe_precision.export import TARGETS, ExportError, export, plan_of_checkpoint
 from moe_precision.export.gguf import gguf_type
 from moe_precision.export.names import all_but_experts, all_places, gguf_tensor, mlx_module, rules
-from tests.conftest import CONFIGS, build, with_bits
+from tests.conftest import CONFIGS, PlainMoE, build, with_bits
 
 GOLDEN = Path(__file__).parent / "golden"
 DECODERS = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
@@ -102,6 +103,8 @@ def test_rules_match_each_matrix_exactly_once_with_its_bits(family):
             assert [width for expression, width in expressions if expression.match(name)] == [bits]
             assert not others.match(name)
             assert not others.match(name.split(".", 3)[3])  # as a tool names it inside of a block
+    if family == "mixtral":
+        assert not others.match("model.layers.0.mlp.experts")  # an engine asks for it
     for name in ("model.layers.0.self_attn.q_proj", "mlp.gate", "lm_head", "model.layers.0.mlp.shared_expert.up_proj"):
         assert others.match(name)
         assert not any(expression.match(name) for expression, _ in expressions)
@@ -166,7 +169,8 @@ def test_gptq_of_an_engine_has_4_and_8_bits():
         (by_layer, "gguf", "vllm", "gguf has formats of its own"),
         (by_layer, "torchao", None, "torchao has 8 bits for fused experts, .*down_proj' has 2"),
         (lambda: plan_of("switch_transformers"), "gguf", None, "GGUF has gate, up and down"),
-        (lambda: plan_of("switch_transformers"), "mlx", None, "mlx-lm has gate, up and down"),
+        (lambda: plan_of("switch_transformers"), "mlx", None, "mlx-lm's experts have gate, up and down"),
+        (lambda: plan_of("mixtral", lambda *of: [16] * of[2]), "autoround", None, "nothing to quantize"),
     ],
 )
 def test_what_a_target_cannot_do(make, to, engine, message):
@@ -184,9 +188,39 @@ def test_a_plan_that_does_not_say_where_its_experts_are():
             export(plan, to)
 
 
-def test_every_family_has_names_or_an_error():
+def test_every_family_has_names():
     for family in CONFIGS:
         assert len(list(all_places(plan_of(family)))) >= 2
+
+
+def test_layouts_that_only_a_pattern_finds_have_no_names():
+    model = PlainMoE()
+    plan = allocate(model, method="uniform", average_bits=4, bits=(4,), group_size=32)
+    assert export(plan, "autoround").config.keys() >= {"experts.0.0", "experts.3.2"}
+    pattern = r"^experts\.(?P<expert>\d+)\."
+    named = allocate(
+        model,
+        method="uniform",
+        average_bits=4,
+        bits=(4,),
+        group_size=32,
+        expert_pattern=pattern,
+        router_pattern="router",
+    )
+    with pytest.raises(ExportError, match="laid out in a way that no other tool has names for"):
+        export(named, "autoround")
+
+
+def test_modules_beside_the_experts_are_left_alone_whatever_their_container_is_called():
+    layers = plan_of("switch_transformers").layers
+    moved = {
+        name: replace(layer, shape=replace(layer.shape, experts="layers.0.ffn.expert_{expert}"))
+        for name, layer in list(layers.items())[:1]
+    }
+    others = re.compile(all_but_experts(replace(plan_of("switch_transformers"), layers=moved)))
+    assert others.match("layers.0.ffn.router")
+    assert others.match("layers.1.ffn.fc1")
+    assert not others.match("layers.0.ffn.expert_3.wi")
 
 
 # ---- the other way
@@ -254,6 +288,44 @@ def test_words_with_empty_ends_are_read_too(tmp_path):
     plan = plan_of("mixtral", lambda layer, projection, count: [3, 4] * (count // 2))
     write_checkpoint(tmp_path, plan, {"quant_method": "compressed-tensors", "config_groups": GROUPS}, loose)
     assert plan_of_checkpoint(tmp_path).diff(plan) == []
+
+
+def test_words_that_mean_two_widths_are_refused(tmp_path):
+    plan = plan_of("mixtral", lambda layer, projection, count: [7] * count)
+    groups = {f"g{bits}": {"weights": {"num_bits": bits, "type": "int"}} for bits in (7, 8)}
+    write_checkpoint(tmp_path, plan, {"quant_method": "compressed-tensors", "config_groups": groups}, loose)
+    with pytest.raises(CheckpointError, match=r"two different plans of \[7, 8\] bits"):
+        plan_of_checkpoint(tmp_path)
+
+
+def test_bytes_are_8_bits_only_where_nothing_else_is_named(tmp_path):
+    def in_bytes(out: int, inp: int, bits: int) -> dict:
+        return {"weight": ((out, inp), torch.int8), "weight_scale": ((out, 1), torch.bfloat16)}
+
+    for bits in (8, 4):
+        groups = {"g": {"weights": {"num_bits": bits, "type": "int"}}}
+        quantization = {"quant_method": "compressed-tensors", "config_groups": groups}
+        write_checkpoint(tmp_path / str(bits), plan_of("mixtral"), quantization, in_bytes)
+    assert plan_of_checkpoint(tmp_path / "8").average_bits == 8
+    with pytest.raises(CheckpointError, match="this form of a quantized weight cannot be read"):
+        plan_of_checkpoint(tmp_path / "4")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("[]", "is a float checkpoint"),
+        ('{"text_config": null}', "is a float checkpoint"),
+        ('{"quantization_config": "x"}', "its quantization_config is 'x'"),
+        ('{"quantization_config": {"quant_method": "moe_precision"}}', "is no precision plan"),
+        ('{"quant', "config.json' is damaged"),
+    ],
+)
+def test_a_config_that_cannot_be_read(tmp_path, capsys, config, message):
+    build("mixtral").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    assert main(["show", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_group_sizes_that_differ_are_all_told(tmp_path, capsys):
@@ -344,6 +416,8 @@ def test_export_writes_a_file_and_never_over_one(tmp_path, capsys):
     command = ["export", str(tmp_path / "other.json"), "--to", "mlx", "-o", str(tmp_path / "mlx.json")]
     assert main(command) == 2
     assert not (tmp_path / "mlx.json").exists()
+    assert main(["export", str(tmp_path), "--to", "mlx"]) == 2
+    assert "is a folder; give a plan's JSON file" in capsys.readouterr().err
 
 
 def test_a_damaged_plan_is_refused(tmp_path):

@@ -48,6 +48,8 @@ def export(plan: PrecisionPlan | dict[str, Any] | str | os.PathLike, to: str, en
     if to not in TARGETS:
         raise ExportError(f"to={to!r} is not one of {', '.join(TARGETS)}")
     plan = as_plan(plan)
+    if plan.average_bits == 16:
+        raise ExportError("nothing to quantize: every width of the plan is 16, which leaves an expert as it is")
     if to in _SERVED:
         return _SERVED[to](plan, engine)
     if engine is not None:

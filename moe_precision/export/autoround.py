@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from ..plan import PrecisionPlan
-from .exported import Exported, check_engine, with_widths
+from .exported import GPTQ_OF_ENGINES, Exported, check_engine, with_widths
 from .names import all_places
 
 
@@ -16,7 +16,8 @@ def export(plan: PrecisionPlan, engine: str | None = None) -> Exported:
         ExportError: An engine that cannot serve the plan, or experts that nothing is known to unfuse.
     """
     check_engine(plan, engine)
-    plan, notes = with_widths(plan, (2, 3, 4, 5, 6, 7, 8), "AutoRound")
+    have, who = ((2, 3, 4, 5, 6, 7, 8), "AutoRound") if engine is None else (GPTQ_OF_ENGINES, f"{engine} with GPTQ")
+    plan, notes = with_widths(plan, have, who)
     config = {}
     for place in all_places(plan):
         for expert, bits in enumerate(plan.layers[place.layer].projection_bits[place.projection]):

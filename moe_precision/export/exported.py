@@ -10,6 +10,7 @@ from typing import Any
 from ..plan import PrecisionPlan
 
 ENGINES = ("vllm", "sglang")
+GPTQ_OF_ENGINES = (4, 8)  # their widths for the experts of a checkpoint in GPTQ's packing
 
 
 class ExportError(ValueError):

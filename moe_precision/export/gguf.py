@@ -69,5 +69,8 @@ def export(plan: PrecisionPlan) -> Exported:
     )
     if "q1_0" in types.values():
         notes.append("q1_0 needs a llama.cpp of 2026 or later")
-    text = "".join(f"^{re.escape(tensor)}\\.weight$={name}\n" for tensor, name in types.items())
+    lines = [f"^{re.escape(tensor)}\\.weight$={name}\n" for tensor, name in types.items()]
+    text = "".join(
+        line.replace("ffn_gate_exps", "ffn_gate(_up)?_exps") for line in lines
+    )  # some files have them joined
     return Exported("gguf", types, text, plan, tuple(notes))

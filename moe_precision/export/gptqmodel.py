@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 
 from ..plan import PrecisionPlan
-from .exported import Exported, check_engine, with_widths
+from .exported import GPTQ_OF_ENGINES, Exported, check_engine, with_widths
 from .names import all_but_experts, rules
-
-_OF_AN_ENGINE = (4, 8)  # vLLM and SGLang have 4 and 8 bits for the experts of a GPTQ checkpoint
 
 
 def export(plan: PrecisionPlan, engine: str | None = None) -> Exported:
@@ -18,7 +16,7 @@ def export(plan: PrecisionPlan, engine: str | None = None) -> Exported:
         ExportError: An engine that cannot serve the plan, or experts that nothing is known to unfuse.
     """
     check_engine(plan, engine)
-    have, who = ((2, 3, 4, 5, 6, 7, 8), "GPTQModel") if engine is None else (_OF_AN_ENGINE, f"{engine} with GPTQ")
+    have, who = ((2, 3, 4, 5, 6, 7, 8), "GPTQModel") if engine is None else (GPTQ_OF_ENGINES, f"{engine} with GPTQ")
     plan, notes = with_widths(plan, have, who)
     config: dict[str, dict] = {}
     for rule in rules(plan):

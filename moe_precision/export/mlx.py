@@ -17,6 +17,9 @@ def export(plan: PrecisionPlan) -> Exported:
     Raises:
         ExportError: Experts of a layer differ, MLX does not have the group size, or no decoder of gate, up and down.
     """
+    parts = {place.part for place in all_places(plan)}
+    if parts != {"gate_proj", "up_proj", "down_proj"}:
+        raise ExportError(f"mlx-lm's experts have gate, up and down matrices, the plan's have {sorted(parts)}")
     check_granularity(plan, "layer+projection", "MLX keeps a matrix of all experts of a layer in one tensor")
     if plan.group_size not in _GROUP_SIZES:
         raise ExportError(

@@ -28,9 +28,9 @@ def export(plan: PrecisionPlan) -> Exported:
         alike = len(set(widths)) == 1 and place.fused  # the only form for families with one quantizer for all experts
         for expert, bits in [(0, widths[0])] if alike else enumerate(widths):
             if place.fused:
-                name = f"*{place.fused}_weight_quantizer" + ("*" if alike else f"s.{expert}")
+                name = f"{place.fused}_weight_quantizer" + ("*" if alike else f"s.{expert}")
             else:
-                name = f"*{place.module_of(expert)}.weight_quantizer"
+                name = f"{place.module_of(expert)}.weight_quantizer"
             if bits < 16:
                 cfg = {"num_bits": bits, "block_sizes": {-1: plan.group_size}}
                 entries.append({"quantizer_name": name, "cfg": cfg, "enable": True})

@@ -27,7 +27,7 @@ _PARTS = {  # of a fused parameter, in the order in which they are joined
     "up_proj": ("up_proj",),
     "down_proj": ("down_proj",),
 }
-_MLX_CONTAINER = dict.fromkeys(("afmoe", "dots1", "gpt_oss", "llama4"), "experts")  # else switch_mlp
+_MLX_CONTAINER = dict.fromkeys(("afmoe", "dots1", "gpt_oss", "llama4", "llama4_text"), "experts")  # else switch_mlp
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,9 @@ def places(layer: str, shape: LayerShape, model_type: str) -> list[Place]:
     """
     if not shape.experts:
         raise ExportError(
-            f"the plan does not say where the experts of layer {layer!r} are, an earlier release made it; make it "
-            "again from its model or checkpoint: moe-precision plan CHECKPOINT -o plan.json"
+            f"the plan does not say where the experts of layer {layer!r} are. Either an earlier release made it: make "
+            "it again from its model or checkpoint (moe-precision plan CHECKPOINT -o plan.json); or their weights are "
+            "laid out in a way that no other tool has names for"
         )
     found = []
     for projection in shape.projections:
@@ -141,8 +142,15 @@ def rules(plan: PrecisionPlan) -> list[Rule]:
 
 def all_but_experts(plan: PrecisionPlan) -> str:
     """A regular expression for modules outside of the experts, by whole names and by names inside of a block."""
-    containers = dict.fromkeys(path.rpartition(".")[2] for place in all_places(plan) for path in place.containers)
-    return f"^(?!(.*\\.)?{_any([re.escape(name) for name in containers])}(\\.|$)).*"
+    experts: dict[str, None] = {}
+    for place in all_places(plan):
+        for path in (place.module, place.hub):
+            before, found, _ = path.partition(_PLACE_OF_EXPERT)
+            if found:
+                container, _, prefix = before.rpartition(".")
+                name = re.escape(container.rpartition(".")[2])
+                experts[f"{name}(\\.{re.escape(prefix)}\\d+\\..*)?"] = None  # an engine asks for the container itself
+    return f"^(?!(.*\\.)?{_any(list(experts))}$).*"
 
 
 def _pattern(templates: list[str], experts: tuple[int, ...] | None) -> str:
@@ -185,12 +193,8 @@ def mlx_module(place: Place, model_type: str) -> str:
     """Path of mlx-lm's module for a matrix of all experts.
 
     Raises:
-        ExportError: Not a decoder with gate, up and down matrices.
+        ExportError: Not a block of a decoder.
     """
-    if place.part not in ("gate_proj", "up_proj", "down_proj"):
-        raise ExportError(
-            f"layer {place.layer!r}: mlx-lm has gate, up and down matrices of experts, not {place.part!r}"
-        )
     block(place.layer)
     container = _MLX_CONTAINER.get(model_type, "switch_mlp")
     return f"{_renamed(place.layer, model_type)}.{container}.{place.part}"

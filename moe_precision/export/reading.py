@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from ..checkpoints import CheckpointError, StoredTensor, empty_model, stored_tensors
-from ..moe_layers import LayerShape, find_moe_layers
+from ..moe_layers import LayerShape, MoELayer, find_moe_layers
 from ..plan import LayerPlan, PrecisionPlan, model_type_of
 from ..quantize.hf import QUANT_METHOD
 from .names import Place, places
@@ -51,13 +51,10 @@ def plan_of_checkpoint(folder: str | os.PathLike) -> PrecisionPlan:
         ExportError: Experts whose names on disk are not known.
     """
     tensors = stored_tensors(folder)
-    written = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    quantization = written.get("quantization_config") or written.get("text_config", {}).get("quantization_config")
-    if quantization is None:
-        raise CheckpointError(f"{os.fspath(folder)!r} is a float checkpoint: it has no bits to show")
+    quantization = _quantization(folder)
     method = quantization.get("quant_method")
     if method == QUANT_METHOD:
-        plan = PrecisionPlan.from_dict(quantization["plan"], os.fspath(folder))
+        plan = PrecisionPlan.from_dict(quantization.get("plan"), f"the config.json of {os.fspath(folder)!r}")
         return replace(plan, settings=plan.settings | _read_from(folder, {plan.group_size}))
     if method not in (*_GPTQ, _COMPRESSED_TENSORS):
         raise CheckpointError(
@@ -68,52 +65,116 @@ def plan_of_checkpoint(folder: str | os.PathLike) -> PrecisionPlan:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = empty_model(folder, config)
-    model_type = model_type_of(model)
+    layers = find_moe_layers(model)
+    named = _widths_of(quantization)
+    found: list[tuple[dict[str, LayerPlan], set[int]]] = []
+    problems: list[CheckpointError] = []
+    for words in (_dense, _loose):
+        try:
+            found.append(_read_layers(layers, model_type_of(model), _Stores(tensors, named, words)))
+        except CheckpointError as error:
+            problems.append(error)
+    if not found:
+        raise problems[0]
+    if any(one != found[0] for one in found):
+        raise CheckpointError(
+            f"{os.fspath(folder)!r}: its packed words can be read as two different plans of {named} bits, with and "
+            "without empty ends, so its bits are not known"
+        )
+    widths, groups = found[0]
+    settings = _read_from(folder, groups)
+    plan = PrecisionPlan(model_type_of(model), widths, min(groups, default=128), 0.0, method, settings)
+    return replace(plan, asked_average_bits=plan.average_bits)
+
+
+def _quantization(folder: str | os.PathLike) -> dict[str, Any]:
+    """The ``quantization_config`` of a checkpoint's config.json."""
+    path = Path(folder) / "config.json"
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged: {error}") from error
+    written = written if isinstance(written, dict) else {}
+    inner = written.get("text_config")
+    quantization = written.get("quantization_config") or (inner or {}).get("quantization_config")
+    if quantization is None:
+        raise CheckpointError(f"{os.fspath(folder)!r} is a float checkpoint: it has no bits to show")
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{str(path)!r} is damaged: its quantization_config is {quantization!r}")
+    return quantization
+
+
+def _widths_of(quantization: dict[str, Any]) -> list[int]:
+    """The integer widths that compressed-tensors' config groups name, rising."""
+    groups = (quantization.get("config_groups") or {}).values()
+    weights = [group.get("weights") or {} for group in groups]
+    return sorted({of_group["num_bits"] for of_group in weights if of_group.get("type") == "int"})
+
+
+def _dense(bits: int, inp: int) -> int:
+    """Words of a row of ``inp`` codes without a gap."""
+    return math.ceil(inp * bits / 32)
+
+
+def _loose(bits: int, inp: int) -> int:
+    """Words of a row where a code never goes over the end of a word, as compressed-tensors once packed."""
+    return math.ceil(inp / (32 // bits))
+
+
+@dataclass(frozen=True)
+class _Stores:
+    """What a checkpoint stores: its tensors, the widths that its config names, and how many words a row is."""
+
+    tensors: dict[str, StoredTensor]
+    named: list[int]
+    words: Callable[[int, int], int]
+
+
+def _read_layers(layers: list[MoELayer], model_type: str, stores: _Stores) -> tuple[dict[str, LayerPlan], set[int]]:
+    """The widths of every layer, and all group sizes."""
     groups: set[int] = set()
-    layers = {}
-    for layer in find_moe_layers(model):
+    found = {}
+    for layer in layers:
         widths: dict[str, list[int]] = {}
         for place in places(layer.name, layer.shape, model_type):
-            stored = [_stored(place, e, layer.shape, tensors, quantization) for e in range(layer.num_experts)]
+            stored = [_stored(place, expert, layer.shape, stores) for expert in range(layer.num_experts)]
             bits = [one.bits for one in stored]
             if widths.setdefault(place.projection, bits) != bits:
                 raise CheckpointError(
-                    f"layer {layer.name!r}: gate_proj and up_proj of an expert have different bits in "
-                    f"{os.fspath(folder)!r}, and a plan has one width for both"
+                    f"layer {layer.name!r}: gate_proj and up_proj of an expert have different bits, and a plan has one "
+                    "width for both"
                 )
             groups |= {one.group_size for one in stored if one.group_size is not None}
-        layers[layer.name] = LayerPlan(layer.shape, widths)
-    settings = _read_from(folder, groups)
-    plan = PrecisionPlan(model_type, layers, min(groups, default=128), 0.0, str(method), settings)
-    return replace(plan, asked_average_bits=plan.average_bits)
+        found[layer.name] = LayerPlan(layer.shape, widths)
+    return found, groups
 
 
 def _read_from(folder: str | os.PathLike, groups: Iterable[int]) -> dict[str, Any]:
     return {"read_from": Path(folder).name, "group_sizes": sorted(groups)}
 
 
-def _stored(
-    place: Place, expert: int, shape: LayerShape, tensors: dict[str, StoredTensor], quantization: dict[str, Any]
-) -> _Stored:
+def _stored(place: Place, expert: int, shape: LayerShape, stores: _Stores) -> _Stored:
     """How one expert's matrix is stored, under its name after unfusing or the one on the Hub."""
     out, inp = shape.projections[place.projection]
-    if place.part != place.projection and place.projection == "gate_up_proj":
+    if place.projection == "gate_up_proj" and place.part != place.projection:
         out //= 2
-    names = place.on_disk(expert)
+    tensors, names = stores.tensors, place.on_disk(expert)
     for name in names:
         if (packed := tensors.get(f"{name}.qweight")) is not None:
             return _gptq(name, packed, tensors, out, inp)
         if (packed := tensors.get(f"{name}.weight_packed")) is not None:
-            return _compressed(name, packed, tensors, out, inp, quantization)
+            return _compressed(name, packed, stores, out, inp)
         if (weight := tensors.get(f"{name}.weight")) is not None:
-            if weight.dtype == "I8" and weight.shape == (out, inp):
+            if weight.dtype == "I8" and weight.shape == (out, inp) and stores.named == [8]:  # a byte says nothing else
                 return _Stored(8, _group_size(name, f"{name}.weight_scale", 1, tensors, inp))
             _check(weight.dtype in _FLOAT and weight.shape == (out, inp), name, weight, (out, inp))
             return _Stored(16, None)
-    for whole in (place.fused, place.hub):
-        if whole in tensors:
-            _check(tensors[whole].dtype in _FLOAT, whole, tensors[whole], (shape.num_experts, "..."))
-            return _Stored(16, None)
+    for whole in {place.fused, place.hub} & tensors.keys():
+        slices, *matrix = tensors[whole].shape
+        expected = sorted(shape.projections[place.projection])
+        fits = tensors[whole].dtype in _FLOAT and slices >= shape.num_experts and sorted(matrix) == expected
+        _check(fits, whole, tensors[whole], (shape.num_experts, *shape.projections[place.projection]))
+        return _Stored(16, None)
     raise CheckpointError(
         f"expert {expert} of layer {place.layer!r} has no {place.part} in the checkpoint: looked for {names} "
         "with .qweight, .weight_packed and .weight"
@@ -129,26 +190,16 @@ def _gptq(name: str, packed: StoredTensor, tensors: dict[str, StoredTensor], out
     return _Stored(bits, _group_size(name, f"{name}.scales", 0, tensors, inp))
 
 
-def _compressed(
-    name: str,
-    packed: StoredTensor,
-    tensors: dict[str, StoredTensor],
-    out: int,
-    inp: int,
-    quantization: dict[str, Any],
-) -> _Stored:
-    """``weight_packed`` is ``(out, words)`` int32; older releases leave the end of a word empty, newer ones do not.
+def _compressed(name: str, packed: StoredTensor, stores: _Stores, out: int, inp: int) -> _Stored:
+    """``weight_packed`` is ``(out, words)`` int32; the config's groups say which widths are meant.
 
-    The config's groups say which widths are meant, the number of words which of them this is.
+    With empty ends 7 and 8 bits take as many words: the smaller is taken, which then differs from what `_dense` reads.
     """
     rows, words = packed.shape if len(packed.shape) == 2 else (0, 0)
-    weights = [group.get("weights") or {} for group in quantization.get("config_groups", {}).values()]
-    named = sorted({of_group["num_bits"] for of_group in weights if of_group.get("type") == "int"})
-    dense = [bits for bits in named if words == math.ceil(inp * bits / 32)]
-    fitting = dense or [bits for bits in named if words == math.ceil(inp / (32 // bits))]
-    fits = packed.dtype == "I32" and rows == out and len(fitting) == 1
-    _check(fits, f"{name}.weight_packed", packed, (out, f"words for one of {named} bits"))
-    return _Stored(fitting[0], _group_size(name, f"{name}.weight_scale", 1, tensors, inp))
+    fitting = [bits for bits in stores.named if words == stores.words(bits, inp)]
+    fits = packed.dtype == "I32" and rows == out and len(fitting) > 0
+    _check(fits, f"{name}.weight_packed", packed, (out, f"words for one of {stores.named} bits"))
+    return _Stored(fitting[0], _group_size(name, f"{name}.weight_scale", 1, stores.tensors, inp))
 
 
 def _group_size(name: str, scale: str, dimension: int, tensors: dict[str, StoredTensor], inp: int) -> int:

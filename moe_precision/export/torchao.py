@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from ..plan import PrecisionPlan
@@ -22,6 +23,7 @@ def export(plan: PrecisionPlan) -> Exported:
     if fused:
         check_granularity(plan, "layer+projection", "torchao quantizes a fused matrix of all experts as one tensor")
         notes.append('fused experts run with from_pretrained(..., experts_implementation="eager") only')
+        notes.append("8 bits of fused experts have a scale a row: group_size has no say there")
         for parameter, place in fused.items():
             bits = plan.layers[place.layer].projection_bits[place.projection][0]
             if bits not in (8, 16):
@@ -31,10 +33,12 @@ def export(plan: PrecisionPlan) -> Exported:
                 )
             if bits == 8:
                 config[parameter] = _typed("Int8WeightOnlyConfig", 2, granularity=_typed("PerRow", 1, dim=-1))
-    for rule in rules(plan) if not fused else []:
+    whole_layers = {place.layer for place in fused.values()}
+    modules = replace(plan, layers={name: one for name, one in plan.layers.items() if name not in whole_layers})
+    for rule in rules(modules):
         if rule.bits < 16:
             config[f"re:{rule.modules[0]}"] = _intx(rule.bits, plan.group_size)
-    if not fused:
+    if modules.layers:
         notes.append(
             "torchao stores codes of fewer than 8 bits as int8: the values are those of the plan, the file is not"
         )

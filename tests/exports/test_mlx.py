@@ -5,6 +5,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+from mlx_lm.utils import quantize_model
 
 from moe_precision import allocate
 from moe_precision.export import export
@@ -40,7 +41,9 @@ def test_every_matrix_of_experts_gets_its_bits(family):
     config = {**NEEDS, **model.config.to_dict(), "num_experts": 8}
     config = {key: value for key, value in config.items() if value is not None or key == "rope_scaling"}
     theirs = module.Model(module.ModelArgs.from_dict(config))
-    nn.quantize(theirs, class_predicate=lambda path, _: found.config.get(path, False))  # as mlx_lm.convert does
+    group_size, bits = found.config["group_size"], found.config["bits"]
+    predicate = lambda path, module: found.config.get(path, False)  # noqa: E731  # as docs/export.md gives it
+    _, made = quantize_model(theirs, {}, group_size, bits, quant_predicate=predicate)
     got = {
         path: one.bits
         for path, one in theirs.named_modules()
@@ -48,6 +51,10 @@ def test_every_matrix_of_experts_gets_its_bits(family):
     }
     planned = {path: one["bits"] for path, one in found.config.items() if isinstance(one, dict)}
     assert got == planned
+    written = {path: one for path, one in made["quantization"].items() if isinstance(one, dict)}
+    assert {path: (one["bits"], one["group_size"]) for path, one in written.items()} == {
+        path: (one["bits"], one["group_size"]) for path, one in found.config.items() if isinstance(one, dict)
+    }
     assert len(got) == 3 * len(plan.layers)
     out = theirs(mx.array([[3, 4, 5]]))
     mx.eval(out)
