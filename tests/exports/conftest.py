@@ -30,12 +30,6 @@ def plan(checkpoint) -> PrecisionPlan:
 
 
 @pytest.fixture(scope="session")
-def by_expert(checkpoint) -> PrecisionPlan:
-    """Experts of one layer at 2, 3, 4, 8 and 16 bits, projections alike."""
-    return mixed(checkpoint, (2, 3, 4, 8, 16), projections_alike=True)
-
-
-@pytest.fixture(scope="session")
 def by_layer(checkpoint) -> PrecisionPlan:
     """A width a layer and projection: 2, 3, 4 and 8."""
     widths = iter((2, 3, 4, 8))
@@ -48,12 +42,11 @@ def uniform_layers(checkpoint) -> PrecisionPlan:
     return with_bits(_any(checkpoint), lambda layer, projection, count: [(8, 4)[layer]] * count)
 
 
-def mixed(checkpoint, widths, projections_alike=False) -> PrecisionPlan:
+def mixed(checkpoint, widths) -> PrecisionPlan:
     """A plan that goes through the widths from expert to expert, shifted by one from projection to projection."""
 
     def bits(layer: int, projection: int, count: int) -> list[int]:
-        shift = layer if projections_alike else layer + projection
-        return [widths[(expert + shift) % len(widths)] for expert in range(count)]
+        return [widths[(expert + layer + projection) % len(widths)] for expert in range(count)]
 
     return with_bits(_any(checkpoint), bits)
 

@@ -1,4 +1,4 @@
-"""GPTQModel carries a plan out, expert by expert."""
+"""GPTQModel carries a plan out, expert by expert and projection by projection."""
 
 from gptqmodel import GPTQModel
 from gptqmodel.quantization import RTNConfig
@@ -8,16 +8,16 @@ from tests.conftest import fresh_python
 from tests.exports.conftest import check_experts, float_experts
 
 
-def test_every_expert_gets_its_bits_and_the_model_loads(checkpoint, by_expert, tmp_path):
+def test_every_expert_gets_its_bits_and_the_model_loads(checkpoint, plan, tmp_path):
     layers = float_experts(checkpoint)
-    found = export(by_expert, "gptqmodel")
+    found = export(plan, "gptqmodel")
     config = RTNConfig(bits=4, group_size=64, sym=True, dynamic=found.config)
     model = GPTQModel.load(str(checkpoint), config, device="cpu")
     model.quantize(None)
     model.save(str(tmp_path / "quantized"))
-    by_expert.save(tmp_path / "plan.json")
+    plan.save(tmp_path / "plan.json")
     fresh_python(_READ, str(tmp_path / "quantized"), str(tmp_path / "plan.json"))
-    check_experts(GPTQModel.load(str(tmp_path / "quantized"), device="cpu").model, layers, by_expert)
+    check_experts(GPTQModel.load(str(tmp_path / "quantized"), device="cpu").model, layers, plan)
 
 
 _READ = """
