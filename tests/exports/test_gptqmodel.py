@@ -8,7 +8,8 @@ from tests.conftest import fresh_python
 from tests.exports.conftest import check_experts, float_experts
 
 
-def test_every_expert_gets_its_bits_and_the_model_loads(checkpoint, plan, tmp_path):
+def test_every_expert_gets_its_bits_and_the_model_loads(checkpoint, plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it writes logs where it runs
     layers = float_experts(checkpoint)
     found = export(plan, "gptqmodel")
     config = RTNConfig(bits=4, group_size=64, sym=True, dynamic=found.config)
