@@ -69,13 +69,11 @@ class StoredTensor:
         dtype: safetensors' own name: ``BF16``, ``I32``, ...
         shape: Its shape.
         nbytes: Bytes it takes in the file.
-        file: Where it is.
     """
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
-    file: Path
 
 
 def stored_tensors(folder: str | os.PathLike) -> dict[str, StoredTensor]:
@@ -87,7 +85,7 @@ def stored_tensors(folder: str | os.PathLike) -> dict[str, StoredTensor]:
         for name, entry in header.items():
             if name != "__metadata__":
                 start, end = entry["data_offsets"]
-                found[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]), end - start, file)
+                found[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]), end - start)
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from ..plan import PrecisionPlan
-from .exported import GPTQ_OF_ENGINES, Exported, check_engine, with_widths
+from .exported import GPTQ_OF_ENGINES, Exported, for_engine
 from .names import all_places
 
 
@@ -15,9 +15,7 @@ def export(plan: PrecisionPlan, engine: str | None = None) -> Exported:
     Raises:
         ExportError: An engine that cannot serve the plan, or experts that nothing is known to unfuse.
     """
-    check_engine(plan, engine)
-    have, who = ((2, 3, 4, 5, 6, 7, 8), "AutoRound") if engine is None else (GPTQ_OF_ENGINES, f"{engine} with GPTQ")
-    plan, notes = with_widths(plan, have, who)
+    plan, notes = for_engine(plan, engine, "AutoRound", (2, 3, 4, 5, 6, 7, 8), "GPTQ", GPTQ_OF_ENGINES)
     config = {}
     for place in all_places(plan):
         for expert, bits in enumerate(plan.layers[place.layer].projection_bits[place.projection]):
@@ -28,4 +26,4 @@ def export(plan: PrecisionPlan, engine: str | None = None) -> Exported:
         'layers to leave alone here, with {"bits": 16}'
     )
     text = ",\n".join(f"  {json.dumps(name)}: {json.dumps(of_one)}" for name, of_one in config.items())
-    return Exported("autoround", config, f"{{\n{text}\n}}\n", plan, tuple(notes))
+    return Exported(config, f"{{\n{text}\n}}\n", plan, tuple(notes))

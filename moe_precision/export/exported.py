@@ -22,14 +22,12 @@ class Exported:
     """A plan in another tool's words.
 
     Attributes:
-        target: Name of the target.
         config: The tool's own config as plain Python: what its API takes.
         text: The same as its file holds it.
         plan: The plan as the target carries it out, after rounding widths that it does not have.
         notes: What a user has to know, a sentence each: what was rounded, what is left to the tool.
     """
 
-    target: str
     config: Any
     text: str
     plan: PrecisionPlan
@@ -97,10 +95,25 @@ def check_granularity(plan: PrecisionPlan, finest: str, reason: str) -> None:
     )
 
 
-def check_engine(plan: PrecisionPlan, engine: str | None) -> None:
-    """Raises `ExportError` if an inference engine cannot serve the plan: they hold one format a layer of experts."""
+def for_engine(
+    plan: PrecisionPlan, engine: str | None, tool: str, have: Sequence[int], packing: str, served: Sequence[int]
+) -> tuple[PrecisionPlan, list[str]]:
+    """`with_widths` of a tool, or of an inference engine that serves its checkpoints, in which a layer has one format.
+
+    Args:
+        plan: Any plan.
+        engine: None for the tool's own loader.
+        tool: What to call the tool in the notes.
+        have: Widths of the tool.
+        packing: What to call the form of its checkpoints.
+        served: Widths of the engines in that form.
+
+    Raises:
+        ExportError: An unknown engine, or experts or projections of a layer that differ.
+    """
     if engine is None:
-        return
+        return with_widths(plan, have, tool)
     if engine not in ENGINES:
         raise ExportError(f"engine={engine!r} is not one of {', '.join(ENGINES)}")
     check_granularity(plan, "layer", f"{engine} serves all experts of a layer, gate, up and down, in one format")
+    return with_widths(plan, served, f"{engine} with {packing}")

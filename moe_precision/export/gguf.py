@@ -73,4 +73,4 @@ def export(plan: PrecisionPlan) -> Exported:
     text = "".join(
         line.replace("ffn_gate_exps", "ffn_gate(_up)?_exps") for line in lines
     )  # some files have them joined
-    return Exported("gguf", types, text, plan, tuple(notes))
+    return Exported(types, text, plan, tuple(notes))

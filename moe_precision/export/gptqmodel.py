@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from ..plan import PrecisionPlan
-from .exported import GPTQ_OF_ENGINES, Exported, check_engine, with_widths
+from .exported import GPTQ_OF_ENGINES, Exported, for_engine
 from .names import all_but_experts, rules
 
 
@@ -15,9 +15,7 @@ def export(plan: PrecisionPlan, engine: str | None = None) -> Exported:
     Raises:
         ExportError: An engine that cannot serve the plan, or experts that nothing is known to unfuse.
     """
-    check_engine(plan, engine)
-    have, who = ((2, 3, 4, 5, 6, 7, 8), "GPTQModel") if engine is None else (GPTQ_OF_ENGINES, f"{engine} with GPTQ")
-    plan, notes = with_widths(plan, have, who)
+    plan, notes = for_engine(plan, engine, "GPTQModel", (2, 3, 4, 5, 6, 7, 8), "GPTQ", GPTQ_OF_ENGINES)
     config: dict[str, dict] = {}
     for rule in rules(plan):
         # an engine matches the beginning of the name of a layer's experts, GPTQModel that of each module
@@ -28,4 +26,4 @@ def export(plan: PrecisionPlan, engine: str | None = None) -> Exported:
             else:
                 config[f"+:{pattern}"] = {"bits": rule.bits, "group_size": plan.group_size}
     config[f"-:{all_but_experts(plan)}"] = {}
-    return Exported("gptqmodel", config, json.dumps(config, indent=2) + "\n", plan, tuple(notes))
+    return Exported(config, json.dumps(config, indent=2) + "\n", plan, tuple(notes))

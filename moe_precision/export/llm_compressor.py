@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from ..plan import PrecisionPlan
-from .exported import Exported, check_engine, with_widths
+from .exported import Exported, for_engine
 from .names import rules
 
 _OF_AN_ENGINE = (2, 3, 4, 5, 6, 7, 8)  # what vLLM accepts for the experts of a compressed-tensors checkpoint
@@ -21,9 +21,8 @@ def export(plan: PrecisionPlan, engine: str | None = None) -> Exported:
     Raises:
         ExportError: An engine that cannot serve the plan, or experts that nothing is known to unfuse.
     """
-    check_engine(plan, engine)
-    have = (1, 2, 3, 4, 5, 6, 7, 8) if engine is None else _OF_AN_ENGINE
-    plan, notes = with_widths(plan, have, "llm-compressor" if engine is None else f"{engine} with compressed-tensors")
+    have = (1, 2, 3, 4, 5, 6, 7, 8)
+    plan, notes = for_engine(plan, engine, "llm-compressor", have, "compressed-tensors", _OF_AN_ENGINE)
     targets: dict[int, list[str]] = {}
     for rule in rules(plan):
         if rule.bits < 16:
@@ -36,4 +35,4 @@ def export(plan: PrecisionPlan, engine: str | None = None) -> Exported:
         for bits in sorted(targets)
     }
     config = {"quant_stage": {"quant_modifiers": {"QuantizationModifier": {"config_groups": groups}}}}
-    return Exported("llm-compressor", config, yaml.safe_dump(config, sort_keys=False), plan, tuple(notes))
+    return Exported(config, yaml.safe_dump(config, sort_keys=False), plan, tuple(notes))

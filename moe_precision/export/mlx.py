@@ -34,4 +34,4 @@ def export(plan: PrecisionPlan) -> Exported:
     widest = max((of_one["bits"] for of_one in config.values() if isinstance(of_one, dict)), default=8)
     notes.append("every other layer: give mlx_lm.convert a predicate that returns False, or its own bits, for it")
     config = {"bits": widest, **settings, **config}
-    return Exported("mlx", config, json.dumps(config, indent=2) + "\n", plan, tuple(notes))
+    return Exported(config, json.dumps(config, indent=2) + "\n", plan, tuple(notes))

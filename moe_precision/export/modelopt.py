@@ -38,4 +38,4 @@ def export(plan: PrecisionPlan) -> Exported:
     notes.append(
         "ModelOpt simulates: weights go through the plan's widths in the forward pass, and the model stays as large"
     )
-    return Exported("modelopt", config, yaml.safe_dump(config, sort_keys=False), plan, tuple(notes))
+    return Exported(config, yaml.safe_dump(config, sort_keys=False), plan, tuple(notes))

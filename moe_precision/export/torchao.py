@@ -44,7 +44,7 @@ def export(plan: PrecisionPlan) -> Exported:
         )
     default = _typed("FqnToConfig", 1, fqn_to_config=config)
     whole = {"quant_method": "torchao", "quant_type": {"default": default}}
-    return Exported("torchao", whole, json.dumps(whole, indent=2) + "\n", plan, tuple(notes))
+    return Exported(whole, json.dumps(whole, indent=2) + "\n", plan, tuple(notes))
 
 
 def _intx(bits: int, group_size: int) -> dict[str, Any]:
