@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..curvature import Curvature, as_curvature
 from ..plan import PlanError, PrecisionPlan, as_plan
 from ..router_norms import check_same_weights
 from .grid import Grid
-from .packed import packed_experts_forward
+from .packed import kernels_of, packed_experts_forward
 from .replace import EXPERTS_IMPLEMENTATION, Target, find_targets, replace_weight
 
 QUANT_METHOD = "moe_precision"
@@ -160,6 +161,7 @@ class PlanHfQuantizer(HfQuantizer):
             )
         _check_weights(model, self.quantization_config)
         _finish(model)
+        model.moe_precision_kernels = partial(kernels_of, model)
         return model
 
     def is_serializable(self) -> bool:
@@ -222,6 +224,7 @@ def quantize_model(
         model.config.quantization_config = config
         model.config._is_quantized = True
         _finish(model)
+    model.moe_precision_kernels = partial(kernels_of, model)  # type: ignore[assignment]
     return model.eval()
 
 

@@ -12,14 +12,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.moe import _grouped_linear
 
 from . import kernels
 from .fitting import Fit, quantize_matrix
+from .kernels import Kernel, Matrices
 from .packing import pack
 
 
 class PackedMatrices(nn.Module):
     """``count`` matrices of one shape and one width below 16 bits.
+
+    They are in memory once: as the checkpoint holds them, or, from the first product on, in the form of the kernel that
+    multiplies them (`kernels.choose`). Saving, casting and moving go back to the first form, bit for bit.
 
     Buffers: ``codes`` ``(count, out, in * bits / 8)`` uint8; ``scale`` and ``offset`` ``(count, out, in / group)``
     float16, which keep their dtype when the model is cast.
@@ -28,51 +33,90 @@ class PackedMatrices(nn.Module):
     codes: Tensor
     scale: Tensor
     offset: Tensor
+    kernel: Kernel | None
 
     def __init__(self, count: int, out: int, inp: int, bits: int, group_size: int, device: Any = None) -> None:
         super().__init__()
+        self.shape = count, out, inp
         self.bits, self.group_size = bits, group_size
         groups = (count, out, inp // group_size)
         self.register_buffer("codes", torch.empty(count, out, inp * bits // 8, dtype=torch.uint8, device=device))
         self.register_buffer("scale", torch.empty(groups, dtype=torch.float16, device=device))
         self.register_buffer("offset", torch.empty(groups, dtype=torch.float16, device=device))
-        self._int4: dict[int, tuple[Tensor, Tensor]] = {}
+        self.register_module("kernel", None)
+        self._chosen_for: kernels.Request | None = None
 
     def put(self, index: int, weight: Tensor, fit: Fit = quantize_matrix) -> None:
         """Quantizes ``weight`` ``(out, in)`` into place ``index``."""
+        self.leave_kernel()
         codes, scale, offset = fit(weight, self.bits, self.group_size)
         self.codes[index], self.scale[index], self.offset[index] = pack(codes, self.bits), scale, offset
-        self._int4.pop(index, None)
+
+    def matrices(self, indices: list[int]) -> Matrices:
+        """Some matrices as the checkpoint holds them."""
+        if self.kernel is not None:
+            parts = zip(*(self.kernel.matrix(index) for index in indices), strict=True)
+            return Matrices(*(torch.cat(part) for part in parts))
+        return Matrices(self.codes[indices], self.scale[indices], self.offset[indices])
+
+    def weights(self, indices: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Some float matrices, ``(len(indices), out, in)``."""
+        return kernels.dequantize(*self.matrices(indices), self.bits, dtype)
 
     def weight(self, index: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float matrix at ``index``, ``(out, in)``."""
-        return kernels.dequantize(self.codes[index], self.scale[index], self.offset[index], self.bits, dtype)
+        return self.weights([index], dtype)[0]
 
+    @torch.compiler.disable
     def linear(self, index: int, x: Tensor) -> Tensor:
         """``x @ W.T`` for ``x`` ``(..., in)``; gradients flow to ``x``."""
         if x.requires_grad and torch.is_grad_enabled():
             return _Product.apply(x, self, index)
         return self.product(index, x)
 
-    def product(self, index: int, x: Tensor) -> Tensor:
-        """The same without gradients, by the fastest kernel that fits."""
-        if not kernels.int4_fits(x, self.codes.shape[1], self.bits, self.group_size):
-            return kernels.linear(x, self.codes[index], self.scale[index], self.offset[index], self.bits)
-        if index not in self._int4:
-            parts = (self.codes[index], self.scale[index], self.offset[index])
-            self._int4[index] = kernels.to_int4(*parts, self.bits)
-        return kernels.linear_int4(x, *self._int4[index], self.group_size)
+    def product(self, index: int, x: Tensor, training: bool = False) -> Tensor:
+        """The same without gradients, by the kernel that fits."""
+        self._enter_kernel(self.request(x.device, x.dtype, training))
+        if self.kernel is not None:
+            return self.kernel.linear(index, x)
+        return kernels.linear(x, self.codes[index], self.scale[index], self.offset[index], self.bits)
+
+    def request(self, device: torch.device, dtype: torch.dtype, training: bool = False) -> kernels.Request:
+        """What a kernel would have to do for activations of this kind."""
+        return kernels.Request(device.type, dtype, training, self.bits, *self.shape[1:], self.group_size)
+
+    def _enter_kernel(self, request: kernels.Request) -> None:
+        if request == self._chosen_for:
+            return
+        choice = kernels.choose(request)
+        if choice is None or type(self.kernel) is not choice:
+            self.leave_kernel()
+        if choice is not None and self.kernel is None:
+            self.kernel = choice(Matrices(self.codes, self.scale, self.offset), self.bits, self.group_size)
+            self.codes = self.scale = self.offset = None  # type: ignore[assignment]
+        self._chosen_for = request
+
+    def leave_kernel(self) -> None:
+        """Back to the form of the checkpoint; the next product chooses again."""
+        if self.kernel is not None:
+            self.codes, self.scale, self.offset = self.matrices(list(range(self.shape[0])))
+            self.kernel = None
+        self._chosen_for = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedMatrices:
+        self.leave_kernel()
         exact = self.scale, self.offset
         super()._apply(fn, recurse)
-        self._int4.clear()
         if self.scale.dtype != torch.float16:  # a cast of the model: move only
             self.scale, self.offset = (tensor.to(self.codes.device) for tensor in exact)
         return self
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.leave_kernel()
+        super()._save_to_state_dict(*args, **kwargs)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._int4.clear()
+        self.leave_kernel()
         super()._load_from_state_dict(*args, **kwargs)
 
 
@@ -82,7 +126,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrices: PackedMatrices, index: int) -> Tensor:
         ctx.matrices, ctx.index = matrices, index
-        return matrices.product(index, x)
+        return matrices.product(index, x, training=True)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -106,6 +150,10 @@ class DenseMatrices(nn.Module):
         """The matrix at ``index``, ``(out, in)``."""
         return self.matrices[index].to(dtype)
 
+    def weights(self, indices: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Some of the matrices, ``(len(indices), out, in)``."""
+        return self.matrices[indices].to(dtype)
+
     def linear(self, index: int, x: Tensor) -> Tensor:
         """``x @ W.T`` for ``x`` ``(..., in)``."""
         return F.linear(x, self.matrices[index])
@@ -125,6 +173,7 @@ class PackedProjection(nn.Module):
         self, bits: list[int], shape: tuple[int, int], group_size: int, dtype: torch.dtype, device: Any = None
     ) -> None:
         super().__init__()
+        self.out = shape[0]
         self._place: list[tuple[str, int]] = []  # expert -> (bucket, index in it)
         counts: dict[int, int] = {}
         for width in bits:
@@ -152,6 +201,38 @@ class PackedProjection(nn.Module):
         """``x @ W.T`` with the matrix of ``expert``, ``x`` ``(tokens, in)``."""
         bucket, index = self._place[expert]
         return self.get_submodule(bucket).linear(index, x)  # type: ignore[operator]
+
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+        """Each row times the matrix of its expert.
+
+        Args:
+            x: ``(rows, in)``, those of expert 0 first.
+            counts: Rows of each expert.
+
+        Returns:
+            ``(rows, out)``.
+        """
+        if x.device.type != "cpu":
+            return self.grouped(x, counts)
+        by_expert = zip(range(len(counts)), x.split(counts), strict=True)
+        products = [self.linear(expert, rows) for expert, rows in by_expert if len(rows)]
+        return torch.cat(products) if products else x.new_empty(0, self.out)
+
+    def grouped(self, x: Tensor, counts: list[int]) -> Tensor:
+        """The same, a bucket at a time: its experts that have rows are dequantized and multiplied in one launch."""
+        experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # of each row
+        rows, products = [], []
+        for bucket, module in self.named_children():
+            used = [e for e, count in enumerate(counts) if count and self._place[e][0] == bucket]
+            if not used:
+                continue
+            rows.append(torch.isin(experts, torch.tensor(used)).nonzero().flatten().to(x.device))
+            ends = torch.tensor([counts[e] for e in used]).cumsum(0).to(x.device, torch.int32)
+            weights = module.weights([self._place[e][1] for e in used], x.dtype)  # type: ignore[operator]
+            products.append(_grouped_linear(x[rows[-1]], weights, ends))
+        if not rows:
+            return x.new_empty(0, self.out)
+        return torch.cat(products)[torch.cat(rows).argsort()]
 
 
 class PackedLinear(nn.Module):
@@ -181,8 +262,9 @@ def sentinel(dtype: torch.dtype, device: Any = None) -> Tensor:
     return torch.zeros(1, dtype=dtype, device=device)
 
 
+@torch.compiler.disable
 def packed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """transformers' experts function for modules whose projections are packed; one expert at a time.
+    """transformers' experts function for modules whose projections are packed.
 
     Args:
         self: The experts module, with ``packed`` holding a `PackedProjection` for each projection.
@@ -194,25 +276,42 @@ def packed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         ``(S, H)``.
     """
     first = "gate_up_proj" if self.has_gate else "up_proj"
-    out = torch.zeros_like(hidden_states)
     experts, order = top_k_index.flatten().sort(stable=True)  # (S * k,)
-    counts = experts.bincount(minlength=self.num_experts).tolist()  # the only host sync
-    token_of, weight_of = order // top_k_index.shape[1], top_k_weights.flatten()[order]
-    start = 0
-    for expert, count in enumerate(counts[: self.num_experts]):
-        if count == 0:
-            continue
-        chosen = slice(start, start + count)
-        start += count
-        tokens = token_of[chosen]
-        hidden = self.packed[first].linear(expert, hidden_states[tokens])
-        if self.has_bias:
-            hidden = hidden + getattr(self, f"{first}_bias")[expert]
-        hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-        result = self.packed["down_proj"].linear(expert, hidden)
-        if self.has_bias:
-            result = result + self.down_proj_bias[expert]
-        if getattr(self, "has_post_expert_norm", False):
-            result = self.post_expert_norm(result)
-        out.index_add_(0, tokens, (result * weight_of[chosen, None]).to(out.dtype))
-    return out
+    counts = experts.bincount(minlength=self.num_experts)[: self.num_experts].tolist()  # the only host sync
+    experts, order = experts[: sum(counts)], order[: sum(counts)]
+    tokens = order // top_k_index.shape[1]
+    hidden = self.packed[first](hidden_states[tokens], counts)
+    if self.has_bias:
+        hidden = hidden + getattr(self, f"{first}_bias")[experts]
+    hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
+    result = self.packed["down_proj"](hidden, counts)
+    if self.has_bias:
+        result = result + self.down_proj_bias[experts]
+    if getattr(self, "has_post_expert_norm", False):
+        result = self.post_expert_norm(result)
+    result = (result * top_k_weights.flatten()[order, None]).to(hidden_states.dtype)
+    return torch.zeros_like(hidden_states).index_add_(0, tokens, result)
+
+
+def kernels_of(model: nn.Module) -> dict[str, str]:
+    """Which kernel multiplies the packed matrices of each module of a model.
+
+    What has not been used yet is told for activations of the model's dtype, where the weights are now.
+
+    Returns:
+        Module path -> for example ``"torch.compile, 2 bits, 3 matrices of 4096 x 14336"``.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, DenseMatrices):
+            count, out, inp = module.matrices.shape
+            found[path] = f"float, {module.matrices.dtype}, {count} matrices of {out} x {inp}"
+        if isinstance(module, PackedMatrices):
+            count, out, inp = module.shape
+            kernel: Kernel | type[Kernel] | None = module.kernel
+            if module._chosen_for is None:
+                kernel = kernels.choose(module.request(module.codes.device, dtype))
+            by = kernel.name if kernel is not None else "dequantize"
+            found[path] = f"{by}, {module.bits} bits, {count} matrices of {out} x {inp}"
+    return found

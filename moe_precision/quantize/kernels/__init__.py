@@ -1,0 +1,33 @@
+"""Multiplying by packed matrices: which kernel takes a bucket of them, and in whose form it is then kept, only there.
+
+On a CPU, the first that fits: Intel's ARK (`ark.py`, if ``auto-round-lib`` is installed), torch's int4 kernel for 4
+bits (`int4.py`), a kernel that ``torch.compile`` makes for any width (`compiled.py`), the int4 kernel for fewer bits,
+and last of all no kernel: the one matrix is dequantized and multiplied. On other devices there is no kernel yet, and
+the matrices of a bucket that have tokens are dequantized for one grouped product (`PackedProjection.grouped`).
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ark import Ark
+from .base import Kernel, Matrices, Request, dequantize, scaled
+from .compiled import Compiled
+from .int4 import Int4
+
+__all__ = ["KERNELS", "Kernel", "Matrices", "Request", "choose", "dequantize", "linear", "scaled"]
+
+KERNELS: tuple[type[Kernel], ...] = (Ark, Int4, Compiled)
+
+
+def choose(request: Request) -> type[Kernel] | None:
+    """The kernel that a bucket of matrices is kept for; None to dequantize."""
+    fitting = [kernel for kernel in KERNELS if kernel.fits(request)]
+    narrow = [kernel for kernel in fitting if not kernel.wastes_memory(request)]
+    return next(iter(narrow + fitting), None)
+
+
+def linear(x: Tensor, packed: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """``x @ W.T`` by dequantizing the one matrix to the dtype of ``x``, ``(..., in)``."""
+    return F.linear(x, dequantize(packed, scale, offset, bits, x.dtype))

@@ -1,0 +1,92 @@
+"""Intel's ARK kernels (package ``auto-round-lib``, extra ``moe-precision[cpu]``): 2 to 8 bits at their own width.
+
+ARK knows no float offset: its part of the product is ``scale * (code - half)``, and the rest, ``offset + half *
+scale``, is the same for a whole group, so that it meets the sum of the group's activations.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..packing import pack, unpack
+from .base import Kernel, Matrices, Request
+
+_ALIGNED = 64  # bytes at which every matrix starts
+_EMPTY = torch.empty(0)
+
+
+class Ark(Kernel):
+    """Blobs of ARK's own, with the float16 scales and offsets beside them, which it holds as float32."""
+
+    name = "ARK"
+
+    blobs: Tensor  # (count, bytes) int8
+    scale: Tensor
+    offset: Tensor
+
+    @staticmethod
+    def fits(request: Request) -> bool:
+        return (
+            request.device == "cpu"
+            and 2 <= request.bits <= 8
+            and request.out % 16 == 0
+            and request.group_size % 32 == 0
+            and is_intel()  # elsewhere it computes in float32, at half the speed of what torch.compile makes
+            and find_spec("auto_round_kernel") is not None
+        )
+
+    def __init__(self, matrices: Matrices, bits: int, group_size: int) -> None:
+        super().__init__(matrices, bits, group_size)
+        half = 2 ** (bits - 1)
+        blobs = []
+        for codes, scale in zip(matrices.codes, matrices.scale, strict=True):
+            signed = (unpack(codes, bits).short() - half).to(torch.int8).T.contiguous()  # (in, out)
+            no_zero = torch.empty(0, dtype=torch.int8)
+            blob = _ark().repack_quantized_weight(
+                signed, scale.float().T.contiguous(), no_zero, group_size, *self._types, False
+            )
+            blobs.append(torch.nn.functional.pad(blob, (0, -len(blob) % _ALIGNED)))
+        self.size = len(blob)
+        self.keep(blobs=torch.stack(blobs), scale=matrices.scale, offset=matrices.offset)
+
+    @property
+    def _types(self) -> tuple[str, str, str]:
+        """Types of computing, weight and scale; "auto" rounds activations to int8, too coarse beyond 4 bits."""
+        return "auto" if self.bits <= 4 else "fp32", f"int{self.bits}", "fp32"
+
+    def multiply(self, index: int, x: Tensor) -> Tensor:
+        exact = x.float().contiguous()
+        blob = self.blobs[index, : self.size]
+        product = _ark().woqgemm(exact, blob, _EMPTY, self.out, self.inp, self.group_size, *self._types, False)
+        sums = exact.unflatten(-1, (-1, self.group_size)).sum(-1)  # (tokens, in / group)
+        rest = torch.add(self.offset[index].float(), self.scale[index], alpha=2 ** (self.bits - 1))
+        return torch.addmm(product, sums, rest.T).to(x.dtype)
+
+    def matrix(self, index: int) -> Matrices:
+        one = slice(index, index + 1)
+        scale, blob = self.scale[one], self.blobs[index, : self.size]
+        shape = self.out, self.inp, self.group_size
+        weight = _ark().unpack_weight(blob, torch.float32, *shape, *self._types, False)  # scale * (code - half)
+        steps = weight.reshape(*scale.shape, -1) / scale.float().unsqueeze(-1)
+        codes = torch.where(scale.unsqueeze(-1) > 0, steps.round() + 2 ** (self.bits - 1), 0.0).to(torch.uint8)
+        return Matrices(pack(codes.view(1, self.out, self.inp), self.bits), scale, self.offset[one])
+
+
+@cache
+def is_intel() -> bool:
+    """Whether the CPU is Intel's, for which ARK is made."""
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and "GenuineIntel" in info.read_text(encoding="utf-8", errors="replace")
+
+
+@cache
+def _ark() -> Any:
+    import auto_round_kernel
+
+    return auto_round_kernel

@@ -1,0 +1,89 @@
+"""torch's int4 kernel for CPUs: bfloat16 activations, up to 4 bits, a float scale and a float zero for each group.
+
+It holds 1- to 4-bit codes exactly, each in four bits, and rounds scales and zeros to bfloat16, which costs what
+rounding the weight itself to bfloat16 would. torch's int8 kernel never fits: it takes one symmetric scale a row, and
+these matrices have a scale and an offset for each group.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..packing import pack, unpack
+from .base import Kernel, Matrices, Request
+
+_GROUPS = (32, 64, 128, 256)
+
+
+class Int4(Kernel):
+    """The kernel computes ``(q - 8) * scale + zero`` with q from 0 to 15.
+
+    Codes are placed in the middle of that range, so that ``zero`` stays near the group's mean and loses nothing to
+    bfloat16.
+    """
+
+    name = "torch int4"
+
+    weight: Tensor  # (count, ...) in torch's own order
+    scales_and_zeros: Tensor  # (count, in / group, out, 2) bfloat16
+    scale: Tensor
+    offset: Tensor
+
+    @staticmethod
+    def fits(request: Request) -> bool:
+        return (
+            request.device == "cpu"
+            and request.dtype == torch.bfloat16
+            and request.bits <= 4
+            and request.out % 16 == 0
+            and request.group_size in _GROUPS
+            and not request.training  # to get at the weight again is slow
+            and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
+        )
+
+    @staticmethod
+    def wastes_memory(request: Request) -> bool:
+        return request.bits < 4
+
+    def __init__(self, matrices: Matrices, bits: int, group_size: int) -> None:
+        super().__init__(matrices, bits, group_size)
+        half = 2 ** (bits - 1)
+        self.first = 8 - half  # the kernel's code for code 0
+        weight = torch.stack([_to_int4(unpack(codes, bits).int() + self.first) for codes in matrices.codes])
+        zero = matrices.offset.float() + half * matrices.scale.float()
+        both = torch.stack([matrices.scale.float().mT, zero.mT], dim=-1).bfloat16()
+        self.keep(weight=weight, scales_and_zeros=both, scale=matrices.scale, offset=matrices.offset)
+
+    def multiply(self, index: int, x: Tensor) -> Tensor:
+        weight, both = self.weight[index], self.scales_and_zeros[index]
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, self.group_size, both)
+
+    def matrix(self, index: int) -> Matrices:
+        held = self.weight[index].flatten()
+        nibbles = torch.stack([held & 15, held >> 4], dim=-1).flatten()
+        codes = torch.empty(self.out * self.inp, dtype=torch.uint8)
+        codes[_order(self.out, self.inp)] = nibbles - self.first
+        one = slice(index, index + 1)
+        return Matrices(pack(codes.view(1, self.out, self.inp), self.bits), self.scale[one], self.offset[one])
+
+
+def _to_int4(codes: Tensor) -> Tensor:
+    """torch's form of codes ``(out, in)`` int32 from 0 to 15: uint8, two codes a byte, in an order of its own."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+
+
+@cache
+def _order(out: int, inp: int) -> Tensor:
+    """Where each nibble of the packed form comes from, as flat positions in ``(out, in)``.
+
+    The order depends on the CPU, and torch does not tell it: positions are packed themselves, four bits at a time.
+    """
+    position = torch.arange(out * inp, dtype=torch.int32).view(out, inp)
+    found = torch.zeros(out * inp, dtype=torch.int64)
+    for shift in range(0, (out * inp - 1).bit_length(), 4):
+        held = _to_int4((position >> shift) & 15).flatten()
+        found |= torch.stack([held & 15, held >> 4], dim=-1).flatten().long() << shift
+    return found

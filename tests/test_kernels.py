@@ -1,0 +1,228 @@
+"""Kernels: each multiplies right, gives the checkpoint's bits back, and is the only form of the weights in memory."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from moe_precision import allocate, quantize_model
+from moe_precision.checkpoints import load_model
+from moe_precision.quantize import kernels
+from moe_precision.quantize.kernels.ark import Ark
+from moe_precision.quantize.kernels.compiled import Compiled
+from moe_precision.quantize.kernels.int4 import Int4
+from moe_precision.quantize.packed import DenseMatrices, PackedMatrices, PackedProjection
+from moe_precision.quantize.packing import pack
+from tests.conftest import build, logits
+
+EVERY = [
+    *((Int4, bits, 64, torch.bfloat16) for bits in (1, 2, 3, 4)),
+    *((Compiled, bits, 64, torch.bfloat16) for bits in (1, 3, 8)),
+    *((Compiled, bits, 32, torch.float32) for bits in (2, 5, 7)),
+    *((Ark, bits, 64, torch.bfloat16) for bits in (2, 3, 4, 8)),
+    *((Ark, bits, 32, torch.float32) for bits in (5, 6, 7)),
+]
+
+
+@pytest.fixture
+def any_size(monkeypatch):
+    """Small matrices are compiled too, and ARK is taken on any CPU."""
+    monkeypatch.setattr("moe_precision.quantize.kernels.compiled._WORTH_COMPILING", 1)
+    monkeypatch.setattr("moe_precision.quantize.kernels.ark.is_intel", lambda: True)
+
+
+def use(monkeypatch, *only):
+    monkeypatch.setattr(kernels, "KERNELS", only)
+
+
+def bucket(bits, group_size, count=2, out=48, inp=192):
+    """Random codes, scales and offsets, with one constant group, whose scale is 0."""
+    torch.manual_seed(bits)
+    matrices = PackedMatrices(count, out, inp, bits, group_size)
+    codes = torch.randint(0, 2**bits, (count, out, inp), dtype=torch.uint8)
+    codes[0, 0, :group_size] = 0
+    matrices.codes.copy_(pack(codes, bits))
+    matrices.scale.copy_(torch.rand(matrices.scale.shape) + 0.1)
+    matrices.offset.copy_(torch.randn(matrices.offset.shape))
+    matrices.scale[0, 0, 0] = 0
+    return matrices
+
+
+@pytest.mark.parametrize(("kernel", "bits", "group_size", "dtype"), EVERY)
+def test_products_and_the_way_back(kernel, bits, group_size, dtype, monkeypatch, any_size):
+    if kernel is Ark:
+        pytest.importorskip("auto_round_kernel")
+    use(monkeypatch, kernel)
+    matrices = bucket(bits, group_size)
+    stored = [tensor.clone() for tensor in matrices.matrices([0, 1])]
+    weight = matrices.weight(1)
+    for tokens in (1, 3, 9):
+        x = torch.randn(tokens, 192).to(dtype)
+        product, exact = matrices.linear(1, x), x.float() @ weight.T
+        assert product.dtype == dtype
+        assert (product.float() - exact).norm() / exact.norm() < (1e-5 if dtype == torch.float32 else 0.01)
+    assert type(matrices.kernel) is kernel
+    assert matrices.codes is None  # in memory once
+    assert torch.equal(matrices.weight(1), weight)
+    for kept, before in zip(matrices.matrices([0, 1]), stored, strict=True):
+        assert torch.equal(kept, before)
+    for kept, before in zip(matrices.state_dict().values(), stored, strict=True):
+        assert torch.equal(kept, before)
+    assert matrices.kernel is None
+
+
+def test_the_form_takes_little_more_memory_than_the_codes(monkeypatch, any_size):
+    for kernel, bits in ((Int4, 4), (Compiled, 1), (Compiled, 2), (Compiled, 3), (Compiled, 8), (Ark, 2), (Ark, 3)):
+        if kernel is Ark:
+            pytest.importorskip("auto_round_kernel")
+        use(monkeypatch, kernel)
+        matrices = bucket(bits, 128, inp=1024, out=256)
+        packed = sum(buffer.nbytes for buffer in matrices.buffers())
+        matrices.linear(0, torch.randn(1, 1024).bfloat16())
+        assert sum(buffer.nbytes for buffer in matrices.buffers()) <= 1.2 * packed, (kernel, bits)
+
+
+def test_the_order_of_choice(monkeypatch, any_size):
+    def choice(bits, dtype=torch.bfloat16, device="cpu", training=False, out=64):
+        return kernels.choose(kernels.Request(device, dtype, training, bits, out, 256, 128))
+
+    use(monkeypatch, Int4, Compiled)
+    assert [choice(bits) for bits in (1, 2, 3, 4, 5, 8)] == [Compiled, Compiled, Compiled, Int4, Compiled, Compiled]
+    assert choice(4, torch.float32) is choice(4, training=True) is Compiled
+    assert choice(2, out=40) is None
+    assert choice(2, device="cuda") is None
+    monkeypatch.setattr("moe_precision.quantize.kernels.compiled.compiler_works", lambda: False)
+    assert choice(2) is Int4  # twice the memory, but fast
+    assert choice(8) is choice(2, torch.float32) is None
+    pytest.importorskip("auto_round_kernel")
+    use(monkeypatch, Ark, Int4, Compiled)
+    assert [choice(bits) for bits in (1, 2, 4, 8)] == [Int4, Ark, Ark, Ark]
+
+
+def test_small_matrices_are_not_compiled():
+    assert kernels.choose(kernels.Request("cpu", torch.float32, False, 2, 64, 256, 128)) is None
+    assert kernels.choose(kernels.Request("cpu", torch.float32, False, 2, 1024, 1024, 128)) is Compiled
+
+
+def test_without_a_compiler_one_is_told(monkeypatch):
+    from moe_precision.quantize.kernels import compiled
+
+    def broken(*_, **__):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    compiled.compiler_works.cache_clear()
+    with pytest.warns(UserWarning, match=r"install a C\+\+ compiler"):
+        assert not compiled.compiler_works()
+    compiled.compiler_works.cache_clear()
+
+
+def test_the_form_follows_dtype_and_new_weights(monkeypatch, any_size):
+    use(monkeypatch, Int4, Compiled)
+    matrices, x = bucket(4, 64), torch.randn(3, 192)
+    first = matrices.linear(0, x.bfloat16())
+    assert isinstance(matrices.kernel, Int4)
+    assert (matrices.linear(0, x) - first.float()).norm() / first.float().norm() < 0.01
+    assert isinstance(matrices.kernel, Compiled)
+    state = copy.deepcopy(matrices.state_dict())
+    matrices.put(0, torch.randn(48, 192))
+    assert not torch.equal(matrices.linear(0, x.bfloat16()), first)
+    matrices.load_state_dict(state)
+    assert torch.equal(matrices.linear(0, x.bfloat16()), first)
+
+
+def test_gradients_pass(monkeypatch, any_size):
+    use(monkeypatch, Int4, Compiled)
+    matrices = bucket(4, 64)
+    x = torch.randn(3, 192, requires_grad=True)
+    matrices.linear(1, x).sum().backward()
+    torch.testing.assert_close(x.grad, matrices.weight(1).sum(0).expand(3, -1))
+
+
+def test_grouped_is_what_the_loop_is():
+    """What runs where there is no CPU: a bucket at a time, only experts that have rows."""
+    torch.manual_seed(0)
+    projection = PackedProjection([3, 2, 16, 2, 8], (16, 64), 32, torch.float32)
+    for expert in range(5):
+        projection.put(expert, torch.randn(16, 64))
+    x, counts = torch.randn(9, 64), [2, 0, 3, 3, 1]
+    torch.testing.assert_close(projection.grouped(x, counts), projection(x, counts))
+    asked = []
+    for bucket_of in projection.children():
+        bucket_of.weights = lambda indices, dtype, of=bucket_of: (
+            asked.append(len(indices)) or type(of).weights(of, indices, dtype)
+        )
+    projection.grouped(x, counts)
+    assert sorted(asked) == [1, 1, 1, 1]  # expert 1 has no row
+    assert projection.grouped(x[:0], [0] * 5).shape == projection(x[:0], [0] * 5).shape == (0, 16)
+
+
+# -- whole models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packed(any_size, monkeypatch, tmp_path):
+    """A Mixtral in bfloat16 on two kernels."""
+    use(monkeypatch, Int4, Compiled)
+    build("mixtral").save_pretrained(tmp_path / "float")
+    model = load_model(tmp_path / "float", dtype=torch.bfloat16)
+    plan = allocate(model, method="uniform", average_bits=4, bits=(4,), group_size=64)
+    for layer in plan.layers.values():
+        for bits in layer.projection_bits.values():
+            bits[:4] = [2, 2, 16, 2]
+    return quantize_model(model, plan)
+
+
+def test_the_model_says_what_runs_where(packed):
+    expected = {
+        "bits_2": "torch.compile, 2 bits, 3 matrices of 256 x 64",
+        "bits_4": "torch int4, 4 bits, 4 matrices of 256 x 64",
+        "bits_16": "float, torch.bfloat16, 1 matrices of 256 x 64",
+    }
+    said = packed.moe_precision_kernels()
+    prefix = "model.layers.0.mlp.experts.packed.gate_up_proj."
+    assert {name: said[prefix + name] for name in expected} == expected
+    logits(packed)
+    assert packed.moe_precision_kernels() == said
+    assert {type(m.kernel) for m in packed.modules() if isinstance(m, PackedMatrices)} == {Compiled, Int4}
+
+
+def test_a_second_save_after_a_forward(packed, tmp_path):
+    packed.save_pretrained(tmp_path / "first")
+    expected = logits(packed)
+    packed.save_pretrained(tmp_path / "second")
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second"))
+    assert first == second
+    assert torch.equal(logits(packed), expected)
+    assert torch.equal(logits(type(packed).from_pretrained(tmp_path / "second")), expected)
+
+
+def test_copies_pickles_and_moves(packed):
+    expected = logits(packed)
+    for again in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert torch.equal(logits(again), expected)
+        assert again.moe_precision_kernels() == packed.moe_precision_kernels()
+        assert again.moe_precision_kernels.args[0] is again
+    assert torch.equal(logits(packed.to("cpu")), expected)
+    nn.Module.float(packed)
+    assert all(m.scale.dtype == torch.float16 for m in packed.modules() if isinstance(m, PackedMatrices))
+    assert (logits(packed) - expected).norm() / expected.norm() < 0.02
+
+
+def test_generating(packed):
+    assert packed.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False).shape[1] > 3
+
+
+def test_the_rest_of_the_model_can_be_compiled(packed):
+    expected = logits(packed)
+    compiled = torch.compile(packed, backend="aot_eager")
+    assert (logits(compiled) - expected).norm() / expected.norm() < 0.02
+    assert isinstance(next(m for m in packed.modules() if isinstance(m, DenseMatrices)), DenseMatrices)
+
+
+def test_device_map(packed, tmp_path):
+    packed.save_pretrained(tmp_path / "packed")
+    again = type(packed).from_pretrained(tmp_path / "packed", device_map="cpu")
+    assert torch.equal(logits(again), logits(packed))
