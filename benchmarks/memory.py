@@ -34,7 +34,7 @@ CONFIG = {
 WORKER = """
 import sys, threading, time
 import torch, transformers, moe_precision
-from moe_precision.checkpoints import quantize_checkpoint
+from moe_precision.streaming import quantize_checkpoint
 
 def now():
     fields = dict(line.split(":", 1) for line in open("/proc/self/status"))

@@ -42,12 +42,19 @@ class StreamingError(NotImplementedError):
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """One tensor on disk that goes into a parameter, and what transformers does with it on the way."""
 
     name: str
     pattern: str | None
     converter: WeightConverter | None
+
+    def results(self, parameter: str) -> list[str]:
+        """Everything that the conversion makes of it, of which ``parameter`` is the first."""
+        if self.converter is None:
+            return [parameter]
+        first, *others = self.converter.target_patterns
+        return [parameter, *(parameter.replace(first, other) for other in others)]
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class _Checkpoint:
     folder: str
     model: Any
     layers: list[MoELayer]
-    sources: dict[str, list[_Source]]
+    sources: dict[str, list[Source]]
     place: dict[str, Any]
 
 
@@ -73,7 +80,8 @@ def _opened(folder: str | os.PathLike, patterns: dict[str, Any] | None) -> Itera
         # Read and not mapped, so that memory is free again as soon as a tensor is done with.
         opened = [stack.enter_context(safe_open(file, "pt", backend="pread")) for file in files]
         place = {name: shard for shard in opened for name in shard.keys()}  # noqa: SIM118
-        yield _Checkpoint(os.fspath(folder), model, layers, _sources(model, list(place)), place)
+        sources = _with_aliases(model, sources_of(model, list(place)))
+        yield _Checkpoint(os.fspath(folder), model, layers, sources, place)
 
 
 def signals_of_checkpoint(
@@ -136,20 +144,28 @@ def costs_of_checkpoint(
         return costs_of_matrices(checkpoint.layers, read, widths, group_size, curvature)
 
 
-def _sources(model: Any, names: list[str]) -> dict[str, list[_Source]]:
-    """Parameter of the model -> the tensors on disk that make it up, in transformers' order."""
+def sources_of(model: Any, names: list[str]) -> dict[str, list[Source]]:
+    """Parameter of the model -> the tensors on disk that make it up, in transformers' order.
+
+    Tensors that are no parameter of the model stand under the name that they would have.
+    """
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     own, prefix = model.state_dict(), model.base_model_prefix
-    found: dict[str, list[_Source]] = defaultdict(list)
+    found: dict[str, list[Source]] = defaultdict(list)
     for name in sorted(names, key=dot_natural_key):
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, own)
         if renamed not in own and name in own:
             renamed, pattern = name, None
-        found[renamed].append(_Source(name, pattern, by_pattern[pattern] if pattern is not None else None))
-    aliases: dict[int, list[str]] = defaultdict(list)  # a parameter that two modules share is stored under one name
+        found[renamed].append(Source(name, pattern, by_pattern[pattern] if pattern is not None else None))
+    return found
+
+
+def _with_aliases(model: Any, found: dict[str, list[Source]]) -> dict[str, list[Source]]:
+    """The same with parameters that two modules share under all of their names."""
+    aliases: dict[int, list[str]] = defaultdict(list)  # stored under one of their names
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases[id(parameter)].append(name)
     for shared in aliases.values():
@@ -158,7 +174,7 @@ def _sources(model: Any, names: list[str]) -> dict[str, list[_Source]]:
     return found
 
 
-def _one(parameter: str, sources: dict[str, list[_Source]]) -> str:
+def _one(parameter: str, sources: dict[str, list[Source]]) -> str:
     """The tensor on disk that is a parameter, renamed at most."""
     of_this = sources.get(parameter, [])
     if not of_this:
@@ -225,7 +241,7 @@ def _read(layer: MoELayer, projection: str, checkpoint: _Checkpoint, neurons_alo
         yield layer.neurons(matrix) if neurons_alone else matrix
 
 
-def _stacked(parameter: str, sources: list[_Source], layer: MoELayer, projection: str) -> list[tuple[str, ...]]:
+def _stacked(parameter: str, sources: list[Source], layer: MoELayer, projection: str) -> list[tuple[str, ...]]:
     """For each expert the names of the tensors on disk that are joined into its matrix on loading, gate before up."""
     converter = sources[0].converter
     assert converter is not None

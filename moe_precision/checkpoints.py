@@ -1,12 +1,10 @@
-"""Checkpoint folders: are they whole, how many bytes do their experts take, and from a float one to a packed one."""
+"""Checkpoint folders: are they whole, what do their files hold, and how many bytes do their experts take."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shutil
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,9 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .curvature import Curvature
-from .files import folder_replaced_when_done
 from .plan import PrecisionPlan
-from .quantize import PlanQuantizationConfig
-from .quantize.grid import Grid
 
 _OF_AN_EXPERT = re.compile(r"(?:^|\.)experts\.")
-_WRITTEN_HERE = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.bin", "*.pt")
 
 
 class CheckpointError(ValueError):
@@ -137,58 +130,3 @@ def empty_model(folder: str | os.PathLike, config: PreTrainedConfig) -> PreTrain
     """A checkpoint's float model on the meta device: names and shapes, no weight is allocated."""
     with torch.device("meta"):
         return model_class_of(folder, config)._from_config(config)
-
-
-def quantize_checkpoint(
-    checkpoint: str | os.PathLike,
-    plan: PrecisionPlan | str | os.PathLike,
-    out: str | os.PathLike,
-    non_expert_bits: int | None = None,
-    curvature: Curvature | str | os.PathLike | None = None,
-    grid: Grid | str | os.PathLike | None = None,
-) -> PreTrainedModel:
-    """Quantizes a float checkpoint by a plan while it loads, and saves the packed model with its tokenizer.
-
-    Args:
-        checkpoint: Folder of a float checkpoint.
-        plan: A plan, or the path of its file.
-        out: Folder to write; it appears in one step, when it is complete.
-        non_expert_bits: 8 or 4 to quantize the other linear layers too.
-        curvature: `Curvature` or the path of its file, for the weights of the fit.
-        grid: `Grid` or the path of its file, in the place of a fit.
-
-    Returns:
-        The packed model.
-
-    Raises:
-        CheckpointError: The checkpoint is incomplete, or packed already.
-        PlanError: The plan is for another model.
-    """
-    quantization = PlanQuantizationConfig(plan, non_expert_bits, curvature, grid)
-    files = weight_files(checkpoint)
-    config = AutoConfig.from_pretrained(checkpoint)
-    model_class = model_class_of(checkpoint, config)
-    if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(f"{os.fspath(checkpoint)!r} is quantized already; quantize the float checkpoint instead")
-    if Path(out).resolve().is_relative_to(Path(checkpoint).resolve()):
-        raise CheckpointError(f"{os.fspath(out)!r} is, or lies in, the float checkpoint; choose another folder")
-    with folder_replaced_when_done(out) as temporary:
-        with ExitStack() as opened:
-            # Read and not mapped, so that the memory of a tensor is free again as soon as it is packed.
-            shards = [opened.enter_context(safe_open(file, "pt", backend="pread")) for file in files]
-            tensors = {name: shard.get_slice(name) for shard in shards for name in shard.keys()}  # noqa: SIM118
-            model, info = model_class.from_pretrained(
-                None,
-                config=config,
-                state_dict=tensors,
-                dtype=config.dtype,
-                quantization_config=quantization,
-                output_loading_info=True,
-            )
-        if info["missing_keys"]:
-            raise CheckpointError(f"{os.fspath(checkpoint)!r} lacks {sorted(info['missing_keys'])}")
-        model.save_pretrained(temporary)
-        for file in Path(checkpoint).iterdir():  # the tokenizer and whatever else is small
-            if file.is_file() and not any(file.match(pattern) for pattern in _WRITTEN_HERE):
-                shutil.copy2(file, temporary)
-    return model

@@ -24,7 +24,7 @@ from .allocation import (
     levels_of,
 )
 from .checkpoint_signals import StreamingError
-from .checkpoints import load_model, quantize_checkpoint, stored_bits_per_expert_weight, tensor_bytes, weight_files
+from .checkpoints import load_model, stored_bits_per_expert_weight, tensor_bytes, weight_files
 from .curvature import Curvature, curvature_of_losses, curvature_path
 from .export import ENGINES, TARGETS, export, plan_of_checkpoint
 from .files import check_writable, replaced_when_done
@@ -32,6 +32,7 @@ from .moe_layers import find_moe_layers
 from .orders import check_levels
 from .plan import PrecisionPlan, check_group_size
 from .router_norms import RouterNormHistory
+from .streaming import quantize_checkpoint
 from .version import __version__
 
 

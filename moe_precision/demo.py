@@ -20,13 +20,14 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from .allocation import allocate
-from .checkpoints import load_model, quantize_checkpoint, stored_bits_per_expert_weight, weight_files
+from .checkpoints import load_model, stored_bits_per_expert_weight, weight_files
 from .cli import fit
 from .curvature import Curvature
 from .evaluation import Evaluation, evaluate
 from .plan import PrecisionPlan
 from .report import plot_router_norms
 from .router_norms import RouterNormHistory
+from .streaming import quantize_checkpoint
 from .tables import show
 
 _MORE_LEVELS = [1, 2, 3, 4]

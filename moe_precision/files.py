@@ -55,24 +55,63 @@ def folder_replaced_when_done(path: str | os.PathLike) -> Iterator[Path]:
         FileExistsError: ``path`` is a folder that holds something else than a checkpoint, or a file.
     """
     path = Path(path)
+    _check_replaceable(path)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        _take_place(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def resumable_folder(path: str | os.PathLike, job: str) -> Iterator[Path]:
+    """The same, but what an interruption or a full disk leaves is kept, and yielded again when ``job`` is the same.
+
+    Args:
+        path: Where the folder goes when it is complete.
+        job: What is made, and of what: files of another job are removed.
+
+    Raises:
+        FileExistsError: ``path`` is a folder that holds something else than a checkpoint, or a file.
+    """
+    path = Path(path)
+    _check_replaceable(path)
+    partial = path.parent / f".{path.name}.partial"
+    note = partial / ".job"
+    if not note.is_file() or note.read_text(encoding="utf-8") != job:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        note.write_text(job, encoding="utf-8")
+    for rest in partial.glob(".*.tmp"):  # of a file that was being written
+        rest.unlink()
+    try:
+        yield partial
+    except Exception as error:
+        if not isinstance(error, OSError):  # it would fail again
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    note.unlink()
+    _take_place(partial, path)
+
+
+def _check_replaceable(path: Path) -> None:
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file()):
         raise FileExistsError(
             f"{str(path)!r} exists and is no checkpoint folder; choose another one, nothing is replaced"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            path.replace(old)
-            temporary.replace(path)
-            shutil.rmtree(old)
-        else:
-            temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    temporary.chmod(0o777 & ~_umask())
+    if path.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+        path.replace(old)
+        temporary.replace(path)
+        shutil.rmtree(old)
+    else:
+        temporary.replace(path)
 
 
 def check_writable(path: str | os.PathLike) -> None:

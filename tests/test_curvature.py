@@ -18,13 +18,14 @@ from moe_precision import (
     find_moe_layers,
     quantize_model,
 )
-from moe_precision.checkpoints import load_model, quantize_checkpoint
+from moe_precision.checkpoints import load_model
 from moe_precision.cli import main
 from moe_precision.curvature import Curvature, CurvatureError, curvature_of, curvature_of_losses
 from moe_precision.quantize.fitting import least_squares_scale, quantize_matrix, unbiased_scale
 from moe_precision.recipes import TextDataModule
 from moe_precision.router_norms import router_norms
 from moe_precision.signals import curvature_cost, weight_error
+from moe_precision.streaming import quantize_checkpoint
 from tests.conftest import build, logits
 from tests.test_cli import TEXT
 from tests.test_router_norm_monitor import Module, TwoOptimizers, data, monitor, trainer

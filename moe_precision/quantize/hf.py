@@ -24,11 +24,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..curvature import Curvature, as_curvature
 from ..plan import PlanError, PrecisionPlan, as_plan
 from ..router_norms import check_same_weights
+from .checksums import check_files, checksums
 from .grid import Grid
 from .packed import kernels_of, packed_experts_forward
 from .replace import EXPERTS_IMPLEMENTATION, Target, find_targets, replace_weight
 
 QUANT_METHOD = "moe_precision"
+FORMAT_VERSION = 2  # of the packed checkpoint: docs/checkpoint-format.md; 1 had no checksums and did not say so
 
 
 class QuantizationError(ValueError):
@@ -64,7 +66,13 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         curvature: Curvature | str | os.PathLike | None = None,
         grid: Grid | str | os.PathLike | None = None,
         quant_method: str = QUANT_METHOD,  # config.json names it; never another
+        format_version: int = FORMAT_VERSION,
     ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise PlanError(
+                f"the packed checkpoint has format version {format_version}, this release of moe-precision reads "
+                f"{FORMAT_VERSION}: install the release that wrote it, or quantize the float checkpoint again"
+            )
         if non_expert_bits not in (None, 4, 8):
             raise PlanError(f"non_expert_bits must be 4, 8 or None, got {non_expert_bits!r}")
         self.quant_method = quant_method
@@ -73,10 +81,16 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         self.curvature = None if curvature is None else as_curvature(curvature)
         self.grid = grid if grid is None or isinstance(grid, Grid) else Grid.load(grid)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Reads config.json's entry; without a version it is of the first one."""
+        return super().from_dict({"format_version": 1, **config_dict}, return_unused_kwargs, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: the widths, without the signals that led to them."""
         return {
             "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
             "plan": self.plan.without_signals().to_dict(),
             "non_expert_bits": self.non_expert_bits,
         }
@@ -109,13 +123,22 @@ class PlanHfQuantizer(HfQuantizer):
         self._waiting: dict[str, Target] = {}  # parameters of a float checkpoint not packed yet
 
     @property
+    def waiting(self) -> list[Target]:
+        """The float parameters that are still to be packed."""
+        return list(self._waiting.values())
+
+    @property
     def plan(self) -> PrecisionPlan:
         """The plan that this quantizer carries out."""
         return self.quantization_config.plan
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
         if not self.pre_quantized:
             _warn_if_unweighted(self.quantization_config)
+        elif checkpoint_files:
+            check_files(checkpoint_files)
         config = self.quantization_config
         targets = find_targets(model, self.plan, config.non_expert_bits, config.curvature, config.grid)
         if self.pre_quantized:
@@ -159,10 +182,15 @@ class PlanHfQuantizer(HfQuantizer):
             raise QuantizationError(
                 f"{len(unread)} tensors were not in the checkpoint, the first is {unread[0]!r}; is it complete?"
             )
-        _check_weights(model, self.quantization_config)
+        check_weights(model, self.quantization_config)
         _finish(model)
         model.moe_precision_kernels = partial(kernels_of, model)
         return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What ``save_pretrained`` writes: a checksum for every tensor."""
+        tensors = model.state_dict()
+        return tensors, checksums(tensors)
 
     def is_serializable(self) -> bool:
         return True
@@ -202,7 +230,7 @@ def quantize_model(
     config = PlanQuantizationConfig(plan, non_expert_bits, curvature, grid)
     targets = find_targets(model, config.plan, non_expert_bits, config.curvature, config.grid)
     _warn_if_unweighted(config)
-    _check_weights(model, config)
+    check_weights(model, config)
     own = dict(model.named_parameters(remove_duplicate=False))
     for target in targets:  # before any change: a half packed model is of no use
         if target.parameter not in own:
@@ -237,7 +265,7 @@ def _warn_if_unweighted(config: PlanQuantizationConfig) -> None:
         )
 
 
-def _check_weights(model: nn.Module, config: PlanQuantizationConfig) -> None:
+def check_weights(model: nn.Module, config: PlanQuantizationConfig) -> None:
     """Whether curvature and grid are of these weights, by the norms of the routers, which stay as they are."""
     if config.curvature is None and config.grid is None:
         return

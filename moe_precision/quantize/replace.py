@@ -6,6 +6,7 @@ checkpoint whose empty modules are made before its tensors are read.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -187,6 +188,14 @@ def _non_expert_targets(model: nn.Module, layers: list[MoELayer], bits: int, gro
     return targets
 
 
+def packed_tensors(model: nn.Module, targets: list[Target], group_size: int) -> dict[str, int]:
+    """Name and bytes of every tensor that a model on the meta device will have when its targets are packed."""
+    model = copy.deepcopy(model)
+    for target in targets:
+        replace_weight(model, target, group_size, weight=None)
+    return {name: tensor.nbytes for name, tensor in model.state_dict().items()}
+
+
 @torch.no_grad()
 def replace_weight(model: nn.Module, target: Target, group_size: int, weight: Tensor | None) -> None:
     """Puts a packed weight in the place of a float parameter.
@@ -201,6 +210,9 @@ def replace_weight(model: nn.Module, target: Target, group_size: int, weight: Te
     Raises:
         ValueError: The weight cannot be quantized; the message names it.
     """
+    parameter = model.get_parameter(target.parameter)
+    if weight is not None and weight.shape != parameter.shape:
+        raise ValueError(f"{target.parameter!r}: got shape {tuple(weight.shape)}, expected {tuple(parameter.shape)}")
     try:
         packed = (_replace_fused if target.fused else _replace_linear)(model, target, group_size, weight)
     except ValueError as error:

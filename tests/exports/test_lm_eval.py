@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from moe_precision.checkpoints import load_model, quantize_checkpoint
+from moe_precision.checkpoints import load_model
+from moe_precision.streaming import quantize_checkpoint
 from tests.conftest import fresh_python
 
 RUN = "import sys, moe_precision\nfrom lm_eval.__main__ import cli_evaluate\ncli_evaluate()"
