@@ -26,7 +26,7 @@ from .version import __version__
 FORMAT = "moe-precision-plan"
 FORMAT_VERSION = 1
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)  # 16: the expert is left as it is
-SCALE_AND_OFFSET_BITS = 32  # a float16 scale and a float16 offset for each group
+SCALE_AND_OFFSET_BITS = 18  # of a group: quantize/scales.py
 
 
 class PlanError(ValueError):
@@ -272,7 +272,10 @@ class PrecisionPlan:
         stated_bits = data["average_bits"]["achieved"], data["stored_bits"]
         for stated, true in zip(stated_bits, (plan.average_bits, plan.stored_bits), strict=True):
             if abs(stated - true) > 1e-4:
-                raise PlanError(f"{source} states {stated} bits on average, but its experts' bits give {true:.6f}")
+                raise PlanError(
+                    f"{source} states {stated} bits on average, but its experts' bits give {true:.6f}; was it edited, "
+                    "or made by an earlier release? `moe-precision plan` makes it again"
+                )
         return plan
 
     def save(self, path: str | os.PathLike) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 import warnings
@@ -17,14 +16,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import xxhash
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -57,12 +56,14 @@ class Shard:
         tensors: Names of what it will hold.
         sources: Names of the float tensors that these are made of.
         nbytes: Bytes of the sources.
+        packed_bytes: Bytes of the tensors.
     """
 
     file: str
     tensors: tuple[str, ...]
     sources: tuple[str, ...]
     nbytes: int
+    packed_bytes: int
 
 
 def quantize_checkpoint(
@@ -162,9 +163,10 @@ class _Packer:
             readers = [opened.enter_context(safe_open(file, "pt", backend="pread")) for file in self.files]
             tensors = {name: reader.get_slice(name) for reader in readers for name in names & set(reader.keys())}
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, self._load)
-        problems = [*info.mismatched_keys, *info.conversion_errors.items(), *info.error_msgs]
+        failed = [re.findall(r"^\w+Error: (.*)", text, re.M)[-1] for text in info.conversion_errors.values()]
+        problems = [*failed, *info.mismatched_keys, *info.error_msgs]
         if problems:
-            raise CheckpointError(f"{os.fspath(self.checkpoint)!r} does not fit its config.json: {problems[0]}")
+            raise CheckpointError(f"{os.fspath(self.checkpoint)!r} cannot be quantized: {problems[0]}")
 
     def write(self, shard: Shard, folder: Path) -> None:
         """Reads, packs and writes one shard."""
@@ -237,8 +239,9 @@ def _shards(checkpoint: str | os.PathLike, packer: _Packer, max_bytes: int) -> l
             tensors=tuple(name for layer in layers for name in by_layer[layer]),
             sources=tuple(sorted(name for layer in layers for name in sources[layer])),
             nbytes=sum(stored[name].nbytes for layer in layers for name in sources[layer]),
+            packed_bytes=size,
         )
-        for number, (layers, _) in enumerate(groups, start=1)
+        for number, (layers, size) in enumerate(groups, start=1)
     ]
 
 
@@ -285,10 +288,17 @@ def _work(shard: Shard, folder: Path) -> None:
 
 def _fingerprint(quantization: PlanQuantizationConfig, files: list[Path], shards: list[Shard]) -> str:
     """The same for a run that would write the same shards."""
-    job = xxhash.xxh3_128(pickle.dumps([quantization.to_dict(), quantization.curvature, quantization.grid, shards]))
-    for file in files:
-        job.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
-    return job.hexdigest()
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    fit = [checksums(tensors) for tensors in _tensors_of(quantization.curvature, quantization.grid)]
+    job = [quantization.to_dict(), [asdict(shard) for shard in shards], stats, fit]
+    return xxhash.xxh3_128(json.dumps(job, sort_keys=True).encode()).hexdigest()
+
+
+def _tensors_of(curvature: Curvature | None, grid: Grid | None) -> list[dict[str, Tensor]]:
+    """All tensors that a fit depends on."""
+    kinds = [] if curvature is None else [curvature.rows, curvature.columns]
+    kinds += [] if grid is None else [grid.scales, grid.offsets]
+    return [{f"{layer}.{p}": t for layer, of in kind.items() for p, t in of.items()} for kind in kinds]
 
 
 def _is_finished(file: Path, shard: Shard) -> bool:
@@ -306,7 +316,7 @@ def _is_finished(file: Path, shard: Shard) -> bool:
 def _write_index(folder: Path, shards: list[Shard]) -> None:
     if len(shards) == 1:
         return
-    size = sum((folder / shard.file).stat().st_size for shard in shards)
+    size = sum(shard.packed_bytes for shard in shards)
     where = {name: shard.file for shard in shards for name in shard.tensors}
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
     with replaced_when_done(folder / "model.safetensors.index.json") as temporary:

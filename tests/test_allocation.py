@@ -105,7 +105,7 @@ def test_a_plan_from_a_history_ranks_by_the_change(mixtral):
     assert plan.baseline_step == 0
     assert plan.last_step == 5
     assert plan.average_bits == 2.5
-    assert plan.stored_bits == 2.5 + 32 / 64
+    assert plan.stored_bits == 2.5 + 18 / 64
 
 
 def test_without_a_history_the_final_norm_ranks_and_the_plan_says_so(mixtral):

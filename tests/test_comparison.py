@@ -56,9 +56,9 @@ def test_every_method_stands_at_equal_stored_bits(comparison):
         costs = {f"{m}, {g}" for m in ("weight_error", "sensitivity") for g in ("expert", "layer")}
         assert set(names) == orders | costs
         for row in comparison.at(budget):
-            assert row.stored_bits <= budget + 0.5 + 1e-9
+            assert row.stored_bits <= budget + 18 / 64 + 1e-9
             if "layer" not in row.name:
-                assert row.stored_bits == pytest.approx(budget + 0.5)
+                assert row.stored_bits == pytest.approx(budget + 18 / 64)
     assert [row.name for row in comparison.rows if row.asked_bits is None] == ["uniform 2 bits", "uniform 3 bits"]
     assert comparison.skipped == ["curvature: no curvature is given"]
     means = [row.mean.value for row in comparison.at(2.5)]

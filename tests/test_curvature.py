@@ -390,11 +390,11 @@ def test_budgets_in_stored_bits_and_in_gib(method, mixtral):
     history.record(0, router_norms(layers))
     history.add_load({layer.name: torch.rand(2, 8) for layer in layers})
     by_bits = allocate(mixtral, history, method, 2.5, (2, 3), 64)
-    assert allocate(mixtral, history, method, bits=(2, 3), group_size=64, stored_bits=3.0).diff(by_bits) == []
+    assert allocate(mixtral, history, method, bits=(2, 3), group_size=64, stored_bits=2.5 + 18 / 64).diff(by_bits) == []
     weights = 2 * 8 * 3 * 64 * 128
-    plan = allocate(mixtral, history, method, bits=(2, 3), group_size=64, expert_gib=3.0 * weights / 8 / 2**30)
+    plan = allocate(mixtral, history, method, bits=(2, 3), group_size=64, expert_gib=2.78125 * weights / 8 / 2**30)
     assert plan.diff(by_bits) == []
-    assert plan.settings["expert_gib"] == 3.0 * weights / 8 / 2**30
+    assert plan.settings["expert_gib"] == 2.78125 * weights / 8 / 2**30
     with pytest.raises(AllocationError, match=r"1.0 GiB for 393216 expert weights: stored_bits=.* outside"):
         allocate(mixtral, history, method, bits=(2, 3), group_size=64, expert_gib=1.0)
     with pytest.raises(AllocationError, match="two budgets"):

@@ -55,7 +55,7 @@ def test_table(demo):
     plan = PrecisionPlan.load(folder / "precision_plan.json")
     assert rows["float"]["stored_bits"] == 16
     assert rows["plan"]["nominal_bits"] == 2.5
-    assert rows["plan"]["stored_bits"] == pytest.approx(2.5 + 32 / 64, abs=0.01)
+    assert rows["plan"]["stored_bits"] == pytest.approx(2.5 + 18 / 64, abs=0.01)
     for name in CURVATURE:
         assert 2.4 < rows[name]["nominal_bits"] <= 2.5
         assert rows[name]["stored_bits"] <= rows["plan"]["stored_bits"] + 0.001

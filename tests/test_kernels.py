@@ -5,16 +5,19 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from moe_precision import allocate, quantize_model
 from moe_precision.checkpoints import load_model
 from moe_precision.quantize import kernels
+from moe_precision.quantize.kernels import Matrices
 from moe_precision.quantize.kernels.ark import Ark
 from moe_precision.quantize.kernels.compiled import Compiled
 from moe_precision.quantize.kernels.int4 import Int4
 from moe_precision.quantize.packed import DenseMatrices, PackedMatrices, PackedProjection
 from moe_precision.quantize.packing import pack
+from moe_precision.quantize.scales import compress, expand
 from tests.conftest import build, logits
 
 EVERY = [
@@ -37,6 +40,11 @@ def use(monkeypatch, *only):
     monkeypatch.setattr(kernels, "KERNELS", only)
 
 
+def stored(scale, offset):
+    """The nearest that can be stored."""
+    return expand(*compress(scale)), expand(*compress(offset))
+
+
 def bucket(bits, group_size, count=2, out=48, inp=192):
     """Random codes, scales and offsets, with one constant group, whose scale is 0."""
     torch.manual_seed(bits)
@@ -44,9 +52,10 @@ def bucket(bits, group_size, count=2, out=48, inp=192):
     codes = torch.randint(0, 2**bits, (count, out, inp), dtype=torch.uint8)
     codes[0, 0, :group_size] = 0
     matrices.codes.copy_(pack(codes, bits))
-    matrices.scale.copy_(torch.rand(matrices.scale.shape) + 0.1)
-    matrices.offset.copy_(torch.randn(matrices.offset.shape))
-    matrices.scale[0, 0, 0] = 0
+    scale, offset = torch.rand(matrices.scale.shape) + 0.1, torch.randn(matrices.offset.shape)
+    scale[0, 0, 0] = 0
+    for held, new in zip(matrices._held(), Matrices.of(matrices.codes, *stored(scale, offset)), strict=True):
+        held.copy_(new)
     return matrices
 
 
@@ -62,7 +71,7 @@ def test_products_and_the_way_back(kernel, bits, group_size, dtype, monkeypatch,
         x = torch.randn(tokens, 192).to(dtype)
         product, exact = matrices.linear(1, x), x.float() @ weight.T
         assert product.dtype == dtype
-        assert (product.float() - exact).norm() / exact.norm() < (1e-5 if dtype == torch.float32 else 0.01)
+        assert (product.float() - exact).norm() / exact.norm() < (1e-3 if dtype == torch.float32 else 0.01)
     assert type(matrices.kernel) is kernel
     assert matrices.codes is None  # in memory once
     assert torch.equal(matrices.weight(1), weight)
@@ -78,9 +87,9 @@ def test_the_form_takes_little_more_memory_than_the_codes(monkeypatch, any_size)
         if kernel is Ark:
             pytest.importorskip("auto_round_kernel")
         use(monkeypatch, kernel)
-        matrices = bucket(bits, 128, inp=1024, out=256)
+        matrices = bucket(bits, 128, inp=2048, out=1024)
         packed = sum(buffer.nbytes for buffer in matrices.buffers())
-        matrices.linear(0, torch.randn(1, 1024).bfloat16())
+        matrices.linear(0, torch.randn(1, 2048).bfloat16())
         assert sum(buffer.nbytes for buffer in matrices.buffers()) <= 1.2 * packed, (kernel, bits)
 
 
@@ -193,8 +202,8 @@ def test_a_second_save_after_a_forward(packed, tmp_path):
     packed.save_pretrained(tmp_path / "first")
     expected = logits(packed)
     packed.save_pretrained(tmp_path / "second")
-    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second"))
-    assert first == second
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
     assert torch.equal(logits(packed), expected)
     assert torch.equal(logits(type(packed).from_pretrained(tmp_path / "second")), expected)
 
@@ -207,7 +216,7 @@ def test_copies_pickles_and_moves(packed):
         assert again.moe_precision_kernels.args[0] is again
     assert torch.equal(logits(packed.to("cpu")), expected)
     nn.Module.float(packed)
-    assert all(m.scale.dtype == torch.float16 for m in packed.modules() if isinstance(m, PackedMatrices))
+    assert all(m.ends.dtype == torch.float16 for m in packed.modules() if isinstance(m, PackedMatrices))
     assert (logits(packed) - expected).norm() / expected.norm() < 0.02
 
 

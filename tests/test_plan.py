@@ -44,7 +44,7 @@ def test_projections_weigh_by_their_size(plan):
         layer.projection_bits["gate_up_proj"][:] = [2] * 8
         layer.projection_bits["down_proj"][:] = [16] * 8
     assert plan.average_bits == pytest.approx((2 * 2 + 16) / 3)  # gate_up holds two thirds of the weights
-    assert plan.stored_bits == pytest.approx((2 * 2.5 + 16) / 3)
+    assert plan.stored_bits == pytest.approx((2 * (2 + 18 / 64) + 16) / 3)
     with pytest.raises(PlanError, match="projection_bits"):
         _ = layers[LAYER].bits
     assert plan.granularity == "layer+projection"

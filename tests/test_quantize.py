@@ -345,7 +345,7 @@ def test_casting_the_model_keeps_scales_exact(mixtral):
     before = projection.weight(3)
     nn.Module.to(mixtral, torch.bfloat16)
     assert torch.equal(projection.weight(3), before)
-    assert projection.bits_2.scale.dtype == torch.float16
+    assert projection.bits_2.ends.dtype == torch.float16
 
 
 def test_projection_places_experts_by_width():

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .scales import lost_in_float16, stored_scales
+
 Quantized = tuple[Tensor, Tensor, Tensor]  # codes (out, in) uint8, scales and offsets (out, in / group) float16
 Fit = Callable[[Tensor, int, int], Quantized]  # of a weight, a width and a group size
 
@@ -81,16 +83,16 @@ def quantize_matrix(weight: Tensor, bits: int, group_size: int, column_weights: 
         column_weights: ``(in,)`` positive, how much an error in each input column counts; None for all alike.
 
     Returns:
-        Codes ``(out, in)`` uint8, scales and offsets ``(out, in / group_size)`` float16; the weight is
-        ``scale * code + offset``.
+        Codes ``(out, in)`` uint8, scales and offsets ``(out, in / group_size)`` float16 on the steps that
+        `scales.compress` stores; the weight is ``scale * code + offset``.
 
     Raises:
-        ValueError: The weight is not finite, or too large or too small for float16 scales.
+        ValueError: The weight is not finite, or too large or too small for stored scales.
     """
     out, inp = weight.shape
     codes = torch.empty(out, inp, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(out, inp // group_size, dtype=torch.float16, device=weight.device)
-    offsets = torch.empty_like(scales)
+    fitted_scale = torch.empty(out, inp // group_size, device=weight.device)
+    fitted_offset = torch.empty_like(fitted_scale)
     by_group = None
     if column_weights is not None:
         by_group = column_weights.to(weight.device, torch.float32).reshape(-1, group_size)  # (in / group, group)
@@ -107,20 +109,23 @@ def quantize_matrix(weight: Tensor, bits: int, group_size: int, column_weights: 
         weights = None if by_group is None else by_group.repeat(len(groups) // len(by_group), 1)
         fitted = least_squares_codes(groups, bits, weights)
         scale, offset = unbiased_scale(groups, fitted, weights)
-        scales[chunk] = scale.view(-1, inp // group_size)
-        offsets[chunk] = (offset + mean).view(-1, inp // group_size)
-        stored = scales[chunk].view(-1, 1).float(), offsets[chunk].view(-1, 1).float() - mean
-        # where float16 moves the highest code by more than half a step, code again on the scale that is stored
-        moved = ~((stored[0] - scale).abs() <= scale / 2 ** (bits + 1))  # (N, 1)
-        fitted = torch.where(moved, _round(groups, *stored, 2**bits - 1), fitted)
+        fitted_scale[chunk] = scale.view(-1, inp // group_size)
+        fitted_offset[chunk] = (offset + mean).view(-1, inp // group_size)
         codes[chunk] = fitted.to(torch.uint8).view(-1, inp)
-        lost = moved & ~((stored[0] * fitted + stored[1] - groups).abs().amax(1, keepdim=True) <= stored[0])
-        if lost.any() or not offsets[chunk].isfinite().all():  # tiny, huge or NaN weights
-            raise ValueError(
-                f"a weight of shape {tuple(weight.shape)} has values that float16 scales cannot hold at {bits} bits: "
-                f"magnitudes up to {weight.abs().max().item():.3g}; leave it at 16 bits"
-            )
-    return codes, scales, offsets
+    if lost_in_float16(fitted_scale, fitted_offset, 2**bits - 1):  # tiny, huge or NaN weights
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)} has values that float16 scales cannot hold at {bits} bits: "
+            f"magnitudes up to {weight.abs().max().item():.3g}; leave it at 16 bits"
+        )
+    scale, offset = stored_scales(fitted_scale, fitted_offset, bits)
+    # where what is stored moves a code by more than half a step, code again on the stored scale
+    first = (offset - fitted_offset).abs()
+    last = (offset - fitted_offset + (scale - fitted_scale) * (2**bits - 1)).abs()
+    moved = torch.maximum(first, last) > fitted_scale / 2  # (out, in / group)
+    groups = weight.unflatten(1, (-1, group_size))[moved].float()  # (N, group)
+    again = _round(groups, scale[moved].float().unsqueeze(1), offset[moved].float().unsqueeze(1), 2**bits - 1)
+    codes.view(*moved.shape, group_size)[moved] = again.to(torch.uint8)
+    return codes, scale, offset
 
 
 def quantize_on_grid(weight: Tensor, bits: int, group_size: int, grid: tuple[Tensor, Tensor]) -> Quantized:

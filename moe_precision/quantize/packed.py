@@ -18,6 +18,7 @@ from . import kernels
 from .fitting import Fit, quantize_matrix
 from .kernels import Kernel, Matrices
 from .packing import pack
+from .scales import blocks_of
 
 
 class PackedMatrices(nn.Module):
@@ -26,42 +27,53 @@ class PackedMatrices(nn.Module):
     They are in memory once: as the checkpoint holds them, or, from the first product on, in the form of the kernel that
     multiplies them (`kernels.choose`). Saving, casting and moving go back to the first form, bit for bit.
 
-    Buffers: ``codes`` ``(count, out, in * bits / 8)`` uint8; ``scale`` and ``offset`` ``(count, out, in / group)``
-    float16, which keep their dtype when the model is cast.
+    Buffers: those of `kernels.Matrices`; ``ends`` keeps its dtype when the model is cast.
     """
 
     codes: Tensor
     scale: Tensor
     offset: Tensor
+    ends: Tensor
     kernel: Kernel | None
 
     def __init__(self, count: int, out: int, inp: int, bits: int, group_size: int, device: Any = None) -> None:
         super().__init__()
         self.shape = count, out, inp
         self.bits, self.group_size = bits, group_size
-        groups = (count, out, inp // group_size)
+        groups = inp // group_size
         self.register_buffer("codes", torch.empty(count, out, inp * bits // 8, dtype=torch.uint8, device=device))
-        self.register_buffer("scale", torch.empty(groups, dtype=torch.float16, device=device))
-        self.register_buffer("offset", torch.empty(groups, dtype=torch.float16, device=device))
+        self.register_buffer("scale", torch.empty(count, out, groups, dtype=torch.uint8, device=device))
+        self.register_buffer("offset", torch.empty(count, out, groups, dtype=torch.uint8, device=device))
+        ends = torch.empty(count, blocks_of(out, groups), 4, dtype=torch.float16, device=device)
+        self.register_buffer("ends", ends)
         self.register_module("kernel", None)
         self._chosen_for: kernels.Request | None = None
 
     def put(self, index: int, weight: Tensor, fit: Fit = quantize_matrix) -> None:
-        """Quantizes ``weight`` ``(out, in)`` into place ``index``."""
+        """Quantizes ``weight`` ``(out, in)`` into place ``index``.
+
+        Raises:
+            ValueError: The fit gives scales or offsets that cannot be stored as they are.
+        """
         self.leave_kernel()
         codes, scale, offset = fit(weight, self.bits, self.group_size)
-        self.codes[index], self.scale[index], self.offset[index] = pack(codes, self.bits), scale, offset
+        for held, new in zip(self._held(), Matrices.of(pack(codes, self.bits), scale, offset), strict=True):
+            held[index] = new
+
+    def _held(self) -> Matrices:
+        return Matrices(self.codes, self.scale, self.offset, self.ends)
 
     def matrices(self, indices: list[int]) -> Matrices:
         """Some matrices as the checkpoint holds them."""
         if self.kernel is not None:
             parts = zip(*(self.kernel.matrix(index) for index in indices), strict=True)
             return Matrices(*(torch.cat(part) for part in parts))
-        return Matrices(self.codes[indices], self.scale[indices], self.offset[indices])
+        return Matrices(*(held[indices] for held in self._held()))
 
     def weights(self, indices: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Some float matrices, ``(len(indices), out, in)``."""
-        return kernels.dequantize(*self.matrices(indices), self.bits, dtype)
+        some = self.matrices(indices)
+        return kernels.dequantize(some.codes, *some.floats(), self.bits, dtype)
 
     def weight(self, index: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float matrix at ``index``, ``(out, in)``."""
@@ -79,7 +91,7 @@ class PackedMatrices(nn.Module):
         self._enter_kernel(self.request(x.device, x.dtype, training))
         if self.kernel is not None:
             return self.kernel.linear(index, x)
-        return kernels.linear(x, self.codes[index], self.scale[index], self.offset[index], self.bits)
+        return F.linear(x, self.weight(index, x.dtype))
 
     def request(self, device: torch.device, dtype: torch.dtype, training: bool = False) -> kernels.Request:
         """What a kernel would have to do for activations of this kind."""
@@ -92,23 +104,23 @@ class PackedMatrices(nn.Module):
         if choice is None or type(self.kernel) is not choice:
             self.leave_kernel()
         if choice is not None and self.kernel is None:
-            self.kernel = choice(Matrices(self.codes, self.scale, self.offset), self.bits, self.group_size)
-            self.codes = self.scale = self.offset = None  # type: ignore[assignment]
+            self.kernel = choice(self._held(), self.bits, self.group_size)
+            self.codes = self.scale = self.offset = self.ends = None  # type: ignore[assignment]
         self._chosen_for = request
 
     def leave_kernel(self) -> None:
         """Back to the form of the checkpoint; the next product chooses again."""
         if self.kernel is not None:
-            self.codes, self.scale, self.offset = self.matrices(list(range(self.shape[0])))
+            self.codes, self.scale, self.offset, self.ends = self.matrices(list(range(self.shape[0])))
             self.kernel = None
         self._chosen_for = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedMatrices:
         self.leave_kernel()
-        exact = self.scale, self.offset
+        exact = self.ends
         super()._apply(fn, recurse)
-        if self.scale.dtype != torch.float16:  # a cast of the model: move only
-            self.scale, self.offset = (tensor.to(self.codes.device) for tensor in exact)
+        if self.ends.dtype != torch.float16:  # a cast of the model: move only
+            self.ends = exact.to(self.codes.device)
         return self
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:

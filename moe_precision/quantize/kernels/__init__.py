@@ -8,15 +8,12 @@ the matrices of a bucket that have tokens are dequantized for one grouped produc
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from .ark import Ark
 from .base import Kernel, Matrices, Request, dequantize, scaled
 from .compiled import Compiled
 from .int4 import Int4
 
-__all__ = ["KERNELS", "Kernel", "Matrices", "Request", "choose", "dequantize", "linear", "scaled"]
+__all__ = ["KERNELS", "Kernel", "Matrices", "Request", "choose", "dequantize", "scaled"]
 
 KERNELS: tuple[type[Kernel], ...] = (Ark, Int4, Compiled)
 
@@ -26,8 +23,3 @@ def choose(request: Request) -> type[Kernel] | None:
     fitting = [kernel for kernel in KERNELS if kernel.fits(request)]
     narrow = [kernel for kernel in fitting if not kernel.wastes_memory(request)]
     return next(iter(narrow + fitting), None)
-
-
-def linear(x: Tensor, packed: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
-    """``x @ W.T`` by dequantizing the one matrix to the dtype of ``x``, ``(..., in)``."""
-    return F.linear(x, dequantize(packed, scale, offset, bits, x.dtype))

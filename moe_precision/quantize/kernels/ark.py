@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..packing import pack, unpack
+from ..packing import unpack
+from ..scales import expand
 from .base import Kernel, Matrices, Request
 
 _ALIGNED = 64  # bytes at which every matrix starts
@@ -22,13 +23,12 @@ _EMPTY = torch.empty(0)
 
 
 class Ark(Kernel):
-    """Blobs of ARK's own, with the float16 scales and offsets beside them, which it holds as float32."""
+    """Blobs of ARK's own, which hold the scales as float32, and what it does not add itself."""
 
     name = "ARK"
 
     blobs: Tensor  # (count, bytes) int8
-    scale: Tensor
-    offset: Tensor
+    rest: Tensor  # (count, out, in / group) float16: offset + half * scale
 
     @staticmethod
     def fits(request: Request) -> bool:
@@ -43,17 +43,19 @@ class Ark(Kernel):
 
     def __init__(self, matrices: Matrices, bits: int, group_size: int) -> None:
         super().__init__(matrices, bits, group_size)
+        self.keep_steps(matrices)
         half = 2 ** (bits - 1)
         blobs = []
-        for codes, scale in zip(matrices.codes, matrices.scale, strict=True):
+        scales, offsets = (tensor.float() for tensor in matrices.floats())
+        for codes, scale in zip(matrices.codes, scales, strict=True):
             signed = (unpack(codes, bits).short() - half).to(torch.int8).T.contiguous()  # (in, out)
             no_zero = torch.empty(0, dtype=torch.int8)
             blob = _ark().repack_quantized_weight(
-                signed, scale.float().T.contiguous(), no_zero, group_size, *self._types, False
+                signed, scale.T.contiguous(), no_zero, group_size, *self._types, False
             )
             blobs.append(torch.nn.functional.pad(blob, (0, -len(blob) % _ALIGNED)))
         self.size = len(blob)
-        self.keep(blobs=torch.stack(blobs), scale=matrices.scale, offset=matrices.offset)
+        self.keep(blobs=torch.stack(blobs), rest=(offsets + half * scales).half())
 
     @property
     def _types(self) -> tuple[str, str, str]:
@@ -65,17 +67,14 @@ class Ark(Kernel):
         blob = self.blobs[index, : self.size]
         product = _ark().woqgemm(exact, blob, _EMPTY, self.out, self.inp, self.group_size, *self._types, False)
         sums = exact.unflatten(-1, (-1, self.group_size)).sum(-1)  # (tokens, in / group)
-        rest = torch.add(self.offset[index].float(), self.scale[index], alpha=2 ** (self.bits - 1))
-        return torch.addmm(product, sums, rest.T).to(x.dtype)
+        return torch.addmm(product, sums, self.rest[index].float().T).to(x.dtype)
 
-    def matrix(self, index: int) -> Matrices:
-        one = slice(index, index + 1)
-        scale, blob = self.scale[one], self.blobs[index, : self.size]
-        shape = self.out, self.inp, self.group_size
+    def codes(self, index: int) -> Tensor:
+        blob, shape = self.blobs[index, : self.size], (self.out, self.inp, self.group_size)
         weight = _ark().unpack_weight(blob, torch.float32, *shape, *self._types, False)  # scale * (code - half)
-        steps = weight.reshape(*scale.shape, -1) / scale.float().unsqueeze(-1)
-        codes = torch.where(scale.unsqueeze(-1) > 0, steps.round() + 2 ** (self.bits - 1), 0.0).to(torch.uint8)
-        return Matrices(pack(codes.view(1, self.out, self.inp), self.bits), scale, self.offset[one])
+        scale = expand(self.scale[index], self.ends[index, :, :2]).float().unsqueeze(-1)
+        steps = weight.reshape(self.out, -1, self.group_size) / scale
+        return torch.where(scale > 0, steps.round() + 2 ** (self.bits - 1), 0.0).to(torch.uint8).flatten(1)
 
 
 @cache

@@ -7,7 +7,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..packing import unpack
+from ..packing import pack, unpack
+from ..scales import compress, expand
 
 
 class Matrices(NamedTuple):
@@ -15,13 +16,32 @@ class Matrices(NamedTuple):
 
     Attributes:
         codes: ``(count, out, in * bits / 8)`` uint8.
-        scale: ``(count, out, in / group)`` float16.
+        scale: ``(count, out, in / group)`` uint8, steps between the ends of a block of groups: `scales.expand`.
         offset: The same shape and dtype.
+        ends: ``(count, blocks, 4)`` float16: least and greatest scale, least and greatest offset.
     """
 
     codes: Tensor
     scale: Tensor
     offset: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, codes: Tensor, scale: Tensor, offset: Tensor) -> Matrices:
+        """Of packed codes, and scales and offsets that are on stored steps.
+
+        Raises:
+            ValueError: They are not.
+        """
+        (steps, ends), (offset_steps, offset_ends) = compress(scale), compress(offset)
+        matrices = cls(codes, steps, offset_steps, torch.cat([ends, offset_ends], dim=-1))
+        if not all(torch.equal(*pair) for pair in zip(matrices.floats(), (scale, offset), strict=True)):
+            raise ValueError("scales and offsets are not on steps that can be stored: take `scales.stored_scales`")
+        return matrices
+
+    def floats(self) -> tuple[Tensor, Tensor]:
+        """Scales and offsets, each ``(count, out, in / group)`` float16."""
+        return expand(self.scale, self.ends[..., :2]), expand(self.offset, self.ends[..., 2:])
 
 
 class Request(NamedTuple):
@@ -51,6 +71,10 @@ class Kernel(nn.Module):
 
     name: ClassVar[str]
 
+    scale: Tensor
+    offset: Tensor
+    ends: Tensor
+
     def __init__(self, matrices: Matrices, bits: int, group_size: int) -> None:
         super().__init__()
         self.bits, self.group_size = bits, group_size
@@ -78,6 +102,16 @@ class Kernel(nn.Module):
 
     def matrix(self, index: int) -> Matrices:
         """One matrix as the checkpoint holds it, bit for bit: a bucket of one."""
+        one = slice(index, index + 1)
+        codes = pack(self.codes(index).view(1, self.out, self.inp), self.bits)
+        return Matrices(codes, self.scale[one], self.offset[one], self.ends[one])
+
+    def keep_steps(self, matrices: Matrices) -> None:
+        """Keeps scales and offsets as the checkpoint holds them, where the kernel's own have lost digits."""
+        self.keep(scale=matrices.scale, offset=matrices.offset, ends=matrices.ends)
+
+    def codes(self, index: int) -> Tensor:
+        """The codes of one matrix, ``(out, in)`` uint8."""
         raise NotImplementedError
 
     def keep(self, **tensors: Tensor) -> None:

@@ -33,8 +33,8 @@ class Compiled(Kernel):
     name = "torch.compile"
 
     words: Tensor  # (count, out / 16, in / group, words of a group, 16) int32
-    scale: Tensor  # (count, out / 16, in / group, 16) float16
-    offset: Tensor
+    scales: Tensor  # (count, out / 16, in / group, 16) float16
+    offsets: Tensor
 
     @staticmethod
     def fits(request: Request) -> bool:
@@ -48,8 +48,8 @@ class Compiled(Kernel):
     def __init__(self, matrices: Matrices, bits: int, group_size: int) -> None:
         super().__init__(matrices, bits, group_size)
         words = torch.stack([self._words(codes) for codes in matrices.codes])
-        scale, offset = (self._lanes(tensor) for tensor in matrices[1:])
-        self.keep(words=words, scale=scale, offset=offset)
+        scales, offsets = (self._lanes(tensor) for tensor in matrices.floats())
+        self.keep(words=words, scales=scales, offsets=offsets)
 
     @property
     def _in_word(self) -> int:
@@ -71,7 +71,7 @@ class Compiled(Kernel):
         return rows.unflatten(where, (-1, _LANES)).movedim(where + 1, -1).contiguous()
 
     def multiply(self, index: int, x: Tensor) -> Tensor:
-        words, scale, offset = self.words[index], self.scale[index], self.offset[index]
+        words, scale, offset = self.words[index], self.scales[index], self.offsets[index]
         if len(x) <= _ONE_BY_ONE:
             vector = _vector(self.bits, words.shape)
             activations = _prepare(x.float(), self.bits, self.group_size)
@@ -90,12 +90,14 @@ class Compiled(Kernel):
         return torch.cat(products, dim=1).to(x.dtype)
 
     def matrix(self, index: int) -> Matrices:
+        scale, offset = (t[index].movedim(-1, 1).flatten(0, 1).unsqueeze(0) for t in (self.scales, self.offsets))
+        return Matrices.of(pack(self.codes(index), self.bits).unsqueeze(0), scale, offset)
+
+    def codes(self, index: int) -> Tensor:
         words = self.words[index].movedim(-1, 1).flatten(0, 1)  # (out, in / group, words)
         mask = 2**self.bits - 1
         codes = torch.stack([(words >> (self.bits * place)) & mask for place in range(self._in_word)], dim=-1)
-        codes = codes.flatten(-2)[..., : self.group_size].to(torch.uint8).reshape(1, self.out, self.inp)
-        scale, offset = (t[index].movedim(-1, 1).flatten(0, 1).unsqueeze(0) for t in (self.scale, self.offset))
-        return Matrices(pack(codes, self.bits), scale.contiguous(), offset.contiguous())
+        return codes.flatten(-2)[..., : self.group_size].to(torch.uint8).reshape(self.out, self.inp)
 
 
 def _prepare(x: Tensor, bits: int, group_size: int) -> Tensor:

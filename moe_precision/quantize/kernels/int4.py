@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..packing import pack, unpack
+from ..packing import unpack
 from .base import Kernel, Matrices, Request
 
 _GROUPS = (32, 64, 128, 256)
@@ -29,8 +29,6 @@ class Int4(Kernel):
 
     weight: Tensor  # (count, ...) in torch's own order
     scales_and_zeros: Tensor  # (count, in / group, out, 2) bfloat16
-    scale: Tensor
-    offset: Tensor
 
     @staticmethod
     def fits(request: Request) -> bool:
@@ -50,24 +48,22 @@ class Int4(Kernel):
 
     def __init__(self, matrices: Matrices, bits: int, group_size: int) -> None:
         super().__init__(matrices, bits, group_size)
+        self.keep_steps(matrices)
         half = 2 ** (bits - 1)
         self.first = 8 - half  # the kernel's code for code 0
         weight = torch.stack([_to_int4(unpack(codes, bits).int() + self.first) for codes in matrices.codes])
-        zero = matrices.offset.float() + half * matrices.scale.float()
-        both = torch.stack([matrices.scale.float().mT, zero.mT], dim=-1).bfloat16()
-        self.keep(weight=weight, scales_and_zeros=both, scale=matrices.scale, offset=matrices.offset)
+        scale, offset = (tensor.float().mT for tensor in matrices.floats())
+        self.keep(weight=weight, scales_and_zeros=torch.stack([scale, offset + half * scale], dim=-1).bfloat16())
 
     def multiply(self, index: int, x: Tensor) -> Tensor:
         weight, both = self.weight[index], self.scales_and_zeros[index]
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, self.group_size, both)
 
-    def matrix(self, index: int) -> Matrices:
+    def codes(self, index: int) -> Tensor:
         held = self.weight[index].flatten()
-        nibbles = torch.stack([held & 15, held >> 4], dim=-1).flatten()
         codes = torch.empty(self.out * self.inp, dtype=torch.uint8)
-        codes[_order(self.out, self.inp)] = nibbles - self.first
-        one = slice(index, index + 1)
-        return Matrices(pack(codes.view(1, self.out, self.inp), self.bits), self.scale[one], self.offset[one])
+        codes[_order(self.out, self.inp)] = torch.stack([held & 15, held >> 4], dim=-1).flatten() - self.first
+        return codes.view(self.out, self.inp)
 
 
 def _to_int4(codes: Tensor) -> Tensor:
