@@ -38,7 +38,7 @@ def weight_files(folder: str | os.PathLike) -> list[Path]:
     if index.is_file() and not (folder / "model.safetensors").is_file():  # as transformers: an old index is ignored
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # no UTF-8, no JSON, no map of names
             raise CheckpointError(f"{str(index)!r} is damaged: {error}") from error
     else:
         names = ["model.safetensors"]

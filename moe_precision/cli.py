@@ -278,7 +278,8 @@ def _quantize(options: argparse.Namespace) -> None:
         print(f"weighs the fit by {curvature}")
     else:
         print("no curvature file: errors of all columns count alike")
-    quantize_checkpoint(options.checkpoint, plan, options.out, options.non_expert_bits, curvature, grid)
+    fit = options.non_expert_bits, curvature, grid
+    quantize_checkpoint(options.checkpoint, plan, options.out, *fit, options.workers, options.max_shard_size)
     before, after = (sum(tensor_bytes(folder).values()) / 1e6 for folder in (options.checkpoint, options.out))
     bits = stored_bits_per_expert_weight(options.out, plan)
     print(f"wrote {options.out}: {before:.2f} MB -> {after:.2f} MB, {bits:.3f} stored bits per expert weight")
@@ -456,7 +457,8 @@ def _parser() -> argparse.ArgumentParser:
     quantize = add(
         "quantize",
         _quantize,
-        "Quantize a float checkpoint by a plan; OUT loads with from_pretrained after `import moe_precision`.",
+        "Quantize a float checkpoint by a plan, a shard at a time, so that the model may be larger than memory; OUT "
+        "loads with from_pretrained after `import moe_precision`. An interrupted run goes on when it is started again.",
         "moe-precision quantize runs/demo/checkpoint runs/demo/precision_plan.json runs/demo/quantized",
     )
     quantize.add_argument("checkpoint", help="folder of a float checkpoint, as save_pretrained writes it")
@@ -473,6 +475,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.add_argument(
         "--grid", metavar="FILE", help="of PrecisionAnneal (default: x.grid.safetensors beside the plan, if there)"
+    )
+    quantize.add_argument(
+        "--workers",
+        type=_positive,
+        default=1,
+        help="processes that pack layers side by side; each holds one (default 1)",
+    )
+    quantize.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        default="250MB",
+        help="of a packed file; memory holds one, and a larger layer has its own (default 250MB)",
     )
 
     as_config = add(
