@@ -2,6 +2,7 @@
 # Carries plans out with the real tools: a virtual environment of its own for each, then its test.
 #   tests/exports/run.sh              all targets
 #   tests/exports/run.sh gguf mlx     some of them
+#   INSTALL_ONLY=1 tests/exports/run.sh autoround gptqmodel   for `python -m benchmarks.inference`
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export HF_HUB_OFFLINE=1 GPTQMODEL_CPU_WORKERS=2  # GPTQModel stops on two cores without it
@@ -52,5 +53,5 @@ export LLAMA_QUANTIZE=$PWD/.venv-exports/gguf/llama/build/bin/llama-quantize
 for name in "$@"; do
   echo "== $name"
   install "$name"
-  ".venv-exports/$name/bin/python" -m pytest -p no:cacheprovider "tests/exports/test_$name.py"
+  [ -n "${INSTALL_ONLY:-}" ] || ".venv-exports/$name/bin/python" -m pytest -p no:cacheprovider "tests/exports/test_$name.py"
 done
