@@ -209,6 +209,8 @@ def _shards(checkpoint: str | os.PathLike, packer: _Packer, max_bytes: int) -> l
         names = {source.name for source in tensors}
         unknown |= names if name not in own else set()
         sources[_layer(name)] |= names if name in own else set()
+    unused = model._keys_to_ignore_on_load_unexpected or []
+    unknown = {name for name in unknown if not any(re.search(pattern, name) for pattern in unused)}
     if unknown:
         warnings.warn(f"{len(unknown)} tensors are not in the model and left out: {sorted(unknown)[:3]}", stacklevel=3)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})

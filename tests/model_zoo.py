@@ -54,12 +54,11 @@ SIZES: dict[str, Any] = {  # whatever config has the key gets the value
     "zero_expert_num": 4,
 }
 _TEXT_WIDTH = dict.fromkeys(("text_hidden_size", "out_hidden_size", "adapter_input_size", "adapter_output_size"), 64)
-_LATENT_ATTENTION = (
-    *("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_k25"),
-)
+_LATENT_ATTENTION = (*("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_k25"),)
 OVERRIDES: dict[str, dict[str, Any]] = {  # model_type of a config or sub-config -> what SIZES does not get right
     "dbrx": {"attn_config": {"rope_theta": 10000.0}, "n_layers": 2},
     **{name: {"num_key_value_heads": 4} for name in _LATENT_ATTENTION},
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
     "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "diffusion_gemma_text": {"num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": 32},
     "doge": {"is_moe": True, "num_experts": 64},

@@ -15,6 +15,7 @@ from moe_precision import PlanError, allocate, quantize_model
 from moe_precision.checkpoints import CheckpointError, load_model, tensor_bytes, weight_files
 from moe_precision.streaming import quantize_checkpoint
 from tests.conftest import auto_class, build, logits
+from tests.model_zoo import build_tiny
 from tests.test_quantize import FAMILIES, mixed_plan
 
 
@@ -225,3 +226,16 @@ def test_a_checkpoint_larger_than_memory(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     assert sum(tensor_bytes(tmp_path / "out").values()) < total / 6
+
+
+@pytest.mark.parametrize("model_type", ["ernie4_5_vl_moe", "jamba", "nemotron_h", "qwen3_vl_moe_text", "deepseek_v4"])
+def test_conversions_of_other_families(model_type, tmp_path):
+    """Two banks out of one conversion, hub names of several kinds, no gate: every tensor is that of the live model."""
+    model = build_tiny(model_type).float()
+    plan = allocate(model, method="uniform", average_bits=3, bits=(3,), group_size=16)
+    model.save_pretrained(tmp_path / "float")
+    quantize_checkpoint(tmp_path / "float", plan, tmp_path / "out", max_shard_size="50KB")
+    again = load_model(tmp_path / "out", dtype=torch.float32).state_dict()
+    expected = quantize_model(model, plan).state_dict()
+    assert again.keys() == expected.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())

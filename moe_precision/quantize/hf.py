@@ -103,13 +103,19 @@ class _PackWeight(ConversionOps):
         self.quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        name, model, missing = kwargs["full_layer_name"], kwargs["model"], kwargs["missing_keys"]
-        (weight,) = input_dict.values()
-        weight = weight[0] if isinstance(weight, list) else weight
-        self.quantizer.pack(model, name, weight)
-        if missing is not None:
-            missing.discard(name)
-        return {}
+        model, missing = kwargs["model"], kwargs["missing_keys"]
+        waiting = {target.parameter for target in self.quantizer.waiting}
+        left = {}
+        for key, value in input_dict.items():
+            name = kwargs["full_layer_name"] if len(input_dict) == 1 else key
+            weight = value[0] if isinstance(value, list) else value
+            if name not in waiting:  # made of the same tensors on disk as one that is packed
+                left[name] = weight
+                continue
+            self.quantizer.pack(model, name, weight)
+            if missing is not None:
+                missing.discard(name)
+        return left
 
 
 @register_quantizer(QUANT_METHOD)

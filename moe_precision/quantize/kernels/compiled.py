@@ -47,8 +47,11 @@ class Compiled(Kernel):
 
     def __init__(self, matrices: Matrices, bits: int, group_size: int) -> None:
         super().__init__(matrices, bits, group_size)
-        words = torch.stack([self._words(codes) for codes in matrices.codes])
-        scales, offsets = (self._lanes(tensor) for tensor in matrices.floats())
+        shape = self.count, self.out // _LANES, self.inp // group_size, -(-group_size // self._in_word), _LANES
+        words = torch.empty(shape, dtype=torch.int32)
+        for index, codes in enumerate(matrices.codes):
+            words[index] = self._words(codes)
+        scales, offsets = (_lanes(tensor, 1) for tensor in matrices.floats())
         self.keep(words=words, scales=scales, offsets=offsets)
 
     @property
@@ -63,12 +66,7 @@ class Compiled(Kernel):
         words = torch.zeros(codes.shape[:-1], dtype=torch.int32)
         for place in range(self._in_word):
             words |= codes[..., place].int() << (self.bits * place)
-        return self._lanes(words)
-
-    def _lanes(self, rows: Tensor) -> Tensor:
-        """``(..., out, groups, ...)`` -> ``(..., out / 16, groups, ..., 16)``, for the dimension of size ``out``."""
-        where = rows.shape.index(self.out) if rows.shape[0] == self.out else 1
-        return rows.unflatten(where, (-1, _LANES)).movedim(where + 1, -1).contiguous()
+        return _lanes(words, 0)
 
     def multiply(self, index: int, x: Tensor) -> Tensor:
         words, scale, offset = self.words[index], self.scales[index], self.offsets[index]
@@ -98,6 +96,11 @@ class Compiled(Kernel):
         mask = 2**self.bits - 1
         codes = torch.stack([(words >> (self.bits * place)) & mask for place in range(self._in_word)], dim=-1)
         return codes.flatten(-2)[..., : self.group_size].to(torch.uint8).reshape(self.out, self.inp)
+
+
+def _lanes(rows: Tensor, dim: int) -> Tensor:
+    """``(..., out, groups, ...)`` -> ``(..., out / 16, groups, ..., 16)``; ``dim`` is that of ``out``."""
+    return rows.unflatten(dim, (-1, _LANES)).movedim(dim + 1, -1).contiguous()
 
 
 def _prepare(x: Tensor, bits: int, group_size: int) -> Tensor:

@@ -7,7 +7,7 @@ these matrices have a scale and an offset for each group.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -71,15 +71,15 @@ def _to_int4(codes: Tensor) -> Tensor:
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
 
 
-@cache
+@lru_cache(maxsize=1)  # four bytes a weight, for the matrices of one shape that are given back together
 def _order(out: int, inp: int) -> Tensor:
-    """Where each nibble of the packed form comes from, as flat positions in ``(out, in)``.
+    """Where each nibble of the packed form comes from, as flat positions in ``(out, in)``, int32.
 
     The order depends on the CPU, and torch does not tell it: positions are packed themselves, four bits at a time.
     """
     position = torch.arange(out * inp, dtype=torch.int32).view(out, inp)
-    found = torch.zeros(out * inp, dtype=torch.int64)
+    found = torch.zeros(out * inp, dtype=torch.int32)
     for shift in range(0, (out * inp - 1).bit_length(), 4):
         held = _to_int4((position >> shift) & 15).flatten()
-        found |= torch.stack([held & 15, held >> 4], dim=-1).flatten().long() << shift
+        found |= torch.stack([held & 15, held >> 4], dim=-1).flatten().int() << shift
     return found
