@@ -7,12 +7,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+_LOCK = ".lock"
 
 
 @contextmanager
@@ -66,36 +69,52 @@ def folder_replaced_when_done(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def resumable_folder(path: str | os.PathLike, job: str) -> Iterator[Path]:
-    """The same, but what an interruption or a full disk leaves is kept, and yielded again when ``job`` is the same.
+    """The same, but what an interruption leaves is kept, and yielded again to the same ``job``.
 
     Args:
         path: Where the folder goes when it is complete.
-        job: What is made, and of what: files of another job are removed.
+        job: What is made, and of what: a hash, which is in the name of the folder.
 
     Raises:
-        FileExistsError: ``path`` is a folder that holds something else than a checkpoint, or a file.
+        FileExistsError: ``path`` is a folder that holds something else than a checkpoint, a mount point, or a file.
+        BlockingIOError: Another process is at the same job.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     _check_replaceable(path)
-    partial = path.parent / f".{path.name}.partial"
-    note = partial / ".job"
-    if not note.is_file() or note.read_text(encoding="utf-8") != job:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        note.write_text(job, encoding="utf-8")
-    for rest in partial.glob(".*.tmp"):  # of a file that was being written
-        rest.unlink()
-    try:
-        yield partial
-    except Exception as error:
-        if not isinstance(error, OSError):  # it would fail again
+    partial = path.parent / f".{path.name}.{job[:12]}.partial"
+    for other in path.parent.glob(f".{path.name}.*.partial"):
+        if other != partial:
+            with suppress(BlockingIOError), _locked(other):  # of a job that has been given up
+                shutil.rmtree(other, ignore_errors=True)
+    partial.mkdir(exist_ok=True)
+    with _locked(partial):
+        for rest in partial.glob(".*.tmp"):  # of a file that was being written
+            rest.unlink()
+        try:
+            yield partial
+        except ValueError:  # bad input: it would fail again
             shutil.rmtree(partial, ignore_errors=True)
-        raise
-    note.unlink()
-    _take_place(partial, path)
+            raise
+        _take_place(partial, path)
+        (path / _LOCK).unlink()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(f"another process is writing into {str(folder)!r}; wait for it, or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_replaceable(path: Path) -> None:
+    if os.path.ismount(path):
+        raise FileExistsError(f"{str(path)!r} is a mount point, which cannot be replaced; name a folder inside of it")
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file()):
         raise FileExistsError(
             f"{str(path)!r} exists and is no checkpoint folder; choose another one, nothing is replaced"

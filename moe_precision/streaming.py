@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 
 import torch
 import xxhash
@@ -38,10 +40,11 @@ from .curvature import Curvature
 from .files import replaced_when_done, resumable_folder, save_tensors
 from .plan import PrecisionPlan
 from .quantize import PlanHfQuantizer, PlanQuantizationConfig
-from .quantize.checksums import DamagedCheckpointError, check_files, checksums
+from .quantize.checksums import DamagedCheckpointError, check_files, checksums, metadata
 from .quantize.grid import Grid
 from .quantize.hf import check_weights
 from .quantize.replace import packed_tensors
+from .version import __version__
 
 _LAYER = re.compile(r"^(?:.*?\.)?\d+(?=\.)")  # up to the first index: a decoder layer
 _WRITTEN_HERE = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.bin", "*.pt")
@@ -79,7 +82,8 @@ def quantize_checkpoint(
     """Quantizes a float checkpoint by a plan, layer by layer, and copies its tokenizer.
 
     A process holds one float layer, what transformers needs to convert it, and one packed shard. A run that is
-    interrupted leaves its finished shards in a hidden folder beside ``out``; the same call goes on from there.
+    interrupted leaves its finished shards in a hidden folder beside ``out``; the same call goes on from there. Call it
+    below ``if __name__ == "__main__"`` with several workers, which are new Python processes.
 
     Args:
         checkpoint: Folder of a float checkpoint.
@@ -95,26 +99,32 @@ def quantize_checkpoint(
         CheckpointError: The checkpoint is incomplete, or packed already.
         PlanError: The plan is for another model.
     """
-    quantization = PlanQuantizationConfig(plan, non_expert_bits, curvature, grid)
+    settings = (plan, non_expert_bits, curvature, grid)
+    quantization = PlanQuantizationConfig(*settings)
     if workers < 1:
         raise ValueError(f"workers={workers}: expected at least 1")
+    max_bytes = _bytes(max_shard_size)
     files = weight_files(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{os.fspath(checkpoint)!r} is quantized already; quantize the float checkpoint instead")
     if Path(out).resolve().is_relative_to(Path(checkpoint).resolve()):
         raise CheckpointError(f"{os.fspath(out)!r} is, or lies in, the float checkpoint; choose another folder")
+    for source in (checkpoint, plan, curvature, grid):
+        if isinstance(source, str | os.PathLike) and Path(source).resolve().is_relative_to(Path(out).resolve()):
+            raise CheckpointError(f"{os.fspath(out)!r} would be replaced, and {os.fspath(source)!r} lies in it")
     packer = _Packer(checkpoint, quantization)
     packer.check_weights()
-    shards = _shards(checkpoint, packer, convert_file_size_to_int(max_shard_size))
-    job = _fingerprint(quantization, files, shards)
+    shards = _shards(checkpoint, packer, max_bytes)
+    job = _fingerprint(quantization, [Path(checkpoint, "config.json"), *files], shards)
     with resumable_folder(out, job) as folder:
-        missing = [shard for shard in shards if not _is_finished(folder / shard.file, shard)]
+        missing = [shard for shard in shards if not _is_finished(folder / shard.file, shard, quantization.digest())]
         total = sum(shard.nbytes for shard in shards)
         done = total - sum(shard.nbytes for shard in missing)
         with tqdm(total=total, initial=done, desc="Quantizing", unit="B", unit_scale=True, unit_divisor=1024) as bar:
-            for shard in _packed(missing, packer, folder, workers):
+            for shard in _packed(missing, packer, folder, job, workers, settings):
                 bar.update(shard.nbytes)
+        config.dtype = packer.dtype
         config.quantization_config = quantization
         config.save_pretrained(folder)
         for file in Path(checkpoint).iterdir():  # the tokenizer and whatever else is small
@@ -130,13 +140,13 @@ class _Packer:
         self.checkpoint, self.quantization = checkpoint, quantization
         self.files = weight_files(checkpoint)
         config = AutoConfig.from_pretrained(checkpoint)
+        self.dtype = config.dtype = config.dtype or _stored_dtype(checkpoint)
         self.model: PreTrainedModel = empty_model(checkpoint, config)
         self.quantizer = PlanHfQuantizer(quantization, pre_quantized=False)
         self.quantizer.preprocess_model(self.model)
-        dtype = config.dtype or torch.float32
         self._load = LoadStateDictConfig(
-            dtype=dtype,
-            dtype_plan=self.model._get_dtype_plan(dtype),
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
             hf_quantizer=self.quantizer,
             weight_mapping=get_model_conversion_mapping(self.model, None, self.quantizer),
         )
@@ -163,12 +173,13 @@ class _Packer:
             readers = [opened.enter_context(safe_open(file, "pt", backend="pread")) for file in self.files]
             tensors = {name: reader.get_slice(name) for reader in readers for name in names & set(reader.keys())}
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, self._load)
-        failed = [re.findall(r"^\w+Error: (.*)", text, re.M)[-1] for text in info.conversion_errors.values()]
+        texts = info.conversion_errors.values()
+        failed = [(re.findall(r"^[\w.]+Error: (.+)", text, re.M) or [text.strip()])[-1] for text in texts]
         problems = [*failed, *info.mismatched_keys, *info.error_msgs]
         if problems:
             raise CheckpointError(f"{os.fspath(self.checkpoint)!r} cannot be quantized: {problems[0]}")
 
-    def write(self, shard: Shard, folder: Path) -> None:
+    def write(self, shard: Shard, folder: Path, job: str) -> None:
         """Reads, packs and writes one shard."""
         self._read(set(shard.sources))
         whole = self.model.state_dict()
@@ -176,7 +187,7 @@ class _Packer:
         empty = [name for name, tensor in packed.items() if tensor.is_meta]
         if empty:
             raise CheckpointError(f"{os.fspath(self.checkpoint)!r} lacks {empty}")
-        save_tensors(packed, folder / shard.file, {"format": "pt", **checksums(packed)})
+        save_tensors(packed, folder / shard.file, {"format": "pt", **metadata(packed, self.quantization.digest(), job)})
         for name in shard.tensors:
             _forget(self.model, name)
 
@@ -213,8 +224,7 @@ def _shards(checkpoint: str | os.PathLike, packer: _Packer, max_bytes: int) -> l
     unknown = {name for name in unknown if not any(re.search(pattern, name) for pattern in unused)}
     if unknown:
         warnings.warn(f"{len(unknown)} tensors are not in the model and left out: {sorted(unknown)[:3]}", stacklevel=3)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    elsewhere = tied - read  # stored under their other name
+    elsewhere = _tied_to(model, read) - read  # stored under another name
     ignored = model._keys_to_ignore_on_load_missing or []
     missing = [
         name
@@ -247,28 +257,54 @@ def _shards(checkpoint: str | os.PathLike, packer: _Packer, max_bytes: int) -> l
     ]
 
 
+def _tied_to(model: PreTrainedModel, read: set[str]) -> set[str]:
+    """All names of the tensors that are read under one of them."""
+    groups: dict[str, set[str]] = defaultdict(set)
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        groups[source] |= {name, source}
+    return {name for group in groups.values() if group & read for name in group}
+
+
+def _stored_dtype(checkpoint: str | os.PathLike) -> torch.dtype:
+    """Of the first floating tensor, as transformers takes it where config.json does not say."""
+    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return next((names[one.dtype] for one in stored_tensors(checkpoint).values() if one.dtype in names), torch.float32)
+
+
+def _bytes(size: int | str) -> int:
+    try:
+        found = int(size) if isinstance(size, int) or size.isdigit() else convert_file_size_to_int(size)
+    except ValueError:
+        found = 0
+    if found < 1:
+        raise ValueError(f"max_shard_size={size!r}: expected bytes, or a whole number of them like '500MB' or '5GB'")
+    return found
+
+
 def _layer(name: str) -> str:
     """The path of the layer that a tensor belongs to; what is in no list of layers stands alone."""
     layer = _LAYER.match(name)
     return layer.group() if layer else name
 
 
-def _packed(missing: list[Shard], packer: _Packer, folder: Path, workers: int) -> Iterator[Shard]:
-    """Writes shards and yields each when it is there."""
+def _packed(
+    missing: list[Shard], packer: _Packer, folder: Path, job: str, workers: int, settings: tuple
+) -> Iterator[Shard]:
+    """Writes shards and yields each when it is there; processes get the settings as they were given, paths as paths."""
     if workers == 1 or len(missing) < 2:
         for shard in missing:
-            packer.write(shard, folder)
+            packer.write(shard, folder, job)
             yield shard
         return
     workers = min(workers, len(missing))
     threads = max(1, torch.get_num_threads() // workers)
-    start = packer.checkpoint, packer.quantization, threads
+    start = packer.checkpoint, settings, threads, os.getpid()
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start) as pool:
-        jobs = {pool.submit(_work, shard, folder): shard for shard in missing}
+        jobs = {pool.submit(_work, shard, folder, job): shard for shard in missing}
         try:
-            for job in as_completed(jobs):
-                job.result()
-                yield jobs[job]
+            for done in as_completed(jobs):
+                done.result()
+                yield jobs[done]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -277,22 +313,30 @@ def _packed(missing: list[Shard], packer: _Packer, folder: Path, workers: int) -
 _of_worker: dict[str, _Packer] = {}
 
 
-def _start_worker(checkpoint: str | os.PathLike, quantization: PlanQuantizationConfig, threads: int) -> None:
+def _start_worker(checkpoint: str | os.PathLike, settings: tuple, threads: int, parent: int) -> None:
+    Thread(target=_die_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the process that started this one has told them
-        _of_worker["packer"] = _Packer(checkpoint, quantization)
+        _of_worker["packer"] = _Packer(checkpoint, PlanQuantizationConfig(*settings))
 
 
-def _work(shard: Shard, folder: Path) -> None:
-    _of_worker["packer"].write(shard, folder)
+def _die_with(parent: int) -> None:
+    """Ends this process soon after the one that started it, which may have been killed."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _work(shard: Shard, folder: Path, job: str) -> None:
+    _of_worker["packer"].write(shard, folder, job)
 
 
 def _fingerprint(quantization: PlanQuantizationConfig, files: list[Path], shards: list[Shard]) -> str:
     """The same for a run that would write the same shards."""
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     fit = [checksums(tensors) for tensors in _tensors_of(quantization.curvature, quantization.grid)]
-    job = [quantization.to_dict(), [asdict(shard) for shard in shards], stats, fit]
+    job = [__version__, quantization.to_dict(), [asdict(shard) for shard in shards], stats, fit]
     return xxhash.xxh3_128(json.dumps(job, sort_keys=True).encode()).hexdigest()
 
 
@@ -303,12 +347,12 @@ def _tensors_of(curvature: Curvature | None, grid: Grid | None) -> list[dict[str
     return [{f"{layer}.{p}": t for layer, of in kind.items() for p, t in of.items()} for kind in kinds]
 
 
-def _is_finished(file: Path, shard: Shard) -> bool:
+def _is_finished(file: Path, shard: Shard, config: str) -> bool:
     """Whether an interrupted run has left this shard, whole."""
     if not file.is_file():
         return False
     try:
-        check_files([file])
+        check_files([file], config)
         with safe_open(file, "pt") as opened:
             return set(opened.keys()) == set(shard.tensors)
     except DamagedCheckpointError:

@@ -18,22 +18,24 @@ from moe_precision.quantize.checksums import DamagedCheckpointError, check_files
 from tests.conftest import build
 
 MUTATIONS = 2000
+SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 2, "vocab_size": 16, "num_hidden_layers": 1}
+
+
+def two_and_three(model):
+    """A plan of 2 bits for one expert and 3 for the other."""
+    plan = allocate(model, method="uniform", average_bits=3, bits=(3,), group_size=32)
+    for layer in plan.layers.values():
+        for bits in layer.projection_bits.values():
+            bits[0] = 2
+    return plan
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     """A small packed checkpoint in several files: each file's bytes and the tensors of all."""
     folder = tmp_path_factory.mktemp("packed")
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_local_experts": 2,
-        "vocab_size": 16,
-        "num_hidden_layers": 1,
-    }
-    model = build("mixtral", **sizes)
-    plan = allocate(model, method="uniform", average_bits=3, bits=(3,), group_size=32)
-    quantize_model(model, plan).save_pretrained(folder, max_shard_size="8KB")
+    model = build("mixtral", **SIZES)
+    quantize_model(model, two_and_three(model)).save_pretrained(folder, max_shard_size="8KB")
     content = {file.name: file.read_bytes() for file in folder.iterdir() if "safetensors" in file.name}
     assert len(content) > 2
     return folder, content, model.state_dict()
@@ -158,5 +160,31 @@ def test_tensors_exchanged_by_name(packed, tmp_path):
 def test_a_tensor_in_two_files(packed):
     folder, content, _ = packed
     files = sorted(folder / n for n in content if n.endswith(".safetensors"))
+    with safe_open(files[0], "pt") as opened:
+        config = opened.metadata()["moe_precision.config"]
+    check_files(files, config)
     with pytest.raises(DamagedCheckpointError, match="is not what was written"):
-        check_files([files[0], files[0]])
+        check_files([files[0], files[0]], config)
+
+
+def test_files_of_two_checkpoints(packed, tmp_path):
+    """A file of another model of the same plan, and a config.json that exchanges the widths of two experts."""
+    folder, content, _ = packed
+    other = build("mixtral", **SIZES)
+    with torch.no_grad():
+        other.model.layers[0].mlp.experts.down_proj.mul_(2)
+    quantize_model(other, two_and_three(other)).save_pretrained(tmp_path, max_shard_size="8KB")
+    name = sorted(n for n in content if n.endswith(".safetensors"))[-1]
+    (folder / name).write_bytes((tmp_path / name).read_bytes())
+    with pytest.raises(DamagedCheckpointError, match="does not belong to"):
+        load_model(folder)
+    restore(folder, content)
+    text = (folder / "config.json").read_text()
+    config = json.loads(text)
+    for layer in config["quantization_config"]["plan"]["layers"].values():
+        for projection in layer["projections"].values():
+            projection["bits"] = projection["bits"][::-1]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DamagedCheckpointError, match="does not belong to"):
+        load_model(folder)
+    (folder / "config.json").write_text(text)

@@ -150,6 +150,75 @@ def test_gradients_pass(monkeypatch, any_size):
     torch.testing.assert_close(x.grad, matrices.weight(1).sum(0).expand(3, -1))
 
 
+@pytest.mark.parametrize("kernel", [Int4, Compiled])
+def test_inputs_of_other_shapes(kernel, monkeypatch, any_size):
+    use(monkeypatch, kernel)
+    matrices = bucket(4, 64)
+    weight = matrices.weight(0)
+    x = torch.randn(192, 6).bfloat16()
+    for odd in (x.T, x.T[:0], x.T[None, :, :], x.T[::2], x.T.new_zeros(2, 0, 192)):
+        product, exact = matrices.linear(0, odd), odd.float() @ weight.T
+        assert product.shape == exact.shape
+        assert (product.float() - exact).norm() <= 0.01 * exact.norm()
+    assert isinstance(matrices.kernel, kernel)
+
+
+def test_as_many_matrices_as_rows(monkeypatch, any_size):
+    use(monkeypatch, Compiled)
+    matrices = bucket(2, 32, count=32, out=32, inp=64)
+    weight, x = matrices.weight(31), torch.randn(2, 64)
+    torch.testing.assert_close(matrices.linear(31, x), x @ weight.T, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", [Int4, Compiled])
+def test_what_is_made_in_inference_mode_outlives_it(kernel, monkeypatch, any_size):
+    use(monkeypatch, kernel)
+    matrices, x = bucket(4, 64), torch.randn(3, 192).bfloat16()
+    with torch.inference_mode():
+        before = matrices.linear(0, x).clone()
+        state = copy.deepcopy(matrices.state_dict())
+    matrices.load_state_dict(state)
+    matrices.put(1, torch.randn(48, 192))
+    assert torch.equal(matrices.linear(0, x), before)
+
+
+def test_a_pickle_holds_the_checkpoints_form(monkeypatch, any_size):
+    """torch's int4 order depends on the CPU: a pickle must not carry it to another one."""
+    use(monkeypatch, Int4)
+    matrices, x = bucket(4, 64), torch.randn(3, 192).bfloat16()
+    expected = matrices.linear(0, x)
+    again = pickle.loads(pickle.dumps(matrices))
+    assert again.kernel is None
+    assert torch.equal(again.codes, matrices.codes)
+    assert torch.equal(again.linear(0, x), expected)
+
+
+def test_more_modes_than_torch_compiles_for(monkeypatch, any_size):
+    use(monkeypatch, Compiled)
+    matrices = bucket(2, 64)
+    x, expected = torch.randn(1, 192), None
+    threads = torch.get_num_threads()
+    try:
+        for number in range(1, 12):
+            torch.set_num_threads(number)
+            product = matrices.linear(0, x)
+            expected = product if expected is None else expected
+            torch.testing.assert_close(product, expected, atol=1e-4, rtol=1e-4)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_training_keeps_its_kernel(monkeypatch, any_size):
+    """Gradient checkpointing runs forward without gradients and once more with them."""
+    use(monkeypatch, Int4, Compiled)
+    matrices, x = bucket(4, 64), torch.randn(3, 192).bfloat16()
+    matrices.linear(0, x.clone().requires_grad_())
+    kernel = matrices.kernel
+    matrices.linear(0, x)
+    assert matrices.kernel is kernel
+    assert isinstance(kernel, Compiled)
+
+
 def test_grouped_is_what_the_loop_is():
     """What runs where there is no CPU: a bucket at a time, only experts that have rows."""
     torch.manual_seed(0)

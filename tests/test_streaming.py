@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from moe_precision import PlanError, allocate, quantize_model
 from moe_precision.checkpoints import CheckpointError, load_model, tensor_bytes, weight_files
@@ -101,7 +101,7 @@ def test_a_killed_run_goes_on(saved, tmp_path, monkeypatch):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    partial = tmp_path / ".out.partial"
+    (partial,) = tmp_path.glob(".out.*.partial")
     times = {name: (partial / name).stat().st_mtime_ns for name in done}
     damaged = partial / done[0]
     damaged.write_bytes(damaged.read_bytes()[:-5] + b"wrong")
@@ -145,9 +145,9 @@ def test_no_space_midway(saved, tmp_path):
     assert result.returncode != 0
     assert "OSError" in result.stderr
     assert contents(out) == before
-    assert list((tmp_path / ".out.partial").glob("model-*"))
+    assert list(tmp_path.glob(".out.*.partial/model-*"))
     quantize_checkpoint(source, other, out, max_shard_size=1)
-    assert not (tmp_path / ".out.partial").exists()
+    assert not list(tmp_path.glob(".out.*"))
     assert torch.equal(logits(load_model(out)), logits(quantize_model(saved[0], other)))
 
 
@@ -190,6 +190,112 @@ def test_a_checkpoint_of_an_older_or_newer_format(saved):
             PlanError, match=f"has format version {version or 1}, this release of moe-precision reads 2"
         ):
             load_model(out)
+
+
+@pytest.mark.parametrize("size", ["1.5GB", "5 elephants", "-1", 0, -5])
+def test_sizes_that_are_none(size, saved):
+    _, plan, source, out = saved
+    with pytest.raises(ValueError, match=r"max_shard_size=.*expected bytes"):
+        quantize_checkpoint(source, plan, out, max_shard_size=size)
+
+
+def test_a_destination_that_holds_the_source(tmp_path):
+    model = build("mixtral")
+    model.save_pretrained(tmp_path / "run")
+    model.save_pretrained(tmp_path / "run" / "checkpoint-500")
+    model.save_pretrained(tmp_path / "float")
+    plan = allocate(model, group_size=64)
+    with pytest.raises(CheckpointError, match=r"would be replaced, and '.*checkpoint-500' lies in it"):
+        quantize_checkpoint(tmp_path / "run" / "checkpoint-500", plan, tmp_path / "run")
+    plan.save(tmp_path / "run" / "plan.json")
+    with pytest.raises(CheckpointError, match=r"would be replaced, and '.*plan.json' lies in it"):
+        quantize_checkpoint(tmp_path / "float", tmp_path / "run" / "plan.json", tmp_path / "run")
+
+
+def test_through_a_link(saved, tmp_path):
+    _, plan, source, out = saved
+    out.mkdir()
+    (tmp_path / "link").symlink_to(out)
+    quantize_checkpoint(source, plan, tmp_path / "link")
+    assert (out / "config.json").is_file()
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_one_writer_at_a_time(saved, tmp_path, monkeypatch):
+    _, plan, source, out = saved
+
+    def second(*_, **__):
+        with pytest.raises(BlockingIOError, match="another process is writing into"):
+            quantize_checkpoint(source, plan, out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.copy2", second)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(source, plan, out)
+    monkeypatch.undo()
+    quantize_checkpoint(source, plan, out)
+    assert sorted(os.listdir(tmp_path)) == ["float", "out"]
+
+
+def test_a_changed_source_does_not_go_on(saved, tmp_path, monkeypatch):
+    _, plan, source, out = saved
+    monkeypatch.setattr("shutil.copy2", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(source, plan, out)
+    monkeypatch.undo()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    quantize_checkpoint(source, plan, out)
+    assert {t.dtype for n, t in load_model(out).state_dict().items() if n.endswith("proj.weight")} == {torch.float16}
+
+
+def test_a_config_without_a_dtype(tmp_path):
+    model = build("mixtral").bfloat16()
+    model.save_pretrained(tmp_path / "float")
+    config = json.loads((tmp_path / "float" / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "float" / "config.json").write_text(json.dumps(config))
+    quantize_checkpoint(tmp_path / "float", allocate(model, group_size=64), tmp_path / "out")
+    assert load_model(tmp_path / "out").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_tied_embeddings_under_either_name(stored, tmp_path):
+    model = build("mixtral", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "float")
+    file = tmp_path / "float" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[stored] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    plan = allocate(model, group_size=64)
+    quantize_checkpoint(tmp_path / "float", plan, tmp_path / "out")
+    assert torch.equal(logits(load_model(tmp_path / "out")), logits(quantize_model(model, plan)))
+
+
+KILLED_WORKER = """
+import os, sys
+from moe_precision import streaming
+write = streaming._Packer.write
+def once(self, shard, *rest):
+    if "00005" in shard.file:
+        os.kill(os.getpid(), 9)
+    write(self, shard, *rest)
+streaming._Packer.write = once
+if __name__ == "__main__":
+    streaming.quantize_checkpoint(*sys.argv[1:4], max_shard_size=1, workers=2)
+"""
+
+
+def test_a_killed_worker_leaves_what_is_finished(saved, tmp_path):
+    _, plan, source, out = saved
+    plan.save(tmp_path / "plan.json")
+    (tmp_path / "script.py").write_text(KILLED_WORKER)
+    command = [sys.executable, "script.py", str(source), str(tmp_path / "plan.json"), str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert "BrokenProcessPool" in result.stderr
+    assert len(list(tmp_path.glob(".out.*.partial/model-*"))) >= 2
+    quantize_checkpoint(source, plan, out, max_shard_size=1)
+    assert not list(tmp_path.glob(".out.*"))
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-_KEY = "moe_precision.xxh3_64"
+_SUMS, _CONFIG, _SET = (f"moe_precision.{name}" for name in ("xxh3_64", "config", "set"))
 
 
 class DamagedCheckpointError(ValueError):
@@ -30,31 +30,56 @@ def checksum(name: str, tensor: Tensor) -> str:
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The metadata of a file that holds these tensors, or some of them."""
-    return {_KEY: json.dumps({name: checksum(name, tensor) for name, tensor in tensors.items() if not tensor.is_meta})}
+    """Name -> `checksum`, of what is not on the meta device."""
+    return {name: checksum(name, tensor) for name, tensor in tensors.items() if not tensor.is_meta}
 
 
-def check_files(files: Iterable[str | os.PathLike]) -> None:
+def metadata(tensors: Mapping[str, Tensor], config: str, one_set: str | None = None) -> dict[str, str]:
+    """What stands in the metadata of every file of a packed checkpoint.
+
+    Args:
+        tensors: All that the file holds, or more.
+        config: Digest of what config.json says of widths: `PlanQuantizationConfig.digest`.
+        one_set: The same for all files that were written together; None to make it of these tensors.
+    """
+    sums = json.dumps(checksums(tensors), sort_keys=True)
+    return {_SUMS: sums, _CONFIG: config, _SET: one_set or xxhash.xxh3_64(sums.encode()).hexdigest()}
+
+
+def check_files(files: Iterable[str | os.PathLike], config: str) -> None:
     """Reads every tensor of a packed checkpoint, one at a time, and compares it with its checksum.
 
+    Args:
+        files: All of its safetensors files.
+        config: Digest of what its config.json says.
+
     Raises:
-        DamagedCheckpointError: A file is damaged or truncated, lacks a checksum, or holds a tensor twice.
+        DamagedCheckpointError: A file is damaged or truncated, lacks a checksum, was written with other files or
+            another config.json, or holds a tensor twice.
     """
     seen: set[str] = set()
+    sets: set[str] = set()
     for file in files:
+        name = repr(os.fspath(file))
         try:
             with safe_open(file, "pt", backend="pread") as opened:
-                expected = json.loads((opened.metadata() or {}).get(_KEY, "null"))
+                held = opened.metadata() or {}
+                expected = json.loads(held.get(_SUMS, "null"))
                 if not isinstance(expected, dict):
                     raise DamagedCheckpointError(
-                        f"{os.fspath(file)!r} has no checksums: it is damaged, or older than they are; "
+                        f"{name} has no checksums: it is damaged, or older than they are; "
                         "quantize the float checkpoint again"
                     )
-                for name in opened.keys():  # noqa: SIM118
-                    if name in seen or expected.get(name) != checksum(name, opened.get_tensor(name)):
+                for tensor in opened.keys():  # noqa: SIM118
+                    if tensor in seen or expected.get(tensor) != checksum(tensor, opened.get_tensor(tensor)):
                         raise DamagedCheckpointError(
-                            f"{os.fspath(file)!r} is damaged: {name!r} is not what was written; copy it again"
+                            f"{name} is damaged: {tensor!r} is not what was written; copy it again"
                         )
-                    seen.add(name)
+                    seen.add(tensor)
         except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-            raise DamagedCheckpointError(f"{os.fspath(file)!r} is truncated or damaged: {error}") from error
+            raise DamagedCheckpointError(f"{name} is truncated or damaged: {error}") from error
+        sets.add(held.get(_SET, ""))
+        if held.get(_CONFIG) != config or len(sets) > 1:
+            raise DamagedCheckpointError(
+                f"{name} does not belong to the config.json or the other files beside it; copy the checkpoint again"
+            )

@@ -6,6 +6,7 @@ saved from such a model loads like any other. `quantize_model` does the same to 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
@@ -13,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -24,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..curvature import Curvature, as_curvature
 from ..plan import PlanError, PrecisionPlan, as_plan
 from ..router_norms import check_same_weights
-from .checksums import check_files, checksums
+from .checksums import check_files, metadata
 from .grid import Grid
 from .packed import kernels_of, packed_experts_forward
 from .replace import EXPERTS_IMPLEMENTATION, Target, find_targets, replace_weight
@@ -86,6 +88,12 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         """Reads config.json's entry; without a version it is of the first one."""
         return super().from_dict({"format_version": 1, **config_dict}, return_unused_kwargs, **kwargs)
 
+    def digest(self) -> str:
+        """The same for configs that give every expert the same widths."""
+        widths = {name: layer.projection_bits for name, layer in self.plan.layers.items()}
+        said = json.dumps([widths, self.plan.group_size, self.non_expert_bits], sort_keys=True)
+        return xxhash.xxh3_64(said.encode()).hexdigest()
+
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: the widths, without the signals that led to them."""
         return {
@@ -144,7 +152,7 @@ class PlanHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             _warn_if_unweighted(self.quantization_config)
         elif checkpoint_files:
-            check_files(checkpoint_files)
+            check_files(checkpoint_files, self.quantization_config.digest())
         config = self.quantization_config
         targets = find_targets(model, self.plan, config.non_expert_bits, config.curvature, config.grid)
         if self.pre_quantized:
@@ -196,7 +204,7 @@ class PlanHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What ``save_pretrained`` writes: a checksum for every tensor."""
         tensors = model.state_dict()
-        return tensors, checksums(tensors)
+        return tensors, metadata(tensors, self.quantization_config.digest())
 
     def is_serializable(self) -> bool:
         return True

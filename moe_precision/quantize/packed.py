@@ -98,8 +98,13 @@ class PackedMatrices(nn.Module):
         return kernels.Request(device.type, dtype, training, self.bits, *self.shape[1:], self.group_size)
 
     def _enter_kernel(self, request: kernels.Request) -> None:
-        if request == self._chosen_for:
-            return
+        if self._chosen_for is not None and self._chosen_for.training:  # forward and backward take turns
+            request = request._replace(training=True)
+        if request != self._chosen_for:
+            with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the caller's mode
+                self._change_kernel(request)
+
+    def _change_kernel(self, request: kernels.Request) -> None:
         choice = kernels.choose(request)
         if choice is None or type(self.kernel) is not choice:
             self.leave_kernel()
@@ -111,9 +116,14 @@ class PackedMatrices(nn.Module):
     def leave_kernel(self) -> None:
         """Back to the form of the checkpoint; the next product chooses again."""
         if self.kernel is not None:
-            self.codes, self.scale, self.offset, self.ends = self.matrices(list(range(self.shape[0])))
+            with torch.inference_mode(False), torch.no_grad():
+                self.codes, self.scale, self.offset, self.ends = self.matrices(list(range(self.shape[0])))
             self.kernel = None
         self._chosen_for = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.leave_kernel()  # the form of a kernel may be another on the CPU that unpickles it
+        return self.__dict__.copy()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedMatrices:
         self.leave_kernel()

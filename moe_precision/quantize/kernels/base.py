@@ -93,8 +93,10 @@ class Kernel(nn.Module):
 
     def linear(self, index: int, x: Tensor) -> Tensor:
         """``x @ W.T`` with the matrix at ``index``, ``(..., in) -> (..., out)``."""
-        flat = x.reshape(-1, x.shape[-1])
-        return self.multiply(index, flat).view(*x.shape[:-1], -1)
+        if x.numel() == 0:  # an expert without tokens
+            return x.new_empty(*x.shape[:-1], self.out)
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        return self.multiply(index, flat).view(*x.shape[:-1], self.out)
 
     def multiply(self, index: int, x: Tensor) -> Tensor:
         """The same for ``(tokens, in)``."""

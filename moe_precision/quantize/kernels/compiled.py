@@ -161,7 +161,16 @@ def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     copy = types.FunctionType(
         function.__code__.replace(), function.__globals__, closure=function.__closure__, name=function.__name__
     )
-    return torch.compile(copy, fullgraph=True, dynamic=False)
+    compiled = torch.compile(copy, fullgraph=True, dynamic=False)
+
+    def call(*args: Tensor) -> Tensor:
+        try:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                return compiled(*args)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:  # as many modes and numbers of threads: slow, and right
+            return function(*args)
+
+    return call
 
 
 @cache
