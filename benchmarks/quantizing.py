@@ -1,5 +1,7 @@
 """Our fit against HQQ: time on one large matrix, and the loss of the demo's model with all experts at one width.
 
+What 8-bit scales cost is shown beside float16 scales, and for groups that share a block with a larger one.
+
     pip install -e .[benchmarks]
     python -m benchmarks.quantizing [--run runs/demo]
 
@@ -63,6 +65,17 @@ def speed() -> None:
         print(f"| {bits} | {times[0]:.1f} | {times[1]:.1f} | {times[0] / times[1]:.1f} |", flush=True)
 
 
+def uneven() -> None:
+    """Prints the relative error of groups whose neighbour in a block of stored scales is larger."""
+    print("\nrelative error of Gaussian groups of 64 beside one that is larger\n")
+    print("| times as large | 2 bits | 4 bits | 8 bits |\n|---|---|---|---|")
+    for times in (1, 10, 100):
+        weight = torch.randn(8, 2048, generator=torch.Generator().manual_seed(0))
+        weight[:, :64] *= times
+        errors = [(ours(weight, bits, 64) - weight)[:, 64:].norm() / weight[:, 64:].norm() for bits in (2, 4, 8)]
+        print(f"| {times} | " + " | ".join(f"{error:.4f}" for error in errors) + " |")
+
+
 @torch.no_grad()
 def loss(run: Path) -> None:
     """Prints the increase of the demo model's loss when all experts are quantized."""
@@ -98,5 +111,6 @@ if __name__ == "__main__":
     parser.add_argument("--run", type=Path, help="folder of a demo run, for the loss")
     options = parser.parse_args()
     speed()
+    uneven()
     if options.run:
         loss(options.run)
