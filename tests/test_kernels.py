@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +13,10 @@ from torch import nn
 from moe_precision import allocate, quantize_model
 from moe_precision.checkpoints import load_model
 from moe_precision.quantize import kernels
-from moe_precision.quantize.kernels import Matrices
+from moe_precision.quantize.kernels import Matrices, compiler, native
 from moe_precision.quantize.kernels.ark import Ark
-from moe_precision.quantize.kernels.compiled import Compiled
 from moe_precision.quantize.kernels.int4 import Int4
+from moe_precision.quantize.kernels.native import Native
 from moe_precision.quantize.packed import DenseMatrices, PackedMatrices, PackedProjection
 from moe_precision.quantize.packing import pack
 from moe_precision.quantize.scales import compress, expand
@@ -22,17 +24,17 @@ from tests.conftest import build, logits
 
 EVERY = [
     *((Int4, bits, 64, torch.bfloat16) for bits in (1, 2, 3, 4)),
-    *((Compiled, bits, 64, torch.bfloat16) for bits in (1, 3, 8)),
-    *((Compiled, bits, 32, torch.float32) for bits in (2, 5, 7)),
+    *((Native, bits, 64, torch.bfloat16) for bits in range(1, 9)),
+    *((Native, bits, 32, torch.float32) for bits in range(1, 9)),
+    (Native, 3, 64, torch.float16),
     *((Ark, bits, 64, torch.bfloat16) for bits in (2, 3, 4, 8)),
     *((Ark, bits, 32, torch.float32) for bits in (5, 6, 7)),
 ]
 
 
 @pytest.fixture
-def any_size(monkeypatch):
-    """Small matrices are compiled too, and ARK is taken on any CPU."""
-    monkeypatch.setattr("moe_precision.quantize.kernels.compiled._WORTH_COMPILING", 1)
+def any_cpu(monkeypatch):
+    """ARK is taken on any CPU."""
     monkeypatch.setattr("moe_precision.quantize.kernels.ark.is_intel", lambda: True)
 
 
@@ -60,7 +62,7 @@ def bucket(bits, group_size, count=2, out=48, inp=192):
 
 
 @pytest.mark.parametrize(("kernel", "bits", "group_size", "dtype"), EVERY)
-def test_products_and_the_way_back(kernel, bits, group_size, dtype, monkeypatch, any_size):
+def test_products_and_the_way_back(kernel, bits, group_size, dtype, monkeypatch, any_cpu):
     if kernel is Ark:
         pytest.importorskip("auto_round_kernel")
     use(monkeypatch, kernel)
@@ -82,8 +84,8 @@ def test_products_and_the_way_back(kernel, bits, group_size, dtype, monkeypatch,
     assert matrices.kernel is None
 
 
-def test_the_form_takes_little_more_memory_than_the_codes(monkeypatch, any_size):
-    for kernel, bits in ((Int4, 4), (Compiled, 1), (Compiled, 2), (Compiled, 3), (Compiled, 8), (Ark, 2), (Ark, 3)):
+def test_the_form_takes_little_more_memory_than_the_codes(monkeypatch, any_cpu):
+    for kernel, bits in ((Int4, 4), *((Native, bits) for bits in (1, 2, 3, 4, 5, 7, 8)), (Ark, 2), (Ark, 3)):
         if kernel is Ark:
             pytest.importorskip("auto_round_kernel")
         use(monkeypatch, kernel)
@@ -93,48 +95,121 @@ def test_the_form_takes_little_more_memory_than_the_codes(monkeypatch, any_size)
         assert sum(buffer.nbytes for buffer in matrices.buffers()) <= 1.2 * packed, (kernel, bits)
 
 
-def test_the_order_of_choice(monkeypatch, any_size):
+def test_the_order_of_choice(monkeypatch, any_cpu):
     def choice(bits, dtype=torch.bfloat16, device="cpu", training=False, out=64):
         return kernels.choose(kernels.Request(device, dtype, training, bits, out, 256, 128))
 
-    use(monkeypatch, Int4, Compiled)
-    assert [choice(bits) for bits in (1, 2, 3, 4, 5, 8)] == [Compiled, Compiled, Compiled, Int4, Compiled, Compiled]
-    assert choice(4, torch.float32) is choice(4, training=True) is Compiled
-    assert choice(2, out=40) is None
+    use(monkeypatch, Native, Int4)
+    assert {choice(bits) for bits in range(1, 9)} == {Native}
+    assert choice(4, torch.float32) is choice(4, training=True) is Native
+    assert choice(2, out=42) is None
     assert choice(2, device="cuda") is None
-    monkeypatch.setattr("moe_precision.quantize.kernels.compiled.compiler_works", lambda: False)
-    assert choice(2) is Int4  # twice the memory, but fast
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert choice(4) is choice(2) is Int4  # twice the memory at 2 bits, but fast
     assert choice(8) is choice(2, torch.float32) is None
     pytest.importorskip("auto_round_kernel")
-    use(monkeypatch, Ark, Int4, Compiled)
+    use(monkeypatch, Ark, Native, Int4)
     assert [choice(bits) for bits in (1, 2, 4, 8)] == [Int4, Ark, Ark, Ark]
 
 
-def test_small_matrices_are_not_compiled():
+# -- the kernel in C++ ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_library(monkeypatch, tmp_path):
+    """Nothing is compiled yet, here or in the cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    yield tmp_path / "moe_precision"
+    native.library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("compiler_is", "reason"),
+    [("", "no C"), ("no-such-compiler", "no C"), ("false", "exit status 1"), ("true", "cannot open|too short")],
+)
+def test_without_a_compiler_one_is_told(compiler_is, reason, no_library, monkeypatch):
+    monkeypatch.setenv("CXX", compiler_is)
+    with pytest.warns(UserWarning, match=rf"({reason}).*install a C\+\+ compiler"):
+        assert native.library() is None
+    assert native.library() is None  # once
     assert kernels.choose(kernels.Request("cpu", torch.float32, False, 2, 64, 256, 128)) is None
-    assert kernels.choose(kernels.Request("cpu", torch.float32, False, 2, 1024, 1024, 128)) is Compiled
 
 
-def test_without_a_compiler_one_is_told(monkeypatch):
-    from moe_precision.quantize.kernels import compiled
-
-    def broken(*_, **__):
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    compiled.compiler_works.cache_clear()
-    with pytest.warns(UserWarning, match=r"install a C\+\+ compiler"):
-        assert not compiled.compiler_works()
-    compiled.compiler_works.cache_clear()
+def test_a_kernel_that_miscalculates_is_not_taken(no_library, monkeypatch, tmp_path):
+    wrong = tmp_path / "native.cpp"
+    text = native._SOURCE.read_text()
+    assert text.count("(112 << 23)") == 1
+    wrong.write_text(text.replace("(112 << 23)", "(113 << 23)"))
+    monkeypatch.setattr(native, "_SOURCE", wrong)
+    with pytest.warns(UserWarning, match="wrong products at 1 bits"):
+        assert native.library() is None
 
 
-def test_the_form_follows_dtype_and_new_weights(monkeypatch, any_size):
-    use(monkeypatch, Int4, Compiled)
+def test_the_library_is_made_once(no_library, monkeypatch):
+    assert native.library() is not None
+    (made,) = no_library.iterdir()
+    native.library.cache_clear()
+    run = compiler._run
+    monkeypatch.setattr(compiler, "_run", lambda command: run(command) if "-E" in command else pytest.fail("compiled"))
+    assert native.library() is not None
+    assert list(no_library.iterdir()) == [made]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other names of CPUs")
+@pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3", "x86-64-v4"])
+def test_older_cpus(cpu, no_library, monkeypatch):
+    """SSE2, AVX2, and AVX-512 without bfloat16: the check after compiling is of every width and both dtypes."""
+    wanted = {"x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512f"}[cpu]
+    if wanted not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this CPU has no {wanted}")
+    monkeypatch.setattr(compiler, "_FLAGS", [f"-march={cpu}" if "march" in f else f for f in compiler._FLAGS])
+    library = native.library()
+    assert library.lanes() == {"x86-64": 4, "x86-64-v3": 8, "x86-64-v4": 16}[cpu]
+    assert not library.knows_bfloat16()
+
+
+def test_a_product_depends_on_nothing_else(monkeypatch):
+    """Not on the other tokens, and not on the number of threads."""
+    use(monkeypatch, Native)
+    matrices, x = bucket(3, 64), torch.randn(37, 192).bfloat16()
+    expected, threads = matrices.linear(0, x), torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            for first, last in ((0, 1), (1, 3), (4, 9), (9, 26), (0, 37)):
+                assert torch.equal(matrices.linear(0, x[first:last]), expected[first:last])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_smallest_scales(monkeypatch):
+    """Subnormal float16 numbers, where the CPU is told to flush subnormal numbers."""
+    use(monkeypatch, Native)
+    matrices, x = bucket(2, 64), torch.randn(3, 192)
+    tiny = torch.full(matrices.scale.shape, 2.0**-24)
+    for held, new in zip(matrices._held(), Matrices.of(matrices.codes, tiny.half(), tiny.half() * 3), strict=True):
+        held.copy_(new)
+    expected = x @ matrices.weight(0).T
+    assert expected.norm() > 0
+    flushed = torch.set_flush_denormal(True)
+    try:
+        torch.testing.assert_close(matrices.linear(0, x), expected, atol=0, rtol=1e-3)
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushed
+
+
+# -- the form that a bucket is in -------------------------------------------------------------------------------------
+
+
+def test_the_form_follows_dtype_and_new_weights(monkeypatch, any_cpu):
+    use(monkeypatch, Int4, Native)
     matrices, x = bucket(4, 64), torch.randn(3, 192)
     first = matrices.linear(0, x.bfloat16())
     assert isinstance(matrices.kernel, Int4)
     assert (matrices.linear(0, x) - first.float()).norm() / first.float().norm() < 0.01
-    assert isinstance(matrices.kernel, Compiled)
+    assert isinstance(matrices.kernel, Native)
     state = copy.deepcopy(matrices.state_dict())
     matrices.put(0, torch.randn(48, 192))
     assert not torch.equal(matrices.linear(0, x.bfloat16()), first)
@@ -142,16 +217,16 @@ def test_the_form_follows_dtype_and_new_weights(monkeypatch, any_size):
     assert torch.equal(matrices.linear(0, x.bfloat16()), first)
 
 
-def test_gradients_pass(monkeypatch, any_size):
-    use(monkeypatch, Int4, Compiled)
+def test_gradients_pass(monkeypatch, any_cpu):
+    use(monkeypatch, Int4, Native)
     matrices = bucket(4, 64)
     x = torch.randn(3, 192, requires_grad=True)
     matrices.linear(1, x).sum().backward()
     torch.testing.assert_close(x.grad, matrices.weight(1).sum(0).expand(3, -1))
 
 
-@pytest.mark.parametrize("kernel", [Int4, Compiled])
-def test_inputs_of_other_shapes(kernel, monkeypatch, any_size):
+@pytest.mark.parametrize("kernel", [Int4, Native])
+def test_inputs_of_other_shapes(kernel, monkeypatch, any_cpu):
     use(monkeypatch, kernel)
     matrices = bucket(4, 64)
     weight = matrices.weight(0)
@@ -163,15 +238,15 @@ def test_inputs_of_other_shapes(kernel, monkeypatch, any_size):
     assert isinstance(matrices.kernel, kernel)
 
 
-def test_as_many_matrices_as_rows(monkeypatch, any_size):
-    use(monkeypatch, Compiled)
+def test_as_many_matrices_as_rows(monkeypatch, any_cpu):
+    use(monkeypatch, Native)
     matrices = bucket(2, 32, count=32, out=32, inp=64)
     weight, x = matrices.weight(31), torch.randn(2, 64)
     torch.testing.assert_close(matrices.linear(31, x), x @ weight.T, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kernel", [Int4, Compiled])
-def test_what_is_made_in_inference_mode_outlives_it(kernel, monkeypatch, any_size):
+@pytest.mark.parametrize("kernel", [Int4, Native])
+def test_what_is_made_in_inference_mode_outlives_it(kernel, monkeypatch, any_cpu):
     use(monkeypatch, kernel)
     matrices, x = bucket(4, 64), torch.randn(3, 192).bfloat16()
     with torch.inference_mode():
@@ -182,7 +257,7 @@ def test_what_is_made_in_inference_mode_outlives_it(kernel, monkeypatch, any_siz
     assert torch.equal(matrices.linear(0, x), before)
 
 
-def test_a_pickle_holds_the_checkpoints_form(monkeypatch, any_size):
+def test_a_pickle_holds_the_checkpoints_form(monkeypatch, any_cpu):
     """torch's int4 order depends on the CPU: a pickle must not carry it to another one."""
     use(monkeypatch, Int4)
     matrices, x = bucket(4, 64), torch.randn(3, 192).bfloat16()
@@ -193,30 +268,15 @@ def test_a_pickle_holds_the_checkpoints_form(monkeypatch, any_size):
     assert torch.equal(again.linear(0, x), expected)
 
 
-def test_more_modes_than_torch_compiles_for(monkeypatch, any_size):
-    use(monkeypatch, Compiled)
-    matrices = bucket(2, 64)
-    x, expected = torch.randn(1, 192), None
-    threads = torch.get_num_threads()
-    try:
-        for number in range(1, 12):
-            torch.set_num_threads(number)
-            product = matrices.linear(0, x)
-            expected = product if expected is None else expected
-            torch.testing.assert_close(product, expected, atol=1e-4, rtol=1e-4)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_training_keeps_its_kernel(monkeypatch, any_size):
+def test_training_keeps_its_kernel(monkeypatch, any_cpu):
     """Gradient checkpointing runs forward without gradients and once more with them."""
-    use(monkeypatch, Int4, Compiled)
+    use(monkeypatch, Int4, Native)
     matrices, x = bucket(4, 64), torch.randn(3, 192).bfloat16()
     matrices.linear(0, x.clone().requires_grad_())
     kernel = matrices.kernel
     matrices.linear(0, x)
     assert matrices.kernel is kernel
-    assert isinstance(kernel, Compiled)
+    assert isinstance(kernel, Native)
 
 
 def test_grouped_is_what_the_loop_is():
@@ -241,9 +301,9 @@ def test_grouped_is_what_the_loop_is():
 
 
 @pytest.fixture
-def packed(any_size, monkeypatch, tmp_path):
+def packed(any_cpu, monkeypatch, tmp_path):
     """A Mixtral in bfloat16 on two kernels."""
-    use(monkeypatch, Int4, Compiled)
+    use(monkeypatch, Int4, Native)
     build("mixtral").save_pretrained(tmp_path / "float")
     model = load_model(tmp_path / "float", dtype=torch.bfloat16)
     plan = allocate(model, method="uniform", average_bits=4, bits=(4,), group_size=64)
@@ -255,7 +315,7 @@ def packed(any_size, monkeypatch, tmp_path):
 
 def test_the_model_says_what_runs_where(packed):
     expected = {
-        "bits_2": "torch.compile, 2 bits, 3 matrices of 256 x 64",
+        "bits_2": "C++, 2 bits, 3 matrices of 256 x 64",
         "bits_4": "torch int4, 4 bits, 4 matrices of 256 x 64",
         "bits_16": "float, torch.bfloat16, 1 matrices of 256 x 64",
     }
@@ -264,7 +324,7 @@ def test_the_model_says_what_runs_where(packed):
     assert {name: said[prefix + name] for name in expected} == expected
     logits(packed)
     assert packed.moe_precision_kernels() == said
-    assert {type(m.kernel) for m in packed.modules() if isinstance(m, PackedMatrices)} == {Compiled, Int4}
+    assert {type(m.kernel) for m in packed.modules() if isinstance(m, PackedMatrices)} == {Native, Int4}
 
 
 def test_a_second_save_after_a_forward(packed, tmp_path):

@@ -1,21 +1,21 @@
 """Multiplying by packed matrices: which kernel takes a bucket of them, and in whose form it is then kept, only there.
 
-On a CPU, the first that fits: Intel's ARK (`ark.py`, if ``auto-round-lib`` is installed), torch's int4 kernel for 4
-bits (`int4.py`), a kernel that ``torch.compile`` makes for any width (`compiled.py`), the int4 kernel for fewer bits,
-and last of all no kernel: the one matrix is dequantized and multiplied. On other devices there is no kernel yet, and
-the matrices of a bucket that have tokens are dequantized for one grouped product (`PackedProjection.grouped`).
+On a CPU, the first that fits: Intel's ARK (`ark.py`, if ``auto-round-lib`` is installed), a kernel in C++ that is
+compiled at its first use (`native.py`), torch's int4 kernel where there is no compiler (`int4.py`, up to 4 bits), and
+last of all no kernel: the one matrix is dequantized and multiplied. On other devices there is no kernel yet, and the
+matrices of a bucket that have tokens are dequantized for one grouped product (`PackedProjection.grouped`).
 """
 
 from __future__ import annotations
 
 from .ark import Ark
 from .base import Kernel, Matrices, Request, dequantize, scaled
-from .compiled import Compiled
 from .int4 import Int4
+from .native import Native
 
 __all__ = ["KERNELS", "Kernel", "Matrices", "Request", "choose", "dequantize", "scaled"]
 
-KERNELS: tuple[type[Kernel], ...] = (Ark, Int4, Compiled)
+KERNELS: tuple[type[Kernel], ...] = (Ark, Native, Int4)
 
 
 def choose(request: Request) -> type[Kernel] | None:

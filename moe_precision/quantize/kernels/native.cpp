@@ -1,0 +1,218 @@
+// Products with packed matrices of 1- to 8-bit codes, for any CPU whose C++ compiler knows GCC's vector types.
+//
+// Rows of a matrix stand side by side, one in each lane of a vector, so that no sum across lanes is needed. A lane's
+// 32-bit word holds codes of neighbouring columns in pairs, the first of a pair in its low half and the second in its
+// high half; 16 / bits pairs to a word, the first in the lowest bits. Tokens are taken in tiles, whose activations are
+// laid out pair by pair. Each token's product is summed in the same order, whatever the tile and the threads.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// As wide as a register, and as many tokens at a time as there are registers for.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8, TILE = 8;
+#else
+constexpr int LANES = 4, TILE = 8;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+template <typename Vector>
+inline Vector load(const void* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+// float16 to float32, right for subnormal numbers even where the CPU is told to flush them.
+inline Floats widened(Halves half) {
+  const Ints bits = __builtin_convertvector(half, Ints);
+  const Ints magnitude = bits & 0x7fff;
+  const Ints normal = (magnitude << 13) + (112 << 23);
+  const Ints subnormal = (Ints)(__builtin_convertvector(magnitude, Floats) * 0x1p-24f);
+  return (Floats)((magnitude < 0x400 ? subnormal : normal) | ((bits & 0x8000) << 16));
+}
+
+// Activations of two neighbouring columns, for any CPU.
+struct FloatPair {
+  typedef float Element;
+  float x[2];
+
+  static float value(float element) { return element; }
+  static constexpr float zero(int) { return 0; }  // what code 0 is taken for
+
+  template <int BITS, int TOKENS>
+  static inline void add(Floats (&sums)[TOKENS], Ints codes, const FloatPair* pairs) {
+    const Floats first = __builtin_convertvector(codes & 0xffff, Floats);
+    const Floats second = __builtin_convertvector(codes >> 16, Floats);
+#pragma GCC unroll 16
+    for (int t = 0; t < TOKENS; t++) sums[t] += first * pairs[t].x[0] + second * pairs[t].x[1];
+  }
+};
+
+#ifdef __AVX512BF16__
+// The same in bfloat16. A code of up to seven bits becomes the last bits of a float between 128 and 256.
+struct Bfloat16Pair {
+  typedef uint16_t Element;
+  uint16_t x[2];
+
+  static float value(uint16_t element) {
+    const uint32_t bits = (uint32_t)element << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+  static constexpr float zero(int bits) { return bits < 8 ? 128 : 0; }
+
+  template <int BITS, int TOKENS>
+  static inline void add(Floats (&sums)[TOKENS], Ints codes, const Bfloat16Pair* pairs) {
+    if (BITS < 8) return dot<TOKENS>(sums, codes | 0x43004300, pairs);
+    const Ints first = (Ints)__builtin_convertvector(codes & 0xffff, Floats);
+    const Ints second = (Ints)__builtin_convertvector(codes >> 16, Floats);
+    dot<TOKENS>(sums, (first >> 16) | (second & ~0xffff), pairs);
+  }
+
+  template <int TOKENS>
+  static inline void dot(Floats (&sums)[TOKENS], Ints weights, const Bfloat16Pair* pairs) {
+#pragma GCC unroll 16
+    for (int t = 0; t < TOKENS; t++) {
+      int32_t pair;
+      std::memcpy(&pair, pairs + t, sizeof pair);
+      sums[t] = (Floats)_mm512_dpbf16_ps((__m512)sums[t], (__m512bh)weights, (__m512bh)_mm512_set1_epi32(pair));
+    }
+  }
+};
+#endif
+
+struct Matrix {
+  const int32_t* words;    // (out / LANES, groups, words of a group, LANES)
+  const uint16_t* scale;   // (out / LANES, groups, LANES) float16
+  const uint16_t* offset;  // the same
+  int64_t out, groups, pairs;  // pairs of columns in a group
+};
+
+// The activations of a tile of tokens: (in / 2, width) pairs, and the sums of each group (groups, width).
+template <typename Pair>
+struct Tile {
+  int64_t first, tokens, width;
+  std::vector<Pair> pairs;
+  std::vector<float> sums;
+
+  Tile(const Matrix& m, const typename Pair::Element* x, int64_t first, int64_t tokens, int64_t width)
+      : first(first), tokens(tokens), width(width), pairs(m.groups * m.pairs * width), sums(m.groups * width) {
+    const int64_t columns = 2 * m.groups * m.pairs;
+    for (int64_t t = 0; t < tokens; t++) {
+      const typename Pair::Element* row = x + (first + t) * columns;
+      for (int64_t c = 0; c < columns; c++) {
+        pairs[c / 2 * width + t].x[c % 2] = row[c];
+        sums[c / (2 * m.pairs) * width + t] += Pair::value(row[c]);
+      }
+    }
+  }
+};
+
+// As many rows as there are lanes times the tokens of a tile.
+template <int BITS, int TOKENS, typename Pair>
+void multiply_block(const Matrix& m, int64_t block, const Tile<Pair>& tile, float* y) {
+  constexpr int IN_WORD = 16 / BITS;
+  const int64_t words_of_group = (m.pairs + IN_WORD - 1) / IN_WORD;
+  const int32_t* word = m.words + block * m.groups * words_of_group * LANES;
+  const Pair* x = tile.pairs.data();
+  Floats totals[TOKENS] = {};
+  for (int64_t group = 0; group < m.groups; group++) {
+    Floats sums[TOKENS] = {};
+    for (int64_t left = m.pairs; left > 0; left -= IN_WORD, word += LANES) {
+      const Ints codes = load<Ints>(word);
+      const auto add = [&](int place) __attribute__((always_inline)) {
+        Pair::template add<BITS, TOKENS>(sums, (codes >> (place * BITS)) & (0x10001 * ((1 << BITS) - 1)), x);
+        x += TOKENS;
+      };
+      if (left >= IN_WORD) {
+#pragma GCC unroll 16
+        for (int place = 0; place < IN_WORD; place++) add(place);
+      } else {
+        for (int place = 0; place < left; place++) add(place);
+      }
+    }
+    const Floats scale = widened(load<Halves>(m.scale + (block * m.groups + group) * LANES));
+    const Floats offset = widened(load<Halves>(m.offset + (block * m.groups + group) * LANES)) - scale * Pair::zero(BITS);
+#pragma GCC unroll 16
+    for (int t = 0; t < TOKENS; t++) totals[t] += scale * sums[t] + offset * tile.sums[group * TOKENS + t];
+  }
+  for (int64_t t = 0; t < tile.tokens; t++)
+    std::memcpy(y + (tile.first + t) * m.out + block * LANES, &totals[t], sizeof(Floats));
+}
+
+template <int BITS, typename Pair>
+void multiply_all(const Matrix& m, const void* x, float* y, int64_t tokens) {
+  std::vector<Tile<Pair>> tiles;
+  for (int64_t first = 0, width; first < tokens; first += width) {
+    width = TILE;
+    while (width / 2 >= tokens - first) width /= 2;
+    const int64_t filled = width < tokens - first ? width : tokens - first;
+    tiles.emplace_back(m, (const typename Pair::Element*)x, first, filled, width);
+  }
+#pragma omp parallel for schedule(static)
+  for (int64_t block = 0; block < m.out / LANES; block++)
+    for (const Tile<Pair>& tile : tiles) switch (tile.width) {
+        case 1: multiply_block<BITS, 1>(m, block, tile, y); break;
+        case 2: multiply_block<BITS, 2>(m, block, tile, y); break;
+        case 4: multiply_block<BITS, 4>(m, block, tile, y); break;
+        case 8: multiply_block<BITS, 8>(m, block, tile, y); break;
+#ifdef __AVX512F__
+        case 16: multiply_block<BITS, 16>(m, block, tile, y); break;
+#endif
+      }
+}
+
+template <typename Pair>
+void multiply(int bits, const Matrix& m, const void* x, float* y, int64_t tokens) {
+  switch (bits) {
+    case 1: return multiply_all<1, Pair>(m, x, y, tokens);
+    case 2: return multiply_all<2, Pair>(m, x, y, tokens);
+    case 3: return multiply_all<3, Pair>(m, x, y, tokens);
+    case 4: return multiply_all<4, Pair>(m, x, y, tokens);
+    case 5: return multiply_all<5, Pair>(m, x, y, tokens);
+    case 6: return multiply_all<6, Pair>(m, x, y, tokens);
+    case 7: return multiply_all<7, Pair>(m, x, y, tokens);
+    case 8: return multiply_all<8, Pair>(m, x, y, tokens);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Rows that stand side by side.
+int lanes() { return LANES; }
+
+// Whether activations may be bfloat16 here; float32 they may always be.
+int knows_bfloat16() {
+#ifdef __AVX512BF16__
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// y (tokens, out) = x (tokens, 2 * groups * pairs) times the transpose of the matrix.
+void multiply_packed(int bits, const int32_t* words, const uint16_t* scale, const uint16_t* offset, int64_t out,
+                     int64_t groups, int64_t pairs, const void* x, int is_bfloat16, float* y, int64_t tokens) {
+  const Matrix m = {words, scale, offset, out, groups, pairs};
+#ifdef __AVX512BF16__
+  if (is_bfloat16) return multiply<Bfloat16Pair>(bits, m, x, y, tokens);
+#endif
+  multiply<FloatPair>(bits, m, x, y, tokens);
+}
+
+}

@@ -1,0 +1,172 @@
+"""Unpack and multiply in one pass, for any width: C++ that is compiled for this CPU at its first use (`native.cpp`).
+
+Codes become floats in registers, for up to sixteen tokens at a time, so that one token costs little more than reading
+the codes, and many cost no more than a float matrix would. A token's product does not depend on how many others are
+multiplied with it, nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..packing import pack, unpack
+from .base import Kernel, Matrices, Request, scaled
+from .compiler import compiled
+
+_SOURCE = Path(__file__).with_name("native.cpp")
+
+
+class Native(Kernel):
+    """Words, scales and offsets, all with the rows of a block in the last dimension."""
+
+    name = "C++"
+
+    words: Tensor  # (count, out / lanes, in / group, words of a group, lanes) int32
+    scales: Tensor  # (count, out / lanes, in / group, lanes) float16
+    offsets: Tensor
+
+    @staticmethod
+    def fits(request: Request) -> bool:
+        if request.device != "cpu":
+            return False
+        built = library()
+        return built is not None and request.out % built.lanes() == 0
+
+    def __init__(self, matrices: Matrices, bits: int, group_size: int) -> None:
+        super().__init__(matrices, bits, group_size)
+        lanes = _built().lanes()
+        in_group = -(-group_size // len(_shifts(bits)))
+        words = torch.empty(self.count, self.out // lanes, self.inp // group_size, in_group, lanes, dtype=torch.int32)
+        for index, codes in enumerate(matrices.codes):
+            words[index] = to_words(unpack(codes, bits), bits, group_size, lanes)
+        scales, offsets = (torch.stack([_lanes(one, lanes) for one in tensor]) for tensor in matrices.floats())
+        self.keep(words=words, scales=scales, offsets=offsets)
+
+    def multiply(self, index: int, x: Tensor) -> Tensor:
+        return product(_built(), self.words[index], self.scales[index], self.offsets[index], self.bits, x)
+
+    def matrix(self, index: int) -> Matrices:
+        scale, offset = (t[index].movedim(-1, 1).flatten(0, 1).unsqueeze(0) for t in (self.scales, self.offsets))
+        return Matrices.of(pack(self.codes(index), self.bits).unsqueeze(0), scale, offset)
+
+    def codes(self, index: int) -> Tensor:
+        words = self.words[index].movedim(-1, 1).flatten(0, 1)  # (out, in / group, words)
+        shifts = torch.tensor(_shifts(self.bits), dtype=torch.int32)
+        codes = (words.unsqueeze(-1) >> shifts) & (2**self.bits - 1)
+        return codes.flatten(-2)[..., : self.group_size].to(torch.uint8).reshape(self.out, self.inp)
+
+
+def to_words(codes: Tensor, bits: int, group_size: int, lanes: int) -> Tensor:
+    """Codes in the order of the kernel.
+
+    Args:
+        codes: ``(out, in)`` uint8.
+        bits: Width of a code.
+        group_size: Weights that share a scale and an offset; words do not cross from one group to the next.
+        lanes: Rows that stand side by side.
+
+    Returns:
+        ``(out / lanes, in / group, words of a group, lanes)`` int32.
+    """
+    shifts = _shifts(bits)
+    groups = F.pad(codes.unflatten(1, (-1, group_size)), (0, -group_size % len(shifts))).unflatten(
+        -1, (-1, len(shifts))
+    )
+    words = torch.zeros(groups.shape[:-1], dtype=torch.int32)
+    for place, shift in enumerate(shifts):
+        words |= groups[..., place].int() << shift
+    return _lanes(words, lanes)
+
+
+def product(library: ctypes.CDLL, words: Tensor, scale: Tensor, offset: Tensor, bits: int, x: Tensor) -> Tensor:
+    """``x @ W.T`` for one matrix.
+
+    Args:
+        library: The compiled kernel.
+        words: ``(out / lanes, in / group, words of a group, lanes)`` int32, contiguous, as are the others.
+        scale: ``(out / lanes, in / group, lanes)`` float16.
+        offset: The same.
+        bits: Width of a code.
+        x: ``(tokens, in)`` of any float dtype.
+
+    Returns:
+        ``(tokens, out)`` of the dtype of ``x``; sums are in float32.
+    """
+    as_bfloat16 = x.dtype == torch.bfloat16 and bool(library.knows_bfloat16())
+    activations = x if as_bfloat16 else x.float()
+    blocks, groups, _, lanes = words.shape
+    y = torch.empty(len(x), blocks * lanes)
+    library.multiply_packed(
+        bits,
+        *(tensor.data_ptr() for tensor in (words, scale, offset)),
+        blocks * lanes,
+        groups,
+        x.shape[1] // groups // 2,
+        activations.data_ptr(),
+        as_bfloat16,
+        y.data_ptr(),
+        len(x),
+    )
+    return y.to(x.dtype)
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel; None, with a warning, where it cannot be had or does not give what the weights are."""
+    try:
+        return _checked(compiled(_SOURCE))
+    except OSError as error:
+        warnings.warn(
+            f"packed matrices are multiplied by slower ways, since their kernel cannot be compiled here ({error}): "
+            "install a C++ compiler with OpenMP (g++), or name one in CXX",
+            stacklevel=2,
+        )
+        return None
+
+
+def _built() -> ctypes.CDLL:
+    built = library()
+    assert built is not None, "kernels are made where they fit"
+    return built
+
+
+def _checked(built: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, its functions declared, after a product of every width.
+
+    Raises:
+        OSError: A product is not that of the dequantized weight.
+    """
+    number, address = ctypes.c_int64, ctypes.c_void_p
+    arguments: list[Any] = [ctypes.c_int, *[address] * 3, *[number] * 3, address, ctypes.c_int, address, number]
+    built.multiply_packed.argtypes = arguments
+    built.multiply_packed.restype = None
+    lanes, group_size = built.lanes(), 24  # with words that are not full
+    random = torch.Generator().manual_seed(0)
+    for bits in range(1, 9):
+        codes = torch.randint(0, 2**bits, (2 * lanes, 2 * group_size), generator=random, dtype=torch.uint8)
+        scale, offset = torch.randn(2, 2 * lanes, 2, generator=random).half()
+        form = to_words(codes, bits, group_size, lanes), _lanes(scale, lanes), _lanes(offset, lanes)
+        x = torch.randn(19, 2 * group_size, generator=random)  # tiles of several sizes
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+            got, exact = product(built, *form, bits, x.to(dtype)), x.to(dtype).float() @ scaled(codes, scale, offset).T
+            if not (got - exact).norm() <= tolerance * exact.norm():
+                raise OSError(f"compiled, it gives wrong products at {bits} bits with {dtype}: please report this")
+    return built
+
+
+def _shifts(bits: int) -> list[int]:
+    """Where the codes of neighbouring columns lie in a word: pairs, one in each half."""
+    return [bits * pair + half for pair in range(16 // bits) for half in (0, 16)]
+
+
+def _lanes(rows: Tensor, lanes: int) -> Tensor:
+    """``(out, ...)`` -> ``(out / lanes, ..., lanes)``."""
+    return rows.unflatten(0, (-1, lanes)).movedim(1, -1).contiguous()
