@@ -1,8 +1,12 @@
 """Kernels: each multiplies right, gives the checkpoint's bits back, and is the only form of the weights in memory."""
 
 import copy
+import itertools
+import os
 import pickle
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,8 @@ from torch import nn
 from moe_precision import allocate, quantize_model
 from moe_precision.checkpoints import load_model
 from moe_precision.quantize import kernels
-from moe_precision.quantize.kernels import Matrices, compiler, native
+from moe_precision.quantize import packed as packed_module
+from moe_precision.quantize.kernels import Matrices, compiler, grouped, native
 from moe_precision.quantize.kernels.ark import Ark
 from moe_precision.quantize.kernels.int4 import Int4
 from moe_precision.quantize.kernels.native import Native
@@ -56,7 +61,7 @@ def bucket(bits, group_size, count=2, out=48, inp=192):
     matrices.codes.copy_(pack(codes, bits))
     scale, offset = torch.rand(matrices.scale.shape) + 0.1, torch.randn(matrices.offset.shape)
     scale[0, 0, 0] = 0
-    for held, new in zip(matrices._held(), Matrices.of(matrices.codes, *stored(scale, offset)), strict=True):
+    for held, new in zip(matrices.held(), Matrices.of(matrices.codes, *stored(scale, offset)), strict=True):
         held.copy_(new)
     return matrices
 
@@ -188,7 +193,7 @@ def test_the_smallest_scales(monkeypatch):
     use(monkeypatch, Native)
     matrices, x = bucket(2, 64), torch.randn(3, 192)
     tiny = torch.full(matrices.scale.shape, 2.0**-24)
-    for held, new in zip(matrices._held(), Matrices.of(matrices.codes, tiny.half(), tiny.half() * 3), strict=True):
+    for held, new in zip(matrices.held(), Matrices.of(matrices.codes, tiny.half(), tiny.half() * 3), strict=True):
         held.copy_(new)
     expected = x @ matrices.weight(0).T
     assert expected.norm() > 0
@@ -279,22 +284,125 @@ def test_training_keeps_its_kernel(monkeypatch, any_cpu):
     assert isinstance(kernel, Native)
 
 
-def test_grouped_is_what_the_loop_is():
-    """What runs where there is no CPU: a bucket at a time, only experts that have rows."""
+# -- where there is no CPU --------------------------------------------------------------------------------------------
+
+
+def mixed_projection():
     torch.manual_seed(0)
-    projection = PackedProjection([3, 2, 16, 2, 8], (16, 64), 32, torch.float32)
+    projection = PackedProjection([3, 2, 16, 2, 8], (48, 64), 32, torch.float32)
     for expert in range(5):
-        projection.put(expert, torch.randn(16, 64))
-    x, counts = torch.randn(9, 64), [2, 0, 3, 3, 1]
-    torch.testing.assert_close(projection.grouped(x, counts), projection(x, counts))
+        projection.put(expert, torch.randn(48, 64))
+    x, starts = torch.randn(12, 64), torch.tensor([0, 2, 2, 5, 8, 9])  # the last three rows are no expert's
+    expected = torch.zeros(12, 48)
+    for expert, (first, last) in enumerate(itertools.pairwise(starts.tolist())):
+        expected[first:last] = x[first:last] @ projection.weight(expert).T
+    return projection, x, starts, expected
+
+
+@pytest.mark.parametrize("only", [(), (Native,)])
+def test_a_projection(only, monkeypatch):
+    use(monkeypatch, *only)
+    projection, x, starts, expected = mixed_projection()
+    torch.testing.assert_close(projection(x, starts), expected, atol=1e-5, rtol=1e-5)
+    assert {type(bucket_of.kernel) for bucket_of in projection.children() if isinstance(bucket_of, PackedMatrices)} == {
+        *(only or [type(None)])
+    }
+    strided = torch.stack([x, x], dim=-1)[..., 0]
+    torch.testing.assert_close(projection(strided, starts), expected, atol=1e-5, rtol=1e-5)
+    assert projection(x[:0], torch.zeros(6, dtype=torch.int64)).shape == (0, 48)
+
+
+def test_gradients_through_a_projection():
+    projection, x, starts, _ = mixed_projection()
+    projection(x.requires_grad_(), starts).sum().backward()
+    for expert, (first, last) in enumerate(itertools.pairwise(starts.tolist())):
+        torch.testing.assert_close(x.grad[first:last], projection.weight(expert).sum(0).expand(last - first, -1))
+    assert x.grad[9:].abs().max() == 0
+
+
+def test_dequantizing_a_bucket_for_one_launch(monkeypatch):
+    """What runs on a device without a kernel."""
+    projection, x, starts, expected = mixed_projection()
     asked = []
-    for bucket_of in projection.children():
-        bucket_of.weights = lambda indices, dtype, of=bucket_of: (
-            asked.append(len(indices)) or type(of).weights(of, indices, dtype)
-        )
-    projection.grouped(x, counts)
-    assert sorted(asked) == [1, 1, 1, 1]  # expert 1 has no row
-    assert projection.grouped(x[:0], [0] * 5).shape == projection(x[:0], [0] * 5).shape == (0, 16)
+
+    def dequantized(module, x, starts, experts, y):
+        weights = module.weights
+        module.weights = lambda indices, dtype: asked.append(len(indices)) or weights(indices, dtype)
+        packed_module._dequantized(module, x, starts, experts, y)
+
+    for kind in (PackedMatrices, DenseMatrices):
+        monkeypatch.setattr(kind, "grouped", dequantized)
+    torch.testing.assert_close(projection(x, starts), expected)
+    assert asked == [1, 1, 1, 1]  # expert 1 has no row
+    assert projection(x[:0], torch.zeros(6, dtype=torch.int64)).shape == (0, 48)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_triton(bits, dtype):
+    """In Triton's interpreter, which cannot multiply bfloat16."""
+    matrices, x = bucket(bits, 64, count=3), torch.randn(90, 192).to(dtype)
+    starts = torch.tensor([0, 3, 3, 5, 85])  # expert 0 is in another bucket, expert 1 has no row
+    for rows in (slice(0, 5), slice(0, 90)):  # few rows and many
+        y = torch.full((90, 48), 7.0, dtype=dtype)[rows]
+        ends = starts.clamp(max=len(y))
+        grouped.multiply(x[rows], ends, torch.tensor([1, 2, 3]), matrices.held(), bits, 64, y)
+        expected = torch.full((len(y), 48), 7.0)
+        for index, expert in enumerate((1, 2, 3)):
+            span = slice(ends[expert], ends[expert + 1])
+            expected[span] = x[rows][span].float() @ matrices.weight(index, dtype).float().T
+        assert (y.float() - expected).norm() <= (1e-5 if dtype == torch.float32 else 1e-3) * expected.norm()
+
+
+def test_buckets_through_triton(monkeypatch):
+    projection, x, starts, expected = mixed_projection()
+    asked = []
+    monkeypatch.setattr(grouped, "fits", lambda x, matrices: asked.append(len(matrices.codes)) or True)
+    monkeypatch.setattr(PackedMatrices, "_enter_kernel", lambda *_: pytest.fail("by another kernel"))
+    torch.testing.assert_close(projection(x, starts), expected, atol=1e-4, rtol=1e-4)
+    assert asked == [2, 1, 1]  # 2, 3 and 8 bits; the bucket of 16 bits is float
+
+
+def test_one_matrix_through_triton():
+    matrices = bucket(3, 64)
+    x = torch.randn(2, 5, 192)
+    one = Matrices(*(tensor[1:] for tensor in matrices.held()))
+    torch.testing.assert_close(grouped.linear(x, one, 3, 64), x @ matrices.weight(1).T, atol=1e-4, rtol=1e-4)
+
+
+def test_triton_that_does_not_work_is_not_taken(monkeypatch):
+    device = torch.device("cpu")
+    grouped.works.cache_clear()
+    assert grouped.works(device, torch.float32)
+    assert not grouped.works(device, torch.float64)
+    for failing, reason in ((lambda *_: None, "its products are off"), (lambda *_: 1 / 0, "ZeroDivisionError")):
+        grouped.works.cache_clear()
+        monkeypatch.setattr(grouped, "multiply", failing)
+        with pytest.warns(UserWarning, match=reason):
+            assert not grouped.works(device, torch.float32)
+    grouped.works.cache_clear()
+
+
+COMPILE_FOR_GPUS = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from moe_precision.quantize.kernels.triton_grouped import multiply_rows
+types = "*bf16 *bf16 *i64 *i64 *u8 *u8 *u8 *fp16 i32 i32 i32 i32".split()
+for capability, bits, rows in ((80, 3, 16), (90, 3, 64), (90, 8, 16)):
+    sizes = dict(zip(multiply_rows.arg_names[len(types) :], (bits, 128, 32, rows, 64, 16), strict=True))
+    signature = dict(zip(multiply_rows.arg_names, types + ["constexpr"] * len(sizes), strict=True))
+    made = compile(ASTSource(multiply_rows, signature, sizes), target=GPUTarget("cuda", capability, 32))
+    ptx = made.asm["ptx"]
+    assert made.asm["cubin"]
+    assert "bf16.bf16" in ptx  # tensor cores
+    assert "st.local" not in ptx  # no registers spilled
+"""
+
+
+def test_triton_compiles_for_gpus(tmp_path):
+    """Down to machine code, which needs no GPU."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", COMPILE_FOR_GPUS], check=True, env=environment)
 
 
 # -- whole models ----------------------------------------------------------------------------------------------------

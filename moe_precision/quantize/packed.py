@@ -7,6 +7,7 @@ that does not know this format then fails on its shape instead of filling the ex
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.integrations.moe import _grouped_linear
 
 from . import kernels
 from .fitting import Fit, quantize_matrix
-from .kernels import Kernel, Matrices
+from .kernels import Kernel, Matrices, grouped
 from .packing import pack
 from .scales import blocks_of
 
@@ -57,10 +58,11 @@ class PackedMatrices(nn.Module):
         """
         self.leave_kernel()
         codes, scale, offset = fit(weight, self.bits, self.group_size)
-        for held, new in zip(self._held(), Matrices.of(pack(codes, self.bits), scale, offset), strict=True):
+        for held, new in zip(self.held(), Matrices.of(pack(codes, self.bits), scale, offset), strict=True):
             held[index] = new
 
-    def _held(self) -> Matrices:
+    def held(self) -> Matrices:
+        """All matrices as the checkpoint holds them, where no kernel has another form of them."""
         return Matrices(self.codes, self.scale, self.offset, self.ends)
 
     def matrices(self, indices: list[int]) -> Matrices:
@@ -68,7 +70,7 @@ class PackedMatrices(nn.Module):
         if self.kernel is not None:
             parts = zip(*(self.kernel.matrix(index) for index in indices), strict=True)
             return Matrices(*(torch.cat(part) for part in parts))
-        return Matrices(*(held[indices] for held in self._held()))
+        return Matrices(*(held[indices] for held in self.held()))
 
     def weights(self, indices: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Some float matrices, ``(len(indices), out, in)``."""
@@ -91,7 +93,25 @@ class PackedMatrices(nn.Module):
         self._enter_kernel(self.request(x.device, x.dtype, training))
         if self.kernel is not None:
             return self.kernel.linear(index, x)
+        one = Matrices(*(held[index : index + 1] for held in self.held()))
+        if grouped.fits(x, one):
+            return grouped.linear(x, one, self.bits, self.group_size)
         return F.linear(x, self.weight(index, x.dtype))
+
+    def grouped(self, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor) -> None:
+        """See `Kernel.grouped`; gradients flow from ``y`` to ``x``."""
+        if grouped.fits(x, self.held()):
+            grouped.multiply(x, starts, experts, self.held(), self.bits, self.group_size, y)
+        elif x.device.type != "cpu":
+            _dequantized(self, x, starts, experts, y)
+        elif x.requires_grad and torch.is_grad_enabled():
+            _one_by_one(self, x, starts, experts, y)
+        else:
+            self._enter_kernel(self.request(x.device, x.dtype))
+            if self.kernel is not None:
+                self.kernel.grouped(x, starts, experts, y)
+            else:
+                _one_by_one(self, x, starts, experts, y)
 
     def request(self, device: torch.device, dtype: torch.dtype, training: bool = False) -> kernels.Request:
         """What a kernel would have to do for activations of this kind."""
@@ -109,7 +129,7 @@ class PackedMatrices(nn.Module):
         if choice is None or type(self.kernel) is not choice:
             self.leave_kernel()
         if choice is not None and self.kernel is None:
-            self.kernel = choice(self._held(), self.bits, self.group_size)
+            self.kernel = choice(self.held(), self.bits, self.group_size)
             self.codes = self.scale = self.offset = self.ends = None  # type: ignore[assignment]
         self._chosen_for = request
 
@@ -162,6 +182,7 @@ class DenseMatrices(nn.Module):
 
     def __init__(self, count: int, out: int, inp: int, dtype: torch.dtype, device: Any = None) -> None:
         super().__init__()
+        self.shape = count, out, inp
         self.register_buffer("matrices", torch.empty(count, out, inp, dtype=dtype, device=device))
 
     def put(self, index: int, weight: Tensor, fit: Fit = quantize_matrix) -> None:
@@ -180,6 +201,10 @@ class DenseMatrices(nn.Module):
         """``x @ W.T`` for ``x`` ``(..., in)``."""
         return F.linear(x, self.matrices[index])
 
+    def grouped(self, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor) -> None:
+        """See `Kernel.grouped`; gradients flow from ``y`` to ``x``."""
+        (_one_by_one if x.device.type == "cpu" else _dequantized)(self, x, starts, experts, y)
+
 
 class PackedProjection(nn.Module):
     """One projection of all experts of a layer, bucketed by width: children ``bits_2``, ``bits_3``, ...
@@ -197,15 +222,17 @@ class PackedProjection(nn.Module):
         super().__init__()
         self.out = shape[0]
         self._place: list[tuple[str, int]] = []  # expert -> (bucket, index in it)
-        counts: dict[int, int] = {}
-        for width in bits:
-            self._place.append((f"bits_{width}", counts.get(width, 0)))
-            counts[width] = counts.get(width, 0) + 1
-        for width in sorted(counts):
+        self._experts: dict[str, list[int]] = {f"bits_{width}": [] for width in sorted(set(bits))}  # and back
+        for expert, width in enumerate(bits):
+            experts = self._experts[f"bits_{width}"]
+            self._place.append((f"bits_{width}", len(experts)))
+            experts.append(expert)
+        for width in sorted(set(bits)):
+            count = len(self._experts[f"bits_{width}"])
             bucket = (
-                DenseMatrices(counts[width], *shape, dtype=dtype, device=device)
+                DenseMatrices(count, *shape, dtype=dtype, device=device)
                 if width == 16
-                else PackedMatrices(counts[width], *shape, bits=width, group_size=group_size, device=device)
+                else PackedMatrices(count, *shape, bits=width, group_size=group_size, device=device)
             )
             self.add_module(f"bits_{width}", bucket)
 
@@ -224,37 +251,47 @@ class PackedProjection(nn.Module):
         bucket, index = self._place[expert]
         return self.get_submodule(bucket).linear(index, x)  # type: ignore[operator]
 
-    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
         """Each row times the matrix of its expert.
 
         Args:
             x: ``(rows, in)``, those of expert 0 first.
-            counts: Rows of each expert.
+            starts: ``(experts + 1,)`` int64: where the rows of each expert begin, and where those of all end.
 
         Returns:
-            ``(rows, out)``.
+            ``(rows, out)``; 0 in rows that are no expert's.
         """
-        if x.device.type != "cpu":
-            return self.grouped(x, counts)
-        by_expert = zip(range(len(counts)), x.split(counts), strict=True)
-        products = [self.linear(expert, rows) for expert, rows in by_expert if len(rows)]
-        return torch.cat(products) if products else x.new_empty(0, self.out)
+        y = x.new_zeros(len(x), self.out)
+        for bucket, experts in self._experts.items():
+            self.get_submodule(bucket).grouped(x, starts, _indices(tuple(experts), x.device), y)  # type: ignore[operator]
+        return y
 
-    def grouped(self, x: Tensor, counts: list[int]) -> Tensor:
-        """The same, a bucket at a time: its experts that have rows are dequantized and multiplied in one launch."""
-        experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # of each row
-        rows, products = [], []
-        for bucket, module in self.named_children():
-            used = [e for e, count in enumerate(counts) if count and self._place[e][0] == bucket]
-            if not used:
-                continue
-            rows.append(torch.isin(experts, torch.tensor(used)).nonzero().flatten().to(x.device))
-            ends = torch.tensor([counts[e] for e in used]).cumsum(0).to(x.device, torch.int32)
-            weights = module.weights([self._place[e][1] for e in used], x.dtype)  # type: ignore[operator]
-            products.append(_grouped_linear(x[rows[-1]], weights, ends))
-        if not rows:
-            return x.new_empty(0, self.out)
-        return torch.cat(products)[torch.cat(rows).argsort()]
+
+def _one_by_one(
+    matrices: PackedMatrices | DenseMatrices, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor
+) -> None:
+    """`Kernel.grouped` with one product for each expert that has rows."""
+    for index, rows in kernels.spans(starts, experts):
+        y[rows] = matrices.linear(index, x[rows])
+
+
+def _dequantized(
+    matrices: PackedMatrices | DenseMatrices, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor
+) -> None:
+    """The same in one launch, with float weights of the experts that have rows."""
+    used = kernels.spans(starts, experts)
+    if used:
+        rows = torch.cat([torch.arange(rows.start, rows.stop) for _, rows in used]).to(x.device)
+        ends = torch.tensor([rows.stop - rows.start for _, rows in used]).cumsum(0).to(x.device, torch.int32)
+        weights = matrices.weights([index for index, _ in used], x.dtype)
+        y.index_copy_(0, rows, _grouped_linear(x[rows], weights, ends))
+
+
+@lru_cache(maxsize=4096)
+def _indices(experts: tuple[int, ...], device: torch.device) -> Tensor:
+    """On the device once, so that no product waits for a copy."""
+    with torch.inference_mode(False):
+        return torch.tensor(experts, device=device)
 
 
 class PackedLinear(nn.Module):
@@ -299,19 +336,20 @@ def packed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
     """
     first = "gate_up_proj" if self.has_gate else "up_proj"
     experts, order = top_k_index.flatten().sort(stable=True)  # (S * k,)
-    counts = experts.bincount(minlength=self.num_experts)[: self.num_experts].tolist()  # the only host sync
-    experts, order = experts[: sum(counts)], order[: sum(counts)]
+    starts = torch.searchsorted(experts, torch.arange(self.num_experts + 1).to(experts))
     tokens = order // top_k_index.shape[1]
-    hidden = self.packed[first](hidden_states[tokens], counts)
+    biased = experts.clamp(max=self.num_experts - 1)  # whose bias
+    hidden = self.packed[first](hidden_states[tokens], starts)
     if self.has_bias:
-        hidden = hidden + getattr(self, f"{first}_bias")[experts]
+        hidden = hidden + getattr(self, f"{first}_bias")[biased]
     hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-    result = self.packed["down_proj"](hidden, counts)
+    result = self.packed["down_proj"](hidden, starts)
     if self.has_bias:
-        result = result + self.down_proj_bias[experts]
+        result = result + self.down_proj_bias[biased]
     if getattr(self, "has_post_expert_norm", False):
         result = self.post_expert_norm(result)
-    result = (result * top_k_weights.flatten()[order, None]).to(hidden_states.dtype)
+    weights = top_k_weights.flatten()[order].masked_fill(experts >= self.num_experts, 0)  # (S * k,)
+    result = (result * weights.unsqueeze(1)).to(hidden_states.dtype)
     return torch.zeros_like(hidden_states).index_add_(0, tokens, result)
 
 
@@ -335,5 +373,7 @@ def kernels_of(model: nn.Module) -> dict[str, str]:
             if module._chosen_for is None:
                 kernel = kernels.choose(module.request(module.codes.device, dtype))
             by = kernel.name if kernel is not None else "dequantize"
+            if module.codes is not None and module.codes.is_cuda and grouped.works(module.codes.device, dtype):
+                by = "Triton"
             found[path] = f"{by}, {module.bits} bits, {count} matrices of {out} x {inp}"
     return found

@@ -2,18 +2,18 @@
 
 On a CPU, the first that fits: Intel's ARK (`ark.py`, if ``auto-round-lib`` is installed), a kernel in C++ that is
 compiled at its first use (`native.py`), torch's int4 kernel where there is no compiler (`int4.py`, up to 4 bits), and
-last of all no kernel: the one matrix is dequantized and multiplied. On other devices there is no kernel yet, and the
-matrices of a bucket that have tokens are dequantized for one grouped product (`PackedProjection.grouped`).
+last of all no kernel: the one matrix is dequantized and multiplied. On a GPU a kernel in Triton multiplies a bucket in
+one launch (`grouped.py`); where there is none, its matrices that have tokens are dequantized for one grouped product.
 """
 
 from __future__ import annotations
 
 from .ark import Ark
-from .base import Kernel, Matrices, Request, dequantize, scaled
+from .base import Kernel, Matrices, Request, dequantize, scaled, spans
 from .int4 import Int4
 from .native import Native
 
-__all__ = ["KERNELS", "Kernel", "Matrices", "Request", "choose", "dequantize", "scaled"]
+__all__ = ["KERNELS", "Kernel", "Matrices", "Request", "choose", "dequantize", "scaled", "spans"]
 
 KERNELS: tuple[type[Kernel], ...] = (Ark, Native, Int4)
 

@@ -102,6 +102,18 @@ class Kernel(nn.Module):
         """The same for ``(tokens, in)``."""
         raise NotImplementedError
 
+    def grouped(self, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor) -> None:
+        """Writes each row's product with the matrix of its expert; rows of other experts are left as they are.
+
+        Args:
+            x: ``(rows, in)``, those of expert 0 first.
+            starts: ``(experts of the layer + 1,)`` int64: where the rows of each expert begin, and where all end.
+            experts: ``(count,)`` int64: whose matrices these are.
+            y: ``(rows, out)`` of the dtype of ``x``, contiguous.
+        """
+        for index, rows in spans(starts, experts):
+            y[rows] = self.linear(index, x[rows])
+
     def matrix(self, index: int) -> Matrices:
         """One matrix as the checkpoint holds it, bit for bit: a bucket of one."""
         one = slice(index, index + 1)
@@ -120,6 +132,13 @@ class Kernel(nn.Module):
         """Holds tensors that move with the module and are not saved."""
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
+
+
+def spans(starts: Tensor, experts: Tensor) -> list[tuple[int, slice]]:
+    """Matrices whose experts have rows, and the rows."""
+    bounds = starts.tolist()
+    of_each = ((index, slice(bounds[expert], bounds[expert + 1])) for index, expert in enumerate(experts.tolist()))
+    return [(index, rows) for index, rows in of_each if rows.start < rows.stop]
 
 
 def dequantize(packed: Tensor, scale: Tensor, offset: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

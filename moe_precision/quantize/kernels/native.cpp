@@ -48,7 +48,8 @@ struct FloatPair {
   typedef float Element;
   float x[2];
 
-  static float value(float element) { return element; }
+  static float value(Element element) { return element; }
+  static void store(Element* y, Floats sums) { std::memcpy(y, &sums, sizeof sums); }
   static constexpr float zero(int) { return 0; }  // what code 0 is taken for
 
   template <int BITS, int TOKENS>
@@ -66,11 +67,15 @@ struct Bfloat16Pair {
   typedef uint16_t Element;
   uint16_t x[2];
 
-  static float value(uint16_t element) {
+  static float value(Element element) {
     const uint32_t bits = (uint32_t)element << 16;
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
+  }
+  static void store(Element* y, Floats sums) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)sums);
+    std::memcpy(y, &rounded, sizeof rounded);
   }
   static constexpr float zero(int bits) { return bits < 8 ? 128 : 0; }
 
@@ -94,28 +99,33 @@ struct Bfloat16Pair {
 };
 #endif
 
-struct Matrix {
-  const int32_t* words;    // (out / LANES, groups, words of a group, LANES)
-  const uint16_t* scale;   // (out / LANES, groups, LANES) float16
+struct Matrices {
+  const int32_t* words;    // (count, out / LANES, groups, words of a group, LANES)
+  const uint16_t* scale;   // (count, out / LANES, groups, LANES) float16
   const uint16_t* offset;  // the same
   int64_t out, groups, pairs;  // pairs of columns in a group
 };
 
-// The activations of a tile of tokens: (in / 2, width) pairs, and the sums of each group (groups, width).
+// The activations of some tokens of one expert: (in / 2, width) pairs, and the sums of each group (groups, width).
 template <typename Pair>
 struct Tile {
   int64_t first, tokens, width;
   std::vector<Pair> pairs;
   std::vector<float> sums;
 
-  Tile(const Matrix& m, const typename Pair::Element* x, int64_t first, int64_t tokens, int64_t width)
-      : first(first), tokens(tokens), width(width), pairs(m.groups * m.pairs * width), sums(m.groups * width) {
-    const int64_t columns = 2 * m.groups * m.pairs;
+  void fill(const typename Pair::Element* x, int64_t groups, int64_t pairs_of_group) {
+    pairs.resize(groups * pairs_of_group * width);
+    sums.resize(groups * width);
     for (int64_t t = 0; t < tokens; t++) {
-      const typename Pair::Element* row = x + (first + t) * columns;
-      for (int64_t c = 0; c < columns; c++) {
-        pairs[c / 2 * width + t].x[c % 2] = row[c];
-        sums[c / (2 * m.pairs) * width + t] += Pair::value(row[c]);
+      const typename Pair::Element* row = x + (first + t) * groups * pairs_of_group * 2;
+      Pair* to = pairs.data() + t;
+      for (int64_t group = 0; group < groups; group++) {
+        float partial[8] = {};  // several, since each addition waits for the one before; pairs come in fours
+        for (int64_t pair = 0; pair < pairs_of_group; pair += 4, row += 8) {
+          for (int i = 0; i < 4; i++, to += width) std::memcpy(to, row + 2 * i, sizeof(Pair));
+          for (int i = 0; i < 8; i++) partial[i] += Pair::value(row[i]);
+        }
+        for (float part : partial) sums[group * width + t] += part;
       }
     }
   }
@@ -123,7 +133,7 @@ struct Tile {
 
 // As many rows as there are lanes times the tokens of a tile.
 template <int BITS, int TOKENS, typename Pair>
-void multiply_block(const Matrix& m, int64_t block, const Tile<Pair>& tile, float* y) {
+void multiply_block(const Matrices& m, int64_t block, const Tile<Pair>& tile, typename Pair::Element* y) {
   constexpr int IN_WORD = 16 / BITS;
   const int64_t words_of_group = (m.pairs + IN_WORD - 1) / IN_WORD;
   const int32_t* word = m.words + block * m.groups * words_of_group * LANES;
@@ -149,43 +159,65 @@ void multiply_block(const Matrix& m, int64_t block, const Tile<Pair>& tile, floa
 #pragma GCC unroll 16
     for (int t = 0; t < TOKENS; t++) totals[t] += scale * sums[t] + offset * tile.sums[group * TOKENS + t];
   }
-  for (int64_t t = 0; t < tile.tokens; t++)
-    std::memcpy(y + (tile.first + t) * m.out + block * LANES, &totals[t], sizeof(Floats));
+  const int64_t column = block % (m.out / LANES) * LANES;
+  for (int64_t t = 0; t < tile.tokens; t++) Pair::store(y + (tile.first + t) * m.out + column, totals[t]);
 }
 
 template <int BITS, typename Pair>
-void multiply_all(const Matrix& m, const void* x, float* y, int64_t tokens) {
-  std::vector<Tile<Pair>> tiles;
-  for (int64_t first = 0, width; first < tokens; first += width) {
-    width = TILE;
-    while (width / 2 >= tokens - first) width /= 2;
-    const int64_t filled = width < tokens - first ? width : tokens - first;
-    tiles.emplace_back(m, (const typename Pair::Element*)x, first, filled, width);
-  }
-#pragma omp parallel for schedule(static)
-  for (int64_t block = 0; block < m.out / LANES; block++)
-    for (const Tile<Pair>& tile : tiles) switch (tile.width) {
-        case 1: multiply_block<BITS, 1>(m, block, tile, y); break;
-        case 2: multiply_block<BITS, 2>(m, block, tile, y); break;
-        case 4: multiply_block<BITS, 4>(m, block, tile, y); break;
-        case 8: multiply_block<BITS, 8>(m, block, tile, y); break;
+void multiply_tile(const Matrices& m, int64_t block, const Tile<Pair>& tile, typename Pair::Element* y) {
+  switch (tile.width) {
+    case 1: return multiply_block<BITS, 1>(m, block, tile, y);
+    case 2: return multiply_block<BITS, 2>(m, block, tile, y);
+    case 4: return multiply_block<BITS, 4>(m, block, tile, y);
+    case 8: return multiply_block<BITS, 8>(m, block, tile, y);
 #ifdef __AVX512F__
-        case 16: multiply_block<BITS, 16>(m, block, tile, y); break;
+    case 16: return multiply_block<BITS, 16>(m, block, tile, y);
 #endif
-      }
+  }
+}
+
+template <int BITS, typename Pair>
+void multiply_all(const Matrices& m, const typename Pair::Element* x, typename Pair::Element* y, const int64_t* starts,
+                  const int64_t* experts, int64_t count) {
+  std::vector<Tile<Pair>> tiles;
+  std::vector<int64_t> used, ends = {0};  // matrices that have rows, and where the tiles of each end
+  for (int64_t matrix = 0; matrix < count; matrix++) {
+    const int64_t last = starts[experts[matrix] + 1];
+    for (int64_t first = starts[experts[matrix]], width; first < last; first += width) {
+      width = TILE;
+      while (width / 2 >= last - first) width /= 2;
+      tiles.push_back({first, width < last - first ? width : last - first, width, {}, {}});
+    }
+    if ((int64_t)tiles.size() == ends.back()) continue;
+    used.push_back(matrix);
+    ends.push_back(tiles.size());
+  }
+  const int64_t blocks = m.out / LANES;
+#pragma omp parallel
+  {
+#pragma omp for schedule(dynamic)
+    for (size_t i = 0; i < tiles.size(); i++) tiles[i].fill(x, m.groups, m.pairs);
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t i = 0; i < (int64_t)used.size() * blocks; i++)
+      for (int64_t tile = ends[i / blocks]; tile < ends[i / blocks + 1]; tile++)
+        multiply_tile<BITS, Pair>(m, used[i / blocks] * blocks + i % blocks, tiles[tile], y);
+  }
 }
 
 template <typename Pair>
-void multiply(int bits, const Matrix& m, const void* x, float* y, int64_t tokens) {
+void multiply(int bits, const Matrices& m, const void* x, void* y, const int64_t* starts, const int64_t* experts,
+              int64_t count) {
+  const auto from = (const typename Pair::Element*)x;
+  const auto to = (typename Pair::Element*)y;
   switch (bits) {
-    case 1: return multiply_all<1, Pair>(m, x, y, tokens);
-    case 2: return multiply_all<2, Pair>(m, x, y, tokens);
-    case 3: return multiply_all<3, Pair>(m, x, y, tokens);
-    case 4: return multiply_all<4, Pair>(m, x, y, tokens);
-    case 5: return multiply_all<5, Pair>(m, x, y, tokens);
-    case 6: return multiply_all<6, Pair>(m, x, y, tokens);
-    case 7: return multiply_all<7, Pair>(m, x, y, tokens);
-    case 8: return multiply_all<8, Pair>(m, x, y, tokens);
+    case 1: return multiply_all<1, Pair>(m, from, to, starts, experts, count);
+    case 2: return multiply_all<2, Pair>(m, from, to, starts, experts, count);
+    case 3: return multiply_all<3, Pair>(m, from, to, starts, experts, count);
+    case 4: return multiply_all<4, Pair>(m, from, to, starts, experts, count);
+    case 5: return multiply_all<5, Pair>(m, from, to, starts, experts, count);
+    case 6: return multiply_all<6, Pair>(m, from, to, starts, experts, count);
+    case 7: return multiply_all<7, Pair>(m, from, to, starts, experts, count);
+    case 8: return multiply_all<8, Pair>(m, from, to, starts, experts, count);
   }
 }
 
@@ -196,7 +228,7 @@ extern "C" {
 // Rows that stand side by side.
 int lanes() { return LANES; }
 
-// Whether activations may be bfloat16 here; float32 they may always be.
+// Whether activations and products may be bfloat16 here; float32 they may always be.
 int knows_bfloat16() {
 #ifdef __AVX512BF16__
   return 1;
@@ -205,14 +237,16 @@ int knows_bfloat16() {
 #endif
 }
 
-// y (tokens, out) = x (tokens, 2 * groups * pairs) times the transpose of the matrix.
+// Rows starts[e] to starts[e + 1] of y (rows, out) become those of x (rows, 2 * groups * pairs) times the transpose of
+// matrix i, for each i below count, whose expert is e = experts[i].
 void multiply_packed(int bits, const int32_t* words, const uint16_t* scale, const uint16_t* offset, int64_t out,
-                     int64_t groups, int64_t pairs, const void* x, int is_bfloat16, float* y, int64_t tokens) {
-  const Matrix m = {words, scale, offset, out, groups, pairs};
+                     int64_t groups, int64_t pairs, int is_bfloat16, const void* x, void* y, const int64_t* starts,
+                     const int64_t* experts, int64_t count) {
+  const Matrices m = {words, scale, offset, out, groups, pairs};
 #ifdef __AVX512BF16__
-  if (is_bfloat16) return multiply<Bfloat16Pair>(bits, m, x, y, tokens);
+  if (is_bfloat16) return multiply<Bfloat16Pair>(bits, m, x, y, starts, experts, count);
 #endif
-  multiply<FloatPair>(bits, m, x, y, tokens);
+  multiply<FloatPair>(bits, m, x, y, starts, experts, count);
 }
 
 }

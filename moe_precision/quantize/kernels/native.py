@@ -51,7 +51,18 @@ class Native(Kernel):
         self.keep(words=words, scales=scales, offsets=offsets)
 
     def multiply(self, index: int, x: Tensor) -> Tensor:
-        return product(_built(), self.words[index], self.scales[index], self.offsets[index], self.bits, x)
+        y = x.new_empty(len(x), self.out)
+        form = tuple(tensor[index : index + 1] for tensor in self.form)
+        multiply(_built(), form, self.bits, x, torch.tensor([0, len(x)]), torch.tensor([0]), y)
+        return y
+
+    def grouped(self, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor) -> None:
+        multiply(_built(), self.form, self.bits, x.contiguous(), starts, experts, y)
+
+    @property
+    def form(self) -> tuple[Tensor, ...]:
+        """What `multiply` takes."""
+        return self.words, self.scales, self.offsets
 
     def matrix(self, index: int) -> Matrices:
         scale, offset = (t[index].movedim(-1, 1).flatten(0, 1).unsqueeze(0) for t in (self.scales, self.offsets))
@@ -86,36 +97,36 @@ def to_words(codes: Tensor, bits: int, group_size: int, lanes: int) -> Tensor:
     return _lanes(words, lanes)
 
 
-def product(library: ctypes.CDLL, words: Tensor, scale: Tensor, offset: Tensor, bits: int, x: Tensor) -> Tensor:
-    """``x @ W.T`` for one matrix.
+def multiply(
+    library: ctypes.CDLL,
+    form: tuple[Tensor, ...],
+    bits: int,
+    x: Tensor,
+    starts: Tensor,
+    experts: Tensor,
+    y: Tensor,
+) -> None:
+    """See `Kernel.grouped`; all tensors are contiguous, and sums are in float32.
 
     Args:
         library: The compiled kernel.
-        words: ``(out / lanes, in / group, words of a group, lanes)`` int32, contiguous, as are the others.
-        scale: ``(out / lanes, in / group, lanes)`` float16.
-        offset: The same.
+        form: Words ``(count, out / lanes, in / group, words of a group, lanes)`` int32; scales
+            ``(count, out / lanes, in / group, lanes)`` float16; offsets, the same.
         bits: Width of a code.
-        x: ``(tokens, in)`` of any float dtype.
-
-    Returns:
-        ``(tokens, out)`` of the dtype of ``x``; sums are in float32.
+        x: ``(rows, in)`` of any float dtype.
+        starts: ``(experts of the layer + 1,)`` int64.
+        experts: ``(count,)`` int64.
+        y: ``(rows, out)`` of the dtype of ``x``.
     """
-    as_bfloat16 = x.dtype == torch.bfloat16 and bool(library.knows_bfloat16())
-    activations = x if as_bfloat16 else x.float()
-    blocks, groups, _, lanes = words.shape
-    y = torch.empty(len(x), blocks * lanes)
-    library.multiply_packed(
-        bits,
-        *(tensor.data_ptr() for tensor in (words, scale, offset)),
-        blocks * lanes,
-        groups,
-        x.shape[1] // groups // 2,
-        activations.data_ptr(),
-        as_bfloat16,
-        y.data_ptr(),
-        len(x),
-    )
-    return y.to(x.dtype)
+    as_it_is = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and bool(library.knows_bfloat16()))
+    given, result = (x, y) if as_it_is else (x.float(), y.float())
+    _, blocks, groups, _, lanes = form[0].shape
+    sizes = blocks * lanes, groups, x.shape[1] // groups // 2
+    matrices = (tensor.data_ptr() for tensor in form)
+    rows = (tensor.data_ptr() for tensor in (given, result, starts, experts))
+    library.multiply_packed(bits, *matrices, *sizes, given.dtype == torch.bfloat16, *rows, len(experts))
+    if result is not y:
+        y.copy_(result)
 
 
 @cache
@@ -145,18 +156,25 @@ def _checked(built: ctypes.CDLL) -> ctypes.CDLL:
         OSError: A product is not that of the dequantized weight.
     """
     number, address = ctypes.c_int64, ctypes.c_void_p
-    arguments: list[Any] = [ctypes.c_int, *[address] * 3, *[number] * 3, address, ctypes.c_int, address, number]
+    arguments: list[Any] = [ctypes.c_int, *[address] * 3, *[number] * 3, ctypes.c_int, *[address] * 4, number]
     built.multiply_packed.argtypes = arguments
     built.multiply_packed.restype = None
     lanes, group_size = built.lanes(), 24  # with words that are not full
     random = torch.Generator().manual_seed(0)
+    starts, experts = torch.tensor([0, 1, 5, 24]), torch.tensor([2, 0])  # expert 1 has no matrix here
     for bits in range(1, 9):
-        codes = torch.randint(0, 2**bits, (2 * lanes, 2 * group_size), generator=random, dtype=torch.uint8)
-        scale, offset = torch.randn(2, 2 * lanes, 2, generator=random).half()
-        form = to_words(codes, bits, group_size, lanes), _lanes(scale, lanes), _lanes(offset, lanes)
-        x = torch.randn(19, 2 * group_size, generator=random)  # tiles of several sizes
+        codes = torch.randint(0, 2**bits, (2, 2 * lanes, 2 * group_size), generator=random, dtype=torch.uint8)
+        scale, offset = torch.randn(2, 2, 2 * lanes, 2, generator=random).half()
+        weights = scaled(codes, scale, offset)
+        words = torch.stack([to_words(one, bits, group_size, lanes) for one in codes])
+        form = words, *(torch.stack([_lanes(one, lanes) for one in of_all]) for of_all in (scale, offset))
+        x = torch.randn(24, 2 * group_size, generator=random)
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-            got, exact = product(built, *form, bits, x.to(dtype)), x.to(dtype).float() @ scaled(codes, scale, offset).T
+            got = torch.zeros(24, 2 * lanes, dtype=dtype)
+            multiply(built, form, bits, x.to(dtype), starts, experts, got)
+            exact = torch.zeros(24, 2 * lanes)
+            for weight, rows in zip(weights, (slice(5, 24), slice(0, 1)), strict=True):
+                exact[rows] = x[rows].to(dtype).float() @ weight.T
             if not (got - exact).norm() <= tolerance * exact.norm():
                 raise OSError(f"compiled, it gives wrong products at {bits} bits with {dtype}: please report this")
     return built
