@@ -384,25 +384,31 @@ def test_triton_that_does_not_work_is_not_taken(monkeypatch):
 
 
 COMPILE_FOR_GPUS = """
+import subprocess, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from moe_precision.quantize.kernels import grouped
 from moe_precision.quantize.kernels.triton_grouped import multiply_rows
 types = "*bf16 *bf16 *i64 *i64 *u8 *u8 *u8 *fp16 i32 i32 i32 i32".split()
-for capability, bits, rows in ((80, 3, 16), (90, 3, 64), (90, 8, 16)):
-    sizes = dict(zip(multiply_rows.arg_names[len(types) :], (bits, 128, 32, rows, 64, 16), strict=True))
+for capability, bits, rows in ((80, 3, grouped._MANY), (90, 2, grouped._MANY), (90, 8, grouped._FEW)):
+    sizes = (bits, 128, grouped.BLOCK, rows, grouped._COLUMNS, grouped._EIGHTS)
     signature = dict(zip(multiply_rows.arg_names, types + ["constexpr"] * len(sizes), strict=True))
-    made = compile(ASTSource(multiply_rows, signature, sizes), target=GPUTarget("cuda", capability, 32))
-    ptx = made.asm["ptx"]
-    assert made.asm["cubin"]
-    assert "bf16.bf16" in ptx  # tensor cores
-    assert "st.local" not in ptx  # no registers spilled
+    source = ASTSource(multiply_rows, signature, dict(zip(multiply_rows.arg_names[len(types) :], sizes, strict=True)))
+    made = compile(source, GPUTarget("cuda", capability, 32), {"num_warps": grouped._WARPS})
+    assert "bf16.bf16" in made.asm["ptx"]  # tensor cores
+    with open(sys.argv[1], "wb") as file:
+        file.write(made.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", sys.argv[1]]
+    usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "Function multiply_rows" in usage and " STACK:0 " in usage, usage  # no registers spilled
 """
 
 
 def test_triton_compiles_for_gpus(tmp_path):
     """Down to machine code, which needs no GPU."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", COMPILE_FOR_GPUS], check=True, env=environment)
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", COMPILE_FOR_GPUS, str(tmp_path / "cubin")]
+    subprocess.run(command, check=True, env=environment)
 
 
 # -- whole models ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from ..scales import BLOCK
 from .base import Matrices, dequantize
 
 _COLUMNS, _EIGHTS = 64, 16  # of the output, and eights of the input, at a time
-_FEW, _MANY = 16, 64  # rows of an expert at a time
+_FEW, _MANY = 16, 32  # rows of an expert at a time: with more, registers are spilled
+_WARPS = 8
 _INT32 = 2**31
 _TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-3}  # TF32 is allowed in float32
 
@@ -76,6 +77,7 @@ def multiply(
         *(x, y, starts, experts, *matrices),
         *(out, x.shape[1], groups, matrices.ends.shape[1]),
         *(bits, group_size, BLOCK, rows_at_once, _COLUMNS, _EIGHTS),
+        num_warps=_WARPS,
     )
 
 
