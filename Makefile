@@ -33,6 +33,7 @@ benchmarks: .venv/installed
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.annealing
 	$(BIN)/python -m benchmarks.inference
+	$(BIN)/python -m benchmarks.layers
 
 # the tables of docs/evidence-tables.md and docs/annealing-tables.md; hours
 evidence: .venv/installed

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from . import tables
 from .allocation import (
@@ -24,7 +25,7 @@ from .allocation import (
     levels_of,
 )
 from .checkpoint_signals import StreamingError
-from .checkpoints import load_model, stored_bits_per_expert_weight, tensor_bytes, weight_files
+from .checkpoints import empty_model, load_model, stored_bits_per_expert_weight, tensor_bytes, weight_files
 from .curvature import Curvature, curvature_of_losses, curvature_path
 from .export import ENGINES, TARGETS, export, plan_of_checkpoint
 from .files import check_writable, replaced_when_done
@@ -269,6 +270,9 @@ def _rouge_of(data: Any, examples: int) -> Callable[[Any], float]:
 def _quantize(options: argparse.Namespace) -> None:
     plan = PrecisionPlan.load(options.plan)
     check_writable(Path(options.out).parent / "config.json")
+    if options.backend == "auto-round":
+        _quantize_with_auto_round(options, plan)
+        return
     curvature = options.curvature or _beside(options.plan)
     annealed = Path(options.plan).with_suffix(".grid.safetensors")
     grid = options.grid or (annealed if annealed.is_file() else None)
@@ -283,6 +287,24 @@ def _quantize(options: argparse.Namespace) -> None:
     before, after = (sum(tensor_bytes(folder).values()) / 1e6 for folder in (options.checkpoint, options.out))
     bits = stored_bits_per_expert_weight(options.out, plan)
     print(f"wrote {options.out}: {before:.2f} MB -> {after:.2f} MB, {bits:.3f} stored bits per expert weight")
+
+
+def _quantize_with_auto_round(options: argparse.Namespace, plan: PrecisionPlan) -> None:
+    from .auto_round import quantize_with_auto_round
+
+    ours = {"--curvature": options.curvature, "--grid": options.grid, "--non-expert-bits": options.non_expert_bits}
+    given = [name for name, value in ours.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: not with --backend auto-round, which fits the weights itself")
+    blocks: list[Any] = []
+    if options.iterations:
+        model = empty_model(options.checkpoint, AutoConfig.from_pretrained(options.checkpoint))
+        batches = _data(options, options.checkpoint, model).train_dataloader()
+        whole = (row for batch in batches for row in batch["input_ids"][(batch["labels"] != -100).all(dim=1)])
+        blocks = list(islice(whole, options.samples))
+    for note in quantize_with_auto_round(options.checkpoint, plan, options.out, blocks, options.iterations):
+        print(note, file=sys.stderr)
+    print(f"wrote {options.out} in AutoRound's format; load it in a process that loads no float model afterwards")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -488,6 +510,24 @@ def _parser() -> argparse.ArgumentParser:
         default="250MB",
         help="of a packed file; memory holds one, and a larger layer has its own (default 250MB)",
     )
+
+    quantize.add_argument(
+        "--backend",
+        choices=["moe-precision", "auto-round"],
+        default="moe-precision",
+        help="auto-round: AutoRound tunes the rounding on text and writes its own format (needs the whole float model "
+        "in memory, and `pip install moe-precision[auto-round]`); the options below are for it",
+    )
+    quantize.add_argument(
+        "--iterations",
+        type=int,
+        default=200,
+        help="of AutoRound's tuning, a decoder layer; 0 rounds to the nearest, without text (default 200)",
+    )
+    quantize.add_argument(
+        "--samples", type=_positive, default=128, help="blocks of 256 training tokens to tune on (default 128)"
+    )
+    add_dataset(quantize)
 
     as_config = add(
         "export",

@@ -4,8 +4,10 @@ import pytest
 from auto_round import AutoRound
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moe_precision.cli import main
 from moe_precision.export import export, plan_of_checkpoint
 from tests.conftest import fresh_python
+from tests.exports.conftest import TEXT
 
 
 def test_every_expert_gets_its_bits_and_the_model_loads(checkpoint, plan, tmp_path):
@@ -32,6 +34,40 @@ layers = float_experts(sys.argv[2])
 model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
 assert not info["missing_keys"] and not info["unexpected_keys"], info
 check_experts(model, layers, PrecisionPlan.load(sys.argv[3]))
+"""
+
+
+def test_tuned_on_text_by_the_command(checkpoint, plan, tmp_path, capsys):
+    """`quantize --backend auto-round`: the plan's bits, attention untouched, closer than rounding to nearest."""
+    plan.save(tmp_path / "plan.json")
+    (tmp_path / "text.txt").write_text(TEXT)
+    errors = {}
+    for iterations in ("0", "20"):
+        out = tmp_path / f"tuned-{iterations}"
+        command = ["quantize", str(checkpoint), str(tmp_path / "plan.json"), str(out), "--backend", "auto-round"]
+        tuning = ["--iterations", iterations, "--samples", "8", "--dataset", str(tmp_path / "text.txt")]
+        assert main([*command, *tuning]) == 0
+        assert plan_of_checkpoint(out).diff(plan) == []
+        errors[iterations] = float(fresh_python(_ERROR, str(out), str(checkpoint)).split()[-1])
+    assert errors["20"] < errors["0"] < 1
+    assert "AutoRound's format" in capsys.readouterr().out
+
+
+_ERROR = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from tests.exports.conftest import TEXT
+tokens = AutoTokenizer.from_pretrained(sys.argv[2])(TEXT[-3000:], return_tensors="pt").input_ids[:, :512]
+with torch.no_grad():
+    float_model = AutoModelForCausalLM.from_pretrained(sys.argv[2])
+    expected = float_model.model(tokens).last_hidden_state.float()
+    model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    for one, other in zip(model.model.layers, float_model.model.layers, strict=True):
+        weights = one.self_attn.q_proj.weight.float(), other.self_attn.q_proj.weight.float()
+        torch.testing.assert_close(*weights, atol=1e-3, rtol=1e-3)
+    found = model.model(tokens).last_hidden_state.float()
+print(float((found - expected).norm() / expected.norm()))
 """
 
 

@@ -1,11 +1,10 @@
-"""A layer's packed experts on a GPU against bfloat16 in transformers' ``grouped_mm``, side by side in one process.
+"""A layer's packed experts against bfloat16 in transformers' ``grouped_mm``, on a GPU or a CPU, in one process.
 
-    python -m benchmarks.gpu
+    python -m benchmarks.layers
 
 Mixtral's layer (8 experts of 4096 x 14336, top 2) and one of 128 experts (2048 x 768, top 8), experts of 2 and 3 bits
 by turns. Decode is one token and eight, prefill 2048. The bandwidth is that of reading the bytes of every expert that
-has a token, in each form, and its share of what a copy of the same card reaches. With ``--device cpu`` and ``--shrink``
-the same is run anywhere, to see that it works.
+has a token, in each form, and its share of what a copy reaches on the same device.
 """
 
 from __future__ import annotations
@@ -44,18 +43,18 @@ def copy_bandwidth(device: str, size: int) -> float:
 
 
 @torch.no_grad()
-def main(device: str, shrink: int) -> None:
+def main(device: str) -> None:
     """Prints the table."""
-    name = torch.cuda.get_device_name() if device == "cuda" else device
-    best = copy_bandwidth(device, (1 << 30) // shrink)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    best = copy_bandwidth(device, 1 << 30)
     print(f"{name}, torch {torch.__version__}; a copy reads and writes {best / 1e9:.0f} GB/s\n")
     head = ["layer", "tokens", "bf16, ms", "ours, ms", "ratio", "bf16, GB/s", "ours, GB/s", "ours, share of a copy's"]
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     used = {}
     for layer, (hidden, intermediate, count, top) in LAYERS.items():
         config = MixtralConfig(
-            hidden_size=hidden // shrink,
-            intermediate_size=intermediate // shrink,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
             num_local_experts=count,
             num_experts_per_tok=top,
             num_hidden_layers=1,
@@ -92,7 +91,6 @@ def main(device: str, shrink: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="default: cuda")
-    parser.add_argument("--shrink", type=int, default=1, help="divide the layers' widths by this (default: 1)")
-    options = parser.parse_args()
-    main(options.device, options.shrink)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="cuda or cpu (default: a GPU if there is one)")
+    main(parser.parse_args().device)
