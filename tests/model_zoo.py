@@ -11,7 +11,6 @@ import math
 import re
 import sys
 import warnings
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -235,28 +234,36 @@ def eight_bit_error(model: PreTrainedModel) -> float | None:
     ):
         if not 1e-6 < weight.abs().max() < 100:  # a few classes leave experts as the memory was
             weight.normal_(0, 0.02)
-    before = _output(model)
+    inputs = next((inputs for inputs in _inputs(model) if _runs(model, inputs)), None)
+    before = None if inputs is None else _output(model, inputs)
     quantize_model(model, plan)
-    if before is None:
+    if inputs is None or before is None:
         return None
-    after = _output(model)
-    assert after is not None
+    after = _output(model, inputs)
     errors = (after - before).norm(dim=-1) / before.norm(dim=-1)  # a token whose expert changes is no error of packing
     return float(errors.median())
 
 
-def _output(model: PreTrainedModel) -> torch.Tensor | None:
-    """Logits, or whatever a model gives first, for fixed tokens, or vectors if it takes no tokens."""
+def _inputs(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
+    """Fixed tokens, and vectors for a model that takes no tokens."""
     random = torch.Generator().manual_seed(1)
     tokens, vectors = torch.randint(3, 128, (2, 9), generator=random), 0.02 * torch.randn(2, 9, 64, generator=random)
     extra = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+    return [{"input_ids": tokens, **extra}, {"inputs_embeds": vectors, **extra}]
+
+
+def _runs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> bool:
+    try:
+        _output(model, inputs)
+    except Exception:  # towers of multimodal models want pictures or sound
+        return False
+    return True
+
+
+def _output(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits, or whatever a model gives first."""
     model = getattr(model, "thinker", model)  # what gives text, of a model that also speaks
-    output = None
-    for inputs in ({"input_ids": tokens}, {"inputs_embeds": vectors}):
-        with suppress(Exception):  # towers of multimodal models want pictures or sound
-            output = output or model(**inputs, use_cache=False, **extra)
-    if output is None:
-        return None
+    output = model(**inputs, use_cache=False)
     tensors = [value for value in output.to_tuple() if isinstance(value, torch.Tensor) and value.is_floating_point()]
     return output.logits if "logits" in output else tensors[0]
 

@@ -6,7 +6,8 @@ that does not know this format then fails on its shape instead of filling the ex
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -84,6 +85,7 @@ class PackedMatrices(nn.Module):
     @torch.compiler.disable
     def linear(self, index: int, x: Tensor) -> Tensor:
         """``x @ W.T`` for ``x`` ``(..., in)``; gradients flow to ``x``."""
+        self._check(x)
         if x.requires_grad and torch.is_grad_enabled():
             return _Product.apply(x, self, index)
         return self.product(index, x)
@@ -100,6 +102,7 @@ class PackedMatrices(nn.Module):
 
     def grouped(self, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor) -> None:
         """See `Kernel.grouped`; gradients flow from ``y`` to ``x``."""
+        self._check(x)
         if grouped.fits(x, self.held()):
             grouped.multiply(x, starts, experts, self.held(), self.bits, self.group_size, y)
         elif x.device.type != "cpu":
@@ -113,6 +116,10 @@ class PackedMatrices(nn.Module):
             else:
                 _one_by_one(self, x, starts, experts, y)
 
+    def _check(self, x: Tensor) -> None:
+        if x.shape[-1] != self.shape[2]:
+            raise ValueError(f"got rows of width {x.shape[-1]}, expected {self.shape[2]}, that of the packed matrices")
+
     def request(self, device: torch.device, dtype: torch.dtype, training: bool = False) -> kernels.Request:
         """What a kernel would have to do for activations of this kind."""
         return kernels.Request(device.type, dtype, training, self.bits, *self.shape[1:], self.group_size)
@@ -121,7 +128,7 @@ class PackedMatrices(nn.Module):
         if self._chosen_for is not None and self._chosen_for.training:  # forward and backward take turns
             request = request._replace(training=True)
         if request != self._chosen_for:
-            with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the caller's mode
+            with _plain():
                 self._change_kernel(request)
 
     def _change_kernel(self, request: kernels.Request) -> None:
@@ -136,7 +143,7 @@ class PackedMatrices(nn.Module):
     def leave_kernel(self) -> None:
         """Back to the form of the checkpoint; the next product chooses again."""
         if self.kernel is not None:
-            with torch.inference_mode(False), torch.no_grad():
+            with _plain():
                 self.codes, self.scale, self.offset, self.ends = self.matrices(list(range(self.shape[0])))
             self.kernel = None
         self._chosen_for = None
@@ -160,6 +167,13 @@ class PackedMatrices(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.leave_kernel()
         super()._load_from_state_dict(*args, **kwargs)
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """Whatever the caller's modes: what is made here outlives them. Kernels are on CPUs."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        yield
 
 
 class _Product(torch.autograd.Function):
@@ -260,7 +274,16 @@ class PackedProjection(nn.Module):
 
         Returns:
             ``(rows, out)``; 0 in rows that are no expert's.
+
+        Raises:
+            ValueError: ``starts`` is not what it should be (on a GPU its values are not looked at).
         """
+        if starts.dtype != torch.int64 or starts.shape != (len(self._place) + 1,):
+            raise ValueError(
+                f"starts is {tuple(starts.shape)} of {starts.dtype}, expected ({len(self._place) + 1},) of torch.int64"
+            )
+        if x.device.type == "cpu" and not 0 <= int(starts[0]) <= int(starts[-1]) <= len(x):
+            raise ValueError(f"starts goes from {int(starts[0])} to {int(starts[-1])}, but there are {len(x)} rows")
         y = x.new_zeros(len(x), self.out)
         for bucket, experts in self._experts.items():
             self.get_submodule(bucket).grouped(x, starts, _indices(tuple(experts), x.device), y)  # type: ignore[operator]
@@ -271,8 +294,12 @@ def _one_by_one(
     matrices: PackedMatrices | DenseMatrices, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor
 ) -> None:
     """`Kernel.grouped` with one product for each expert that has rows."""
-    for index, rows in kernels.spans(starts, experts):
-        y[rows] = matrices.linear(index, x[rows])
+    used = kernels.spans(starts, experts)
+    if used:
+        rows = torch.cat([torch.arange(rows.start, rows.stop, device=x.device) for _, rows in used])
+        parts = x[rows].split([rows.stop - rows.start for _, rows in used])
+        products = [matrices.linear(index, part) for (index, _), part in zip(used, parts, strict=True)]
+        y.index_copy_(0, rows, torch.cat(products).to(y.dtype))  # one step for autograd
 
 
 def _dequantized(
@@ -281,10 +308,11 @@ def _dequantized(
     """The same in one launch, with float weights of the experts that have rows."""
     used = kernels.spans(starts, experts)
     if used:
-        rows = torch.cat([torch.arange(rows.start, rows.stop) for _, rows in used]).to(x.device)
-        ends = torch.tensor([rows.stop - rows.start for _, rows in used]).cumsum(0).to(x.device, torch.int32)
+        rows = torch.cat([torch.arange(rows.start, rows.stop, device=x.device) for _, rows in used])
+        counts = torch.tensor([rows.stop - rows.start for _, rows in used], device=x.device)
+        ends = counts.cumsum(0, dtype=torch.int32)
         weights = matrices.weights([index for index, _ in used], x.dtype)
-        y.index_copy_(0, rows, _grouped_linear(x[rows], weights, ends))
+        y.index_copy_(0, rows, _grouped_linear(x[rows], weights, ends).to(y.dtype))
 
 
 @lru_cache(maxsize=4096)
@@ -328,7 +356,7 @@ def packed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
     Args:
         self: The experts module, with ``packed`` holding a `PackedProjection` for each projection.
         hidden_states: ``(S, H)``.
-        top_k_index: ``(S, k)`` expert indices; an index >= num_experts means "not here".
+        top_k_index: ``(S, k)`` expert indices; one below 0 or >= num_experts means "not here".
         top_k_weights: ``(S, k)``.
 
     Returns:
@@ -336,9 +364,9 @@ def packed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
     """
     first = "gate_up_proj" if self.has_gate else "up_proj"
     experts, order = top_k_index.flatten().sort(stable=True)  # (S * k,)
-    starts = torch.searchsorted(experts, torch.arange(self.num_experts + 1).to(experts))
+    starts = torch.searchsorted(experts, torch.arange(self.num_experts + 1, dtype=experts.dtype, device=experts.device))
     tokens = order // top_k_index.shape[1]
-    biased = experts.clamp(max=self.num_experts - 1)  # whose bias
+    biased = experts.clamp(0, self.num_experts - 1)  # whose bias
     hidden = self.packed[first](hidden_states[tokens], starts)
     if self.has_bias:
         hidden = hidden + getattr(self, f"{first}_bias")[biased]
@@ -348,7 +376,7 @@ def packed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         result = result + self.down_proj_bias[biased]
     if getattr(self, "has_post_expert_norm", False):
         result = self.post_expert_norm(result)
-    weights = top_k_weights.flatten()[order].masked_fill(experts >= self.num_experts, 0)  # (S * k,)
+    weights = top_k_weights.flatten()[order].masked_fill(experts != biased, 0)  # (S * k,)
     result = (result * weights.unsqueeze(1)).to(hidden_states.dtype)
     return torch.zeros_like(hidden_states).index_add_(0, tokens, result)
 
@@ -356,10 +384,11 @@ def packed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
 def kernels_of(model: nn.Module) -> dict[str, str]:
     """Which kernel multiplies the packed matrices of each module of a model.
 
-    What has not been used yet is told for activations of the model's dtype, where the weights are now.
+    What has not been used yet is told for activations of the model's dtype, where the weights are now. On a GPU a
+    product through which gradients flow is dequantized, whatever is said here.
 
     Returns:
-        Module path -> for example ``"torch.compile, 2 bits, 3 matrices of 4096 x 14336"``.
+        Module path -> for example ``"C++, 2 bits, 3 matrices of 4096 x 14336"``.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     found = {}

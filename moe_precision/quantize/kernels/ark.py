@@ -37,7 +37,7 @@ class Ark(Kernel):
             and 2 <= request.bits <= 8
             and request.out % 16 == 0
             and request.group_size % 32 == 0
-            and is_intel()  # elsewhere it computes in float32, no faster than what torch.compile makes
+            and is_intel()  # elsewhere it computes in float32, slower than `native.py`
             and find_spec("auto_round_kernel") is not None
         )
 

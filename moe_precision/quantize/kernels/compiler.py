@@ -6,11 +6,11 @@ import ctypes
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
-
-from ...files import replaced_when_done
 
 _FLAGS = ["-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
 _SECONDS = 300  # until a compiler is taken for hung
@@ -22,32 +22,51 @@ def compiled(source: Path) -> ctypes.CDLL:
     """The library that a C++ file gives, from the cache if this compiler made it of this text for this kind of CPU.
 
     The compiler is ``$CXX``, or ``c++``. The cache is ``$XDG_CACHE_HOME/moe_precision``, by default in ``~/.cache``. It
-    may be shared by machines of different kinds.
+    may be shared by machines of different kinds. A library's hash is in its name: one that is damaged is made anew.
 
     Raises:
         OSError: There is no compiler, it fails, its library cannot be loaded, or the cache cannot be written to.
     """
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        raise OSError(f"no C++ compiler {os.environ.get('CXX', 'c++')!r}")
-    text = source.read_bytes()
-    # what -march=native means here, and which version of the compiler it is: the commands that it would run
-    meaning = _run([compiler, *_FLAGS, "-###", "-E", "-x", "c++", os.devnull])
-    key = hashlib.sha256(text + meaning.encode()).hexdigest()[:20]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "moe_precision")
-    library = cache / f"{source.stem}-{key}.so"
-    if not library.is_file():
-        log.info("compiling %s with %s: a few seconds, once on this machine", source.name, compiler)
-        cache.mkdir(parents=True, exist_ok=True)
-        with replaced_when_done(library) as temporary:
-            _run([compiler, *_FLAGS, "-o", str(temporary), str(source)])
+    wanted = shlex.split(os.environ.get("CXX", "c++"))
+    found = shutil.which(wanted[0]) if wanted else None
+    if found is None:
+        raise OSError(f"no C++ compiler {' '.join(wanted)!r}")
+    wanted[0] = os.path.abspath(found)
+    # what -march=native means here, and which version of the compiler it is: the command that it would run
+    said = _run([*wanted, *_FLAGS, "-###", "-E", "-x", "c++", os.devnull]).splitlines()
+    meaning = [line for line in said if "cc1" in line or " version " in line]
+    key = _hash("\n".join(meaning).encode() + source.read_bytes())
+    cache = _cache()
+    for library in cache.glob(f"{source.stem}-{key}-*.so"):
+        if library.stem.endswith(_hash(library.read_bytes())):
+            return ctypes.CDLL(str(library))
+    log.info("compiling %s with %s: a few seconds, once on this machine", source.name, " ".join(wanted))
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        made = Path(folder, "made.so")
+        _run([*wanted, *_FLAGS, "-o", str(made), os.path.abspath(source)])
+        library = cache / f"{source.stem}-{key}-{_hash(made.read_bytes())}.so"
+        made.replace(library)
     return ctypes.CDLL(str(library))
+
+
+def _cache() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "moe_precision").resolve()
+    except RuntimeError as error:  # no HOME, and nobody whom the system knows
+        raise OSError(f"{error}; name a folder in XDG_CACHE_HOME") from error
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:20]
 
 
 def _run(command: list[str]) -> str:
     """What a command writes to stderr."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False)
+        done = subprocess.run(  # in a folder that is always the same, since clang's commands name it
+            command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False, cwd="/"
+        )
     except subprocess.TimeoutExpired as error:
         raise OSError(f"{command[0]} did not end in {_SECONDS} s") from error
     if done.returncode:

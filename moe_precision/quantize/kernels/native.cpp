@@ -40,7 +40,8 @@ inline Floats widened(Halves half) {
   const Ints magnitude = bits & 0x7fff;
   const Ints normal = (magnitude << 13) + (112 << 23);
   const Ints subnormal = (Ints)(__builtin_convertvector(magnitude, Floats) * 0x1p-24f);
-  return (Floats)((magnitude < 0x400 ? subnormal : normal) | ((bits & 0x8000) << 16));
+  const Ints finite = magnitude < 0x400 ? subnormal : normal;
+  return (Floats)((magnitude < 0x7c00 ? finite : (magnitude << 13) | 0x7f800000) | ((bits & 0x8000) << 16));
 }
 
 // Activations of two neighbouring columns, for any CPU.
@@ -52,8 +53,10 @@ struct FloatPair {
   static void store(Element* y, Floats sums) { std::memcpy(y, &sums, sizeof sums); }
   static constexpr float zero(int) { return 0; }  // what code 0 is taken for
 
+  // Adds the products with the pair of codes at one place of a word.
   template <int BITS, int TOKENS>
-  static inline void add(Floats (&sums)[TOKENS], Ints codes, const FloatPair* pairs) {
+  static inline void add(Floats (&sums)[TOKENS], Ints word, int place, const FloatPair* pairs) {
+    const Ints codes = (word >> (place * BITS)) & (0x10001 * ((1 << BITS) - 1));
     const Floats first = __builtin_convertvector(codes & 0xffff, Floats);
     const Floats second = __builtin_convertvector(codes >> 16, Floats);
 #pragma GCC unroll 16
@@ -62,7 +65,8 @@ struct FloatPair {
 };
 
 #ifdef __AVX512BF16__
-// The same in bfloat16. A code of up to seven bits becomes the last bits of a float between 128 and 256.
+// The same in bfloat16. A code of up to seven bits becomes the first bits of the mantissa of a float between 2^bits and
+// twice as much, which is the code and 2^bits.
 struct Bfloat16Pair {
   typedef uint16_t Element;
   uint16_t x[2];
@@ -77,14 +81,20 @@ struct Bfloat16Pair {
     const __m256bh rounded = _mm512_cvtneps_pbh((__m512)sums);
     std::memcpy(y, &rounded, sizeof rounded);
   }
-  static constexpr float zero(int bits) { return bits < 8 ? 128 : 0; }
+  static constexpr float zero(int bits) { return bits < 8 ? 1 << bits : 0; }
 
   template <int BITS, int TOKENS>
-  static inline void add(Floats (&sums)[TOKENS], Ints codes, const Bfloat16Pair* pairs) {
-    if (BITS < 8) return dot<TOKENS>(sums, codes | 0x43004300, pairs);
-    const Ints first = (Ints)__builtin_convertvector(codes & 0xffff, Floats);
-    const Ints second = (Ints)__builtin_convertvector(codes >> 16, Floats);
-    dot<TOKENS>(sums, (first >> 16) | (second & ~0xffff), pairs);
+  static inline void add(Floats (&sums)[TOKENS], Ints word, int place, const Bfloat16Pair* pairs) {
+    if constexpr (BITS < 8) {
+      const int shift = place * BITS - (7 - BITS);  // neither way does a half reach the other's code
+      const Ints codes = (shift < 0 ? word << -shift : word >> shift) & (0x10001 * (0x80 - (1 << (7 - BITS))));
+      dot<TOKENS>(sums, codes | (0x10001 * ((127 + BITS) << 7)), pairs);
+    } else {
+      const Ints codes = (word >> (place * BITS)) & 0x00ff00ff;
+      const Ints first = (Ints)__builtin_convertvector(codes & 0xffff, Floats);
+      const Ints second = (Ints)__builtin_convertvector(codes >> 16, Floats);
+      dot<TOKENS>(sums, (first >> 16) | (second & ~0xffff), pairs);
+    }
   }
 
   template <int TOKENS>
@@ -144,7 +154,7 @@ void multiply_block(const Matrices& m, int64_t block, const Tile<Pair>& tile, ty
     for (int64_t left = m.pairs; left > 0; left -= IN_WORD, word += LANES) {
       const Ints codes = load<Ints>(word);
       const auto add = [&](int place) __attribute__((always_inline)) {
-        Pair::template add<BITS, TOKENS>(sums, (codes >> (place * BITS)) & (0x10001 * ((1 << BITS) - 1)), x);
+        Pair::template add<BITS, TOKENS>(sums, codes, place, x);
         x += TOKENS;
       };
       if (left >= IN_WORD) {

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from ..packing import pack, unpack
 from .base import Kernel, Matrices, Request, scaled
@@ -44,7 +45,9 @@ class Native(Kernel):
         super().__init__(matrices, bits, group_size)
         lanes = _built().lanes()
         in_group = -(-group_size // len(_shifts(bits)))
-        words = torch.empty(self.count, self.out // lanes, self.inp // group_size, in_group, lanes, dtype=torch.int32)
+        words = torch.empty(
+            self.count, self.out // lanes, self.inp // group_size, in_group, lanes, dtype=torch.int32, device="cpu"
+        )
         for index, codes in enumerate(matrices.codes):
             words[index] = to_words(unpack(codes, bits), bits, group_size, lanes)
         scales, offsets = (torch.stack([_lanes(one, lanes) for one in tensor]) for tensor in matrices.floats())
@@ -53,11 +56,12 @@ class Native(Kernel):
     def multiply(self, index: int, x: Tensor) -> Tensor:
         y = x.new_empty(len(x), self.out)
         form = tuple(tensor[index : index + 1] for tensor in self.form)
-        multiply(_built(), form, self.bits, x, torch.tensor([0, len(x)]), torch.tensor([0]), y)
+        starts = torch.tensor([0, len(x)], device="cpu")
+        multiply(_built(), form, self.bits, self.group_size, x, starts, starts[:1], y)
         return y
 
     def grouped(self, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor) -> None:
-        multiply(_built(), self.form, self.bits, x.contiguous(), starts, experts, y)
+        multiply(_built(), self.form, self.bits, self.group_size, x.contiguous(), starts, experts, y)
 
     @property
     def form(self) -> tuple[Tensor, ...]:
@@ -70,7 +74,7 @@ class Native(Kernel):
 
     def codes(self, index: int) -> Tensor:
         words = self.words[index].movedim(-1, 1).flatten(0, 1)  # (out, in / group, words)
-        shifts = torch.tensor(_shifts(self.bits), dtype=torch.int32)
+        shifts = torch.tensor(_shifts(self.bits), dtype=torch.int32, device="cpu")
         codes = (words.unsqueeze(-1) >> shifts) & (2**self.bits - 1)
         return codes.flatten(-2)[..., : self.group_size].to(torch.uint8).reshape(self.out, self.inp)
 
@@ -91,7 +95,7 @@ def to_words(codes: Tensor, bits: int, group_size: int, lanes: int) -> Tensor:
     groups = F.pad(codes.unflatten(1, (-1, group_size)), (0, -group_size % len(shifts))).unflatten(
         -1, (-1, len(shifts))
     )
-    words = torch.zeros(groups.shape[:-1], dtype=torch.int32)
+    words = torch.zeros(groups.shape[:-1], dtype=torch.int32, device="cpu")
     for place, shift in enumerate(shifts):
         words |= groups[..., place].int() << shift
     return _lanes(words, lanes)
@@ -101,6 +105,7 @@ def multiply(
     library: ctypes.CDLL,
     form: tuple[Tensor, ...],
     bits: int,
+    group_size: int,
     x: Tensor,
     starts: Tensor,
     experts: Tensor,
@@ -113,15 +118,21 @@ def multiply(
         form: Words ``(count, out / lanes, in / group, words of a group, lanes)`` int32; scales
             ``(count, out / lanes, in / group, lanes)`` float16; offsets, the same.
         bits: Width of a code.
+        group_size: Weights that share a scale and an offset.
         x: ``(rows, in)`` of any float dtype.
         starts: ``(experts of the layer + 1,)`` int64.
         experts: ``(count,)`` int64.
         y: ``(rows, out)`` of the dtype of ``x``.
+
+    Raises:
+        TypeError: ``x`` is not a tensor in memory: a fake or distributed one, or one with a forward derivative.
     """
+    if type(x) not in (Tensor, nn.Parameter) or (x.numel() and not x.data_ptr()) or unpack_dual(x).tangent is not None:
+        raise TypeError(f"packed matrices on a CPU multiply plain tensors, got {type(x).__name__}: {x!r:.80}")
     as_it_is = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and bool(library.knows_bfloat16()))
     given, result = (x, y) if as_it_is else (x.float(), y.float())
     _, blocks, groups, _, lanes = form[0].shape
-    sizes = blocks * lanes, groups, x.shape[1] // groups // 2
+    sizes = blocks * lanes, groups, group_size // 2
     matrices = (tensor.data_ptr() for tensor in form)
     rows = (tensor.data_ptr() for tensor in (given, result, starts, experts))
     library.multiply_packed(bits, *matrices, *sizes, given.dtype == torch.bfloat16, *rows, len(experts))
@@ -133,8 +144,9 @@ def multiply(
 def library() -> ctypes.CDLL | None:
     """The compiled kernel; None, with a warning, where it cannot be had or does not give what the weights are."""
     try:
-        return _checked(compiled(_SOURCE))
-    except OSError as error:
+        with torch.autocast("cpu", enabled=False), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+            return _checked(compiled(_SOURCE))
+    except (OSError, ValueError) as error:
         warnings.warn(
             f"packed matrices are multiplied by slower ways, since their kernel cannot be compiled here ({error}): "
             "install a C++ compiler with OpenMP (g++), or name one in CXX",
@@ -164,15 +176,15 @@ def _checked(built: ctypes.CDLL) -> ctypes.CDLL:
     starts, experts = torch.tensor([0, 1, 5, 24]), torch.tensor([2, 0])  # expert 1 has no matrix here
     for bits in range(1, 9):
         codes = torch.randint(0, 2**bits, (2, 2 * lanes, 2 * group_size), generator=random, dtype=torch.uint8)
-        scale, offset = torch.randn(2, 2, 2 * lanes, 2, generator=random).half()
+        scale, offset = torch.randn(2, 2, 2 * lanes, 2, generator=random, dtype=torch.float32).half()
         weights = scaled(codes, scale, offset)
         words = torch.stack([to_words(one, bits, group_size, lanes) for one in codes])
         form = words, *(torch.stack([_lanes(one, lanes) for one in of_all]) for of_all in (scale, offset))
-        x = torch.randn(24, 2 * group_size, generator=random)
+        x = torch.randn(24, 2 * group_size, generator=random, dtype=torch.float32)
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
             got = torch.zeros(24, 2 * lanes, dtype=dtype)
-            multiply(built, form, bits, x.to(dtype), starts, experts, got)
-            exact = torch.zeros(24, 2 * lanes)
+            multiply(built, form, bits, group_size, x.to(dtype), starts, experts, got)
+            exact = torch.zeros(24, 2 * lanes, dtype=torch.float32)
             for weight, rows in zip(weights, (slice(5, 24), slice(0, 1)), strict=True):
                 exact[rows] = x[rows].to(dtype).float() @ weight.T
             if not (got - exact).norm() <= tolerance * exact.norm():
