@@ -188,3 +188,15 @@ def test_files_of_two_checkpoints(packed, tmp_path):
     with pytest.raises(DamagedCheckpointError, match="does not belong to"):
         load_model(folder)
     (folder / "config.json").write_text(text)
+
+
+def test_a_save_in_other_files_over_an_old_one(tmp_path):
+    """From one file to several, transformers would go on reading the old one; the other way it deletes them."""
+    model = build("mixtral", **SIZES)
+    packed = quantize_model(model, two_and_three(model))
+    for sizes in (("1GB", "8KB"), ("8KB", "1GB")):
+        for size in sizes:
+            packed.save_pretrained(tmp_path / sizes[0], max_shard_size=size)
+    with pytest.raises(DamagedCheckpointError, match=r"holds two checkpoints.*delete the older one"):
+        load_model(tmp_path / "1GB")
+    assert load_model(tmp_path / "8KB").state_dict().keys() == packed.state_dict().keys()

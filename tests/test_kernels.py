@@ -221,8 +221,13 @@ def test_what_is_no_tensor_in_memory(monkeypatch):
     use(monkeypatch, Native)
     matrices, x = bucket(2, 64), torch.randn(3, 192)
     matrices.linear(0, x)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(TypeError, match="plain tensors, got Fake"):
-        matrices.linear(0, mode.from_tensor(x))
+    projection, rows, starts, expected = mixed_projection()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with pytest.raises(TypeError, match="plain tensors, got Fake"):
+            matrices.linear(0, mode.from_tensor(x))
+        with pytest.raises(TypeError, match="plain tensors, got Fake"):
+            projection(mode.from_tensor(rows), starts)
+    torch.testing.assert_close(projection(rows, starts), expected, atol=1e-5, rtol=1e-5)
     with forward_ad.dual_level(), pytest.raises(TypeError, match="plain tensors"):
         matrices.linear(0, forward_ad.make_dual(x, x))
 
@@ -428,7 +433,7 @@ def test_dequantizing_a_bucket_for_one_launch(monkeypatch):
     def dequantized(module, x, starts, experts, y):
         weights = module.weights
         module.weights = lambda indices, dtype: asked.append(len(indices)) or weights(indices, dtype)
-        packed_module._dequantized(module, x, starts, experts, y)
+        packed_module._multiply_rows(module, x, starts, experts, y, together=True)
 
     for kind in (PackedMatrices, DenseMatrices):
         monkeypatch.setattr(kind, "grouped", dequantized)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 _SUMS, _CONFIG, _SET = (f"moe_precision.{name}" for name in ("xxh3_64", "config", "set"))
 
@@ -55,11 +57,19 @@ def check_files(files: Iterable[str | os.PathLike], config: str) -> None:
 
     Raises:
         DamagedCheckpointError: A file is damaged or truncated, lacks a checksum, was written with other files or
-            another config.json, or holds a tensor twice.
+            another config.json, or holds a tensor twice; or there is a second checkpoint beside it.
     """
+    paths = [Path(file) for file in files]
+    for folder in {path.parent for path in paths}:  # transformers leaves the one where the other is saved, and reads it
+        shards = sorted(folder.glob("model-*-of-*.safetensors"))
+        if shards and (folder / SAFE_WEIGHTS_NAME).exists():
+            raise DamagedCheckpointError(
+                f"{str(folder)!r} holds two checkpoints, one in {SAFE_WEIGHTS_NAME} and one in {shards[0].name} and "
+                "others: delete the older one"
+            )
     seen: set[str] = set()
     sets: set[str] = set()
-    for file in files:
+    for file in paths:
         name = repr(os.fspath(file))
         try:
             with safe_open(file, "pt", backend="pread") as opened:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from transformers.integrations.moe import _grouped_linear
 
 from . import kernels
@@ -105,18 +106,17 @@ class PackedMatrices(nn.Module):
         self._check(x)
         if grouped.fits(x, self.held()):
             grouped.multiply(x, starts, experts, self.held(), self.bits, self.group_size, y)
-        elif x.device.type != "cpu":
-            _dequantized(self, x, starts, experts, y)
-        elif x.requires_grad and torch.is_grad_enabled():
-            _one_by_one(self, x, starts, experts, y)
-        else:
+            return
+        differentiated = x.requires_grad and torch.is_grad_enabled()
+        if not differentiated:
             self._enter_kernel(self.request(x.device, x.dtype))
-            if self.kernel is not None:
-                self.kernel.grouped(x, starts, experts, y)
-            else:
-                _one_by_one(self, x, starts, experts, y)
+        if self.kernel is None or differentiated:
+            _multiply_rows(self, x, starts, experts, y, together=x.device.type != "cpu")
+        else:
+            self.kernel.grouped(x, starts, experts, y)
 
     def _check(self, x: Tensor) -> None:
+        _check_plain(x)
         if x.shape[-1] != self.shape[2]:
             raise ValueError(f"got rows of width {x.shape[-1]}, expected {self.shape[2]}, that of the packed matrices")
 
@@ -169,6 +169,12 @@ class PackedMatrices(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
+def _check_plain(x: Tensor) -> None:
+    """Kernels take addresses, which other tensors do not have, or which do not say all."""
+    if type(x) not in (Tensor, nn.Parameter) or unpack_dual(x).tangent is not None:
+        raise TypeError(f"packed matrices multiply plain tensors, got {type(x).__name__}: {x!r:.80}")
+
+
 @contextmanager
 def _plain() -> Iterator[None]:
     """Whatever the caller's modes: what is made here outlives them. Kernels are on CPUs."""
@@ -217,7 +223,7 @@ class DenseMatrices(nn.Module):
 
     def grouped(self, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor) -> None:
         """See `Kernel.grouped`; gradients flow from ``y`` to ``x``."""
-        (_one_by_one if x.device.type == "cpu" else _dequantized)(self, x, starts, experts, y)
+        _multiply_rows(self, x, starts, experts, y, together=x.device.type != "cpu")
 
 
 class PackedProjection(nn.Module):
@@ -277,7 +283,9 @@ class PackedProjection(nn.Module):
 
         Raises:
             ValueError: ``starts`` is not what it should be (on a GPU its values are not looked at).
+            TypeError: ``x`` is not a tensor in memory: a fake or distributed one, or one with a forward derivative.
         """
+        _check_plain(x)
         if starts.dtype != torch.int64 or starts.shape != (len(self._place) + 1,):
             raise ValueError(
                 f"starts is {tuple(starts.shape)} of {starts.dtype}, expected ({len(self._place) + 1},) of torch.int64"
@@ -290,29 +298,22 @@ class PackedProjection(nn.Module):
         return y
 
 
-def _one_by_one(
-    matrices: PackedMatrices | DenseMatrices, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor
+def _multiply_rows(
+    matrices: PackedMatrices | DenseMatrices, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor, together: bool
 ) -> None:
-    """`Kernel.grouped` with one product for each expert that has rows."""
+    """`Kernel.grouped` without a kernel: in one launch with float weights, or a product an expert."""
     used = kernels.spans(starts, experts)
-    if used:
-        rows = torch.cat([torch.arange(rows.start, rows.stop, device=x.device) for _, rows in used])
-        parts = x[rows].split([rows.stop - rows.start for _, rows in used])
-        products = [matrices.linear(index, part) for (index, _), part in zip(used, parts, strict=True)]
-        y.index_copy_(0, rows, torch.cat(products).to(y.dtype))  # one step for autograd
-
-
-def _dequantized(
-    matrices: PackedMatrices | DenseMatrices, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor
-) -> None:
-    """The same in one launch, with float weights of the experts that have rows."""
-    used = kernels.spans(starts, experts)
-    if used:
-        rows = torch.cat([torch.arange(rows.start, rows.stop, device=x.device) for _, rows in used])
-        counts = torch.tensor([rows.stop - rows.start for _, rows in used], device=x.device)
-        ends = counts.cumsum(0, dtype=torch.int32)
-        weights = matrices.weights([index for index, _ in used], x.dtype)
-        y.index_copy_(0, rows, _grouped_linear(x[rows], weights, ends).to(y.dtype))
+    if not used:
+        return
+    rows = torch.cat([torch.arange(rows.start, rows.stop, device=x.device) for _, rows in used])
+    counts, indices = [rows.stop - rows.start for _, rows in used], [index for index, _ in used]
+    if together:
+        ends = torch.tensor(counts, device=x.device).cumsum(0, dtype=torch.int32)
+        products = _grouped_linear(x[rows], matrices.weights(indices, x.dtype), ends)
+    else:
+        parts = zip(indices, x[rows].split(counts), strict=True)
+        products = torch.cat([matrices.linear(index, part) for index, part in parts])
+    y.index_copy_(0, rows, products.to(y.dtype))  # one step for autograd
 
 
 @lru_cache(maxsize=4096)

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
+from torch import Tensor
 
 from ..packing import pack, unpack
 from .base import Kernel, Matrices, Request, scaled
@@ -123,12 +122,7 @@ def multiply(
         starts: ``(experts of the layer + 1,)`` int64.
         experts: ``(count,)`` int64.
         y: ``(rows, out)`` of the dtype of ``x``.
-
-    Raises:
-        TypeError: ``x`` is not a tensor in memory: a fake or distributed one, or one with a forward derivative.
     """
-    if type(x) not in (Tensor, nn.Parameter) or (x.numel() and not x.data_ptr()) or unpack_dual(x).tangent is not None:
-        raise TypeError(f"packed matrices on a CPU multiply plain tensors, got {type(x).__name__}: {x!r:.80}")
     as_it_is = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and bool(library.knows_bfloat16()))
     given, result = (x, y) if as_it_is else (x.float(), y.float())
     _, blocks, groups, _, lanes = form[0].shape
