@@ -76,6 +76,8 @@ class PackedMatrices(nn.Module):
 
     def weights(self, indices: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Some float matrices, ``(len(indices), out, in)``."""
+        if self.kernel is not None:
+            return torch.stack([self.kernel.float_matrix(index) for index in indices]).to(dtype)
         some = self.matrices(indices)
         return kernels.dequantize(some.codes, *some.floats(), self.bits, dtype)
 
@@ -309,9 +311,9 @@ def _multiply_rows(
     counts, indices = [rows.stop - rows.start for _, rows in used], [index for index, _ in used]
     if together:
         ends = torch.tensor(counts, device=x.device).cumsum(0, dtype=torch.int32)
-        products = _grouped_linear(x[rows], matrices.weights(indices, x.dtype), ends)
+        products = _grouped_linear(x.index_select(0, rows), matrices.weights(indices, x.dtype), ends)
     else:
-        parts = zip(indices, x[rows].split(counts), strict=True)
+        parts = zip(indices, x.index_select(0, rows).split(counts), strict=True)
         products = torch.cat([matrices.linear(index, part) for index, part in parts])
     y.index_copy_(0, rows, products.to(y.dtype))  # one step for autograd
 

@@ -120,6 +120,11 @@ class Kernel(nn.Module):
         codes = pack(self.codes(index).view(1, self.out, self.inp), self.bits)
         return Matrices(codes, self.scale[one], self.offset[one], self.ends[one])
 
+    def float_matrix(self, index: int) -> Tensor:
+        """One float matrix, ``(out, in)`` float32: what `dequantize` gives for `matrix`."""
+        one = self.matrix(index)
+        return dequantize(one.codes, *one.floats(), self.bits, torch.float32)[0]
+
     def keep_steps(self, matrices: Matrices) -> None:
         """Keeps scales and offsets as the checkpoint holds them, where the kernel's own have lost digits."""
         self.keep(scale=matrices.scale, offset=matrices.offset, ends=matrices.ends)

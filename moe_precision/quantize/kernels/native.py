@@ -68,11 +68,14 @@ class Native(Kernel):
         return self.words, self.scales, self.offsets
 
     def matrix(self, index: int) -> Matrices:
-        scale, offset = (t[index].movedim(-1, 1).flatten(0, 1).unsqueeze(0) for t in (self.scales, self.offsets))
+        scale, offset = (_rows(tensor[index]).unsqueeze(0) for tensor in (self.scales, self.offsets))
         return Matrices.of(pack(self.codes(index), self.bits).unsqueeze(0), scale, offset)
 
+    def float_matrix(self, index: int) -> Tensor:
+        return scaled(self.codes(index), _rows(self.scales[index]), _rows(self.offsets[index]))
+
     def codes(self, index: int) -> Tensor:
-        words = self.words[index].movedim(-1, 1).flatten(0, 1)  # (out, in / group, words)
+        words = _rows(self.words[index])  # (out, in / group, words)
         shifts = torch.tensor(_shifts(self.bits), dtype=torch.int32, device="cpu")
         codes = (words.unsqueeze(-1) >> shifts) & (2**self.bits - 1)
         return codes.flatten(-2)[..., : self.group_size].to(torch.uint8).reshape(self.out, self.inp)
@@ -194,3 +197,8 @@ def _shifts(bits: int) -> list[int]:
 def _lanes(rows: Tensor, lanes: int) -> Tensor:
     """``(out, ...)`` -> ``(out / lanes, ..., lanes)``."""
     return rows.unflatten(0, (-1, lanes)).movedim(1, -1).contiguous()
+
+
+def _rows(lanes: Tensor) -> Tensor:
+    """Inverse of `_lanes`."""
+    return lanes.movedim(-1, 1).flatten(0, 1)
