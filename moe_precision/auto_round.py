@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig
 
-from .checkpoints import CheckpointError, empty_model, weight_files
+from .checkpoints import check_quantizing, empty_model, weight_files
 from .export import export, plan_of_checkpoint
 from .files import folder_replaced_when_done
 from .moe_layers import find_moe_layers
@@ -56,20 +55,19 @@ def quantize_with_auto_round(
         AutoRoundError: AutoRound is missing, failed, or wrote other bits than the plan's.
         PlanError: The plan is for another model.
         ExportError: Experts that nothing is known to unfuse.
-        CheckpointError: The checkpoint is incomplete, or quantized already.
+        CheckpointError: The checkpoint is incomplete, or quantized already, or lies where ``out`` would take its place.
     """
     if find_spec("auto_round") is None:
         raise AutoRoundError("AutoRound is not installed: pip install 'moe-precision[auto-round]'")
+    if iterations < 0:
+        raise ValueError(f"iterations={iterations}: expected 0, to round to the nearest, or more")
     if iterations and not blocks:
         raise ValueError(f"iterations={iterations}, but no blocks of text to tune on; 0 rounds to the nearest")
     if len({len(block) for block in blocks}) > 1:
         raise ValueError("blocks of text have several lengths; expected one, since AutoRound leaves shorter ones out")
-    plan = plan if isinstance(plan, PrecisionPlan) else PrecisionPlan.load(plan)
     weight_files(checkpoint)
-    config = AutoConfig.from_pretrained(checkpoint)
-    if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(f"{os.fspath(checkpoint)!r} is quantized already; quantize the float checkpoint instead")
-    model = empty_model(checkpoint, config)
+    model = empty_model(checkpoint, check_quantizing(checkpoint, out, plan))
+    plan = plan if isinstance(plan, PrecisionPlan) else PrecisionPlan.load(plan)
     layers = find_moe_layers(model, **plan.patterns)
     plan.check_layers({layer.name: layer.shape for layer in layers}, model_type_of(model))
     exported = export(plan, "autoround")

@@ -126,6 +126,28 @@ def model_class_of(folder: str | os.PathLike, config: PreTrainedConfig) -> type[
     return model_class
 
 
+def check_quantizing(checkpoint: str | os.PathLike, out: str | os.PathLike, *sources: Any) -> PreTrainedConfig:
+    """The config of a float checkpoint, after checking that writing ``out`` takes nothing away that is read.
+
+    Args:
+        checkpoint: Folder of the float checkpoint.
+        out: Folder that will be written, or replaced.
+        sources: Whatever else is read; those that are paths are looked at.
+
+    Raises:
+        CheckpointError: The checkpoint is quantized already, or ``out`` lies in what is read or the other way round.
+    """
+    config = AutoConfig.from_pretrained(checkpoint)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(f"{os.fspath(checkpoint)!r} is quantized already; quantize the float checkpoint instead")
+    if Path(out).resolve().is_relative_to(Path(checkpoint).resolve()):
+        raise CheckpointError(f"{os.fspath(out)!r} is, or lies in, the float checkpoint; choose another folder")
+    for source in (checkpoint, *sources):
+        if isinstance(source, str | os.PathLike) and Path(source).resolve().is_relative_to(Path(out).resolve()):
+            raise CheckpointError(f"{os.fspath(out)!r} would be replaced, and {os.fspath(source)!r} lies in it")
+    return config
+
+
 def empty_model(folder: str | os.PathLike, config: PreTrainedConfig) -> PreTrainedModel:
     """A checkpoint's float model on the meta device: names and shapes, no weight is allocated."""
     with torch.device("meta"):

@@ -35,7 +35,7 @@ from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
 
 from .checkpoint_signals import sources_of
-from .checkpoints import CheckpointError, empty_model, stored_tensors, weight_files
+from .checkpoints import CheckpointError, check_quantizing, empty_model, stored_tensors, weight_files
 from .curvature import Curvature
 from .files import replaced_when_done, resumable_folder, save_tensors
 from .plan import PrecisionPlan
@@ -105,14 +105,7 @@ def quantize_checkpoint(
         raise ValueError(f"workers={workers}: expected at least 1")
     max_bytes = _bytes(max_shard_size)
     files = weight_files(checkpoint)
-    config = AutoConfig.from_pretrained(checkpoint)
-    if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(f"{os.fspath(checkpoint)!r} is quantized already; quantize the float checkpoint instead")
-    if Path(out).resolve().is_relative_to(Path(checkpoint).resolve()):
-        raise CheckpointError(f"{os.fspath(out)!r} is, or lies in, the float checkpoint; choose another folder")
-    for source in (checkpoint, plan, curvature, grid):
-        if isinstance(source, str | os.PathLike) and Path(source).resolve().is_relative_to(Path(out).resolve()):
-            raise CheckpointError(f"{os.fspath(out)!r} would be replaced, and {os.fspath(source)!r} lies in it")
+    config = check_quantizing(checkpoint, out, plan, curvature, grid)
     packer = _Packer(checkpoint, quantization)
     packer.check_weights()
     shards = _shards(checkpoint, packer, max_bytes)

@@ -50,6 +50,11 @@ def test_bad_input_is_refused_before_any_work(float_model, tmp_path, installed, 
     checkpoint, plan = float_model
     with pytest.raises(ValueError, match="iterations=200, but no blocks"):
         quantize_with_auto_round(checkpoint, plan, tmp_path / "out")
+    with pytest.raises(ValueError, match="iterations=-1: expected 0"):
+        quantize_with_auto_round(checkpoint, plan, tmp_path / "out", BLOCKS, iterations=-1)
+    for out, message in ((checkpoint, "is, or lies in, the float"), (checkpoint.parent, "would be replaced")):
+        with pytest.raises(CheckpointError, match=message):
+            quantize_with_auto_round(checkpoint, plan, out, BLOCKS)
     with pytest.raises(ValueError, match="several lengths"):
         quantize_with_auto_round(checkpoint, plan, tmp_path / "out", [torch.arange(8), torch.arange(9)])
     of_another = allocate(build("qwen3_moe"), method="uniform", average_bits=4, bits=(4,), group_size=32)
