@@ -20,7 +20,7 @@ lint: .venv/installed
 
 # exported plans carried out by the real tools, each in a virtual environment of its own; half an hour, most of it installs
 test-exports:
-	PYTHON=$(PYTHON) tests/exports/run.sh
+	PYTHON=$(PYTHON) tests/export/real_tools/run.sh
 
 # needs a run of `make demo`, for its model
 benchmarks: .venv/installed
@@ -38,11 +38,11 @@ benchmarks: .venv/installed
 # the tables of docs/evidence-tables.md and docs/annealing-tables.md; hours
 evidence: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e .[benchmarks]
-	$(BIN)/python -m moe_precision.recipes.study --output runs/study --workers 2
-	$(BIN)/python -m moe_precision.recipes.study --output runs/study --report > docs/evidence-tables.md
-	$(BIN)/python -m moe_precision.recipes.anneal_study --output runs/anneal --workers 2
-	$(BIN)/python -m moe_precision.recipes.anneal_study --output runs/anneal --report > docs/annealing-tables.md
-	$(BIN)/python -m moe_precision.recipes.theory --output runs/theory
+	$(BIN)/python -m benchmarks.studies.study --output runs/study --workers 2
+	$(BIN)/python -m benchmarks.studies.study --output runs/study --report > docs/evidence-tables.md
+	$(BIN)/python -m benchmarks.studies.anneal_study --output runs/anneal --workers 2
+	$(BIN)/python -m benchmarks.studies.anneal_study --output runs/anneal --report > docs/annealing-tables.md
+	$(BIN)/python -m benchmarks.studies.theory --output runs/theory
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

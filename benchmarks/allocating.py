@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from moe_precision.knapsack import choose, greedy
+from moe_precision.allocation.knapsack import choose, greedy
 
 LAYERS, EXPERTS, WIDTHS = 64, 256, (1, 2, 3, 4, 8)
 WEIGHTS = 3 * 7168 * 2048  # of an expert

@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from moe_precision import allocate, find_moe_layers
-from moe_precision.annealing import GridHooks
-from moe_precision.quantize.grid import Grid
+from moe_precision.annealing.hooks import GridHooks
+from moe_precision.quantize.codec.grid import Grid
 
 HIDDEN, INTERMEDIATE, TOKENS = 2048, 7168, 2048
 

@@ -1,7 +1,7 @@
 """Speed and memory of a quantized Mixtral against bfloat16 and against other quantizers, side by side.
 
     pip install -e .[benchmarks]
-    INSTALL_ONLY=1 tests/exports/run.sh autoround gptqmodel   # peers with pins of their own; left out where not there
+    INSTALL_ONLY=1 tests/export/real_tools/run.sh autoround gptqmodel   # peers with their own pins
     python -m benchmarks.inference [--rows bf16 "ours, 2 and 3 bits"]
 
 One generated model, whose experts are 805 MB in bfloat16, is quantized by each tool (round to nearest where it needs no
@@ -64,13 +64,13 @@ def make(folder: Path) -> None:
 
 
 def quantize_ours(source: Path, folder: Path, widths: str) -> None:
-    from moe_precision.streaming import quantize_checkpoint
+    from moe_precision.quantize.writer import quantize_checkpoint
 
     quantize_checkpoint(source, source / f"{widths}.plan", folder)
 
 
 def load_ours(folder: Path, widths: str, only: str = "") -> Any:
-    from moe_precision.checkpoints import load_model
+    from moe_precision.checkpoints.checkpoint import load_model
     from moe_precision.quantize import kernels
 
     if only:

@@ -16,7 +16,7 @@ from torch.utils.benchmark import Timer
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moe_precision import allocate, quantize_model
-from moe_precision.quantize.packed import kernels_of
+from moe_precision.quantize.modules import kernels_of
 
 LAYERS = {  # hidden size, intermediate size, experts, experts a token
     "Mixtral": (4096, 14336, 8, 2),

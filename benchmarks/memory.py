@@ -18,7 +18,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moe_precision import allocate
-from moe_precision.checkpoints import tensor_bytes
+from moe_precision.checkpoints.checkpoint import tensor_bytes
 
 CONFIG = {
     "hidden_size": 1024,

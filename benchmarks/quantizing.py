@@ -18,12 +18,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from moe_precision.checkpoints import load_model
-from moe_precision.evaluation import evaluate
-from moe_precision.moe_layers import find_moe_layers
-from moe_precision.plan import PrecisionPlan
-from moe_precision.quantize import fitting
-from moe_precision.quantize.fitting import quantize_matrix
+from moe_precision.checkpoints.checkpoint import load_model
+from moe_precision.judging.evaluation import evaluate
+from moe_precision.layers.moe_layers import find_moe_layers
+from moe_precision.plans.plan import PrecisionPlan
+from moe_precision.quantize.codec import fitting
+from moe_precision.quantize.codec.fitting import quantize_matrix
 
 SHAPE = (4096, 14336)
 

@@ -1,10 +1,10 @@
 """Callbacks for Lightning and for transformers' Trainer, one a file."""
 
-from .precision_anneal import PrecisionAnneal
-from .precision_anneal_trainer_callback import PrecisionAnnealTrainerCallback
-from .router_norm_monitor import RouterNormMonitor
-from .router_norm_trainer_callback import RouterNormTrainerCallback
-from .save_pretrained import SavePretrained
+from moe_precision.callbacks.precision_anneal import PrecisionAnneal
+from moe_precision.callbacks.precision_anneal_trainer_callback import PrecisionAnnealTrainerCallback
+from moe_precision.callbacks.router_norm_monitor import RouterNormMonitor
+from moe_precision.callbacks.router_norm_trainer_callback import RouterNormTrainerCallback
+from moe_precision.callbacks.save_pretrained import SavePretrained
 
 __all__ = [
     "PrecisionAnneal",

@@ -12,16 +12,16 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_precision.allocation import PLAN_METHODS, AllocationError, allocate, check_granularity, levels_of
-from moe_precision.annealing import AnnealError, GridHooks, check_trainable, uncover
-from moe_precision.curvature import Curvature, CurvatureError, curvature_of, curvature_path
+from moe_precision.allocation.allocator import PLAN_METHODS, AllocationError, allocate, check_granularity, levels_of
+from moe_precision.annealing.hooks import AnnealError, GridHooks, check_trainable, uncover
 from moe_precision.files import check_writable
-from moe_precision.loads import not_counted
-from moe_precision.moe_layers import MoELayer, find_moe_layers, root_model
-from moe_precision.plan import PrecisionPlan, as_plan, check_group_size, model_type_of
-from moe_precision.quantize.grid import Grid
+from moe_precision.layers.moe_layers import MoELayer, find_moe_layers, root_model
+from moe_precision.plans.plan import PrecisionPlan, as_plan, check_group_size, model_type_of
+from moe_precision.quantize.codec.grid import Grid
 from moe_precision.quantize.replace import check_packable
-from moe_precision.router_norms import RouterNormHistory, norms_by_layer
+from moe_precision.recording.curvature import Curvature, CurvatureError, curvature_of, curvature_path
+from moe_precision.recording.loads import not_counted
+from moe_precision.recording.router_norms import RouterNormHistory, norms_by_layer
 
 GRID = ".grid.safetensors"
 _NEED_HISTORY = ("router_norm", "norm_only", "reversed", "load", "least_load")

@@ -13,7 +13,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from moe_precision.allocation import (
+from moe_precision.allocation.allocator import (
     COST_METHODS,
     PLAN_METHODS,
     AllocationError,
@@ -24,13 +24,13 @@ from moe_precision.allocation import (
     levels_of,
     rank_experts,
 )
-from moe_precision.curvature import Curvature, CurvatureError, curvature_of, curvature_of_losses
 from moe_precision.files import check_writable
-from moe_precision.loads import LoadCounter
-from moe_precision.moe_layers import MoELayer, check_pattern, find_moe_layers, root_model
-from moe_precision.plan import PrecisionPlan, check_group_size, model_type_of
-from moe_precision.router_norms import HistoryError, RouterNormHistory, aggregates, router_norms
-from moe_precision.tables import as_text, layers_table
+from moe_precision.layers.moe_layers import MoELayer, check_pattern, find_moe_layers, root_model
+from moe_precision.plans.plan import PrecisionPlan, check_group_size, model_type_of
+from moe_precision.present.tables import as_text, layers_table
+from moe_precision.recording.curvature import Curvature, CurvatureError, curvature_of, curvature_of_losses
+from moe_precision.recording.loads import LoadCounter
+from moe_precision.recording.router_norms import HistoryError, RouterNormHistory, aggregates, router_norms
 
 _CURVATURE = ".curvature.safetensors"
 _HISTORY = ".history.safetensors"

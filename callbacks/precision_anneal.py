@@ -7,12 +7,12 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 
-from moe_precision.annealing import AnnealError
+from moe_precision.annealing.hooks import AnnealError
 from moe_precision.callbacks.plan_annealer import PlanAnnealer
 from moe_precision.callbacks.router_norm_monitor import RouterNormMonitor
 from moe_precision.callbacks.save_pretrained import SavePretrained
-from moe_precision.quantize.grid import Grid
-from moe_precision.router_norms import RouterNormHistory
+from moe_precision.quantize.codec.grid import Grid
+from moe_precision.recording.router_norms import RouterNormHistory
 
 
 class PrecisionAnneal(PlanAnnealer, Callback):

@@ -8,18 +8,14 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from moe_precision.annealing import AnnealError
+from moe_precision.annealing.hooks import AnnealError
 from moe_precision.callbacks.plan_annealer import PlanAnnealer
 from moe_precision.callbacks.plan_recorder import NOT_RESTORED
-from moe_precision.callbacks.router_norm_trainer_callback import (
-    RouterNormTrainerCallback,
-    saved_file,
-    state_file,
-)
-from moe_precision.callbacks.wandb_media import current_run
-from moe_precision.moe_layers import find_moe_layers
-from moe_precision.quantize.grid import Grid
-from moe_precision.router_norms import HistoryError, check_same_weights, norms_by_layer
+from moe_precision.callbacks.router_norm_trainer_callback import RouterNormTrainerCallback, saved_file, state_file
+from moe_precision.layers.moe_layers import find_moe_layers
+from moe_precision.present.wandb_media import current_run
+from moe_precision.quantize.codec.grid import Grid
+from moe_precision.recording.router_norms import HistoryError, check_same_weights, norms_by_layer
 
 _STATE = "annealing.safetensors"
 

@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
 
 from moe_precision.callbacks.plan_recorder import PlanRecorder
-from moe_precision.callbacks.wandb_media import log_to_wandb
+from moe_precision.present.wandb_media import log_to_wandb
 
 
 class RouterNormMonitor(PlanRecorder, Callback):

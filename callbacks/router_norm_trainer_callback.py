@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moe_precision.callbacks.plan_recorder import PlanRecorder
-from moe_precision.callbacks.wandb_media import current_run, log_to_run
-from moe_precision.router_norms import RouterNormHistory
+from moe_precision.present.wandb_media import current_run, log_to_run
+from moe_precision.recording.router_norms import RouterNormHistory
 
 _STATE = "router_norms.safetensors"
 

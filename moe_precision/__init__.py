@@ -5,11 +5,11 @@ quantize step turns plan and weights into a smaller model. Importing this packag
 transformers, so that packed checkpoints load with ``from_pretrained``.
 """
 
-from .allocation import AllocationError, allocate, bits_from_order, rank_experts
-from .moe_layers import MoELayer, MoELayerError, find_moe_layers
-from .plan import PlanError, PrecisionPlan
+from .allocation.allocator import AllocationError, allocate, bits_from_order, rank_experts
+from .layers.moe_layers import MoELayer, MoELayerError, find_moe_layers
+from .plans.plan import PlanError, PrecisionPlan
 from .quantize import PlanQuantizationConfig, QuantizationError, UnsupportedLayoutError, quantize_model
-from .router_norms import HistoryError, RouterNormHistory
+from .recording.router_norms import HistoryError, RouterNormHistory
 from .version import __version__
 
 __all__ = [

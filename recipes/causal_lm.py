@@ -16,9 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_precision.curvature import curvature_path
-from moe_precision.moe_layers import find_moe_layers
+from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.quantize import PlanQuantizationConfig
+from moe_precision.recording.curvature import curvature_path
 
 FINAL_LR_FRACTION = 0.1
 

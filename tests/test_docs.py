@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_precision import PrecisionPlan
-from tests.conftest import build
+from tests.support.models import build
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

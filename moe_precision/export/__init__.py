@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from ..plan import PrecisionPlan, as_plan
+from ..plans.plan import PrecisionPlan, as_plan
 from . import autoround, gguf, gptqmodel, llm_compressor, mlx, modelopt, torchao
 from .exported import ENGINES, Exported, ExportError
 from .reading import plan_of_checkpoint

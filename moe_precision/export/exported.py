@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..plan import PrecisionPlan
+from ..plans.plan import PrecisionPlan
 
 ENGINES = ("vllm", "sglang")
 GPTQ_OF_ENGINES = (4, 8)  # their widths for the experts of a checkpoint in GPTQ's packing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..plan import PrecisionPlan
+from ..plans.plan import PrecisionPlan
 from .exported import Exported, check_granularity, rounded
 from .names import all_places, gguf_tensor
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ..plan import PrecisionPlan
+from ..plans.plan import PrecisionPlan
 from .exported import GPTQ_OF_ENGINES, Exported, for_engine
 from .names import all_but_experts, rules
 

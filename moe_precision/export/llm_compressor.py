@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from ..plan import PrecisionPlan
+from ..plans.plan import PrecisionPlan
 from .exported import Exported, for_engine
 from .names import rules
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ..plan import PrecisionPlan
+from ..plans.plan import PrecisionPlan
 from .exported import Exported, ExportError, check_granularity, with_widths
 from .names import all_places, mlx_module
 

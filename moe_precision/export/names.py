@@ -16,8 +16,8 @@ from functools import cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
-from ..moe_layers import LayerShape
-from ..plan import PrecisionPlan
+from ..layers.moe_layers import LayerShape
+from ..plans.plan import PrecisionPlan
 from .exported import ExportError
 
 _PLACE_OF_EXPERT = "{expert}"

@@ -15,9 +15,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from ..checkpoints import CheckpointError, StoredTensor, empty_model, stored_tensors
-from ..moe_layers import LayerShape, MoELayer, find_moe_layers
-from ..plan import LayerPlan, PrecisionPlan, model_type_of
+from ..checkpoints.checkpoint import CheckpointError, StoredTensor, empty_model, stored_tensors
+from ..layers.moe_layers import LayerShape, MoELayer, find_moe_layers
+from ..plans.plan import LayerPlan, PrecisionPlan, model_type_of
 from ..quantize.hf import QUANT_METHOD
 from .names import Place, places
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from ..plan import PrecisionPlan
+from ..plans.plan import PrecisionPlan
 from .exported import Exported, ExportError, check_granularity
 from .names import all_places, rules
 

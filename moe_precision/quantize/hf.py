@@ -23,12 +23,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..curvature import Curvature, as_curvature
-from ..plan import PlanError, PrecisionPlan, as_plan
-from ..router_norms import check_same_weights
+from ..plans.plan import PlanError, PrecisionPlan, as_plan
+from ..recording.curvature import Curvature, as_curvature
+from ..recording.router_norms import check_same_weights
 from .checksums import check_files, metadata
-from .grid import Grid
-from .packed import kernels_of, packed_experts_forward
+from .codec.grid import Grid
+from .modules import kernels_of, packed_experts_forward
 from .replace import EXPERTS_IMPLEMENTATION, Target, find_targets, replace_weight
 
 QUANT_METHOD = "moe_precision"

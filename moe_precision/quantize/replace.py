@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..curvature import Curvature
-from ..moe_layers import MoELayer, find_moe_layers
-from ..plan import PrecisionPlan, check_group_size, model_type_of
-from .fitting import Fit, quantize_matrix, quantize_on_grid
-from .grid import Grid
-from .packed import PackedLinear, PackedProjection, sentinel
+from ..layers.moe_layers import MoELayer, find_moe_layers
+from ..plans.plan import PrecisionPlan, check_group_size, model_type_of
+from ..recording.curvature import Curvature
+from .codec.fitting import Fit, quantize_matrix, quantize_on_grid
+from .codec.grid import Grid
+from .modules import PackedLinear, PackedProjection, sentinel
 
 EXPERTS_IMPLEMENTATION = "moe_precision"
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..packing import unpack
-from ..scales import expand
+from ..codec.packing import unpack
+from ..codec.scales import expand
 from .base import Kernel, Matrices, Request
 
 _ALIGNED = 64  # bytes at which every matrix starts

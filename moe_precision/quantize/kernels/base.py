@@ -7,8 +7,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..packing import pack, unpack
-from ..scales import compress, expand
+from ..codec.packing import pack, unpack
+from ..codec.scales import compress, expand
 
 
 class Matrices(NamedTuple):

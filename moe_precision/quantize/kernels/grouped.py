@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ..scales import BLOCK
+from ..codec.scales import BLOCK
 from .base import Matrices, dequantize
 
 _COLUMNS, _EIGHTS = 64, 16  # of the output, and eights of the input, at a time

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..packing import unpack
+from ..codec.packing import unpack
 from .base import Kernel, Matrices, Request
 
 _GROUPS = (32, 64, 128, 256)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..packing import pack, unpack
+from ..codec.packing import pack, unpack
 from .base import Kernel, Matrices, Request, scaled
 from .compiler import compiled
 

@@ -1,0 +1,1 @@
+"""The studies behind docs/evidence.md: what trains, compares and reports, each one command; not in the wheel."""

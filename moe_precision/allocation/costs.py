@@ -1,0 +1,109 @@
+"""What each width would cost each expert matrix: the error of our own quantizer, plain or weighted by curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from ..layers.moe_layers import MoELayer
+from ..quantize.codec.fitting import quantize_matrix
+from ..quantize.kernels import scaled
+from ..recording.curvature import Curvature
+from ..recording.signals import curvature_cost, weight_error
+
+
+class CostError(ValueError):
+    """Experts that cannot be quantized, or whose weights cannot be put back."""
+
+
+Costs = dict[str, dict[str, Tensor]]  # layer -> projection -> (E, widths) float64
+
+
+def expert_costs(
+    layers: list[MoELayer], widths: Sequence[int], group_size: int, curvature: Curvature | None = None
+) -> Costs:
+    """Quantizes every expert matrix at every width and measures what is lost; a collective where experts are sharded.
+
+    Args:
+        layers: As found by `find_moe_layers`, with weights.
+        widths: Candidate widths; 16 costs nothing.
+        group_size: Weights that share a scale and an offset.
+        curvature: Weighs the fit and the errors, so that costs are in proportion to the predicted increase of the
+            loss; None gives squared weight errors.
+
+    Raises:
+        CostError: A matrix cannot be quantized.
+
+    Returns:
+        For each layer and projection ``(E, len(widths))`` float64.
+    """
+
+    def read(layer: MoELayer, projection: str) -> Iterator[Tensor]:
+        with layer.whole():
+            for matrix in layer.banks[projection].matrices():
+                yield matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+
+    return costs_of_matrices(layers, read, widths, group_size, curvature)
+
+
+def costs_of_matrices(
+    layers: list[MoELayer],
+    read: Callable[[MoELayer, str], Iterable[Tensor]],
+    widths: Sequence[int],
+    group_size: int,
+    curvature: Curvature | None,
+) -> Costs:
+    """`expert_costs` of matrices wherever they are: ``read`` gives those of a layer's projection, expert by expert."""
+    costs: Costs = {}
+    total = sum(len(layer.banks) * layer.num_experts for layer in layers)
+    with torch.no_grad(), tqdm(total=total, desc="costs", unit="matrix", disable=None) as bar:
+        for layer in layers:
+            costs[layer.name] = {
+                name: torch.stack(
+                    [
+                        _of_matrix(matrix, widths, group_size, curvature, layer.name, name, expert, bar)
+                        for expert, matrix in enumerate(read(layer, name))
+                    ]
+                )
+                for name in layer.banks
+            }
+    return costs
+
+
+def _of_matrix(
+    weight: Tensor,
+    widths: Sequence[int],
+    group_size: int,
+    curvature: Curvature | None,
+    layer: str,
+    projection: str,
+    expert: int,
+    bar: tqdm,
+) -> Tensor:
+    bar.update()
+    found = []
+    for bits in widths:
+        if bits == 16:
+            found.append(0.0)
+            continue
+        column_weights = None if curvature is None else curvature.fit_weights(layer, projection, expert)
+        try:
+            quantized = scaled(*quantize_matrix(weight, bits, group_size, column_weights))
+        except ValueError as error:
+            raise CostError(f"{projection!r} of expert {expert} in layer {layer!r}: {error}") from error
+        found.append(cost_of(weight, quantized, curvature, layer, projection, expert))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def cost_of(
+    weight: Tensor, quantized: Tensor, curvature: Curvature | None, layer: str, projection: str, expert: int
+) -> float:
+    """What quantizing one matrix ``(out, in)`` costs: by curvature if it is known, else the squared error."""
+    if curvature is None:
+        return float(weight_error(weight, quantized))
+    rows, columns = curvature.rows[layer][projection][expert], curvature.columns[layer][projection][expert]
+    return float(curvature_cost(weight, quantized, rows, columns))

@@ -1,0 +1,1 @@
+"""Training through the quantization grid: hooks that put quantized weights into forward passes."""

@@ -1,0 +1,1 @@
+"""Checkpoint folders: opened, checked, and read one tensor at a time."""

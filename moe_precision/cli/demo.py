@@ -1,0 +1,138 @@
+"""The whole way in one command: train a small Mixtral, make its plan, quantize, reload, compare.
+
+Every row of the table is a folder that was written to disk and loaded again with ``from_pretrained``. Controls stand
+beside the plan: the same counts of bits in random and in reversed order, and what curvature chooses for as many bits.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich import box
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from ..allocation.allocator import allocate
+from ..checkpoints.checkpoint import load_model, stored_bits_per_expert_weight, weight_files
+from ..judging.evaluation import Evaluation, evaluate
+from ..plans.plan import PrecisionPlan
+from ..present.figures import plot_router_norms
+from ..present.tables import show
+from ..quantize.writer import quantize_checkpoint
+from ..recording.curvature import Curvature
+from ..recording.router_norms import RouterNormHistory
+from .main import fit
+
+_MORE_LEVELS = [1, 2, 3, 4]
+_RECIPE_ROOT = "runs/pretrain_mixtral"
+_FOLDER_NAME = re.compile(r"[^a-z0-9]+")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the table; ``nominal_bits`` is None for the float model."""
+
+    model: str
+    nominal_bits: float | None
+    stored_bits: float
+    file_mb: float
+    evaluation: Evaluation
+
+
+def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
+    """Trains, plans, quantizes and evaluates; prints the table and leaves everything in ``output``.
+
+    Args:
+        output: Folder of the run.
+        max_steps: Optimizer steps; None takes the recipe's.
+
+    Returns:
+        The rows of the table.
+    """
+    disable_progress_bar()  # transformers', one for each of many small loads and saves
+    output.mkdir(parents=True, exist_ok=True)
+    recipe = files("moe_precision.recipes").joinpath("pretrain_mixtral.yaml").read_text(encoding="utf-8")
+    config = output / "recipe.yaml"
+    config.write_text(yaml.safe_dump(_moved(yaml.safe_load(recipe), str(output))), encoding="utf-8")
+    data = fit(["--config", str(config), *([] if max_steps is None else ["--trainer.max_steps", str(max_steps)])])
+
+    checkpoint, history = output / "checkpoint", RouterNormHistory.load(output / "precision_plan.history.safetensors")
+    plan = PrecisionPlan.load(output / "precision_plan.json")
+    picture = output / "router_norms.png"
+    plot_router_norms(history, plan).savefig(picture, dpi=120)
+
+    plans: dict[str, PrecisionPlan | None] = {"float": None}
+    group_size = plan.group_size
+    for level in sorted(plan.settings["bits"], reverse=True):
+        uniform = allocate(history=history, method="uniform", average_bits=level, group_size=group_size)
+        plans[f"uniform {level} bits"] = uniform
+    plans["plan"] = plan
+    for method in ("reversed", "random"):
+        settings = {"average_bits": plan.asked_average_bits, "bits": plan.settings["bits"], "group_size": group_size}
+        plans[f"{method} order"] = allocate(history=history, method=method, **settings)
+    curvature = Curvature.load(output / "precision_plan.curvature.safetensors")
+    known: dict[str, Any] = {"method": "curvature", "curvature": curvature, "group_size": group_size}
+    asked: dict[str, Any] = {"average_bits": plan.asked_average_bits, "bits": plan.settings["bits"]}
+    plans["curvature"] = allocate(checkpoint, history, **known, **asked)
+    asked["bits"] = _MORE_LEVELS
+    plans["curvature, 1 to 4 bits"] = allocate(checkpoint, history, **known, **asked, granularity="expert+projection")
+
+    rows = []
+    for name, chosen in plans.items():
+        folder = checkpoint
+        if chosen is not None:
+            folder = output / f"quantized-{_FOLDER_NAME.sub('-', name).strip('-')}"
+            quantize_checkpoint(checkpoint, chosen, folder, curvature=curvature)
+        model = load_model(folder, dtype=torch.float32)  # float32 activations: compares weights, not rounding
+        result = evaluate(model, data.val_dataloader(), data.token_counts, f"Evaluating {name}")
+        rows.append(
+            Row(
+                model=name,
+                nominal_bits=None if chosen is None else chosen.average_bits,
+                stored_bits=stored_bits_per_expert_weight(folder, plan),
+                file_mb=sum(file.stat().st_size for file in weight_files(folder)) / 1e6,
+                evaluation=result,
+            )
+        )
+    (output / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+    show(_table(rows))
+    print(
+        f"stored bits: bytes of all expert tensors in the file, per expert weight. Losses in nats over "
+        f"{rows[0].evaluation.tokens} validation tokens;\n"
+        "rare: the tenth of them seen least in training. random: one draw. curvature: least predicted loss by the\n"
+        "optimizer's second moments, over all layers at once; all rows are fitted by them.\n\n"
+        f"In {output}: precision_plan.json, precision_plan.{{history,curvature}}.safetensors, router_norms.png,\n"
+        "results.json, "
+        "checkpoint/ (float), quantized-*/ (packed), checkpoints/ (to resume), wandb/ (offline run)"
+    )
+    return rows
+
+
+def _moved(node: Any, folder: str) -> Any:
+    """The recipe with its folder replaced in every path."""
+    if isinstance(node, dict):
+        return {key: _moved(value, folder) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_moved(value, folder) for value in node]
+    return node.replace(_RECIPE_ROOT, folder) if isinstance(node, str) else node
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(box=box.MARKDOWN)
+    columns = ("model", "nominal bits", "stored bits", "file MB", "loss", "perplexity", "rare loss", "rare perplexity")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        e = row.evaluation
+        nominal = "-" if row.nominal_bits is None else f"{row.nominal_bits:.2f}"
+        sizes = (nominal, f"{row.stored_bits:.2f}", f"{row.file_mb:.2f}")
+        losses = (f"{e.loss:.4f}", f"{e.perplexity:.3f}", f"{e.rare_loss:.4f}", f"{e.rare_perplexity:.1f}")
+        table.add_row(row.model, *sizes, *losses)
+    return table

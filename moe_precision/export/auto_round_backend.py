@@ -1,0 +1,129 @@
+"""A second quantizer behind the same plan: AutoRound, which tunes the rounding of weights on text.
+
+AutoRound patches transformers for its whole process (a float Mixtral that is loaded after it has random experts), so it
+runs in one of its own, which is this file as a module. What it writes is a checkpoint of its own kind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..checkpoints.checkpoint import check_quantizing, empty_model, weight_files
+from ..files import folder_replaced_when_done
+from ..layers.moe_layers import find_moe_layers
+from ..plans.plan import PrecisionPlan, model_type_of
+from . import export, plan_of_checkpoint
+
+_LAYER_CONFIG, _TOKENS = "layer_config.json", "tokens.safetensors"
+
+
+class AutoRoundError(ValueError):
+    """AutoRound is missing, failed, or did not do what the plan says."""
+
+
+def quantize_with_auto_round(
+    checkpoint: str | os.PathLike,
+    plan: PrecisionPlan | str | os.PathLike,
+    out: str | os.PathLike,
+    blocks: Sequence[Tensor] = (),
+    iterations: int = 200,
+) -> tuple[str, ...]:
+    """Quantizes a float checkpoint by a plan with AutoRound; the whole float model must fit in memory.
+
+    Args:
+        checkpoint: Folder of a float checkpoint with its tokenizer.
+        plan: A plan, or the path of its file.
+        out: Folder to write, in AutoRound's format; it appears in one step, when its bits have been read again.
+        blocks: Text to tune on: token ids, each ``(tokens,)`` int64, all of one length.
+        iterations: Steps of AutoRound's tuning for each decoder layer; 0 rounds to the nearest and needs no text.
+
+    Returns:
+        Which widths were rounded up to one that AutoRound has, in words.
+
+    Raises:
+        AutoRoundError: AutoRound is missing, failed, or wrote other bits than the plan's.
+        PlanError: The plan is for another model.
+        ExportError: Experts that nothing is known to unfuse.
+        CheckpointError: The checkpoint is incomplete, or quantized already, or lies where ``out`` would take its place.
+    """
+    if find_spec("auto_round") is None:
+        raise AutoRoundError("AutoRound is not installed: pip install 'moe-precision[auto-round]'")
+    if iterations < 0:
+        raise ValueError(f"iterations={iterations}: expected 0, to round to the nearest, or more")
+    if iterations and not blocks:
+        raise ValueError(f"iterations={iterations}, but no blocks of text to tune on; 0 rounds to the nearest")
+    if len({len(block) for block in blocks}) > 1:
+        raise ValueError("blocks of text have several lengths; expected one, since AutoRound leaves shorter ones out")
+    weight_files(checkpoint)
+    model = empty_model(checkpoint, check_quantizing(checkpoint, out, plan))
+    plan = plan if isinstance(plan, PrecisionPlan) else PrecisionPlan.load(plan)
+    layers = find_moe_layers(model, **plan.patterns)
+    plan.check_layers({layer.name: layer.shape for layer in layers}, model_type_of(model))
+    exported = export(plan, "autoround")
+    left_alone = {name: {"bits": 16} for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    with folder_replaced_when_done(out) as temporary, tempfile.TemporaryDirectory() as given:
+        Path(given, _LAYER_CONFIG).write_text(json.dumps(left_alone | exported.config), encoding="utf-8")
+        save_file(
+            {"blocks": torch.stack(tuple(blocks)) if blocks else torch.empty(0, 1, dtype=torch.int64)},
+            Path(given, _TOKENS),
+        )
+        folders = [str(Path(folder).resolve()) for folder in (checkpoint, temporary, given)]
+        command = [sys.executable, "-m", __name__, *folders, str(plan.group_size), str(iterations)]
+        done = subprocess.run(command, cwd=given, check=False)  # it writes a folder of logs where it is started
+        if done.returncode:
+            raise AutoRoundError(f"AutoRound ended with status {done.returncode}; its messages are above")
+        _lift(temporary)
+        differences = plan_of_checkpoint(temporary).diff(exported.plan)
+        if differences:
+            raise AutoRoundError("AutoRound did not carry the plan out: " + "; ".join(differences[:5]))
+    return exported.notes[:-1]  # the last is of what a layer_config does not name
+
+
+def _lift(folder: Path) -> None:
+    """AutoRound may write into a folder of the one that it is given."""
+    found = list(folder.glob("**/config.json"))
+    if len(found) != 1:
+        raise AutoRoundError(f"AutoRound wrote no checkpoint, or several: {[str(p) for p in found]}")
+    (config,) = found
+    for path in () if config.parent == folder else list(config.parent.iterdir()):
+        path.rename(folder / path.name)
+
+
+def _run(checkpoint: str, out: str, given: str, group_size: int, iterations: int) -> None:
+    """In a process of its own."""
+    from auto_round import AutoRound
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    blocks = load_file(Path(given, _TOKENS))["blocks"]
+    tuning = {
+        "iters": iterations,
+        "nsamples": len(blocks),
+        "seqlen": blocks.shape[1],
+        "dataset": list(blocks.unsqueeze(1)),
+    }
+    rounder = AutoRound(
+        model,
+        AutoTokenizer.from_pretrained(checkpoint),
+        bits=4,  # of what is not named, which is nothing
+        group_size=group_size,
+        layer_config=json.loads(Path(given, _LAYER_CONFIG).read_text(encoding="utf-8")),
+        device_map="auto" if torch.cuda.is_available() else "cpu",
+        **(tuning if iterations else {"iters": 0, "disable_opt_rtn": True}),
+    )
+    rounder.quantize_and_save(out, format="auto_round")
+
+
+if __name__ == "__main__":
+    _run(*sys.argv[1:4], *map(int, sys.argv[4:]))  # type: ignore[arg-type]

@@ -1,0 +1,140 @@
+"""A float model that takes on one plan after another: every expert matrix is quantized once at every width and kept.
+
+What a plan costs in loss is that of the packed model up to float rounding, at the price of one evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..allocation.costs import CostError, Costs, cost_of
+from ..layers.moe_layers import MoELayer
+from ..quantize.codec.fitting import quantize_matrix
+from ..quantize.kernels import scaled
+from ..recording.curvature import Curvature
+
+Quantizer = Callable[[Tensor, int, int, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+Bits = Mapping[str, Mapping[str, Sequence[int]]]  # layer -> projection -> width of each expert
+Matrix = tuple[str, str, int]  # layer, projection, expert
+
+
+class SimulatedExperts(AbstractContextManager):
+    """Puts quantized values into the expert weights of a live float model; on leaving, the float ones are back.
+
+    Args:
+        layers: As found by `find_moe_layers`, whole on this process, with plain parameters.
+        widths: Widths that will be asked for; 16 is always there.
+        group_size: Weights that share a scale and an offset.
+        curvature: Weighs the fit, as in the quantize step; None for none.
+        quantizer: Fits a matrix; ours by default.
+
+    Raises:
+        CostError: The experts are sharded, or behind adapters.
+    """
+
+    def __init__(
+        self,
+        layers: list[MoELayer],
+        widths: Sequence[int],
+        group_size: int,
+        curvature: Curvature | None = None,
+        quantizer: Quantizer = quantize_matrix,
+    ) -> None:
+        self.layers, self.widths, self.group_size = layers, sorted(set(widths) - {16}), group_size
+        self.curvature = curvature
+        self._floats: dict[Matrix, Tensor] = {}
+        self._live: dict[Matrix, Tensor] = {}
+        self._quantized: dict[tuple[Matrix, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._now: dict[Matrix, int] = {}
+        total = sum(len(layer.banks) * layer.num_experts for layer in layers)
+        with torch.no_grad(), tqdm(total=total, desc="quantizing", unit="matrix", leave=False, disable=None) as bar:
+            for layer in layers:
+                for name, bank in layer.banks.items():
+                    for weight in bank.weights:
+                        if type(weight.read().data) is not Tensor or weight.read() is not weight.parameter():
+                            raise CostError(f"{weight.name!r} is sharded or behind an adapter: give the merged model")
+                    for expert in range(layer.num_experts):
+                        matrix = (layer.name, name, expert)
+                        live = bank.read(expert)
+                        self._live[matrix], self._floats[matrix], self._now[matrix] = live, live.clone(), 16
+                        weights = None if curvature is None else curvature.fit_weights(*matrix)
+                        for bits in self.widths:
+                            self._quantized[matrix, bits] = quantizer(live, bits, group_size, weights)
+                        bar.update()
+
+    def __exit__(self, *error: Any) -> None:
+        self.restore()
+
+    def apply(self, bits: Bits) -> None:
+        """Gives every expert matrix the values that a plan's widths leave it."""
+        for layer, projections in bits.items():
+            for projection, widths in projections.items():
+                for expert, width in enumerate(widths):
+                    self.set((layer, projection, expert), width)
+
+    @torch.no_grad()
+    def set(self, matrix: Matrix, bits: int) -> None:
+        """Gives one matrix another width."""
+        if self._now[matrix] != bits:
+            self._live[matrix].copy_(self.values(matrix, bits))
+            self._now[matrix] = bits
+
+    def values(self, matrix: Matrix, bits: int) -> Tensor:
+        """What a matrix is at a width, ``(out, in)``: the float weight at 16."""
+        return self._floats[matrix] if bits == 16 else scaled(*self._quantized[matrix, bits])
+
+    def restore(self) -> None:
+        """Puts the float weights back."""
+        for matrix in self._now:
+            self.set(matrix, 16)
+
+    def costs(self, levels: Sequence[int], curvature: Curvature | None) -> Costs:
+        """Squared errors of every matrix at every level, weighed by curvature if it is given, as `expert_costs`."""
+
+        def of(matrix: Matrix) -> list[float]:
+            return [cost_of(self._floats[matrix], self.values(matrix, b), curvature, *matrix) for b in levels]
+
+        return self._of_all(of)
+
+    def sensitivity(self, levels: Sequence[int], loss: Callable[[], float], name: str = "sensitivity") -> Costs:
+        """Measured increase of a loss when one matrix alone is quantized: the reference that signals are judged by.
+
+        Slow: one loss for each expert, projection and level.
+
+        Args:
+            levels: Widths.
+            loss: Computes the loss of the model as it is now.
+            name: What the progress bar says.
+
+        Returns:
+            For each layer and projection ``(E, len(levels))`` float64; can be negative.
+        """
+        self.restore()
+        base = loss()
+        with tqdm(total=len(self._now) * len(levels), desc=name, unit="loss", leave=False, disable=None) as bar:
+
+            def of(matrix: Matrix) -> list[float]:
+                found = []
+                for bits in levels:
+                    self.set(matrix, bits)
+                    found.append(loss() - base)
+                    bar.update()
+                self.set(matrix, 16)
+                return found
+
+            return self._of_all(of)
+
+    def _of_all(self, of: Callable[[Matrix], list[float]]) -> Costs:
+        return {
+            layer.name: {
+                name: torch.tensor([of((layer.name, name, e)) for e in range(layer.num_experts)], dtype=torch.float64)
+                for name in layer.banks
+            }
+            for layer in self.layers
+        }

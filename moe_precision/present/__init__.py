@@ -1,0 +1,1 @@
+"""Results for people: tables, figures, and what Weights & Biases gets."""

@@ -1,0 +1,78 @@
+"""Pictures: the router-norm curves of a run, the change as a heatmap, and a comparison of methods."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..judging.comparison import CONTROLS, Comparison
+from ..plans.plan import PrecisionPlan
+from ..recording.router_norms import RouterNormHistory
+
+_MAX_COLUMNS = 4
+
+
+def plot_router_norms(history: RouterNormHistory, plan: PrecisionPlan | None = None) -> Figure:
+    """One panel a layer, one curve an expert; with a plan, curves are coloured by the expert's bits."""
+    columns = min(_MAX_COLUMNS, len(history.layers))
+    rows = math.ceil(len(history.layers) / columns)
+    figure = Figure(figsize=(3.6 * columns, 2.8 * rows), layout="constrained")
+    axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
+    widths = sorted({b for layer in plan.layers.values() for b in layer.bits}) if plan else []
+    for axis, (name, norms) in zip(axes, history.norms.items(), strict=False):
+        for expert in range(norms.shape[1]):
+            color, label = None, None
+            if plan is not None:
+                bits = plan.layers[name].bits[expert]
+                color = f"C{widths.index(bits)}"
+                label = f"{bits} bits" if plan.layers[name].bits.index(bits) == expert else None
+            axis.plot(history.steps, norms[:, expert], lw=1.2, color=color, label=label)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("optimizer step")
+        axis.set_ylabel("router L2 norm")
+        if plan is not None:
+            axis.legend(fontsize=7)
+    for axis in axes[len(history.layers) :]:
+        axis.remove()
+    return figure
+
+
+def plot_change_heatmap(history: RouterNormHistory) -> Figure:
+    """Change of router norm since the baseline, a row a layer and a column an expert."""
+    changes = [history.change(name) for name in history.layers]
+    width = max(len(change) for change in changes)
+    grid = torch.full((len(changes), width), math.nan)
+    for row, change in enumerate(changes):
+        grid[row, : len(change)] = change
+    figure = Figure(figsize=(1.5 + min(12, 0.35 * width), 1.2 + min(10, 0.35 * len(changes))), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(grid.numpy(), aspect="auto", cmap="viridis", interpolation="nearest")
+    axis.set_xlabel("expert")
+    axis.set_ylabel("MoE layer")
+    figure.colorbar(image, ax=axis, label="change of router L2 norm")
+    return figure
+
+
+def plot_comparison(comparison: Comparison) -> Figure:
+    """A panel a budget, and beside it the same on the rarest tokens: every method with its interval, best on top."""
+    budgets = comparison.budgets
+    most = max((len(comparison.at(budget)) for budget in budgets), default=1)
+    figure = Figure(figsize=(11, max(2.5, 0.32 * most + 1.2) * max(1, len(budgets))), layout="constrained")
+    axes = figure.subplots(max(1, len(budgets)), 2, squeeze=False, sharey="row")
+    for panels, budget in zip(axes, budgets, strict=False):
+        rows = comparison.at(budget)
+        for axis, title in zip(panels, ("all tokens", "rarest tenth of the tokens"), strict=True):
+            for place, row in enumerate(rows):
+                interval = row.mean if title == "all tokens" else row.bands["rare"]
+                control = row.method in CONTROLS
+                low, high = max(0.0, interval.value - interval.low), max(0.0, interval.high - interval.value)
+                axis.errorbar(interval.value, place, xerr=[[low], [high]], fmt="o", color="0.6" if control else "C0")
+            axis.axvline(0, color="0.8", lw=0.8)
+            axis.set_xlabel("increase of the loss, nats a token")
+            axis.set_title(f"{budget:g} bits, {title}", fontsize=9)
+        panels[0].set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+        panels[0].invert_yaxis()
+    return figure

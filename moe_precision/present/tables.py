@@ -1,0 +1,144 @@
+"""Tables for the terminal, in Markdown so that they can be pasted."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..layers.moe_layers import MoELayer
+from ..plans.plan import PrecisionPlan
+
+if TYPE_CHECKING:
+    from ..judging.comparison import Comparison
+    from ..judging.evaluation import Evaluation
+
+
+def show(table: Table) -> None:
+    """Prints a table wide enough that Markdown rows stay on one line each."""
+    Console(width=240).print(table)
+
+
+def as_text(table: Table) -> str:
+    """A table as lines of text, for a log message."""
+    console = Console(width=160, file=io.StringIO())
+    console.print(table)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "\n".join(line for line in lines if line.strip())
+
+
+def layers_table(layers: list[MoELayer]) -> Table:
+    """What was found: a row for all layers that are alike, their indices in braces."""
+    alike: dict[tuple, list[list[str]]] = {}
+    for layer in layers:
+        router = layer.router.removeprefix(layer.name).lstrip(".")
+        name, indices = re.sub(r"\d+", "{}", layer.name), re.findall(r"\d+", layer.name)
+        key = (name, router, layer.num_experts, tuple(layer.projections.items()), layer.router_is.dtype, layer.caveat)
+        alike.setdefault(key, []).append(indices)
+    table = Table(box=box.MARKDOWN)
+    for column in ("layers", "router", "experts", "matrices of an expert (out, in)", "router read as"):
+        table.add_column(column, overflow="fold")
+    for (name, router, experts, projections, dtype, caveat), indices in alike.items():
+        ranges = [_ranges(column) for column in zip(*indices, strict=True)]
+        matrices = ", ".join(f"{projection}: {out} x {inp}" for projection, (out, inp) in projections)
+        note = f" ({caveat} router)" if caveat else ""
+        table.add_row(name.format(*ranges), router + note, str(experts), matrices, str(dtype).removeprefix("torch."))
+    return table
+
+
+def _ranges(numbers: Sequence[str]) -> str:
+    """``("0", "1", "2", "5")`` as ``{0-2,5}``."""
+    runs: list[list[int]] = []
+    for number in sorted({int(number) for number in numbers}):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return texts[0] if len(runs) == 1 and len(runs[0]) == 1 else "{" + ",".join(texts) + "}"
+
+
+def plan_table(plan: PrecisionPlan) -> Table:
+    """A row a layer: how many experts have which bits, and which experts have the most."""
+    if "read_from" in plan.settings:
+        groups = " and ".join(map(str, plan.settings["group_sizes"])) or "none"
+        bits = f"{plan.average_bits:.4g} bits on average, groups: {groups}"
+        title = f"{plan.model_type}, read from a checkpoint of {plan.method}: {bits}"
+    else:
+        title = _plan_title(plan)
+    table = Table(title=title, box=box.MARKDOWN, title_justify="left")
+    for column in ("layer", "projection", "experts by bits", "most bits to experts"):
+        table.add_column(column, overflow="fold")
+    for name, layer in plan.layers.items():
+        projections = layer.projection_bits
+        if all(widths == next(iter(projections.values())) for widths in projections.values()):
+            projections = {"all": layer.bits}
+        for projection, widths in projections.items():
+            counts = sorted(Counter(widths).items(), reverse=True)
+            by_bits = ", ".join(f"{count} x {bits}" for bits, count in counts)
+            top = [e for e in layer.order or range(len(widths)) if widths[e] == counts[0][0]]
+            table.add_row(name, projection, by_bits, "all" if len(counts) == 1 else " ".join(map(str, top)))
+    return table
+
+
+def _plan_title(plan: PrecisionPlan) -> str:
+    step = plan.baseline_step
+    baseline = "no baseline: ranked by final norm" if step is None else f"baseline step {step}"
+    if (assumed := plan.settings.get("assumes_equal_initial_norms")) is not None:
+        largest = assumed["spread_of_final_norms"]["largest"]
+        baseline += f", as if initial norms were equal (final norms spread up to {largest:.1%} in a layer)"
+    return (
+        f"{plan.model_type}, method {plan.method}, {baseline}; asked {plan.asked_average_bits:g}, "
+        f"reached {plan.average_bits:.4g} bits on average, {plan.stored_bits:.4g} stored (group {plan.group_size})"
+    )
+
+
+def evaluation_table(results: dict[str, Evaluation]) -> Table:
+    """A row a model: loss and perplexity, mean and on the rarest tenth of the target tokens."""
+    table = Table(box=box.MARKDOWN)
+    for column in ("model", "loss", "perplexity", "loss, rarest 10 %", "perplexity, rarest 10 %", "tokens"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, r in results.items():
+        cells = (f"{r.loss:.4f}", f"{r.perplexity:.3f}", f"{r.rare_loss:.4f}", f"{r.rare_perplexity:.2f}")
+        table.add_row(name, *cells, str(r.tokens))
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """A row a method and budget: stored bits, and the increase of the loss with intervals, in all and in the tail."""
+    title = (
+        f"{comparison.model_type}, float loss {comparison.loss['all']:.4f} (rare {comparison.loss['rare']:.4f}), "
+        f"{int(comparison.counts.sum())} tokens of {len(comparison.counts)} documents, levels {comparison.levels}, "
+        f"group {comparison.group_size}; increase in nats a token, with 95 % intervals over documents"
+    )
+    table = Table(title=title, box=box.MARKDOWN, title_justify="left")
+    columns = ["method", "bits", "stored bits", "loss", "frequent half", "rarest tenth", "worst tenth of documents"]
+    columns += [comparison.task_name] if comparison.task_name else []
+    for column in columns:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    brackets = [row for row in comparison.rows if row.asked_bits is None]
+    for row in [*brackets, *(row for budget in comparison.budgets for row in comparison.at(budget))]:
+        name = f"{row.name} ({len(row.draws)} draws)" if row.draws else row.name
+        cells = [name, f"{row.average_bits:.3g}", f"{row.stored_bits:.3f}", str(row.mean)]
+        cells += [str(row.bands["frequent"]), str(row.bands["rare"]), f"{row.worst_decile:.4f}"]
+        cells += ["-" if row.task is None else f"{row.task:.4f}"] if comparison.task_name else []
+        table.add_row(*cells)
+    return table
+
+
+def correlation_table(comparison: Comparison) -> Table:
+    """A row a signal: Spearman's correlation with the measured sensitivity, over all experts and by layer."""
+    table = Table(title="rank correlation with the measured sensitivity", box=box.MARKDOWN, title_justify="left")
+    layers = list(next(iter(comparison.correlations.values())))
+    shown = layers if len(layers) <= 9 else layers[:1]
+    for column in ("signal", *("all experts" if layer == "all" else layer for layer in shown)):
+        table.add_column(column, justify="left" if column == "signal" else "right", overflow="fold")
+    for signal, values in comparison.correlations.items():
+        table.add_row(signal, *(f"{values[layer]:.2f}" for layer in shown))
+    return table

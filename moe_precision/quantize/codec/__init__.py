@@ -1,0 +1,1 @@
+"""From a float matrix to codes, scales and offsets, and to the bytes that hold them."""

@@ -1,0 +1,158 @@
+"""A grid that training ends on: scale and offset of every group of every expert matrix, fixed; only codes still move.
+
+While training anneals, every forward pass uses the nearest weights on the grid. The quantize step packs exactly these.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ...files import save_tensors
+from ...layers.moe_layers import MoELayer
+from ...plans.plan import PlanError, PrecisionPlan
+from ...recording.curvature import Curvature
+from .fitting import codes_on_grid, quantize_matrix
+
+_FORMAT = "moe-precision-grid"
+_VERSION = 1
+_CHUNK = 1 << 19  # weights at a time: their float32 stays in cache
+
+
+class GridError(ValueError):
+    """A grid that is damaged, or belongs to another plan."""
+
+
+@dataclass
+class Grid:
+    """What a code means in every group.
+
+    Attributes:
+        plan: The widths; experts at 16 bits are left alone.
+        scales: Layer name -> projection -> ``(E, out, in / group)`` float16.
+        offsets: The same.
+        router_norms: Layer name -> ``(E,)`` float32 when it was saved, by which the weights it belongs to are known.
+    """
+
+    plan: PrecisionPlan
+    scales: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    offsets: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    router_norms: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def fit(cls, layers: list[MoELayer], plan: PrecisionPlan, curvature: Curvature | None = None) -> Grid:
+        """The grid that `quantize_matrix` would choose for the weights as they are; a collective under FSDP2."""
+        grid = cls(plan)
+        with torch.no_grad():
+            for layer in layers:
+                grid.scales[layer.name], grid.offsets[layer.name] = {}, {}
+                for name, bank in layer.banks.items():
+                    widths = plan.layers[layer.name].projection_bits[name]
+                    fitted: list[tuple[Tensor, ...]] = []
+                    for expert, matrix in enumerate(bank.matrices()):
+                        whole = matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+                        weights = None if curvature is None else curvature.fit_weights(layer.name, name, expert)
+                        if widths[expert] == 16:  # left alone
+                            none = torch.zeros(len(whole), whole.shape[1] // plan.group_size, dtype=torch.float16)
+                            fitted.append((none.to(whole.device), none.to(whole.device)))
+                            continue
+                        fitted.append(quantize_matrix(whole, widths[expert], plan.group_size, weights)[1:])
+                    scales, offsets = zip(*fitted, strict=True)
+                    grid.scales[layer.name][name] = torch.stack(scales)
+                    grid.offsets[layer.name][name] = torch.stack(offsets)
+        return grid
+
+    def state_dict(self) -> dict[str, object]:
+        """Plain types and tensors, for a checkpoint."""
+        return {"plan": self.plan.to_dict(), "scales": self.scales, "offsets": self.offsets}
+
+    @classmethod
+    def from_state_dict(cls, state: dict) -> Grid:
+        """Inverse of `state_dict`."""
+        return cls(PrecisionPlan.from_dict(state["plan"]), dict(state["scales"]), dict(state["offsets"]))
+
+    def check(self, plan: PrecisionPlan) -> None:
+        """Raises `GridError` unless it is the grid of this plan's widths and group size."""
+        if self.plan.group_size != plan.group_size or self.plan.diff(plan):
+            raise GridError("the grid belongs to another plan: widths or group size differ; give the plan beside it")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes safetensors: ``scales/<layer>/<projection>``, ``offsets/...``, ``router_norms/<layer>``, and the plan.
+
+        Raises:
+            OSError: The file cannot be written; an existing one is left as it was.
+        """
+        tensors: dict[str, Tensor] = {}
+        for kind, values in (("scales", self.scales), ("offsets", self.offsets)):
+            for layer, of_layer in values.items():
+                tensors |= {f"{kind}/{layer}/{name}": tensor.cpu() for name, tensor in of_layer.items()}
+        tensors |= {f"router_norms/{layer}": norms for layer, norms in self.router_norms.items()}
+        plan = json.dumps(self.plan.to_dict())
+        save_tensors(tensors, path, {"format": _FORMAT, "version": str(_VERSION), "plan": plan})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Grid:
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: No such file.
+            GridError: The file is truncated, or is no grid.
+        """
+        name = repr(os.fspath(path))
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"no grid at {name}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT or metadata.get("version") != str(_VERSION):
+                    raise GridError(f"{name} is no {_FORMAT} of version {_VERSION}; its metadata: {metadata}")
+                plan = PrecisionPlan.from_dict(json.loads(metadata["plan"]), name)
+                scales, offsets = (
+                    {
+                        layer: {p: file.get_tensor(f"{kind}/{layer}/{p}") for p in of.shape.projections}
+                        for layer, of in plan.layers.items()
+                    }
+                    for kind in ("scales", "offsets")
+                )
+                names = [f"router_norms/{layer}" for layer in plan.layers]
+                norms = {n.removeprefix("router_norms/"): file.get_tensor(n) for n in names if n in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, json.JSONDecodeError, PlanError) as error:
+            raise GridError(f"{name} is no whole grid file: {error}") from error
+        return cls(plan, scales, offsets, norms)
+
+
+def on_grid(weight: Tensor, bits: Sequence[int], scale: Tensor, offset: Tensor, out: Tensor | None = None) -> Tensor:
+    """The nearest weights on a grid.
+
+    Args:
+        weight: ``(E, out, in)``, any float dtype and strides.
+        bits: Width of each matrix; one of 16 bits is copied.
+        scale: ``(E, out, in / group)``.
+        offset: The same shape.
+        out: Where to put them, like the weight.
+
+    Returns:
+        ``(E, out, in)``, of the weight's dtype: what the packed matrices are, rounded to it.
+    """
+    out = torch.empty_like(weight) if out is None else out
+    rows = max(1, _CHUNK // weight.shape[2])
+    for expert, width in enumerate(bits):
+        if width == 16:
+            out[expert].copy_(weight[expert])
+            continue
+        for start in range(0, weight.shape[1], rows):
+            chunk = (expert, slice(start, start + rows))
+            place = out[chunk].unflatten(-1, (scale.shape[-1], -1))
+            whole = place if out.dtype == torch.float32 else None
+            values = codes_on_grid(weight[chunk], width, scale[chunk], offset[chunk], whole)
+            values.mul_(scale[chunk].float().unsqueeze(-1)).add_(offset[chunk].float().unsqueeze(-1))
+            if whole is None:
+                place.copy_(values)
+    return out

@@ -1,0 +1,164 @@
+"""Which experts the tokens go to: forward hooks on the experts of a model that count tokens and sum routing weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..layers.moe_layers import MoELayer, find_moe_layers
+from .signals import expert_load
+
+Loads = dict[str, Tensor]  # layer -> (2, E) float64: tokens, summed routing weight (NaN where it cannot be seen)
+
+
+class LoadCounter:
+    """Counts what every expert receives, in training and in evaluation mode apart, until it is closed.
+
+    Experts that are called with the chosen indices and their weights, as in transformers, tell both. Modules of their
+    own in a plain list tell the number of tokens alone. A layer that tells neither is left out of the counts. Padding
+    counts as the router counts it; a forward pass that is repeated in the backward pass (gradient checkpointing) is
+    counted once, and one inside of `not_counted` is not.
+
+    Args:
+        layers: As found by `find_moe_layers`. The hooks are on their modules, under every wrapper.
+    """
+
+    def __init__(self, layers: list[MoELayer]) -> None:
+        self._layers = layers
+        self._counts: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}  # training -> layer -> (2, E)
+        self._handles: list[Any] = []
+        for layer in layers:
+            container = layer.container()
+            if layer.layout == "modules" and type(container).forward is nn.Module.forward:  # a plain list
+                for expert, module in enumerate(layer.expert_modules()):
+                    self._hook(module, self._one_expert, layer, expert)
+            else:
+                self._hook(container, self.count, layer)
+
+    def _hook(self, module: nn.Module, count: Any, *known: Any) -> None:
+        self._handles.append(module.register_forward_pre_hook(_Hook(count, known), with_kwargs=True))
+
+    @torch.no_grad()
+    def count(self, training: bool, given: tuple[Any, ...], layer: MoELayer) -> None:
+        """Counts one call of all experts of a layer, by what they are called with."""
+        found = _routing(given, layer.num_experts)
+        if found is not None:
+            self._add(training, layer, expert_load(*found, layer.num_experts))
+
+    @torch.no_grad()
+    def _one_expert(self, training: bool, given: tuple[Any, ...], layer: MoELayer, expert: int) -> None:
+        tokens = next((x for x in given if isinstance(x, Tensor) and x.is_floating_point()), None)
+        if tokens is not None:
+            load = torch.zeros(2, layer.num_experts, dtype=torch.float32, device=tokens.device)
+            load[0, expert], load[1] = tokens.shape[:-1].numel(), torch.nan
+            self._add(training, layer, load)
+
+    def _add(self, training: bool, layer: MoELayer, load: Tensor) -> None:
+        counts = self._counts[training]
+        precise = load if load.device.type == "mps" else load.double()
+        counts[layer.name] = counts[layer.name] + precise if layer.name in counts else precise
+
+    def take(self, training: bool) -> Loads:
+        """What was counted since the last call, summed over all processes; a collective: call it on all ranks."""
+        counted, self._counts[training] = self._counts[training], {}
+        device = next(iter(counted.values())).device if counted else self._layers[0].router_is.parameter().device
+        # layers that were not called have no tokens, and no weight either
+        flat = [counted.get(layer.name, torch.zeros(2, layer.num_experts)).to(device) for layer in self._layers]
+        together = torch.cat([one.double() if device.type != "mps" else one for one in flat], dim=1)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(together)
+        sizes = [layer.num_experts for layer in self._layers]
+        by_layer = zip(self._layers, together.cpu().double().split(sizes, dim=1), strict=True)
+        return {layer.name: load.clone() for layer, load in by_layer if load[0].sum() > 0}
+
+    def close(self) -> None:
+        """Takes the hooks off; a second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+class _Hook:
+    """A forward hook that counts; in copies and pickles of the model it does nothing."""
+
+    def __init__(self, count: Any, known: tuple[Any, ...]) -> None:
+        self._count, self._known = count, known
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if _not_counted:
+            return
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # else a recomputation
+            self._count(module.training, (*args, *kwargs.values()), *self._known)
+
+    def __reduce__(self) -> Any:
+        return _Nothing, ()
+
+
+_not_counted: list[bool] = []
+
+
+@contextmanager
+def not_counted() -> Iterator[None]:
+    """Forward passes inside are not part of the run, and no counter counts them."""
+    _not_counted.append(True)
+    try:
+        yield
+    finally:
+        _not_counted.pop()
+
+
+class _Nothing:
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        pass
+
+
+def count_loads(model: nn.Module, batches: Iterable[dict[str, Tensor]], **patterns: Any) -> Loads:
+    """What every expert receives on some batches, without training.
+
+    Args:
+        model: A transformers model; it is put into evaluation mode.
+        batches: Keyword arguments of its forward pass.
+        patterns: ``router_pattern`` and ``expert_pattern``, as in `find_moe_layers`.
+    """
+    model.eval()
+    counter = LoadCounter(find_moe_layers(model, **patterns))
+    device = next(model.parameters()).device
+    try:
+        with torch.inference_mode():
+            for batch in tqdm(batches, desc="expert load", unit="batch", leave=False):
+                model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
+        return counter.take(training=False)
+    finally:
+        counter.close()
+
+
+def _routing(given: tuple[Any, ...], num_experts: int) -> tuple[Tensor, Tensor | None] | None:
+    """Among what experts are called with: chosen indices ``(N, K)`` and, if there, their weights of the same shape.
+
+    None where nothing is certain to be that: a count for each expert, a padding mask or positions are not.
+    """
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    hidden = next((x for x in tensors if x.is_floating_point() and x.ndim >= 2), None)  # (..., d)
+    if hidden is None:
+        return None
+    tokens = hidden.shape[:-1].numel()
+    for chosen in tensors:
+        if chosen.is_floating_point() or chosen.ndim < 2 or chosen.shape[0] != tokens:
+            continue
+        if chosen.ndim == 3 and chosen.shape[-1] == num_experts:  # a mask (N, K, E); a full expert leaves tokens out
+            index = torch.where(chosen.any(-1), chosen.to(torch.uint8).argmax(-1), num_experts)
+        elif chosen.shape == (tokens, num_experts) and chosen.dtype == torch.bool:  # a mask (N, E)
+            index = torch.where(chosen, torch.arange(num_experts, device=chosen.device), num_experts)
+        elif chosen.ndim == 2 and chosen.shape[1] < num_experts and chosen.dtype != torch.bool:
+            index = chosen
+        else:
+            continue
+        weights = [x for x in tensors if x.is_floating_point() and x.shape == index.shape]
+        return index, weights[-1] if weights else None
+    return None

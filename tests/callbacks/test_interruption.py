@@ -1,0 +1,118 @@
+"""Runs that end otherwise than planned: killed, stopped, out of time, on a full disk."""
+
+import os
+import resource
+import signal
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, Timer
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from moe_precision import PrecisionPlan, RouterNormHistory
+from moe_precision.callbacks import SavePretrained
+from moe_precision.checkpoints.checkpoint import load_model
+from moe_precision.cli.main import main
+from tests.callbacks.test_router_norm_monitor import Module, data, monitor, trainer
+from tests.support.interrupted_run import compare
+from tests.support.models import build
+
+
+def test_kill_and_resume_give_the_same_history_and_plan():
+    """Two random moments here; ``python -m tests.support.interrupted_run --points 30`` takes more."""
+    assert len(compare(points=2, seed=1)) == 2
+
+
+class Stopped(Module):
+    """Gets a signal in its sixth batch."""
+
+    def __init__(self, signal_number):
+        super().__init__()
+        self.signal_number = signal_number
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 5:
+            os.kill(os.getpid(), self.signal_number)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "error"), [(signal.SIGINT, (SystemExit, KeyboardInterrupt)), (signal.SIGTERM, SIGTERMException)]
+)
+def test_a_signal_leaves_a_history_that_makes_a_plan(signal_number, error, tmp_path, capsys):
+    with pytest.raises(error):
+        trainer(tmp_path, monitor()).fit(Stopped(signal_number), data(40))
+    saved = tmp_path / "precision_plan.history.safetensors"
+    assert RouterNormHistory.load(saved).steps[:3] == [0, 2, 4]
+    assert not (tmp_path / "precision_plan.json").exists()
+    arguments = ["plan", str(saved), "--group-size", "32", "-o", str(tmp_path / "later.json")]
+    with pytest.warns(UserWarning, match="variances are not known.*change of router norm alone"):
+        assert main(arguments) == 0
+    plan = PrecisionPlan.load(tmp_path / "later.json")
+    assert plan.settings["max_variance"] == "not measured"
+    assert plan.last_step >= 4
+
+
+def test_max_time_exports(tmp_path):
+    class Slow(Module):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 4:
+                (timer,) = (one for one in self.trainer.callbacks if isinstance(one, Timer))
+                timer._offset += 3600  # an hour has passed
+            return super().training_step(batch, batch_idx)
+
+    trainer(tmp_path, monitor(), max_time="00:00:30:00", max_epochs=-1).fit(Slow(), data(40))
+    assert PrecisionPlan.load(tmp_path / "precision_plan.json").last_step < 40
+
+
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
+    """The plan cannot be written; the model still is, and the history is in memory and in the checkpoint."""
+    callback = monitor(group_size=32)
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
+    saver = SavePretrained("saved")
+    module = Module(build("mixtral"))
+    module.loss = lambda x: module.model(input_ids=x, labels=x).loss
+    module.on_train_batch_end = lambda *args: None
+    ids = torch.randint(3, 128, (4, 8), generator=torch.Generator().manual_seed(0))
+    run = trainer(tmp_path / "plans", callback, saver, checkpoint, enable_checkpointing=True)
+    (tmp_path / "plans").mkdir()
+    full = (300, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    write = callback._finish
+
+    def finish_on_a_full_disk(*args, **kwargs):
+        resource.setrlimit(resource.RLIMIT_FSIZE, full)  # every write past 300 bytes fails, as on a full disk
+        try:
+            return write(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    callback._finish = finish_on_a_full_disk
+    with (
+        pytest.warns(UserWarning, match="could not write"),
+        pytest.raises(OSError, match=r"could not write '.*precision_plan.history.safetensors'.*callback\.history"),
+    ):
+        run.fit(module, torch.utils.data.DataLoader(ids, batch_size=1))
+    assert not (tmp_path / "plans" / "precision_plan.json").exists()
+    assert not list((tmp_path / "plans").glob(".*"))  # no half-written file
+    assert callback.history.steps == [0, 2, 4]
+    assert load_model(tmp_path / "plans" / "saved").num_parameters() == module.model.num_parameters()
+    state = torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=True)
+    (norms,) = (state for key, state in state["callbacks"].items() if "RouterNormMonitor" in key)
+    assert norms["steps"] == [0, 2, 4]
+    callback.history.save(tmp_path / "rescued.safetensors")
+    assert (
+        main(["plan", str(tmp_path / "rescued.safetensors"), "--group-size", "32", "-o", str(tmp_path / "p.json")]) == 0
+    )
+
+
+def test_a_norm_that_is_not_finite_is_said_when_it_happens(tmp_path):
+    class Diverges(Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            if trainer.global_step == 4:
+                with torch.no_grad():
+                    module.model[1].router.weight[2] = float("nan")
+
+    with pytest.warns(UserWarning, match=r"expert 2 of layer 'model\.1' has router norm nan at step 4"):
+        trainer(tmp_path, Diverges(), monitor()).fit(Module(), data(6))

@@ -1,0 +1,83 @@
+"""The demo with a handful of steps: all files, a measured table, and a curve for every expert in wandb."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from moe_precision import PrecisionPlan, RouterNormHistory
+from moe_precision.checkpoints.checkpoint import load_model, stored_bits_per_expert_weight
+from tests.support.wandb_file import read_artifacts, read_curves
+
+STEPS = 12
+CURVATURE = ["curvature", "curvature, 1 to 4 bits"]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The run's folder and what the command printed; a process of its own, as a user starts it."""
+    folder = tmp_path_factory.mktemp("demo") / "run #1: a"
+    command = [sys.executable, "-m", "moe_precision.cli", "demo", "--output", str(folder), "--max-steps", str(STEPS)]
+    environment = {**os.environ, "WANDB_MODE": "offline"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder, result.stdout
+
+
+def test_files(demo):
+    folder, printed = demo
+    plan = PrecisionPlan.load(folder / "precision_plan.json")
+    history = RouterNormHistory.load(folder / "precision_plan.history.safetensors")
+    assert history.steps == [0, 10, STEPS]
+    assert plan.average_bits == 2.5
+    assert plan.baseline_step == 0
+    assert plan.last_step == STEPS
+    assert (folder / "router_norms.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "checkpoints").glob("*.ckpt"))
+    plan.check(load_model(folder / "checkpoint"))
+    assert str(folder) in printed
+
+
+def test_table(demo):
+    folder, printed = demo
+    rows = {row["model"]: row for row in json.loads((folder / "results.json").read_text())}
+    assert list(rows) == [
+        "float",
+        "uniform 3 bits",
+        "uniform 2 bits",
+        "plan",
+        "reversed order",
+        "random order",
+        *CURVATURE,
+    ]
+    plan = PrecisionPlan.load(folder / "precision_plan.json")
+    assert rows["float"]["stored_bits"] == 16
+    assert rows["plan"]["nominal_bits"] == 2.5
+    assert rows["plan"]["stored_bits"] == pytest.approx(2.5 + 18 / 64, abs=0.01)
+    for name in CURVATURE:
+        assert 2.4 < rows[name]["nominal_bits"] <= 2.5
+        assert rows[name]["stored_bits"] <= rows["plan"]["stored_bits"] + 0.001
+    measured = stored_bits_per_expert_weight(folder / "quantized-plan", plan)
+    assert rows["plan"]["stored_bits"] == measured
+    assert rows["uniform 2 bits"]["file_mb"] < rows["plan"]["file_mb"] < rows["uniform 3 bits"]["file_mb"]
+    assert rows["uniform 3 bits"]["file_mb"] < rows["float"]["file_mb"]
+    for name, row in rows.items():
+        assert row["evaluation"]["loss"] < 8  # untrained: ln(2048) = 7.6
+        line = next(line for line in printed.splitlines() if line.startswith(f"| {name} "))
+        assert f"{row['evaluation']['loss']:.4f}" in line
+
+
+def test_wandb_holds_a_curve_for_each_expert_of_each_layer(demo):
+    folder, _ = demo
+    history = RouterNormHistory.load(folder / "precision_plan.history.safetensors")
+    (path,) = (folder / "wandb").rglob("*.wandb")
+    curves = read_curves(path)
+    for index, norms in enumerate(history.norms.values()):
+        assert norms.shape[1] == 8
+        for expert in range(8):
+            curve = curves[f"router_norm/layer_{index:02d}/expert_{expert:03d}"]
+            assert [step for step, _ in curve] == history.steps
+            assert [value for _, value in curve] == pytest.approx(norms[:, expert].tolist())
+    assert any(artifact.type == "precision-plan" for artifact in read_artifacts(path))

@@ -1,0 +1,74 @@
+"""A simulated plan is the packed model: same loss, and the float weights are back afterwards."""
+
+import copy
+
+import pytest
+import torch
+
+from moe_precision import allocate, find_moe_layers, quantize_model
+from moe_precision.allocation.costs import CostError, expert_costs
+from moe_precision.judging.simulation import SimulatedExperts
+from moe_precision.recording.curvature import curvature_of
+from tests.recording.test_curvature import trained_with
+from tests.support.models import build, logits
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])
+def test_logits_are_those_of_the_packed_model(family):
+    model = build(family)
+    optimizer = trained_with(torch.optim.AdamW, model)
+    layers = find_moe_layers(model)
+    curvature = curvature_of(layers, [optimizer])
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with SimulatedExperts(layers, (1, 2, 3), 64, curvature) as simulated:
+        for seed in range(2):
+            plan = allocate(
+                copy.deepcopy(model), method="random", bits=(1, 2, 3), average_bits=2, seed=seed, group_size=64
+            )
+            simulated.apply({name: layer.projection_bits for name, layer in plan.layers.items()})
+            found = logits(model)
+            simulated.restore()
+            packed = quantize_model(copy.deepcopy(model), plan, curvature=curvature)
+            torch.testing.assert_close(found, logits(packed), atol=1e-5, rtol=1e-4)
+            simulated.apply({name: layer.projection_bits for name, layer in plan.layers.items()})
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_costs_are_those_of_the_allocator():
+    model = build("mixtral")
+    layers = find_moe_layers(model)
+    curvature = curvature_of(layers, [trained_with(torch.optim.AdamW, model)])
+    with SimulatedExperts(layers, (2, 3), 64, curvature) as simulated:
+        simulated.apply({layers[0].name: {"down_proj": [2] * 8}})
+        found = simulated.costs((2, 3), curvature)
+    expected = expert_costs(layers, (2, 3), 64, curvature)
+    for name in expected:
+        for projection in expected[name]:
+            torch.testing.assert_close(found[name][projection], expected[name][projection], rtol=1e-6, atol=0)
+
+
+def test_sensitivity_changes_one_matrix_at_a_time():
+    model = build("mixtral")
+    layers = find_moe_layers(model)
+    before = logits(model)
+    with SimulatedExperts(layers, (1, 4), 64) as simulated:
+        found = simulated.sensitivity((1, 4), lambda: float((logits(model) - before).norm()))
+        simulated.set((layers[1].name, "gate_up_proj", 5), 1)
+        alone = float((logits(model) - before).norm())
+    assert found[layers[1].name]["gate_up_proj"].shape == (8, 2)
+    assert found[layers[1].name]["gate_up_proj"][5, 0].item() == pytest.approx(alone)
+    total = [sum(of[:, i].sum() for layer in found.values() for of in layer.values()) for i in range(2)]
+    assert total[0] > 3 * total[1] > 0
+    assert torch.equal(logits(model), before)
+
+
+def test_weights_that_cannot_be_put_back_are_an_error():
+    class Double(torch.nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    model = build("mixtral")
+    torch.nn.utils.parametrize.register_parametrization(model.model.layers[0].mlp.experts, "down_proj", Double())
+    with pytest.raises(CostError, match="sharded or behind an adapter"):
+        SimulatedExperts(find_moe_layers(model), (2,), 64)

@@ -1,0 +1,39 @@
+"""A short run with both callbacks, on one process or on two; started by test_two_processes.py as a script."""
+
+import sys
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import ModelParallelStrategy
+
+from moe_precision.callbacks import PrecisionAnneal, RouterNormMonitor, SavePretrained
+from moe_precision.recipes import CausalLM, TextDataModule
+from tests.support.models import CONFIGS
+
+
+def main(folder: str, text: str, strategy: str) -> None:
+    torch.set_num_threads(1)
+    pl.seed_everything(0)
+    config = {"model_type": "mixtral", **CONFIGS["mixtral"]}
+    module = CausalLM(config=config, learning_rate=1e-2, warmup_steps=1)
+    data = TextDataModule(dataset=text, vocab_size=300, sequence_length=32, batch_size=4)
+    fsdp2 = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    pl.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        devices=1 if strategy == "auto" else 2,
+        strategy=fsdp2 if strategy == "fsdp2" else strategy,
+        use_distributed_sampler=False,  # both processes see the same batches, as one process would
+        max_steps=4,
+        log_every_n_steps=2,
+        limit_val_batches=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[RouterNormMonitor(group_size=64), PrecisionAnneal(start=2, group_size=64), SavePretrained()],
+    ).fit(module, data)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3])
