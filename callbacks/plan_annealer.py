@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from moe_precision.allocation.allocator import PLAN_METHODS, AllocationError, allocate, check_granularity, levels_of
 from moe_precision.annealing.hooks import AnnealError, GridHooks, check_trainable, uncover
 from moe_precision.files import check_writable
-from moe_precision.layers.moe_layers import MoELayer, find_moe_layers, root_model
+from moe_precision.layers.module_tree import root_model
+from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.plans.plan import PrecisionPlan, as_plan, check_group_size, model_type_of
 from moe_precision.quantize.codec.grid import Grid
 from moe_precision.quantize.replace import check_packable

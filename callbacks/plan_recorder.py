@@ -25,7 +25,9 @@ from moe_precision.allocation.allocator import (
     rank_experts,
 )
 from moe_precision.files import check_writable
-from moe_precision.layers.moe_layers import MoELayer, check_pattern, find_moe_layers, root_model
+from moe_precision.layers.module_tree import root_model
+from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
+from moe_precision.layers.patterns import check_pattern
 from moe_precision.plans.plan import PrecisionPlan, check_group_size, model_type_of
 from moe_precision.present.tables import as_text, layers_table
 from moe_precision.recording.curvature import Curvature, CurvatureError, curvature_of, curvature_of_losses

@@ -6,7 +6,8 @@ transformers, so that packed checkpoints load with ``from_pretrained``.
 """
 
 from .allocation.allocator import AllocationError, allocate, bits_from_order, rank_experts
-from .layers.moe_layers import MoELayer, MoELayerError, find_moe_layers
+from .layers.module_tree import MoELayerError
+from .layers.moe_layers import MoELayer, find_moe_layers
 from .plans.plan import PlanError, PrecisionPlan
 from .quantize import PlanQuantizationConfig, QuantizationError, UnsupportedLayoutError, quantize_model
 from .recording.router_norms import HistoryError, RouterNormHistory

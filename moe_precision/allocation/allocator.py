@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.reading import costs_of_checkpoint, signals_of_checkpoint
-from ..layers.moe_layers import CAVEATS, find_moe_layers, root_model
+from ..layers.module_tree import root_model
+from ..layers.moe_layers import find_moe_layers
+from ..layers.routers import CAVEATS
 from ..plans.plan import LayerPlan, PrecisionPlan, check_group_size, model_type_of, stored_bits_per_weight
 from ..recording.curvature import Curvature, as_curvature
 from ..recording.router_norms import HistoryError, RouterNormHistory, router_norms

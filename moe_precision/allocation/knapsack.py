@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from ..layers.moe_layers import LayerShape
+from ..layers.shape import LayerShape
 from ..plans.plan import stored_bits_per_weight
 from .costs import Costs
 from .orders import AllocationError, exact

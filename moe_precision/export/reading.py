@@ -16,7 +16,8 @@ from typing import Any
 from transformers import AutoConfig
 
 from ..checkpoints.checkpoint import CheckpointError, StoredTensor, empty_model, stored_tensors
-from ..layers.moe_layers import LayerShape, MoELayer, find_moe_layers
+from ..layers.moe_layers import MoELayer, find_moe_layers
+from ..layers.shape import LayerShape
 from ..plans.plan import LayerPlan, PrecisionPlan, model_type_of
 from ..quantize.hf import QUANT_METHOD
 from .names import Place, places

@@ -7,6 +7,7 @@ parameters. `module_tree` looks through all of them, so that names and shapes ar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_NUMBERED = re.compile(r"^(?:expert_?)?\d+$", re.IGNORECASE)
 _ADDITIVE_TUNERS = ("lora", "loha", "lokr", "adalora", "vera")
 
 
@@ -222,6 +224,20 @@ def _unwrapped(module: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...]]:
             module = children["base_layer"]
         else:
             return module, adapters
+
+
+def numbered_children(node: Node) -> list[Node]:
+    """Children called ``0``, ``expert_0``, ``expert0``, ... in order of number; empty if the numbers have gaps."""
+    numbered = {}
+    for name, child in node.children.items():
+        if _NUMBERED.match(name) and next(child.named_weights(), None) is not None:
+            numbered[int(re.sub(r"\D", "", name))] = child
+    return [numbered[i] for i in sorted(numbered)] if sorted(numbered) == list(range(len(numbered))) else []
+
+
+def is_numbered(name: str) -> bool:
+    """Whether a child is called like one of many experts."""
+    return bool(_NUMBERED.match(name))
 
 
 @contextmanager

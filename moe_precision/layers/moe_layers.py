@@ -6,55 +6,17 @@ through wrappers. Nothing here changes a model or has a table of model families.
 
 from __future__ import annotations
 
-import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
-from .experts import Bank, Experts, experts_by_pattern, find_experts, not_understood, numbered_children, with_count
-from .module_tree import MoELayerError, Node, Weight, module_tree, root_model, whole
-from .routers import CAVEATS, NoRouter, Router, find_router, product_keys
-
-__all__ = ["CAVEATS", "LayerShape", "MoELayer", "MoELayerError", "find_moe_layers", "root_model"]
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What a history and a plan know of a layer.
-
-    Attributes:
-        router: Clean name of the router's weight, ``(rows, d)`` with row ``e`` belonging to expert ``e``; a few
-            families have more rows than experts (shared or null experts), which come last.
-        num_experts: Number of routed experts ``E``.
-        projections: Name of each expert matrix -> ``(out, in)``, in the order of the forward pass. Fused families
-            name the parameter (``gate_up_proj``), others the path inside one expert (``wi``).
-        experts: Module path of one expert, ``{expert}`` in the place of its index, or, without it, of the module that
-            holds the weights of all experts; empty for other layouts, and where a file of an earlier release does not
-            say.
-    """
-
-    router: str
-    num_experts: int
-    projections: dict[str, tuple[int, int]]
-    experts: str = field(default="", compare=False)
-
-    @property
-    def expert_size(self) -> int:
-        """Weights of one expert, all matrices together."""
-        return sum(out * inp for out, inp in self.projections.values())
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> LayerShape:
-        """Inverse of `to_dict`."""
-        shapes = {name: (int(out), int(inp)) for name, (out, inp) in data["projections"].items()}
-        return cls(data["router"], data["num_experts"], shapes, data.get("experts", ""))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types only, for checkpoints and JSON."""
-        shapes = {name: list(shape) for name, shape in self.projections.items()}
-        return {"router": self.router, "num_experts": self.num_experts, "projections": shapes, "experts": self.experts}
+from .banks import Bank, Experts, with_count
+from .experts import find_experts, not_understood
+from .module_tree import MoELayerError, Node, Weight, module_tree, numbered_children, root_model, whole
+from .patterns import check_pattern, experts_by_pattern
+from .routers import NoRouter, Router, find_router, product_keys
+from .shape import LayerShape
 
 
 @dataclass(frozen=True)
@@ -240,14 +202,6 @@ def _missed(tree: Node, taken: list[Experts]) -> list[str]:
         for experts in candidates
         if experts.identity not in known and isinstance(find_router(tree, experts, paths), Router)
     ]
-
-
-def check_pattern(argument: str, pattern: str | None) -> None:
-    """Raises `MoELayerError` if a pattern is no regular expression."""
-    try:
-        re.compile(pattern or "")
-    except re.error as error:
-        raise MoELayerError(f"{argument}={pattern!r} is no regular expression: {error}") from error
 
 
 def _twice(names: list[str], what: str) -> list[str]:

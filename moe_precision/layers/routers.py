@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .experts import Experts, is_numbered
-from .module_tree import MoELayerError, Node, Weight
+from .banks import Experts
+from .module_tree import MoELayerError, Node, Weight, is_numbered
 
 _ROUTER_NAME = re.compile(r"(?:^|[._])(?:routers?|gate|gating|wg|classifier|switch|route)(?:$|[._])", re.IGNORECASE)
 _NOT_ROUTER = re.compile(

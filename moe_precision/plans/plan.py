@@ -20,7 +20,8 @@ import jsonschema
 from torch import nn
 
 from ..files import replaced_when_done
-from ..layers.moe_layers import LayerShape, find_moe_layers
+from ..layers.moe_layers import find_moe_layers
+from ..layers.shape import LayerShape
 from ..version import __version__
 
 FORMAT = "moe-precision-plan"

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..files import save_tensors
-from ..layers.experts import Bank
+from ..layers.banks import Bank
 from ..layers.module_tree import whole
-from ..layers.moe_layers import LayerShape, MoELayer
+from ..layers.moe_layers import MoELayer
+from ..layers.shape import LayerShape
 from .signals import max_variance
 
 _FORMAT = "moe-precision-history"
@@ -126,7 +127,7 @@ class RouterNormHistory:
         max_variance: Layer name -> ``(E,)`` float32 at the last record, or empty if never measured.
         loads: ``training`` (since the first record) and ``validation`` (its last run), each layer name -> ``(2, E)``
             float64: tokens that each expert received, and their summed routing weight (NaN where it cannot be seen).
-        caveats: Layer name -> key of `moe_layers.CAVEATS`, for routers whose norm is not what it is elsewhere.
+        caveats: Layer name -> key of `routers.CAVEATS`, for routers whose norm is not what it is elsewhere.
         patterns: ``router_pattern`` and ``expert_pattern`` that the layers were found with, if any.
         dtypes: dtypes of the routers that were read, e.g. ``["float32"]``.
     """

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe_precision.layers.moe_layers import MoELayerError, find_moe_layers, root_model
+from moe_precision.layers.module_tree import MoELayerError, root_model
+from moe_precision.layers.moe_layers import find_moe_layers
 from tests.support.models import DECODER, PlainMoE, build
 
 # family -> layers, first layer's name, router below it, projections
