@@ -19,7 +19,7 @@ from ..checkpoints.checkpoint import CheckpointError, StoredTensor, empty_model,
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..layers.shape import LayerShape
 from ..plans.plan import LayerPlan, PrecisionPlan, model_type_of
-from ..quantize.hf import QUANT_METHOD
+from ..quantize.config import QUANT_METHOD
 from .names import Place, places
 
 _GPTQ = ("gptq", "auto-round")

@@ -43,7 +43,7 @@ from ..version import __version__
 from . import PlanHfQuantizer, PlanQuantizationConfig
 from .checksums import DamagedCheckpointError, check_files, checksums, metadata
 from .codec.grid import Grid
-from .hf import check_weights
+from .config import check_weights
 from .replace import packed_tensors
 
 _LAYER = re.compile(r"^(?:.*?\.)?\d+(?=\.)")  # up to the first index: a decoder layer
