@@ -15,6 +15,7 @@ from .banks import Bank, Experts, with_count
 from .experts import find_experts, not_understood
 from .module_tree import MoELayerError, Node, Weight, module_tree, numbered_children, root_model, whole
 from .patterns import check_pattern, experts_by_pattern
+from .router_rows import router_row_norms
 from .routers import NoRouter, Router, find_router, product_keys
 from .shape import LayerShape
 
@@ -78,6 +79,14 @@ class MoELayer:
         """
         weight = self.router_is.read()
         return weight.T if self.router_transposed else weight
+
+    def row_norms(self) -> Tensor:
+        """L2 norm of each expert's router row now, ``(E,)`` float32 on the router's device; a collective under FSDP2.
+
+        Raises:
+            MoELayerError: The router is sharded (FSDP1, DeepSpeed ZeRO-3) and not read inside of `whole`.
+        """
+        return router_row_norms(self.router_is.read(), num_experts=self.num_experts, transposed=self.router_transposed)
 
     def whole(self, experts: bool = True) -> AbstractContextManager[None]:
         """Inside, router and experts are whole under every strategy. A collective: enter it on all ranks.

@@ -111,7 +111,11 @@ def _by_pattern(tree: Node, experts: Experts, pattern: str) -> Router | str:
         if width not in (rows, columns):
             return f"router {weight.name!r} has shape {weight.shape}, expected (experts, {width})"
         count = rows if columns == width else columns
-    transposed = rows != count == columns
+        widths = {width}
+    else:
+        widths = {width for bank in experts.banks.values() for width in bank.shape}
+    beyond = rows in widths and columns not in widths and columns > count  # columns of null experts too
+    transposed = rows != count and (columns == count or beyond)
     if rows < count and not transposed:
         return f"router {weight.name!r} has shape {weight.shape}, expected a row for each of {count} experts"
     root = tree.get(_common(weight.name.rpartition(".")[0], experts.path))

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import xxhash
-from torch import nn
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..layers.moe_layers import MoELayer
 from ..plans.plan import PlanError, PrecisionPlan, as_plan
 from ..recording.curvature import Curvature, as_curvature
 from ..recording.router_norms import check_same_weights
@@ -90,26 +90,30 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
             "non_expert_bits": self.non_expert_bits,
         }
 
+    def warn_if_unweighted(self) -> None:
+        """Warns where the plan expects a fit that curvature weighs, and no curvature is given."""
+        if self.plan.method == "curvature" and self.curvature is None and self.grid is None:
+            warnings.warn(
+                "the plan was made by curvature, for a fit that curvature weighs: give curvature= (or --curvature), "
+                "the file beside the run's plan; the fit is unweighted now",
+                stacklevel=3,
+            )
 
-def warn_if_unweighted(config: PlanQuantizationConfig) -> None:
-    if config.plan.method == "curvature" and config.curvature is None and config.grid is None:
-        warnings.warn(
-            "the plan was made by curvature, for a fit that curvature weighs: give curvature= (or --curvature), the "
-            "file beside the run's plan; the fit is unweighted now",
-            stacklevel=3,
-        )
+    @torch.no_grad()
+    def check_weights(self, layers: list[MoELayer]) -> None:
+        """Checks that curvature and grid are of these weights, by the norms of the routers, which stay as they are.
 
+        Args:
+            layers: The model's, as found by `find_moe_layers` while its experts were float.
 
-def check_weights(model: nn.Module, config: PlanQuantizationConfig) -> None:
-    """Whether curvature and grid are of these weights, by the norms of the routers, which stay as they are."""
-    if config.curvature is None and config.grid is None:
-        return
-    norms = {}
-    for name, layer in config.plan.layers.items():
-        router, experts = model.get_parameter(layer.shape.router), layer.shape.num_experts
-        rows = router if router.shape[0] >= experts else router.T
-        norms[name] = torch.linalg.vector_norm(rows[:experts], dim=1, dtype=torch.float32)
-    if config.curvature is not None:
-        config.curvature.check_router_norms(norms)
-    if config.grid is not None:
-        check_same_weights(config.grid.router_norms, norms, "grid")
+        Raises:
+            CurvatureError: The curvature is of other weights.
+            HistoryError: The grid is of other weights.
+        """
+        if self.curvature is None and self.grid is None:
+            return
+        norms = {layer.name: layer.row_norms() for layer in layers}
+        if self.curvature is not None:
+            self.curvature.check_router_norms(norms)
+        if self.grid is not None:
+            check_same_weights(self.grid.router_norms, norms, "grid")

@@ -16,9 +16,10 @@ from transformers.core_model_loading import ConversionOps
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantizer
 
+from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..plans.plan import PrecisionPlan
 from .checksums import check_files, metadata
-from .config import QUANT_METHOD, PlanQuantizationConfig, QuantizationError, check_weights, warn_if_unweighted
+from .config import QUANT_METHOD, PlanQuantizationConfig, QuantizationError
 from .modules import kernels_of, packed_experts_forward
 from .replace import EXPERTS_IMPLEMENTATION, Target, find_targets, replace_weight
 
@@ -53,6 +54,7 @@ class PlanHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: PlanQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.layers: list[MoELayer] = []  # while a checkpoint loads
         self._waiting: dict[str, Target] = {}  # parameters of a float checkpoint not packed yet
 
     @property
@@ -69,11 +71,12 @@ class PlanHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         if not self.pre_quantized:
-            warn_if_unweighted(self.quantization_config)
+            self.quantization_config.warn_if_unweighted()
         elif checkpoint_files:
             check_files(checkpoint_files, self.quantization_config.digest())
         config = self.quantization_config
-        targets = find_targets(model, self.plan, config.non_expert_bits, config.curvature, config.grid)
+        self.layers = find_moe_layers(model, **self.plan.patterns)
+        targets = find_targets(model, self.layers, self.plan, config.non_expert_bits, config.curvature, config.grid)
         if self.pre_quantized:
             for target in targets:
                 replace_weight(model, target, self.plan.group_size, weight=None)
@@ -115,7 +118,8 @@ class PlanHfQuantizer(HfQuantizer):
             raise QuantizationError(
                 f"{len(unread)} tensors were not in the checkpoint, the first is {unread[0]!r}; is it complete?"
             )
-        check_weights(model, self.quantization_config)
+        self.quantization_config.check_weights(self.layers)
+        self.layers = []
         finish(model)
         model.moe_precision_kernels = partial(kernels_of, model)
         return model

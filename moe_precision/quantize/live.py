@@ -9,10 +9,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..layers.moe_layers import find_moe_layers
 from ..plans.plan import PrecisionPlan
 from ..recording.curvature import Curvature
 from .codec.grid import Grid
-from .config import QUANT_METHOD, PlanQuantizationConfig, QuantizationError, check_weights, warn_if_unweighted
+from .config import QUANT_METHOD, PlanQuantizationConfig, QuantizationError
 from .hf import PlanHfQuantizer, finish
 from .modules import kernels_of
 from .replace import EXPERTS_IMPLEMENTATION, find_targets, replace_weight
@@ -42,9 +43,10 @@ def quantize_model(
         UnsupportedLayoutError: Experts in a layout that cannot be packed yet.
     """
     config = PlanQuantizationConfig(plan, non_expert_bits, curvature, grid)
-    targets = find_targets(model, config.plan, non_expert_bits, config.curvature, config.grid)
-    warn_if_unweighted(config)
-    check_weights(model, config)
+    layers = find_moe_layers(model, **config.plan.patterns)
+    targets = find_targets(model, layers, config.plan, non_expert_bits, config.curvature, config.grid)
+    config.warn_if_unweighted()
+    config.check_weights(layers)
     own = dict(model.named_parameters(remove_duplicate=False))
     for target in targets:  # before any change: a half packed model is of no use
         if target.parameter not in own:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..layers.moe_layers import MoELayer, find_moe_layers
+from ..layers.moe_layers import MoELayer
 from ..plans.plan import PrecisionPlan, check_group_size, model_type_of
 from ..recording.curvature import Curvature
 from .codec.fitting import Fit, quantize_matrix, quantize_on_grid
@@ -61,6 +61,7 @@ class Target:
 
 def find_targets(
     model: nn.Module,
+    layers: list[MoELayer],
     plan: PrecisionPlan,
     non_expert_bits: int | None,
     curvature: Curvature | None = None,
@@ -68,14 +69,20 @@ def find_targets(
 ) -> list[Target]:
     """Lists the parameters that a plan quantizes, after checking that plan and model belong together.
 
+    Args:
+        model: The float model, on any device (meta included).
+        layers: Its layers, as found by `find_moe_layers` with the plan's patterns.
+        plan: The plan.
+        non_expert_bits: 8 or 4 to list the other linear layers too.
+        curvature: Weighs the fit of each matrix.
+        grid: Scales and offsets of each matrix, in place of a fit.
+
     Raises:
         PlanError: The plan is for another model, or a group size does not divide.
         CurvatureError: The curvature is of another model.
         GridError: The grid belongs to another plan.
         UnsupportedLayoutError: Experts in a layout that cannot be packed yet.
-        MoELayerError: No Mixture-of-Experts layer.
     """
-    layers = find_moe_layers(model, **plan.patterns)
     plan.check_layers({layer.name: layer.shape for layer in layers}, model_type_of(model))
     tied = _tied(model)
     if curvature is not None:

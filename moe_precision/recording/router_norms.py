@@ -48,11 +48,11 @@ def router_norms(layers: list[MoELayer]) -> Tensor:
     norms: list[Tensor] = []
     with torch.no_grad():
         if not any(layer.router_is.gathers for layer in layers):
-            return torch.cat(_norms(layers))
+            return torch.cat([layer.row_norms() for layer in layers])
         for _, group in groupby(layers, key=lambda layer: id(layer.router_is.unit)):  # one FSDP1 unit at a time
             of_unit = list(group)
             with whole(layer.router_is for layer in of_unit):
-                norms += _norms(of_unit)
+                norms += [layer.row_norms() for layer in of_unit]
         return torch.cat(norms)
 
 
@@ -72,18 +72,6 @@ def check_same_weights(expected: dict[str, Tensor], found: dict[str, Tensor], wh
                 f"the {what} is of other weights: in layer {name!r} router norms differ by up to {difference:.2%}. "
                 "Is it of another run?"
             )
-
-
-def _norms(layers: list[MoELayer]) -> list[Tensor]:
-    """``(num_experts,)`` for each layer: one kernel a layer, and as little else as can be."""
-    norm = torch.linalg.vector_norm
-    norms = [norm(layer.router_weight(), dim=-1, dtype=torch.float32) for layer in layers]  # each (rows,)
-    for i, layer in enumerate(layers):
-        if isinstance(norms[i], DTensor):
-            norms[i] = norms[i].full_tensor()
-        if norms[i].numel() != layer.shape.num_experts:
-            norms[i] = norms[i][: layer.shape.num_experts]  # the others are shared or null experts
-    return norms
 
 
 def max_variances(layer: MoELayer) -> Tensor:

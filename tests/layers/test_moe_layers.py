@@ -292,6 +292,9 @@ def test_a_router_pattern_chooses():
     columns = Holder(w_gate=bank(16, 8), experts=linears(8))  # a router with a column an expert
     (layer,) = find_moe_layers(columns, router_pattern="w_gate")
     torch.testing.assert_close(layer.router_weight(), columns.w_gate.T)
+    null = Holder(w_gate=bank(16, 10), experts=linears(8))  # and columns of two null experts
+    (layer,) = find_moe_layers(null, router_pattern="w_gate")
+    torch.testing.assert_close(layer.row_norms(), null.w_gate[:, :8].norm(dim=0))
 
 
 @pytest.mark.parametrize(
