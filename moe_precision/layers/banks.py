@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from torch import Tensor
@@ -66,6 +66,7 @@ class Experts:
         layout: ``fused``: slices of 3-D weights, as transformers' experts interface has them; ``flat``: blocks of rows
             of 2-D weights; ``modules``: a module an expert; ``separate``: weights of an expert in one module.
         named: Called experts, so that it is an error if they have no router.
+        oriented: A pattern has said which banks hold ``(in, out)`` matrices.
     """
 
     node: Node
@@ -73,6 +74,7 @@ class Experts:
     banks: dict[str, Bank]
     layout: str
     named: bool
+    oriented: bool = False
 
     @property
     def path(self) -> str:
@@ -99,16 +101,14 @@ class Experts:
 
 
 def with_count(experts: Experts, num_experts: int) -> Experts:
-    """Flat banks once the router has told the number of experts.
+    """Flat banks cut into as many experts as the router has rows.
 
     Raises:
         MoELayerError: The rows of a bank are no multiple of it.
     """
-    banks = {}
-    for index, (name, bank) in enumerate(experts.banks.items()):
+    for bank in experts.banks.values():
         (weight,) = bank.weights
         if weight.shape[0] % num_experts:
             raise MoELayerError(f"{weight.name!r} has {weight.shape[0]} rows, no multiple of {num_experts} experts")
-        last = len(experts.banks) > 1 and index == len(experts.banks) - 1
-        banks[name] = Bank([weight], num_experts, transposed=last)
-    return Experts(experts.node, num_experts, banks, experts.layout, experts.named)
+    banks = {name: replace(bank, num_experts=num_experts) for name, bank in experts.banks.items()}
+    return replace(experts, num_experts=num_experts, banks=banks)

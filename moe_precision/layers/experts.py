@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from .banks import Bank, Experts, with_count
+from .banks import Bank, Experts
 from .module_tree import Node, numbered_children
 
 EXPERT_NAME = re.compile(r"expert|moe", re.IGNORECASE)
@@ -93,7 +93,7 @@ def _flat_banks(node: Node) -> dict[str, Bank]:
     (count,) = counts
     if count < 2 or next(iter(own.values())).shape[0] % count:
         return {}
-    return with_count(Experts(node, 0, {n: Bank([w], 0) for n, w in own.items()}, "flat", True), count).banks
+    return {name: Bank([weight], count) for name, weight in own.items()}
 
 
 def _are_experts(children: list[Node]) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .banks import Bank, Experts, with_count
 from .experts import find_experts, not_understood
 from .module_tree import MoELayerError, Node, Weight, module_tree, numbered_children, root_model, whole
+from .orientation import oriented
 from .patterns import check_pattern, experts_by_pattern
 from .router_rows import router_row_norms
 from .routers import NoRouter, Router, find_router, product_keys
@@ -30,7 +31,6 @@ class MoELayer:
         shape: Router, number of experts and the shapes of their matrices.
         layout: ``fused``: slices of 3-D parameters; ``flat``: blocks of rows of 2-D ones; ``modules``: a module an
             expert; ``separate``: parameters of an expert in one module.
-        transposed: The parameters hold ``(in, out)`` matrices.
         caveat: A key of `CAVEATS` where a row's norm is not what it is for a plain router, else empty.
         width: Width of the layer's input, as its router reads it.
         router_is: Where the router's weight is; ``(d, rows)`` if ``router_transposed``.
@@ -41,7 +41,6 @@ class MoELayer:
     experts: str
     shape: LayerShape
     layout: str
-    transposed: bool
     caveat: str
     width: int = field(repr=False, compare=False)
     router_is: Weight = field(repr=False, compare=False)
@@ -58,6 +57,11 @@ class MoELayer:
     def fused(self) -> bool:
         """Experts are slices of 3-D parameters."""
         return self.layout == "fused"
+
+    @property
+    def transposed(self) -> bool:
+        """All of the experts' parameters hold ``(in, out)`` matrices."""
+        return all(bank.transposed for bank in self.banks.values())
 
     @property
     def num_experts(self) -> int:
@@ -147,13 +151,15 @@ def find_moe_layers(
         model: Any module, on any device (meta included), wrapped or not. Under FSDP1 this is a collective.
         skip_unrouted: Leave out containers of experts for which no router is found instead of raising.
         router_pattern: Regular expression searched in clean weight names, to name the routers where structure does not
-            tell them; each list of experts gets the matching matrix that is nearest.
-        expert_pattern: The same for the experts' weights: with a group ``(?P<expert>\\d+)`` where each expert has its
-            own (``r"experts\\.linear_fc[12]\\.weight(?P<expert>\\d+)"``), without for banks of all experts.
+            show them; each list of experts gets the matching matrix that is nearest.
+        expert_pattern: Regular expression searched in clean weight names, to name the experts' weights: with a group
+            ``(?P<expert>\\d+)`` where each expert has its own
+            (``r"experts\\.linear_fc[12]\\.weight(?P<expert>\\d+)"``), without one for banks of all experts. A group
+            ``(?P<transposed>...)`` marks weights that hold ``(in, out)`` matrices, see `experts_by_pattern`.
 
     Raises:
-        MoELayerError: No layer at all, experts without a router, two equally good routers, or a pattern that matches
-            nothing.
+        MoELayerError: No layer at all, experts without a router, two equally good routers, banks whose orientation
+            nothing shows, or a pattern that matches nothing.
     """
     for argument, pattern in (("router_pattern", router_pattern), ("expert_pattern", expert_pattern)):
         check_pattern(argument, pattern)
@@ -221,20 +227,13 @@ def _twice(names: list[str], what: str) -> list[str]:
 def _describe(experts: Experts, router: Router) -> MoELayer:
     if experts.num_experts == 0:
         experts = with_count(experts, router.weight.shape[1 if router.transposed else 0])
-    banks = experts.banks
-    transposed = False
-    if experts.layout == "fused":
-        out, inp = next(iter(banks.values())).shape
-        guess = out == router.width and inp != router.width
-        transposed = bool(getattr(experts.node.module, "is_transposed", guess))
-        banks = {name: Bank(bank.weights, bank.num_experts, transposed) for name, bank in banks.items()}
+    banks = oriented(experts, router.width)
     shapes = {name: bank.shape for name, bank in banks.items()}
     return MoELayer(
         name=router.root.path,
         experts=experts.path,
         shape=LayerShape(router.weight.name, experts.num_experts, shapes, experts.template),
         layout=experts.layout,
-        transposed=transposed,
         caveat=router.caveat,
         width=router.width,
         router_is=router.weight,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from dataclasses import replace
 
 from .banks import Bank, Experts
 from .experts import EXPERT_NAME
 from .module_tree import MoELayerError, Node, Weight
+
+_Weights = dict[str, dict[str, dict[int, Weight]]]  # path of a module -> projection -> expert -> weight
 
 
 def check_pattern(argument: str, pattern: str | None) -> None:
@@ -25,19 +28,23 @@ def experts_by_pattern(tree: Node, pattern: str) -> list[Experts]:
         tree: The model's tree.
         pattern: Regular expression that is searched in clean weight names. Where each expert has weights of its own, a
             group ``(?P<expert>\\d+)`` must match the expert's index; else each weight is a bank of all experts, 3-D
-            ``(E, ...)`` or flat ``(E * rows, columns)``. The last of several flat banks maps back to the layer's
-            width, and is stored ``(in, out)`` as in MegaBlocks.
+            ``(E, ...)`` or flat ``(E * rows, columns)``. A group ``(?P<transposed>...)`` marks the weights that hold
+            ``(in, out)`` matrices, where the rules of `orientation` cannot tell; one that never matches,
+            ``(?P<transposed>(?!))?``, says that none does.
 
     Raises:
         MoELayerError: Nothing matches, indices have gaps, or matrices of one name differ in shape.
     """
-    separate: dict[str, dict[str, dict[int, Weight]]] = defaultdict(lambda: defaultdict(dict))
+    separate: _Weights = defaultdict(lambda: defaultdict(dict))
     banks: dict[str, dict[str, Weight]] = defaultdict(dict)
+    turned: set[Weight] = set()
     compiled = re.compile(pattern)
     for name, weight in tree.named_weights():
         match = compiled.search(name)
         if match is None or len(weight.shape) < 2:
             continue
+        if match.groupdict().get("transposed") is not None:
+            turned.add(weight)
         if match.groupdict().get("expert") is None:
             path, _, own = name.rpartition(".")
             if own == "weight":
@@ -50,37 +57,48 @@ def experts_by_pattern(tree: Node, pattern: str) -> list[Experts]:
             separate[path][projection or "weight"][int(match["expert"])] = weight
     if "expert" in compiled.groupindex:
         separate = _merged_siblings(separate)
-    found = []
-    for path, by_projection in separate.items():
-        counts = {projection: sorted(weights) for projection, weights in by_projection.items()}
-        count = len(next(iter(counts.values())))
-        shapes = {projection: {w.shape for w in weights.values()} for projection, weights in by_projection.items()}
-        if any(indices != list(range(count)) for indices in counts.values()) or count < 2:
-            raise MoELayerError(f"expert_pattern={pattern!r}: expected experts 0, 1, ... at {path!r}, got {counts}")
-        if any(len(of_one) > 1 for of_one in shapes.values()):
-            raise MoELayerError(f"expert_pattern={pattern!r}: experts at {path!r} differ in shape: {shapes}")
-        ordered = {p: Bank([weights[e] for e in range(count)], count) for p, weights in by_projection.items()}
-        found.append(Experts(tree.get(path), count, ordered, "separate", True))
-    for path, weights in banks.items():
-        three = {name: w for name, w in weights.items() if len(w.shape) == 3}
-        if three and len(three) < len(weights):
-            raise MoELayerError(f"expert_pattern={pattern!r} matches 2-D and 3-D weights at {path!r}: {list(weights)}")
-        count = min(w.shape[0] for w in three.values()) if three else 0
-        by_name = {name: Bank([weight], count) for name, weight in weights.items()}
-        found.append(Experts(tree.get(path), count, by_name, "fused" if three else "flat", True))
+    try:
+        found = [_separate(tree.get(path), weights, turned) for path, weights in separate.items()]
+        found += [_banks(tree.get(path), weights, turned) for path, weights in banks.items()]
+    except MoELayerError as error:
+        raise MoELayerError(f"expert_pattern={pattern!r}: {error}") from None
     if not found:
         raise MoELayerError(f"expert_pattern={pattern!r} matches no matrix; the model has, for example, {_some(tree)}")
-    return found
+    return [replace(experts, oriented="transposed" in compiled.groupindex) for experts in found]
 
 
-def _merged_siblings(
-    separate: dict[str, dict[str, dict[int, Weight]]],
-) -> dict[str, dict[str, dict[int, Weight]]]:
-    """Joins ``mlp.experts.linear_fc1`` and ``mlp.experts.linear_fc2`` (Megatron): one layer, two matrices an expert."""
+def _separate(node: Node, by_projection: dict[str, dict[int, Weight]], turned: set[Weight]) -> Experts:
+    """Experts with weights of their own in one module."""
+    counts = {projection: sorted(weights) for projection, weights in by_projection.items()}
+    count = len(next(iter(counts.values())))
+    if any(indices != list(range(count)) for indices in counts.values()) or count < 2:
+        raise MoELayerError(f"expected experts 0, 1, ... at {node.path!r}, got {counts}")
+    banks = {}
+    for projection, weights in by_projection.items():
+        shapes = {weight.shape for weight in weights.values()}
+        if len(shapes) > 1:
+            raise MoELayerError(f"experts at {node.path!r} differ in shape: {projection!r} has {shapes}")
+        ordered = [weights[expert] for expert in range(count)]
+        banks[projection] = Bank(ordered, count, transposed=ordered[0] in turned)
+    return Experts(node, count, banks, "separate", named=True)
+
+
+def _banks(node: Node, weights: dict[str, Weight], turned: set[Weight]) -> Experts:
+    """Experts as slices of 3-D weights, or as blocks of rows of 2-D ones."""
+    three = [weight for weight in weights.values() if len(weight.shape) == 3]
+    if three and len(three) < len(weights):
+        raise MoELayerError(f"matches 2-D and 3-D weights at {node.path!r}: {list(weights)}")
+    count = min((weight.shape[0] for weight in three), default=0)
+    banks = {name: Bank([weight], count, transposed=weight in turned) for name, weight in weights.items()}
+    return Experts(node, count, banks, "fused" if three else "flat", named=True)
+
+
+def _merged_siblings(separate: _Weights) -> _Weights:
+    """Joins ``mlp.experts.linear_fc1`` and ``mlp.experts.linear_fc2`` (Megatron) into one layer."""
     parents: dict[str, list[str]] = defaultdict(list)
     for path in separate:
         parents[path.rpartition(".")[0]].append(path)
-    merged: dict[str, dict[str, dict[int, Weight]]] = {}
+    merged: _Weights = {}
     for parent, paths in parents.items():
         join = len(paths) > 1 and EXPERT_NAME.search(parent.rpartition(".")[2])
         for path in paths:

@@ -138,7 +138,7 @@ def _expert_targets(
                 projection_bits[name],
                 shape,
                 fused=True,
-                transposed=layer.transposed,
+                transposed=layer.banks[name].transposed,
                 fits=tuple(_fit(layer.name, name, expert, curvature, grid) for expert in range(layer.num_experts)),
             )
             for name, shape in layer.projections.items()
