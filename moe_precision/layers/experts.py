@@ -6,6 +6,7 @@ import re
 
 from torch import nn
 
+from ..compat import is_convolution
 from .banks import Bank, Experts
 from .module_tree import Node, numbered_children
 
@@ -57,13 +58,9 @@ def _named_like_experts(node: Node) -> bool:
     return bool(EXPERT_NAME.search(own)) or any(name.lower().startswith("expert") for name in node.children)
 
 
-def _is_convolution(node: Node) -> bool:
-    return isinstance(node.module, nn.modules.conv._ConvNd)
-
-
 def _fused_banks(node: Node) -> dict[str, Bank]:
     """Own 3-D float weights of a module that share their first dimension, or those of its one-weight children."""
-    if _is_convolution(node):
+    if is_convolution(node.module):
         return {}
     own = {
         name: w
@@ -73,7 +70,7 @@ def _fused_banks(node: Node) -> dict[str, Bank]:
     if not own:
         for child_name, child in node.children.items():
             weights = list(child.weights.items())
-            if len(weights) == 1 and len(weights[0][1].shape) == 3 and not _is_convolution(child):
+            if len(weights) == 1 and len(weights[0][1].shape) == 3 and not is_convolution(child.module):
                 own[f"{child_name}.{weights[0][0]}"] = weights[0][1]
     sizes = {w.shape[0] for w in own.values()}
     # longcat: gate_up has slices of null experts too, down has not; more uneven banks are something else

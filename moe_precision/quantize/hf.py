@@ -6,16 +6,14 @@ saved from such a model loads like any other.
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantizer
 
+from ..compat import ConversionOps, may_be_missing, register_experts_function, save_under_module_names, was_read
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..plans.plan import PrecisionPlan
 from .checksums import check_files, metadata
@@ -111,8 +109,8 @@ class PlanHfQuantizer(HfQuantizer):
             name
             for name, tensor in model.state_dict(keep_vars=True).items()
             if (self.pre_quantized or any(name.startswith(layer + ".") for layer in self.plan.layers))
-            and not any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or [])
-            and not getattr(tensor, "_is_hf_initialized", False)  # transformers' mark of a tensor that was read
+            and not may_be_missing(model, name)
+            and not was_read(tensor)
         ]
         if unread:
             raise QuantizationError(
@@ -143,7 +141,7 @@ class PlanHfQuantizer(HfQuantizer):
 
 def finish(model: PreTrainedModel) -> None:
     """What every packed transformers model needs, however it came about."""
-    model._weight_conversions = []  # saved under the names of the module tree
+    save_under_module_names(model)
     # Weights mapped from a file start at any address, and the last bits of a CPU matrix product depend on it. Copies at
     # torch's own alignment give the same logits before saving and after loading.
     for tensor in (*model.parameters(), *model.buffers()):
@@ -151,4 +149,4 @@ def finish(model: PreTrainedModel) -> None:
             tensor.data = tensor.data.clone()
 
 
-ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, packed_experts_forward)
+register_experts_function(EXPERTS_IMPLEMENTATION, packed_experts_forward)

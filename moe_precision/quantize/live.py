@@ -9,6 +9,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..compat import mark_as_quantized
 from ..layers.moe_layers import find_moe_layers
 from ..plans.plan import PrecisionPlan
 from ..recording.curvature import Curvature
@@ -66,7 +67,7 @@ def quantize_model(
         model.hf_quantizer = quantizer
         model.is_quantized, model.quantization_method = True, QUANT_METHOD
         model.config.quantization_config = config
-        model.config._is_quantized = True
+        mark_as_quantized(model.config)
         finish(model)
     model.moe_precision_kernels = partial(kernels_of, model)  # type: ignore[assignment]
     return model.eval()

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
-from transformers.integrations.moe import _grouped_linear
 
+from ..compat import grouped_linear
 from . import kernels
 from .codec.fitting import Fit, quantize_matrix
 from .codec.packing import pack
@@ -249,7 +249,7 @@ def multiply_rows(
     counts, indices = [rows.stop - rows.start for _, rows in used], [index for index, _ in used]
     if together:
         ends = torch.tensor(counts, device=x.device).cumsum(0, dtype=torch.int32)
-        products = _grouped_linear(x.index_select(0, rows), matrices.weights(indices, x.dtype), ends)
+        products = grouped_linear(x.index_select(0, rows), matrices.weights(indices, x.dtype), ends)
     else:
         parts = zip(indices, x.index_select(0, rows).split(counts), strict=True)
         products = torch.cat([matrices.linear(index, part) for index, part in parts])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import apply_gate
 from .codec.fitting import Fit, quantize_matrix
 from .matrices import DenseMatrices, PackedMatrices, check_plain
 
@@ -143,7 +144,7 @@ def packed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
     hidden = self.packed[first](hidden_states[tokens], starts)
     if self.has_bias:
         hidden = hidden + getattr(self, f"{first}_bias")[biased]
-    hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
+    hidden = apply_gate(self, hidden) if self.has_gate else self.act_fn(hidden)
     result = self.packed["down_proj"](hidden, starts)
     if self.has_bias:
         result = result + self.down_proj_bias[biased]

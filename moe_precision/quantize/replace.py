@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..compat import mark_as_read, runs_through_experts_interface, tied_names
 from ..layers.moe_layers import MoELayer
 from ..plans.plan import PrecisionPlan, check_group_size, model_type_of
 from ..recording.curvature import Curvature
@@ -127,7 +128,7 @@ def _expert_targets(
             "its float weights; packing shared experts is not supported yet"
         )
     if layer.fused:
-        if not (hasattr(container, "has_gate") and hasattr(container, "is_transposed")):
+        if not runs_through_experts_interface(container):
             raise UnsupportedLayoutError(
                 f"layer {layer.name!r}: the experts ({type(container).__name__}) are fused, but not through "
                 "transformers' experts interface (use_experts_implementation), so packed experts cannot run there yet"
@@ -180,7 +181,7 @@ def _fit(layer: str, projection: str, expert: int, curvature: Curvature | None, 
 def _non_expert_targets(model: nn.Module, layers: list[MoELayer], bits: int, group_size: int) -> list[Target]:
     """Every ``nn.Linear`` outside of experts, except routers, the output embeddings and tied weights."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = set(tied_names(model))
     routers = {layer.router for layer in layers}
     targets = []
     for path, module in model.named_modules():
@@ -225,8 +226,7 @@ def replace_weight(model: nn.Module, target: Target, group_size: int, weight: Te
     except ValueError as error:
         raise ValueError(f"{target.parameter!r}: {error}") from error
     if weight is not None:
-        for buffer in packed:
-            buffer._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark: read, not to be filled
+        mark_as_read(packed)
 
 
 def _replace_fused(model: nn.Module, target: Target, group_size: int, weight: Tensor | None) -> list[Tensor]:
@@ -238,7 +238,7 @@ def _replace_fused(model: nn.Module, target: Target, group_size: int, weight: Te
         for expert in range(len(target.bits)):
             matrix = weight[expert].T if target.transposed else weight[expert]
             packed.put(expert, matrix, target.fits[expert])
-    del module._parameters[target.name]
+    delattr(module, target.name)
     mark = sentinel(parameter.dtype, device)
     module.register_buffer(target.name, mark)
     if not hasattr(module, "packed"):
