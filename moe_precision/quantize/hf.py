@@ -23,7 +23,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..plans.plan import PlanError, PrecisionPlan, as_plan
+from ..plans.plan import PrecisionPlan, as_plan
+from ..plans.widths import PlanError
 from ..recording.curvature import Curvature, as_curvature
 from ..recording.router_norms import check_same_weights
 from .checksums import check_files, metadata
@@ -99,7 +100,7 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
-            "plan": self.plan.without_signals().to_dict(),
+            "plan": self.plan.widths_only().to_dict(),
             "non_expert_bits": self.non_expert_bits,
         }
 

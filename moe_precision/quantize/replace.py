@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..layers.moe_layers import MoELayer, find_moe_layers
-from ..plans.plan import PrecisionPlan, check_group_size, model_type_of
+from ..plans.plan import PrecisionPlan, model_type_of
+from ..plans.widths import check_group_size
 from ..recording.curvature import Curvature
 from .codec.fitting import Fit, quantize_matrix, quantize_on_grid
 from .codec.grid import Grid

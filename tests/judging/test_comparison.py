@@ -17,9 +17,12 @@ from moe_precision import (
     quantize_model,
 )
 from moe_precision.cli.main import main
-from moe_precision.judging.comparison import Judge, Row, compare, verdict
+from moe_precision.judging.compare import compare
+from moe_precision.judging.comparison import Row
 from moe_precision.judging.evaluation import BANDS, evaluate
+from moe_precision.judging.judge import Judge
 from moe_precision.judging.statistics import Interval
+from moe_precision.judging.verdict import verdict
 from moe_precision.present.figures import plot_comparison
 from moe_precision.recipes import SummarizationDataModule, TextDataModule
 from moe_precision.recording.curvature import curvature_of
