@@ -104,12 +104,12 @@ def test_what_cannot_be_stored():
         PlanSettings().check_fits(LAYERS)
     with pytest.raises(MoELayerError, match=r"router_pattern='\('"):
         PlanSettings(router_pattern="(")
-    with pytest.raises(AllocationError, match="GiB for 16384 expert weights: stored_bits=.* is outside"):
+    with pytest.raises(AllocationError, match=r"GiB for 16384 expert weights: stored_bits=.* is outside"):
         PlanSettings(expert_gib=1.0, group_size=32).check_fits(LAYERS)
 
 
 def test_only_compare_measures_sensitivities():
-    with pytest.raises(AllocationError, match="'sensitivity' needs measured costs.*expected one of router_norm"):
+    with pytest.raises(AllocationError, match=r"'sensitivity' needs measured costs.*expected one of router_norm"):
         PlanSettings(method="sensitivity").check_plannable()
 
 
