@@ -165,7 +165,7 @@ def _check_sources(
 
 
 def _check_finite(final: Snapshot, history: RouterNormHistory | None) -> None:
-    broken = final.not_finite() or (history.not_finite() if history is not None else None)
+    broken = (history.not_finite() if history is not None else None) or final.not_finite()
     if broken:
         raise AllocationError(f"{broken}: the weights are damaged or training has diverged, no plan can be made")
 

@@ -196,7 +196,7 @@ class PlanSettings:
     def _nominal(self, stored: float) -> float:
         levels = self.levels
         lowest, highest = (stored_bits_per_weight(width, self.group_size) for width in (levels[0], levels[-1]))
-        if not lowest <= exact(stored) <= highest:
+        if not exact(lowest) <= exact(stored) <= exact(highest):
             raise AllocationError(
                 f"stored_bits={stored} is outside of what the levels {list(levels)} take with scales and offsets, "
                 f"{lowest:g} to {highest:g}; give levels around it"

@@ -238,9 +238,9 @@ def test_a_quantized_checkpoint(two_checkpoints):
     ("arguments", "message"),
     [
         ([], "give a history, a checkpoint folder, or --final"),
-        (["x.safetensors", "--initial", "base"], "--initial takes the place of the history"),
+        (["x.safetensors", "--initial", "base"], "--initial replaces the history"),
         (["--initial", "base"], "give a history, a checkpoint folder, or --final"),
-        (["--final", "nowhere", "--router-pattern", "("], "no checkpoint folder at 'nowhere'"),
+        (["--final", "nowhere", "--router-pattern", "("], "router_pattern='('"),
         (["--final", "nowhere"], "no checkpoint folder at 'nowhere'"),
     ],
 )
