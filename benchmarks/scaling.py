@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_precision import RouterNormHistory
-from moe_precision.layers.moe_layers import LayerShape
+from moe_precision.layers.shape import LayerShape
 
 LAYERS, EXPERTS = 64, 256
 SECONDS_A_STEP = 5.0

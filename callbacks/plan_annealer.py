@@ -16,7 +16,8 @@ from moe_precision.allocation.allocator import make_plan
 from moe_precision.annealing.covers import AnnealError
 from moe_precision.annealing.hooks import GridHooks, check_trainable, uncover
 from moe_precision.files import check_writable
-from moe_precision.layers.moe_layers import MoELayer, find_moe_layers, root_model
+from moe_precision.layers.module_tree import root_model
+from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.layers.patterns import Patterns
 from moe_precision.plans.document import Document
 from moe_precision.plans.methods import MethodName, reads

@@ -16,7 +16,8 @@ from torch import nn
 from moe_precision.allocation.allocator import make_plan
 from moe_precision.allocation.planning import caveat_text
 from moe_precision.files import check_writable
-from moe_precision.layers.moe_layers import MoELayer, find_moe_layers, root_model
+from moe_precision.layers.module_tree import root_model
+from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.plans.methods import MethodName
 from moe_precision.plans.plan import PrecisionPlan, model_type_of
 from moe_precision.plans.settings import ZETA, PlanSettings

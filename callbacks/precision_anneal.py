@@ -7,7 +7,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 
-from moe_precision.annealing.hooks import AnnealError
+from moe_precision.annealing.covers import AnnealError
 from moe_precision.callbacks.plan_annealer import PlanAnnealer
 from moe_precision.callbacks.router_norm_monitor import RouterNormMonitor
 from moe_precision.callbacks.save_pretrained import SavePretrained

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoConfig, PreTrainedModel
 
 from moe_precision.files import check_writable, folder_replaced_when_done
-from moe_precision.layers.moe_layers import root_model
+from moe_precision.layers.module_tree import root_model
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -7,7 +7,8 @@ transformers, so that packed checkpoints load with ``from_pretrained``.
 
 from .allocation.allocator import allocate
 from .allocation.orders import bits_from_order, rank_experts
-from .layers.moe_layers import MoELayer, MoELayerError, find_moe_layers
+from .layers.module_tree import MoELayerError
+from .layers.moe_layers import MoELayer, find_moe_layers
 from .plans.plan import PrecisionPlan
 from .plans.settings import AllocationError
 from .plans.widths import PlanError

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from moe_precision.compat import layer_classes
 from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.quantize import PlanQuantizationConfig
 from moe_precision.recording.curvature import curvature_path
@@ -78,9 +79,9 @@ def shard_layers(model: PreTrainedModel, device_mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = device_mesh["data_parallel"]
-    layer_classes = set(model._no_split_modules or [])
+    classes = layer_classes(model)
     for module in list(model.modules()):
-        if type(module).__name__ in layer_classes:
+        if type(module).__name__ in classes:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from ..layers.moe_layers import LayerShape
+from ..layers.shape import LayerShape
 from ..plans.settings import AllocationError, PlanSettings, exact
 from ..plans.widths import stored_bits_per_weight
 from .costs import Costs

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..layers.moe_layers import CAVEATS
+from ..layers.routers import CAVEATS
 from ..plans.layer_plan import LayerPlan
 from ..plans.methods import reads
 from ..plans.notes import PlanNotes

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..layers.moe_layers import LayerShape
 from ..layers.patterns import Patterns
+from ..layers.shape import LayerShape
 from ..recording.router_norms import HistoryError, RouterNormHistory
 
 

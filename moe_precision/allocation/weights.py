@@ -10,7 +10,8 @@ from typing import Protocol
 from torch import nn
 
 from ..checkpoints.reading import costs_of_checkpoint, signals_of_checkpoint
-from ..layers.moe_layers import find_moe_layers, root_model
+from ..layers.module_tree import root_model
+from ..layers.moe_layers import find_moe_layers
 from ..layers.patterns import Patterns
 from ..plans.plan import model_type_of
 from ..recording.curvature import Curvature

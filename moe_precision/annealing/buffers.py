@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..compat import storage_users
+
 
 class Buffers:
     """A pool of tensors by shape, strides, dtype and device."""
@@ -22,8 +24,7 @@ class Buffers:
 
     def give(self, buffer: Tensor) -> bool:
         """Back, for the next one, unless another tensor still shares its memory; returns whether it was taken."""
-        storage = buffer.untyped_storage()
-        if torch._C._storage_Use_Count(storage._cdata) == 2:  # the buffer's, and the variable here
+        if storage_users(buffer) == 1:
             self._free.setdefault(_kind(buffer), []).append(buffer)
             return True
         return False

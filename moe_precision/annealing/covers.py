@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..compat import own_parameters, run_first_in_backward, saved_tensors_hooks_are_set, version_of
 from ..quantize.codec.fitting import codes_on_grid
 from ..quantize.codec.grid import on_grid
 from .buffers import Buffers
@@ -43,7 +44,7 @@ class Place:
 
     def weight(self) -> Tensor:
         """The float parameter, as this rank holds it."""
-        weight = self.module._parameters[self.name]
+        weight = own_parameters(self.module)[self.name]
         assert weight is not None
         return weight
 
@@ -158,7 +159,7 @@ class Cover:
             return
         self._again.forget()
         # checkpointing and offloading have hooks of their own: what they keep must not be used again
-        reused = not torch.is_grad_enabled() or not _hooks_are_set()
+        reused = not torch.is_grad_enabled() or not saved_tensors_hooks_are_set()
         for place in self.places:
             weight = place.weight()
             if weight.dtype != place.dtype:
@@ -169,7 +170,7 @@ class Cover:
             buffer = self._buffers.take(weight) if reused else torch.empty_like(weight, requires_grad=False)
             values = StraightThrough.apply(weight, place, buffer)
             if values.grad_fn is not None:  # hand the gradient on at once, so that only one bank's waits in the engine
-                values.grad_fn._set_sequence_nr(2**63 - 1)
+                run_first_in_backward(values.grad_fn)
             module.__dict__[place.name] = values  # found before the parameter
             if reused:
                 self._lent[buffer.untyped_storage().data_ptr()] = place, weight, buffer
@@ -192,13 +193,13 @@ class Cover:
     def _pack(self, tensor: Tensor) -> Saved:
         lent = self._lent.get(tensor.untyped_storage().data_ptr())
         if lent is None:  # detached: the tensor itself could hold the graph that holds it
-            return Saved(tensor.detach(), tensor._version)
+            return Saved(tensor.detach(), version_of(tensor))
         place, weight, _ = lent
         place.lost = False
-        return Saved(weight, weight._version, place, (tensor.shape, tensor.stride(), tensor.storage_offset()))
+        return Saved(weight, version_of(weight), place, (tensor.shape, tensor.stride(), tensor.storage_offset()))
 
     def _unpack(self, saved: Saved) -> Tensor:
-        if saved.tensor._version != saved.version:  # autograd itself does not look behind such hooks
+        if version_of(saved.tensor) != saved.version:  # autograd itself does not look behind such hooks
             what = "a tensor" if saved.place is None else f"the expert weight {saved.place.name!r}"
             raise RuntimeError(
                 f"{what} that the backward pass of {self.places[0].layer!r} needs has been modified by an inplace "
@@ -207,10 +208,6 @@ class Cover:
         if saved.place is None or saved.view is None:
             return saved.tensor
         return self._again.get(saved.place, saved.tensor).as_strided(*saved.view)
-
-
-def _hooks_are_set() -> bool:
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _requires_grad(args: tuple[Any, ...]) -> bool:

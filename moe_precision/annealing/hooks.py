@@ -6,13 +6,13 @@ optimizer and ``state_dict`` stay those of the float model, under every strategy
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from ..compat import forget_compiled_code, forward_pre_hooks
 from ..layers.moe_layers import MoELayer
 from ..quantize.codec.grid import Grid
 from ..recording.router_norms import norms_by_layer
@@ -44,7 +44,7 @@ def uncover(layers: list[MoELayer]) -> None:
     for layer in layers:
         for bank in layer.banks.values():
             for weight in bank.weights:
-                for hook in list(weight._module._forward_pre_hooks.values()):
+                for hook in forward_pre_hooks(weight.module):
                     if isinstance(cover := getattr(hook, "__self__", None), Cover):
                         cover.close()
 
@@ -76,8 +76,8 @@ class GridHooks:
                     part = slice(None) if len(bank.weights) == 1 else slice(index, index + 1)
                     device = weight.parameter().device
                     place = Place(
-                        module=weight._module,
-                        name=weight._key,
+                        module=weight.module,
+                        name=weight.key,
                         layer=layer.name,
                         projection=name,
                         bits=widths[part],
@@ -91,13 +91,13 @@ class GridHooks:
         self._covers = list(covers.values())
         for cover in self._covers:
             cover.attach()
-        _forget_compiled()
+        forget_compiled_code()
 
     def close(self) -> None:
         """Takes the hooks off; a second call does nothing."""
         for cover in self._covers:
             cover.close()
-        _forget_compiled()
+        forget_compiled_code()
 
     def check_used(self) -> None:
         """Raises `AnnealError` if a projection of a layer has got no gradient, or a wrong one, through the grid."""
@@ -135,9 +135,3 @@ class GridHooks:
         for place in self._places:
             place.settle()
         self.grid.router_norms = norms_by_layer(self._layers)
-
-
-def _forget_compiled() -> None:
-    """Compiled code does not see hooks that come or go: it is compiled anew."""
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()

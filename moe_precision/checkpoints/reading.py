@@ -30,6 +30,7 @@ from transformers.core_model_loading import (
 
 from ..allocation.costs import Costs, costs_of_matrices
 from ..layers.moe_layers import MoELayer, find_moe_layers
+from ..layers.router_rows import router_row_norms
 from ..plans.plan import model_type_of
 from ..recording.curvature import Curvature
 from ..recording.router_norms import RouterNormHistory
@@ -192,8 +193,7 @@ def _router_norms(layer: MoELayer, checkpoint: _Checkpoint) -> Tensor:
             f"{checkpoint.folder!r}: {name!r} has shape {tuple(weight.shape)}, but its config.json says "
             f"{layer.router_is.shape}"
         )
-    rows = weight.T if layer.router_transposed else weight
-    return torch.linalg.vector_norm(rows[: layer.num_experts], dim=-1, dtype=torch.float32)
+    return router_row_norms(weight, num_experts=layer.num_experts, transposed=layer.router_transposed)
 
 
 def _matrices(

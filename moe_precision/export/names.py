@@ -16,7 +16,7 @@ from functools import cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
-from ..layers.moe_layers import LayerShape
+from ..layers.shape import LayerShape
 from ..plans.plan import PrecisionPlan
 from .exported import ExportError
 

@@ -16,10 +16,11 @@ from typing import Any
 from transformers import AutoConfig
 
 from ..checkpoints.checkpoint import CheckpointError, StoredTensor, empty_model, stored_tensors
-from ..layers.moe_layers import LayerShape, MoELayer, find_moe_layers
+from ..layers.moe_layers import MoELayer, find_moe_layers
+from ..layers.shape import LayerShape
 from ..plans.layer_plan import LayerPlan
 from ..plans.plan import PrecisionPlan, model_type_of
-from ..quantize.hf import QUANT_METHOD
+from ..quantize.config import QUANT_METHOD
 from .names import Place, places
 
 _GPTQ = ("gptq", "auto-round")

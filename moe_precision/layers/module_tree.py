@@ -7,6 +7,7 @@ parameters. `module_tree` looks through all of them, so that names and shapes ar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,16 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+from ..compat import (
+    FLAT_PARAMETER,
+    WRAPPED_AS,
+    available_adapters,
+    full_shape,
+    is_zero3_parameter,
+    own_parameters,
+)
+
+_NUMBERED = re.compile(r"^(?:expert_?)?\d+$", re.IGNORECASE)
 _ADDITIVE_TUNERS = ("lora", "loha", "lokr", "adalora", "vera")
 
 
@@ -36,6 +46,8 @@ class Weight:
         dtype: As the model holds it.
         unit: The FSDP1 module that holds it sharded, if there is one.
         gathers: Whether reading it takes `whole`, a collective: FSDP1 or DeepSpeed ZeRO-3.
+        module: The module that owns it, inside of all wrappers.
+        key: Its name in that module.
     """
 
     name: str
@@ -43,8 +55,8 @@ class Weight:
     dtype: torch.dtype
     unit: FullyShardedDataParallel | None = None
     gathers: bool = False
-    _module: Any = field(default=None, repr=False)
-    _key: str = field(default="", repr=False)
+    module: Any = field(default=None, repr=False)
+    key: str = field(default="", repr=False)
     _adapters: tuple[nn.Module, ...] = field(default=(), repr=False)  # innermost first
     _open: bool = field(default=False, repr=False)  # inside of `whole`
 
@@ -55,8 +67,8 @@ class Weight:
 
     def parameter(self) -> Tensor:
         """The parameter itself, without adapters, as this rank holds it."""
-        own = self._module._parameters.get(self._key)  # skips nn.Module.__getattr__: called often
-        return getattr(self._module, self._key) if own is None else own
+        own = own_parameters(self.module).get(self.key)
+        return getattr(self.module, self.key) if own is None else own
 
     def read(self) -> Tensor:
         """The values that the forward pass uses, of `shape`; a DTensor under FSDP2, with the whole shape.
@@ -79,7 +91,7 @@ def _with_adapter(adapter: Any, base: Tensor, name: str) -> Tensor:
     """``base`` plus what the active adapters of a PEFT layer add to it, float32."""
     if adapter.merged or adapter.disable_adapters:
         return base
-    active = [one for one in adapter.active_adapters if one in adapter._get_available_adapters()]
+    active = [one for one in adapter.active_adapters if one in available_adapters(adapter)]
     tuner = [*type(adapter).__module__.split("."), "", ""][2]  # peft.tuners.<tuner>.layer
     variants = getattr(adapter, "lora_variant", {})
     if tuner not in _ADDITIVE_TUNERS or any(one in variants for one in active):
@@ -180,18 +192,18 @@ def _node(path: str, module: nn.Module, sharded: _Shapes) -> Node:
     prefix = f"{path}." if path else ""
     node = Node(path, module)
     hidden = sharded.get(id(module), {})
-    names = dict.fromkeys([*(n for n, p in module._parameters.items() if p is not None), *hidden])
+    names = dict.fromkeys([*(n for n, p in own_parameters(module).items() if p is not None), *hidden])
     if parametrize.is_parametrized(module):
         names |= dict.fromkeys(module.parametrizations)  # type: ignore[arg-type]
     for name in names:
-        if name == "_flat_param":
+        if name == FLAT_PARAMETER:
             continue
         if name in hidden:
             unit, shape, dtype = hidden[name]
         else:
             parameter = getattr(module, name)
-            unit, shape, dtype = None, tuple(getattr(parameter, "ds_shape", parameter.shape)), parameter.dtype
-        gathers = unit is not None or hasattr(getattr(module, name), "ds_id")
+            unit, shape, dtype = None, full_shape(parameter), parameter.dtype
+        gathers = unit is not None or is_zero3_parameter(getattr(module, name))
         added = tuple(adapter for adapter in adapters if getattr(adapter, "parameter_name", "weight") == name)
         node.weights[name] = Weight(prefix + name, shape, dtype, unit, gathers, module, name, added)
     for name, child in module.named_children():
@@ -205,7 +217,7 @@ def _unwrapped(module: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...]]:
     adapters: tuple[nn.Module, ...] = ()
     while True:
         children = dict(module.named_children())
-        wrapped = [name for name in _WRAPPERS if name in children]
+        wrapped = [name for name in WRAPPED_AS if name in children]
         if wrapped and len(children) == 1:
             module = children[wrapped[0]]
         elif hasattr(module, "peft_config") and "base_model" in children:  # PeftModel
@@ -224,13 +236,27 @@ def _unwrapped(module: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...]]:
             return module, adapters
 
 
+def numbered_children(node: Node) -> list[Node]:
+    """Children called ``0``, ``expert_0``, ``expert0``, ... in order of number; empty if the numbers have gaps."""
+    numbered = {}
+    for name, child in node.children.items():
+        if _NUMBERED.match(name) and next(child.named_weights(), None) is not None:
+            numbered[int(re.sub(r"\D", "", name))] = child
+    return [numbered[i] for i in sorted(numbered)] if sorted(numbered) == list(range(len(numbered))) else []
+
+
+def is_numbered(name: str) -> bool:
+    """Whether a child is called like one of many experts."""
+    return bool(_NUMBERED.match(name))
+
+
 @contextmanager
 def whole(weights: Iterable[Weight]) -> Iterator[None]:
     """Gathers weights that FSDP1 or DeepSpeed ZeRO-3 has sharded, for reading; a collective, so on all ranks."""
     weights = list(weights)
     units = {id(w.unit): (w.unit, bool(w._adapters)) for w in weights if w.unit is not None}
-    owners = {id(module): module for w in weights for module in (w._module, *w._adapters)}
-    placeholders = {id(p): p for owner in owners.values() for p in owner.parameters() if hasattr(p, "ds_id")}
+    owners = {id(module): module for w in weights for module in (w.module, *w._adapters)}
+    placeholders = {id(p): p for owner in owners.values() for p in owner.parameters() if is_zero3_parameter(p)}
     with ExitStack() as stack:
         for unit, recurse in units.values():
             summon = FullyShardedDataParallel.summon_full_params

@@ -6,55 +6,19 @@ through wrappers. Nothing here changes a model or has a table of model families.
 
 from __future__ import annotations
 
-import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
-from .experts import Bank, Experts, experts_by_pattern, find_experts, not_understood, numbered_children, with_count
-from .module_tree import MoELayerError, Node, Weight, module_tree, root_model, whole
-from .routers import CAVEATS, NoRouter, Router, find_router, product_keys
-
-__all__ = ["CAVEATS", "LayerShape", "MoELayer", "MoELayerError", "find_moe_layers", "root_model"]
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What a history and a plan know of a layer.
-
-    Attributes:
-        router: Clean name of the router's weight, ``(rows, d)`` with row ``e`` belonging to expert ``e``; a few
-            families have more rows than experts (shared or null experts), which come last.
-        num_experts: Number of routed experts ``E``.
-        projections: Name of each expert matrix -> ``(out, in)``, in the order of the forward pass. Fused families
-            name the parameter (``gate_up_proj``), others the path inside one expert (``wi``).
-        experts: Module path of one expert, ``{expert}`` in the place of its index, or, without it, of the module that
-            holds the weights of all experts; empty for other layouts, and where a file of an earlier release does not
-            say.
-    """
-
-    router: str
-    num_experts: int
-    projections: dict[str, tuple[int, int]]
-    experts: str = field(default="", compare=False)
-
-    @property
-    def expert_size(self) -> int:
-        """Weights of one expert, all matrices together."""
-        return sum(out * inp for out, inp in self.projections.values())
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> LayerShape:
-        """Inverse of `to_dict`."""
-        shapes = {name: (int(out), int(inp)) for name, (out, inp) in data["projections"].items()}
-        return cls(data["router"], data["num_experts"], shapes, data.get("experts", ""))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types only, for checkpoints and JSON."""
-        shapes = {name: list(shape) for name, shape in self.projections.items()}
-        return {"router": self.router, "num_experts": self.num_experts, "projections": shapes, "experts": self.experts}
+from .banks import Bank, Experts, with_count
+from .experts import find_experts, not_understood
+from .module_tree import MoELayerError, Node, Weight, module_tree, numbered_children, root_model, whole
+from .orientation import oriented
+from .patterns import check_pattern, experts_by_pattern
+from .router_rows import router_row_norms
+from .routers import NoRouter, Router, find_router, product_keys
+from .shape import LayerShape
 
 
 @dataclass(frozen=True)
@@ -67,7 +31,6 @@ class MoELayer:
         shape: Router, number of experts and the shapes of their matrices.
         layout: ``fused``: slices of 3-D parameters; ``flat``: blocks of rows of 2-D ones; ``modules``: a module an
             expert; ``separate``: parameters of an expert in one module.
-        transposed: The parameters hold ``(in, out)`` matrices.
         caveat: A key of `CAVEATS` where a row's norm is not what it is for a plain router, else empty.
         width: Width of the layer's input, as its router reads it.
         router_is: Where the router's weight is; ``(d, rows)`` if ``router_transposed``.
@@ -78,7 +41,6 @@ class MoELayer:
     experts: str
     shape: LayerShape
     layout: str
-    transposed: bool
     caveat: str
     width: int = field(repr=False, compare=False)
     router_is: Weight = field(repr=False, compare=False)
@@ -95,6 +57,11 @@ class MoELayer:
     def fused(self) -> bool:
         """Experts are slices of 3-D parameters."""
         return self.layout == "fused"
+
+    @property
+    def transposed(self) -> bool:
+        """All of the experts' parameters hold ``(in, out)`` matrices."""
+        return all(bank.transposed for bank in self.banks.values())
 
     @property
     def num_experts(self) -> int:
@@ -116,6 +83,14 @@ class MoELayer:
         """
         weight = self.router_is.read()
         return weight.T if self.router_transposed else weight
+
+    def row_norms(self) -> Tensor:
+        """L2 norm of each expert's router row now, ``(E,)`` float32 on the router's device; a collective under FSDP2.
+
+        Raises:
+            MoELayerError: The router is sharded (FSDP1, DeepSpeed ZeRO-3) and not read inside of `whole`.
+        """
+        return router_row_norms(self.router_is.read(), num_experts=self.num_experts, transposed=self.router_transposed)
 
     def whole(self, experts: bool = True) -> AbstractContextManager[None]:
         """Inside, router and experts are whole under every strategy. A collective: enter it on all ranks.
@@ -176,13 +151,15 @@ def find_moe_layers(
         model: Any module, on any device (meta included), wrapped or not. Under FSDP1 this is a collective.
         skip_unrouted: Leave out containers of experts for which no router is found instead of raising.
         router_pattern: Regular expression searched in clean weight names, to name the routers where structure does not
-            tell them; each list of experts gets the matching matrix that is nearest.
-        expert_pattern: The same for the experts' weights: with a group ``(?P<expert>\\d+)`` where each expert has its
-            own (``r"experts\\.linear_fc[12]\\.weight(?P<expert>\\d+)"``), without for banks of all experts.
+            show them; each list of experts gets the matching matrix that is nearest.
+        expert_pattern: Regular expression searched in clean weight names, to name the experts' weights: with a group
+            ``(?P<expert>\\d+)`` where each expert has its own
+            (``r"experts\\.linear_fc[12]\\.weight(?P<expert>\\d+)"``), without one for banks of all experts. A group
+            ``(?P<transposed>...)`` marks weights that hold ``(in, out)`` matrices, see `experts_by_pattern`.
 
     Raises:
-        MoELayerError: No layer at all, experts without a router, two equally good routers, or a pattern that matches
-            nothing.
+        MoELayerError: No layer at all, experts without a router, two equally good routers, banks whose orientation
+            nothing shows, or a pattern that matches nothing.
     """
     for argument, pattern in (("router_pattern", router_pattern), ("expert_pattern", expert_pattern)):
         check_pattern(argument, pattern)
@@ -242,14 +219,6 @@ def _missed(tree: Node, taken: list[Experts]) -> list[str]:
     ]
 
 
-def check_pattern(argument: str, pattern: str | None) -> None:
-    """Raises `MoELayerError` if a pattern is no regular expression."""
-    try:
-        re.compile(pattern or "")
-    except re.error as error:
-        raise MoELayerError(f"{argument}={pattern!r} is no regular expression: {error}") from error
-
-
 def _twice(names: list[str], what: str) -> list[str]:
     repeated = sorted({name for name in names if names.count(name) > 1})
     return [f"{what} {name!r} would serve two lists of experts" for name in repeated]
@@ -258,20 +227,13 @@ def _twice(names: list[str], what: str) -> list[str]:
 def _describe(experts: Experts, router: Router) -> MoELayer:
     if experts.num_experts == 0:
         experts = with_count(experts, router.weight.shape[1 if router.transposed else 0])
-    banks = experts.banks
-    transposed = False
-    if experts.layout == "fused":
-        out, inp = next(iter(banks.values())).shape
-        guess = out == router.width and inp != router.width
-        transposed = bool(getattr(experts.node.module, "is_transposed", guess))
-        banks = {name: Bank(bank.weights, bank.num_experts, transposed) for name, bank in banks.items()}
+    banks = oriented(experts, router.width)
     shapes = {name: bank.shape for name, bank in banks.items()}
     return MoELayer(
         name=router.root.path,
         experts=experts.path,
         shape=LayerShape(router.weight.name, experts.num_experts, shapes, experts.template),
         layout=experts.layout,
-        transposed=transposed,
         caveat=router.caveat,
         width=router.width,
         router_is=router.weight,

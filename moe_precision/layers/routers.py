@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .experts import Experts, is_numbered
-from .module_tree import MoELayerError, Node, Weight
+from .banks import Experts
+from .module_tree import MoELayerError, Node, Weight, is_numbered
 
 _ROUTER_NAME = re.compile(r"(?:^|[._])(?:routers?|gate|gating|wg|classifier|switch|route)(?:$|[._])", re.IGNORECASE)
 _NOT_ROUTER = re.compile(
@@ -111,7 +111,11 @@ def _by_pattern(tree: Node, experts: Experts, pattern: str) -> Router | str:
         if width not in (rows, columns):
             return f"router {weight.name!r} has shape {weight.shape}, expected (experts, {width})"
         count = rows if columns == width else columns
-    transposed = rows != count == columns
+        widths = {width}
+    else:
+        widths = {width for bank in experts.banks.values() for width in bank.shape}
+    beyond = rows in widths and columns not in widths and columns > count  # columns of null experts too
+    transposed = rows != count and (columns == count or beyond)
     if rows < count and not transposed:
         return f"router {weight.name!r} has shape {weight.shape}, expected a row for each of {count} experts"
     root = tree.get(_common(weight.name.rpartition(".")[0], experts.path))

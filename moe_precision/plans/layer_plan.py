@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..layers.moe_layers import LayerShape
+from ..layers.shape import LayerShape
 from .document import Document
 from .widths import PlanError
 

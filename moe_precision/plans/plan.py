@@ -11,8 +11,9 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..layers.moe_layers import LayerShape, find_moe_layers
+from ..layers.moe_layers import find_moe_layers
 from ..layers.patterns import Patterns
+from ..layers.shape import LayerShape
 from ..version import __version__
 from . import document
 from .layer_plan import LayerPlan

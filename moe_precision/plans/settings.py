@@ -8,8 +8,8 @@ from dataclasses import MISSING, dataclass, fields, replace
 from fractions import Fraction
 from typing import Any, cast
 
-from ..layers.moe_layers import LayerShape, check_pattern
-from ..layers.patterns import Patterns
+from ..layers.patterns import Patterns, check_pattern
+from ..layers.shape import LayerShape
 from .methods import ALL_METHODS, COST_METHODS, METHODS, PLAN_METHODS, MethodName, reads
 from .widths import (
     GRANULARITIES,

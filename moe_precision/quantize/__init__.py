@@ -3,7 +3,9 @@
 Importing this package registers the quantizer with transformers.
 """
 
-from .hf import PlanHfQuantizer, PlanQuantizationConfig, QuantizationError, quantize_model
+from .config import PlanQuantizationConfig, QuantizationError
+from .hf import PlanHfQuantizer
+from .live import quantize_model
 from .replace import UnsupportedLayoutError
 
 __all__ = ["PlanHfQuantizer", "PlanQuantizationConfig", "QuantizationError", "UnsupportedLayoutError", "quantize_model"]

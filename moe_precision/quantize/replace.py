@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..layers.moe_layers import MoELayer, find_moe_layers
+from ..compat import mark_as_read, runs_through_experts_interface, tied_names
+from ..layers.moe_layers import MoELayer
 from ..plans.plan import PrecisionPlan, model_type_of
 from ..plans.widths import check_group_size
 from ..recording.curvature import Curvature
@@ -62,6 +63,7 @@ class Target:
 
 def find_targets(
     model: nn.Module,
+    layers: list[MoELayer],
     plan: PrecisionPlan,
     non_expert_bits: int | None,
     curvature: Curvature | None = None,
@@ -69,14 +71,20 @@ def find_targets(
 ) -> list[Target]:
     """Lists the parameters that a plan quantizes, after checking that plan and model belong together.
 
+    Args:
+        model: The float model, on any device (meta included).
+        layers: Its layers, as found by `find_moe_layers` with the plan's patterns.
+        plan: The plan.
+        non_expert_bits: 8 or 4 to list the other linear layers too.
+        curvature: Weighs the fit of each matrix.
+        grid: Scales and offsets of each matrix, in place of a fit.
+
     Raises:
         PlanError: The plan is for another model, or a group size does not divide.
         CurvatureError: The curvature is of another model.
         GridError: The grid belongs to another plan.
         UnsupportedLayoutError: Experts in a layout that cannot be packed yet.
-        MoELayerError: No Mixture-of-Experts layer.
     """
-    layers = find_moe_layers(model, **plan.patterns)
     plan.check_layers({layer.name: layer.shape for layer in layers}, model_type_of(model))
     tied = _tied(model)
     if curvature is not None:
@@ -121,7 +129,7 @@ def _expert_targets(
             "its float weights; packing shared experts is not supported yet"
         )
     if layer.fused:
-        if not (hasattr(container, "has_gate") and hasattr(container, "is_transposed")):
+        if not runs_through_experts_interface(container):
             raise UnsupportedLayoutError(
                 f"layer {layer.name!r}: the experts ({type(container).__name__}) are fused, but not through "
                 "transformers' experts interface (use_experts_implementation), so packed experts cannot run there yet"
@@ -132,7 +140,7 @@ def _expert_targets(
                 projection_bits[name],
                 shape,
                 fused=True,
-                transposed=layer.transposed,
+                transposed=layer.banks[name].transposed,
                 fits=tuple(_fit(layer.name, name, expert, curvature, grid) for expert in range(layer.num_experts)),
             )
             for name, shape in layer.projections.items()
@@ -174,7 +182,7 @@ def _fit(layer: str, projection: str, expert: int, curvature: Curvature | None, 
 def _non_expert_targets(model: nn.Module, layers: list[MoELayer], bits: int, group_size: int) -> list[Target]:
     """Every ``nn.Linear`` outside of experts, except routers, the output embeddings and tied weights."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = set(tied_names(model))
     routers = {layer.router for layer in layers}
     targets = []
     for path, module in model.named_modules():
@@ -219,8 +227,7 @@ def replace_weight(model: nn.Module, target: Target, group_size: int, weight: Te
     except ValueError as error:
         raise ValueError(f"{target.parameter!r}: {error}") from error
     if weight is not None:
-        for buffer in packed:
-            buffer._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark: read, not to be filled
+        mark_as_read(packed)
 
 
 def _replace_fused(model: nn.Module, target: Target, group_size: int, weight: Tensor | None) -> list[Tensor]:
@@ -232,7 +239,7 @@ def _replace_fused(model: nn.Module, target: Target, group_size: int, weight: Te
         for expert in range(len(target.bits)):
             matrix = weight[expert].T if target.transposed else weight[expert]
             packed.put(expert, matrix, target.fits[expert])
-    del module._parameters[target.name]
+    delattr(module, target.name)
     mark = sentinel(parameter.dtype, device)
     module.register_buffer(target.name, mark)
     if not hasattr(module, "packed"):

@@ -43,7 +43,6 @@ from ..version import __version__
 from . import PlanHfQuantizer, PlanQuantizationConfig
 from .checksums import DamagedCheckpointError, check_files, checksums, metadata
 from .codec.grid import Grid
-from .hf import check_weights
 from .replace import packed_tensors
 
 _LAYER = re.compile(r"^(?:.*?\.)?\d+(?=\.)")  # up to the first index: a decoder layer
@@ -154,7 +153,7 @@ class _Packer:
         lost = [router for router in routers if self.model.get_parameter(router).is_meta]
         if lost:
             raise CheckpointError(f"{os.fspath(self.checkpoint)!r} lacks {lost}")
-        check_weights(self.model, self.quantization)
+        self.quantization.check_weights(self.quantizer.layers)
         for router in routers:
             _forget(self.model, router)
 

@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from ..files import save_tensors
 from ..layers.module_tree import Weight
-from ..layers.moe_layers import LayerShape, MoELayer
+from ..layers.moe_layers import MoELayer
+from ..layers.shape import LayerShape
 from .router_norms import HistoryError, check_same_weights, norms_by_layer
 
 _FORMAT = "moe-precision-curvature"

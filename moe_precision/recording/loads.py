@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..compat import in_backward_pass
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from .signals import expert_load
 
@@ -93,7 +94,7 @@ class _Hook:
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if _not_counted:
             return
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # else a recomputation
+        if torch.compiler.is_compiling() or not in_backward_pass():
             self._count(module.training, (*args, *kwargs.values()), *self._known)
 
     def __reduce__(self) -> Any:

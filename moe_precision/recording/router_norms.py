@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..files import save_tensors
-from ..layers.experts import Bank
+from ..layers.banks import Bank
 from ..layers.module_tree import whole
-from ..layers.moe_layers import LayerShape, MoELayer
+from ..layers.moe_layers import MoELayer
+from ..layers.shape import LayerShape
 from .signals import max_variance
 
 _FORMAT = "moe-precision-history"
@@ -47,11 +48,11 @@ def router_norms(layers: list[MoELayer]) -> Tensor:
     norms: list[Tensor] = []
     with torch.no_grad():
         if not any(layer.router_is.gathers for layer in layers):
-            return torch.cat(_norms(layers))
+            return torch.cat([layer.row_norms() for layer in layers])
         for _, group in groupby(layers, key=lambda layer: id(layer.router_is.unit)):  # one FSDP1 unit at a time
             of_unit = list(group)
             with whole(layer.router_is for layer in of_unit):
-                norms += _norms(of_unit)
+                norms += [layer.row_norms() for layer in of_unit]
         return torch.cat(norms)
 
 
@@ -71,18 +72,6 @@ def check_same_weights(expected: dict[str, Tensor], found: dict[str, Tensor], wh
                 f"the {what} is of other weights: in layer {name!r} router norms differ by up to {difference:.2%}. "
                 "Is it of another run?"
             )
-
-
-def _norms(layers: list[MoELayer]) -> list[Tensor]:
-    """``(num_experts,)`` for each layer: one kernel a layer, and as little else as can be."""
-    norm = torch.linalg.vector_norm
-    norms = [norm(layer.router_weight(), dim=-1, dtype=torch.float32) for layer in layers]  # each (rows,)
-    for i, layer in enumerate(layers):
-        if isinstance(norms[i], DTensor):
-            norms[i] = norms[i].full_tensor()
-        if norms[i].numel() != layer.shape.num_experts:
-            norms[i] = norms[i][: layer.shape.num_experts]  # the others are shared or null experts
-    return norms
 
 
 def max_variances(layer: MoELayer) -> Tensor:
@@ -126,7 +115,7 @@ class RouterNormHistory:
         max_variance: Layer name -> ``(E,)`` float32 at the last record, or empty if never measured.
         loads: ``training`` (since the first record) and ``validation`` (its last run), each layer name -> ``(2, E)``
             float64: tokens that each expert received, and their summed routing weight (NaN where it cannot be seen).
-        caveats: Layer name -> key of `moe_layers.CAVEATS`, for routers whose norm is not what it is elsewhere.
+        caveats: Layer name -> key of `routers.CAVEATS`, for routers whose norm is not what it is elsewhere.
         patterns: ``router_pattern`` and ``expert_pattern`` that the layers were found with, if any.
         dtypes: dtypes of the routers that were read, e.g. ``["float32"]``.
     """

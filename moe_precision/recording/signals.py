@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..layers.router_rows import router_row_norms
+
 _BLOCK = 2**18  # weights
 _ROUNDING = 1.02  # a norm in bfloat16 is right to a part in 256
 
@@ -25,8 +27,8 @@ def router_norm_change(first: Tensor, last: Tensor) -> Tensor:
     """
     if first.shape != last.shape or first.ndim != 2:
         raise ValueError(f"expected two router weights of one shape (E, d), got {first.shape} and {last.shape}")
-    norm = torch.linalg.vector_norm
-    return norm(last, dim=-1, dtype=torch.float32) - norm(first, dim=-1, dtype=torch.float32)
+    experts = len(first)
+    return router_row_norms(last, num_experts=experts) - router_row_norms(first, num_experts=experts)
 
 
 def max_variance(first_projection: Tensor) -> Tensor:

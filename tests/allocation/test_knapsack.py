@@ -8,7 +8,7 @@ import torch
 
 from moe_precision import AllocationError
 from moe_precision.allocation.knapsack import choose, greedy, least_cost_bits
-from moe_precision.layers.moe_layers import LayerShape
+from moe_precision.layers.shape import LayerShape
 from moe_precision.plans.settings import PlanSettings
 
 

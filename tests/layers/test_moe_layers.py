@@ -5,8 +5,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe_precision.layers.moe_layers import MoELayerError, find_moe_layers, root_model
+from moe_precision.layers.module_tree import MoELayerError, root_model
+from moe_precision.layers.moe_layers import find_moe_layers
 from tests.support.models import DECODER, PlainMoE, build
+from tests.support.modules import Holder, bank, linears
 
 # family -> layers, first layer's name, router below it, projections
 EXPECTED = {
@@ -155,23 +157,6 @@ def test_two_possible_routers_are_reported():
         find_moe_layers(model)
 
 
-class Holder(nn.Module):
-    """Modules and parameters under given names."""
-
-    def __init__(self, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-
-def bank(*shape):
-    return nn.Parameter(torch.randn(*shape))
-
-
-def linears(count, width=16):
-    return nn.ModuleList(nn.Linear(width, width) for _ in range(count))
-
-
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
@@ -239,74 +224,6 @@ def test_routers_whose_norm_means_something_else_are_named():
     assert find_moe_layers(PlainMoE())[0].caveat == ""
 
 
-class Grouped(nn.Module):
-    """Megatron's grouped linear: a weight an expert, all in one module."""
-
-    def __init__(self, experts, out, inp):
-        super().__init__()
-        for expert in range(experts):
-            self.register_parameter(f"weight{expert}", nn.Parameter(torch.randn(out, inp)))
-
-
-def megatron(layers=2, experts=12):
-    def layer():
-        grouped = Holder(linear_fc1=Grouped(experts, 64, 16), linear_fc2=Grouped(experts, 16, 32))
-        return Holder(mlp=Holder(router=Holder(weight=bank(experts, 16)), experts=grouped))
-
-    return Holder(decoder=Holder(layers=nn.ModuleList(layer() for _ in range(layers))))
-
-
-def test_patterns_name_weights_that_structure_cannot_tell():
-    model = megatron()
-    with pytest.raises(MoELayerError, match="name them with expert_pattern"):
-        find_moe_layers(model)
-    layers = find_moe_layers(model, expert_pattern=r"experts\.linear_fc[12]\.weight(?P<expert>\d+)$")
-    assert [layer.name for layer in layers] == ["decoder.layers.0.mlp", "decoder.layers.1.mlp"]
-    assert layers[1].router == "decoder.layers.1.mlp.router.weight"
-    assert layers[1].projections == {"linear_fc1": (64, 16), "linear_fc2": (16, 32)}
-    for expert in (2, 11):
-        own = model.get_parameter(f"decoder.layers.1.mlp.experts.linear_fc2.weight{expert}")
-        torch.testing.assert_close(layers[1].expert_weights(expert)["linear_fc2"], own)
-
-
-def test_patterns_for_flat_banks():
-    """MegaBlocks: all experts one below the other, without a number of experts; w2 is stored (in, out)."""
-    banks = Holder(w1=bank(4 * 32, 16), w2=bank(4 * 32, 16))
-    model = Holder(ffn=Holder(router=Holder(layer=nn.Linear(16, 4, bias=False)), experts=Holder(mlp=banks)))
-    (layer,) = find_moe_layers(model, expert_pattern=r"experts\.mlp\.w[12]", router_pattern=r"router\.layer\.weight")
-    assert (layer.name, layer.num_experts) == ("ffn", 4)
-    assert layer.projections == {"w1": (32, 16), "w2": (16, 32)}
-    torch.testing.assert_close(layer.expert_weights(3)["w2"], banks.w2[96:].T)
-    with pytest.raises(MoELayerError, match="give router_pattern"):
-        find_moe_layers(model, expert_pattern=r"experts\.mlp\.w[12]")
-
-
-def test_a_router_pattern_chooses():
-    model = PlainMoE()
-    model.gate = nn.Linear(32, 4, bias=False)
-    assert find_moe_layers(model, router_pattern=r"^gate\.weight")[0].router_weight() is model.gate.weight
-    two = nn.Sequential(PlainMoE(), PlainMoE())
-    found = find_moe_layers(two, router_pattern=r"router")
-    assert [layer.router for layer in found] == ["0.router.weight", "1.router.weight"]
-    columns = Holder(w_gate=bank(16, 8), experts=linears(8))  # a router with a column an expert
-    (layer,) = find_moe_layers(columns, router_pattern="w_gate")
-    torch.testing.assert_close(layer.router_weight(), columns.w_gate.T)
-
-
-@pytest.mark.parametrize(
-    ("patterns", "message"),
-    [
-        ({"router_pattern": "nothing"}, r"router_pattern='nothing' matches no matrix; the model has .*router\.weight"),
-        ({"expert_pattern": "nothing"}, r"expert_pattern='nothing' matches no matrix; the model has"),
-        ({"expert_pattern": r"experts\.(?P<expert>[13])\.0"}, "expected experts 0, 1, ..."),
-        ({"router_pattern": r"experts\.0\..*weight"}, "several routers that match router_pattern"),
-    ],
-)
-def test_patterns_that_do_not_fit(patterns, message):
-    with pytest.raises(MoELayerError, match=message):
-        find_moe_layers(PlainMoE(), **patterns)
-
-
 def test_expert_index_out_of_range(mixtral):
     with pytest.raises(IndexError, match=r"experts 0\.\.7, got 8"):
         find_moe_layers(mixtral)[0].expert_weights(8)
@@ -366,28 +283,6 @@ def test_experts_under_two_routers_are_an_error(experts):
         find_moe_layers(model)
 
 
-def test_flat_banks_with_a_transposed_router():
-    banks = Holder(w1=bank(8 * 64, 32), w2=bank(8 * 64, 32))
-    patterns = {"router_pattern": "router", "expert_pattern": r"experts\.w[12]"}
-    (layer,) = find_moe_layers(Holder(router=bank(32, 8), experts=banks), **patterns)
-    assert (layer.num_experts, layer.projections) == (8, {"w1": (64, 32), "w2": (32, 64)})
-    with pytest.raises(MoELayerError, match=r"has shape \(8, 16\), expected \(experts, 32\)"):
-        find_moe_layers(Holder(router=bank(8, 16), experts=banks), **patterns)
-
-
 def test_skipping_unrouted_experts_hides_nothing_else():
     with pytest.raises(MoELayerError, match="would serve two lists of experts"):
         find_moe_layers(nn.Sequential(PlainMoE(), PlainMoE()), skip_unrouted=True, router_pattern=r"^0\.router")
-
-
-def test_a_pattern_that_matches_some_layers_skips_none():
-    with pytest.raises(MoELayerError, match=r"experts at '1\.experts' are not matched by expert_pattern"):
-        find_moe_layers(nn.Sequential(PlainMoE(), PlainMoE()), expert_pattern=r"^0\.experts\.(?P<expert>\d+)\.")
-    model = megatron(layers=3)
-    with pytest.raises(MoELayerError, match=r"'decoder\.layers\.2\.mlp\.experts' .* not understood"):
-        find_moe_layers(model, expert_pattern=r"layers\.[01]\.mlp\.experts\.linear_fc[12]\.weight(?P<expert>\d+)$")
-
-
-def test_a_pattern_that_is_no_regular_expression():
-    with pytest.raises(MoELayerError, match=r"router_pattern='\(' is no regular expression"):
-        find_moe_layers(PlainMoE(), router_pattern="(")

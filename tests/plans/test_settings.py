@@ -15,7 +15,8 @@ from moe_precision.callbacks import (
     RouterNormTrainerCallback,
 )
 from moe_precision.cli.main import parser
-from moe_precision.layers.moe_layers import LayerShape, MoELayerError
+from moe_precision.layers.module_tree import MoELayerError
+from moe_precision.layers.shape import LayerShape
 from moe_precision.plans import methods
 from moe_precision.plans.settings import PlanSettings
 

@@ -19,14 +19,15 @@ from torch.autograd import forward_ad
 from moe_precision import allocate, find_moe_layers, quantize_model
 from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.quantize import kernels
-from moe_precision.quantize import modules as packed_module
+from moe_precision.quantize import matrices as packed_module
 from moe_precision.quantize.codec.packing import pack
 from moe_precision.quantize.codec.scales import compress, expand
 from moe_precision.quantize.kernels import Matrices, compiler, grouped, native
 from moe_precision.quantize.kernels.ark import Ark
 from moe_precision.quantize.kernels.int4 import Int4
 from moe_precision.quantize.kernels.native import Native
-from moe_precision.quantize.modules import DenseMatrices, PackedMatrices, PackedProjection
+from moe_precision.quantize.matrices import DenseMatrices, PackedMatrices
+from moe_precision.quantize.modules import PackedProjection
 from tests.support.models import build, logits
 
 EVERY = [
@@ -433,7 +434,7 @@ def test_dequantizing_a_bucket_for_one_launch(monkeypatch):
     def dequantized(module, x, starts, experts, y):
         weights = module.weights
         module.weights = lambda indices, dtype: asked.append(len(indices)) or weights(indices, dtype)
-        packed_module._multiply_rows(module, x, starts, experts, y, together=True)
+        packed_module.multiply_rows(module, x, starts, experts, y, together=True)
 
     for kind in (PackedMatrices, DenseMatrices):
         monkeypatch.setattr(kind, "grouped", dequantized)

@@ -227,7 +227,7 @@ def eight_bit_error(model: PreTrainedModel) -> float | None:
     """
     widths = {shape[1] for layer in find_moe_layers(model) for shape in layer.projections.values()}
     plan = allocate(model, method="uniform", average_bits=8, bits=(8,), group_size=min(32, math.gcd(*widths)))
-    find_targets(model, plan, None)
+    find_targets(model, find_moe_layers(model), plan, None)
     model.eval().float()
     for weight in (
         w.parameter() for layer in find_moe_layers(model) for bank in layer.banks.values() for w in bank.weights

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ...compat import has_int4_kernel, multiply_int4, pack_int4
 from ..codec.packing import unpack
 from .base import Kernel, Matrices, Request
 
@@ -39,7 +40,7 @@ class Int4(Kernel):
             and request.out % 16 == 0
             and request.group_size in _GROUPS
             and not request.training  # to get at the weight again is slow
-            and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
+            and has_int4_kernel()
         )
 
     @staticmethod
@@ -51,24 +52,19 @@ class Int4(Kernel):
         self.keep_steps(matrices)
         half = 2 ** (bits - 1)
         self.first = 8 - half  # the kernel's code for code 0
-        weight = torch.stack([_to_int4(unpack(codes, bits).int() + self.first) for codes in matrices.codes])
+        weight = torch.stack([pack_int4(unpack(codes, bits).int() + self.first) for codes in matrices.codes])
         scale, offset = (tensor.float().mT for tensor in matrices.floats())
         self.keep(weight=weight, scales_and_zeros=torch.stack([scale, offset + half * scale], dim=-1).bfloat16())
 
     def multiply(self, index: int, x: Tensor) -> Tensor:
         weight, both = self.weight[index], self.scales_and_zeros[index]
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, self.group_size, both)
+        return multiply_int4(x, weight, self.group_size, both)
 
     def codes(self, index: int) -> Tensor:
         held = self.weight[index].flatten()
         codes = torch.empty(self.out * self.inp, dtype=torch.uint8)
         codes[_order(self.out, self.inp)] = torch.stack([held & 15, held >> 4], dim=-1).flatten() - self.first
         return codes.view(self.out, self.inp)
-
-
-def _to_int4(codes: Tensor) -> Tensor:
-    """torch's form of codes ``(out, in)`` int32 from 0 to 15: uint8, two codes a byte, in an order of its own."""
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
 
 
 @lru_cache(maxsize=1)  # four bytes a weight, for the matrices of one shape that are given back together
@@ -80,6 +76,6 @@ def _order(out: int, inp: int) -> Tensor:
     position = torch.arange(out * inp, dtype=torch.int32).view(out, inp)
     found = torch.zeros(out * inp, dtype=torch.int32)
     for shift in range(0, (out * inp - 1).bit_length(), 4):
-        held = _to_int4((position >> shift) & 15).flatten()
+        held = pack_int4((position >> shift) & 15).flatten()
         found |= torch.stack([held & 15, held >> 4], dim=-1).flatten().int() << shift
     return found

@@ -1,0 +1,191 @@
+"""Private names of torch, transformers and PEFT that this package leans on, each behind a name that says what for.
+
+No public API offers what they do. `tests/test_compat.py` has a test for each, so that a release that changes one of
+them fails there first. Nothing else in this package knows these names.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps as ConversionOps  # what transformers hands weights to
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
+
+# -- torch: modules ---------------------------------------------------------------------------------------------------
+
+WRAPPED_AS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names of the only child of a wrapper: torch.compile, DDP, FSDP1, activation checkpointing."""
+
+FLAT_PARAMETER = "_flat_param"
+"""Name of the parameter in which an FSDP1 unit holds all of its weights."""
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Parameters registered in a module itself, by name, as a dict that writes through.
+
+    Unlike attributes it gives the parameter where a hook or a parametrization covers it, and it is fast.
+    """
+    return module._parameters
+
+
+def forward_pre_hooks(module: nn.Module) -> list[Callable]:
+    """The hooks that run before a module's forward pass."""
+    return list(module._forward_pre_hooks.values())
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a convolution, whose 3-D weight is no bank of experts."""
+    return isinstance(module, nn.modules.conv._ConvNd)
+
+
+def forget_compiled_code() -> None:
+    """Makes torch.compile compile anew: compiled code does not see hooks that come or go."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+# -- torch: autograd and memory ---------------------------------------------------------------------------------------
+
+
+def version_of(tensor: Tensor) -> int:
+    """A number that grows with every in-place change of a tensor or of its views."""
+    return tensor._version
+
+
+def storage_users(tensor: Tensor) -> int:
+    """How many tensors and other holders share a tensor's memory now, the tensor itself included."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) - 1  # without the variable here
+
+
+def in_backward_pass() -> bool:
+    """Whether this code runs inside of a backward pass: a forward pass here repeats an earlier one (checkpointing)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def run_first_in_backward(node: Node) -> None:
+    """Makes a backward pass run a node as soon as its gradient is complete, before all others that wait."""
+    node._set_sequence_nr(2**63 - 1)  # type: ignore[attr-defined]
+
+
+def saved_tensors_hooks_are_set() -> bool:
+    """Whether hooks handle what forward passes keep now: activation checkpointing and offloading do so."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+# -- torch: the int4 kernel -------------------------------------------------------------------------------------------
+
+
+def has_int4_kernel() -> bool:
+    """Whether torch was built with its int4 kernel for CPUs."""
+    return hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """torch's form of codes ``(out, in)`` int32 from 0 to 15: uint8, two codes a byte, in an order of its own."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+
+
+def multiply_int4(x: Tensor, packed: Tensor, group_size: int, scales_and_zeros: Tensor) -> Tensor:
+    """``x @ W.T`` for bfloat16 ``x`` ``(tokens, in)``, where W is ``(code - 8) * scale + zero``.
+
+    Args:
+        x: Activations.
+        packed: Codes, as `pack_int4` gives them.
+        group_size: Weights that share a scale and a zero.
+        scales_and_zeros: ``(in / group, out, 2)`` bfloat16.
+    """
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scales_and_zeros)
+
+
+# -- transformers -----------------------------------------------------------------------------------------------------
+
+
+def register_experts_function(name: str, function: Callable[..., Tensor]) -> None:
+    """Lets ``model.set_experts_implementation(name)`` run fused experts through a function."""
+    ALL_EXPERTS_FUNCTIONS.register(name, function)
+
+
+def runs_through_experts_interface(experts: nn.Module) -> bool:
+    """Whether a module of fused experts calls the registered function, and has the flags that such a function reads."""
+    return hasattr(experts, "has_gate") and hasattr(experts, "is_transposed")
+
+
+def apply_gate(experts: Any, hidden: Tensor) -> Tensor:
+    """Activation and gate of a module of fused experts, ``(tokens, 2 * neurons) -> (tokens, neurons)``."""
+    return experts._apply_gate(hidden)
+
+
+def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """``x @ W.T`` with another matrix for each group of rows, in one launch.
+
+    Args:
+        x: ``(rows, in)``.
+        weights: ``(groups, out, in)``.
+        ends: ``(groups,)`` int32: where the rows of each group end.
+
+    Returns:
+        ``(rows, out)``.
+    """
+    return _grouped_linear(x, weights, ends)
+
+
+def mark_as_read(tensors: Iterable[Tensor]) -> None:
+    """Tells `from_pretrained` that tensors hold what a checkpoint says, and must not be initialized."""
+    for tensor in tensors:
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def was_read(tensor: Tensor) -> bool:
+    """Whether `from_pretrained` has filled a parameter or buffer from the checkpoint."""
+    return getattr(tensor, "_is_hf_initialized", False)
+
+
+def may_be_missing(model: PreTrainedModel, name: str) -> bool:
+    """Whether a model can do without a tensor in its checkpoint, because it computes it."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or [])
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Names of the parameters that a transformers model ties -> the name of what they are tied to."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def save_under_module_names(model: PreTrainedModel) -> None:
+    """Makes ``save_pretrained`` write the names of the module tree, without the conversions that loading noted."""
+    model._weight_conversions = []
+
+
+def mark_as_quantized(config: Any) -> None:
+    """Tells transformers that the model of a config is quantized, as its own quantizers do."""
+    config._is_quantized = True
+
+
+def layer_classes(model: PreTrainedModel) -> set[str]:
+    """Class names of the modules that hold one layer each, which sharding must not split."""
+    return set(model._no_split_modules or [])
+
+
+# -- PEFT and DeepSpeed -----------------------------------------------------------------------------------------------
+
+
+def available_adapters(layer: Any) -> set[str]:
+    """Names of the adapters that a PEFT layer holds; active ones may be missing from it."""
+    return layer._get_available_adapters()
+
+
+def is_zero3_parameter(parameter: Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 has sharded a parameter, so that only a placeholder is left."""
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Shape of a parameter, that of the whole tensor for a placeholder of DeepSpeed ZeRO-3."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,0 +1,114 @@
+"""The matrices of a layer's experts, however they are stored, and the experts that they make up together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .module_tree import MoELayerError, Node, Weight, numbered_children
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """One matrix of every expert.
+
+    Attributes:
+        weights: One 3-D weight ``(E or more, ...)`` or one flat one ``(E * rows, columns)`` for all experts, or one
+            matrix an expert.
+        num_experts: ``E``.
+        transposed: The weights hold ``(in, out)`` matrices.
+    """
+
+    weights: list[Weight]
+    num_experts: int
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)`` of one expert's matrix."""
+        first = self.weights[0].shape
+        rows, columns = first[-2:]
+        if len(self.weights) == 1 and len(first) == 2:
+            rows //= self.num_experts
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def read(self, expert: int) -> Tensor:
+        """The matrix of one expert, ``(out, in)``, a detached view where the layout allows it."""
+        one = self.weights[expert].read() if len(self.weights) > 1 else self._slices()[expert]
+        return one.detach().T if self.transposed else one.detach()
+
+    def matrices(self) -> Iterator[Tensor]:
+        """The matrices of all experts in order, as `read` gives them, but reading a bank only once."""
+        slices = (weight.read() for weight in self.weights) if len(self.weights) > 1 else self._slices()
+        for one in islice(slices, self.num_experts):
+            yield one.detach().T if self.transposed else one.detach()
+
+    def _slices(self) -> Tensor:
+        bank = self.weights[0].read().detach()
+        if isinstance(bank, DTensor):  # one bank at a time, on every rank
+            bank = bank.full_tensor()
+        return bank if bank.ndim == 3 else bank.unflatten(0, (self.num_experts, -1))
+
+
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """All experts of one layer.
+
+    Attributes:
+        node: The module that holds them.
+        num_experts: ``E``; 0 where a flat bank does not tell, and only the router can.
+        banks: Projection name -> its matrices.
+        layout: ``fused``: slices of 3-D weights, as transformers' experts interface has them; ``flat``: blocks of rows
+            of 2-D weights; ``modules``: a module an expert; ``separate``: weights of an expert in one module.
+        named: Called experts, so that it is an error if they have no router.
+        oriented: A pattern has said which banks hold ``(in, out)`` matrices.
+    """
+
+    node: Node
+    num_experts: int
+    banks: dict[str, Bank]
+    layout: str
+    named: bool
+    oriented: bool = False
+
+    @property
+    def path(self) -> str:
+        """Clean path of the module that holds them."""
+        return self.node.path
+
+    @property
+    def template(self) -> str:
+        """Path of one expert's module, ``{expert}`` in the place of its index; `path` for fused experts, else empty."""
+        if self.layout != "modules":
+            return self.path if self.layout == "fused" else ""
+        return re.sub(r"\d+$", "{expert}", numbered_children(self.node)[0].path)
+
+    @property
+    def identity(self) -> int:
+        """The same for experts that two modules share."""
+        return id(next(iter(self.banks.values())).weights[0].parameter())
+
+    @property
+    def null_experts(self) -> int:
+        """Slices of a bank beyond the experts, which the router has rows for; 0 for all but a few families."""
+        slices = [bank.weights[0].shape[0] for bank in self.banks.values()] if self.layout == "fused" else []
+        return max(slices, default=self.num_experts) - self.num_experts
+
+
+def with_count(experts: Experts, num_experts: int) -> Experts:
+    """Flat banks cut into as many experts as the router has rows.
+
+    Raises:
+        MoELayerError: The rows of a bank are no multiple of it.
+    """
+    for bank in experts.banks.values():
+        (weight,) = bank.weights
+        if weight.shape[0] % num_experts:
+            raise MoELayerError(f"{weight.name!r} has {weight.shape[0]} rows, no multiple of {num_experts} experts")
+    banks = {name: replace(bank, num_experts=num_experts) for name, bank in experts.banks.items()}
+    return replace(experts, num_experts=num_experts, banks=banks)

@@ -1,0 +1,120 @@
+"""The entry of config.json that says how a checkpoint is packed, and what `from_pretrained` takes to pack one."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from typing import Any
+
+import torch
+import xxhash
+from transformers.quantizers import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..layers.moe_layers import MoELayer
+from ..plans.plan import PrecisionPlan, as_plan
+from ..plans.widths import PlanError
+from ..recording.curvature import Curvature, as_curvature
+from ..recording.router_norms import check_same_weights
+from .codec.grid import Grid
+
+QUANT_METHOD = "moe_precision"
+FORMAT_VERSION = 2  # of the packed checkpoint: docs/checkpoint-format.md; 1 had no checksums and did not say so
+
+
+class QuantizationError(ValueError):
+    """A checkpoint whose experts could not all be read or quantized."""
+
+
+@register_quantization_config(QUANT_METHOD)
+class PlanQuantizationConfig(QuantizationConfigMixin):
+    """Tells `from_pretrained` to quantize by a precision plan.
+
+    Args:
+        plan: A `PrecisionPlan`, its dict, or the path of its file.
+        non_expert_bits: 8 or 4 to quantize the other linear layers too; routers, embeddings, norms and the output
+            head always keep their precision. None, the default, quantizes experts only.
+        curvature: `Curvature`, or the path of its file: errors in input columns where the loss is curved count more in
+            the fit. It changes values, not sizes, and is not needed again for loading.
+        grid: `Grid`, or the path of its file: scales and offsets that training has ended on, by `PrecisionAnneal`;
+            nothing is fitted then.
+
+    Raises:
+        PlanError: The plan or ``non_expert_bits`` is not valid.
+
+    Example:
+        >>> config = PlanQuantizationConfig("precision_plan.json")
+        >>> model = AutoModelForCausalLM.from_pretrained("checkpoint", quantization_config=config)
+        >>> model.save_pretrained("quantized")
+    """
+
+    def __init__(
+        self,
+        plan: PrecisionPlan | dict | str | os.PathLike,
+        non_expert_bits: int | None = None,
+        curvature: Curvature | str | os.PathLike | None = None,
+        grid: Grid | str | os.PathLike | None = None,
+        quant_method: str = QUANT_METHOD,  # config.json names it; never another
+        format_version: int = FORMAT_VERSION,
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise PlanError(
+                f"the packed checkpoint has format version {format_version}, this release of moe-precision reads "
+                f"{FORMAT_VERSION}: install the release that wrote it, or quantize the float checkpoint again"
+            )
+        if non_expert_bits not in (None, 4, 8):
+            raise PlanError(f"non_expert_bits must be 4, 8 or None, got {non_expert_bits!r}")
+        self.quant_method = quant_method
+        self.plan = as_plan(plan)
+        self.non_expert_bits = non_expert_bits
+        self.curvature = None if curvature is None else as_curvature(curvature)
+        self.grid = grid if grid is None or isinstance(grid, Grid) else Grid.load(grid)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Reads config.json's entry; without a version it is of the first one."""
+        return super().from_dict({"format_version": 1, **config_dict}, return_unused_kwargs, **kwargs)
+
+    def digest(self) -> str:
+        """The same for configs that give every expert the same widths."""
+        widths = {name: layer.projection_bits for name, layer in self.plan.layers.items()}
+        said = json.dumps([widths, self.plan.group_size, self.non_expert_bits], sort_keys=True)
+        return xxhash.xxh3_64(said.encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: the widths, without the signals that led to them."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "plan": self.plan.widths_only().to_dict(),
+            "non_expert_bits": self.non_expert_bits,
+        }
+
+    def warn_if_unweighted(self) -> None:
+        """Warns where the plan expects a fit that curvature weighs, and no curvature is given."""
+        if self.plan.method == "curvature" and self.curvature is None and self.grid is None:
+            warnings.warn(
+                "the plan was made by curvature, for a fit that curvature weighs: give curvature= (or --curvature), "
+                "the file beside the run's plan; the fit is unweighted now",
+                stacklevel=3,
+            )
+
+    @torch.no_grad()
+    def check_weights(self, layers: list[MoELayer]) -> None:
+        """Checks that curvature and grid are of these weights, by the norms of the routers, which stay as they are.
+
+        Args:
+            layers: The model's, as found by `find_moe_layers` while its experts were float.
+
+        Raises:
+            CurvatureError: The curvature is of other weights.
+            HistoryError: The grid is of other weights.
+        """
+        if self.curvature is None and self.grid is None:
+            return
+        norms = {layer.name: layer.row_norms() for layer in layers}
+        if self.curvature is not None:
+            self.curvature.check_router_norms(norms)
+        if self.grid is not None:
+            check_same_weights(self.grid.router_norms, norms, "grid")

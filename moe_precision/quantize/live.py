@@ -1,0 +1,73 @@
+"""Quantizing a model that is already in memory."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..compat import mark_as_quantized
+from ..layers.moe_layers import find_moe_layers
+from ..plans.plan import PrecisionPlan
+from ..recording.curvature import Curvature
+from .codec.grid import Grid
+from .config import QUANT_METHOD, PlanQuantizationConfig, QuantizationError
+from .hf import PlanHfQuantizer, finish
+from .modules import kernels_of
+from .replace import EXPERTS_IMPLEMENTATION, find_targets, replace_weight
+
+
+def quantize_model(
+    model: nn.Module,
+    plan: PrecisionPlan | dict | str | os.PathLike,
+    non_expert_bits: int | None = None,
+    curvature: Curvature | str | os.PathLike | None = None,
+    grid: Grid | str | os.PathLike | None = None,
+) -> nn.Module:
+    """Quantizes a model in memory, in place, by a precision plan.
+
+    Args:
+        model: A transformers model, or any module whose experts are lists of ``nn.Linear`` modules.
+        plan: A `PrecisionPlan`, its dict, or the path of its file.
+        non_expert_bits: 8 or 4 to quantize the other linear layers too.
+        curvature: `Curvature` or its path, for the weights of the fit.
+        grid: `Grid` or its path, in the place of a fit.
+
+    Returns:
+        The same model, in evaluation mode. A transformers model can be saved with ``save_pretrained``.
+
+    Raises:
+        PlanError: The plan is for another model.
+        UnsupportedLayoutError: Experts in a layout that cannot be packed yet.
+    """
+    config = PlanQuantizationConfig(plan, non_expert_bits, curvature, grid)
+    layers = find_moe_layers(model, **config.plan.patterns)
+    targets = find_targets(model, layers, config.plan, non_expert_bits, config.curvature, config.grid)
+    config.warn_if_unweighted()
+    config.check_weights(layers)
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for target in targets:  # before any change: a half packed model is of no use
+        if target.parameter not in own:
+            raise QuantizationError(
+                f"{type(model).__name__} holds {target.parameter!r} behind a wrapper; give the plain model: unwrap it, "
+                "and merge PEFT adapters with merge_and_unload()"
+            )
+        if not model.get_parameter(target.parameter).isfinite().all():
+            raise QuantizationError(f"{target.parameter!r} holds values that are not finite; has training diverged?")
+    for target in tqdm(targets, desc="Quantizing", unit="weight"):
+        weight = model.get_parameter(target.parameter).detach()
+        replace_weight(model, target, config.plan.group_size, weight)
+    if isinstance(model, PreTrainedModel):
+        if any(target.fused for target in targets):
+            model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+        quantizer = PlanHfQuantizer(config, pre_quantized=False)
+        model.hf_quantizer = quantizer
+        model.is_quantized, model.quantization_method = True, QUANT_METHOD
+        model.config.quantization_config = config
+        mark_as_quantized(model.config)
+        finish(model)
+    model.moe_precision_kernels = partial(kernels_of, model)  # type: ignore[assignment]
+    return model.eval()
