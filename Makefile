@@ -1,7 +1,7 @@
 # make demo   train a small Mixtral, make its plan, quantize, reload, compare (minutes on two CPU cores)
 # make test   the whole test suite
 # make lint   ruff and mypy
-# Each works on a fresh checkout: it makes .venv and installs the exact versions of constraints.txt first.
+# Each works on a fresh checkout: it first makes .venv and installs the exact versions in constraints.txt.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,11 +18,11 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# exported plans carried out by the real tools, each in a virtual environment of its own; half an hour, most of it installs
+# Carries exported plans out with the real tools, each in its own virtual environment. Half an hour, most of it installs.
 test-exports:
 	PYTHON=$(PYTHON) tests/export/real_tools/run.sh
 
-# needs a run of `make demo`, for its model
+# Needs the model of `make demo`.
 benchmarks: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e .[benchmarks]
 	$(BIN)/python -m benchmarks.recording
@@ -35,7 +35,7 @@ benchmarks: .venv/installed
 	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.layers
 
-# the tables of docs/evidence-tables.md and docs/annealing-tables.md; hours
+# Prints docs/evidence-tables.md and docs/annealing-tables.md. Takes hours.
 evidence: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e .[benchmarks]
 	$(BIN)/python -m benchmarks.studies.study --output runs/study --workers 2

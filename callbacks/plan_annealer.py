@@ -12,12 +12,18 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_precision.allocation.allocator import PLAN_METHODS, AllocationError, allocate, check_granularity, levels_of
-from moe_precision.annealing.hooks import AnnealError, GridHooks, check_trainable, uncover
+from moe_precision.allocation.allocator import make_plan
+from moe_precision.annealing.covers import AnnealError
+from moe_precision.annealing.hooks import GridHooks, check_trainable, uncover
 from moe_precision.files import check_writable
 from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
-from moe_precision.plans.plan import PrecisionPlan, as_plan, check_group_size, model_type_of
+from moe_precision.layers.patterns import Patterns
+from moe_precision.plans.document import Document
+from moe_precision.plans.methods import MethodName, reads
+from moe_precision.plans.plan import PrecisionPlan, as_plan, model_type_of
+from moe_precision.plans.settings import ZETA, PlanSettings
+from moe_precision.plans.widths import Granularity
 from moe_precision.quantize.codec.grid import Grid
 from moe_precision.quantize.replace import check_packable
 from moe_precision.recording.curvature import Curvature, CurvatureError, curvature_of, curvature_path
@@ -25,7 +31,6 @@ from moe_precision.recording.loads import not_counted
 from moe_precision.recording.router_norms import RouterNormHistory, norms_by_layer
 
 GRID = ".grid.safetensors"
-_NEED_HISTORY = ("router_norm", "norm_only", "reversed", "load", "least_load")
 
 
 class PlanAnnealer:
@@ -35,31 +40,48 @@ class PlanAnnealer:
     are called on all ranks.
 
     Attributes:
+        settings: What is asked of a plan that is made at ``start``.
         plan: The plan, once it is known.
         grid: The grid, once annealing has begun.
     """
 
     def __init__(
         self,
+        *,
         start: float = 0.9,
-        plan: PrecisionPlan | dict | str | os.PathLike | None = None,
-        average_bits: float = 2.5,
+        plan: PrecisionPlan | Document | str | os.PathLike[str] | None = None,
+        method: MethodName = "curvature",
+        average_bits: float | None = None,
+        stored_bits: float | None = None,
+        expert_gib: float | None = None,
         bits: Sequence[int] = (2, 3),
-        method: str = "curvature",
-        granularity: str = "expert",
         group_size: int = 128,
+        granularity: Granularity = "expert",
+        seed: int = 0,
+        zeta: float = ZETA,
+        router_pattern: str | None = None,
+        expert_pattern: str | None = None,
         export_to: str = "annealed_plan.json",
     ) -> None:
-        if method not in PLAN_METHODS:
-            raise AllocationError(f"unknown method {method!r}, expected one of {', '.join(PLAN_METHODS)}")
-        levels_of(method, average_bits, bits)
-        check_granularity(method, granularity)
+        self.settings = PlanSettings(
+            method=method,
+            average_bits=average_bits,
+            stored_bits=stored_bits,
+            expert_gib=expert_gib,
+            bits=bits,
+            group_size=group_size,
+            granularity=granularity,
+            seed=seed,
+            zeta=zeta,
+            router_pattern=router_pattern,
+            expert_pattern=expert_pattern,
+        )
+        self.settings.check_plannable()
         if not 0 <= start < float("inf") or (start >= 1 and start != int(start)):
             raise ValueError(f"start must be a share of max_steps below 1 or a whole step, got {start}")
         if Path(export_to).suffix != ".json":
             raise ValueError(f"export_to must end in .json, got {export_to!r}")
-        self.start, self.average_bits, self.bits, self.method = start, average_bits, tuple(bits), method
-        self.granularity, self.group_size, self.export_to = granularity, group_size, export_to
+        self.start, self.export_to = start, export_to
         self._given = None if plan is None else as_plan(plan)
         self._beside = curvature_path(plan) if isinstance(plan, (str, os.PathLike)) else None
         self.plan = self._given
@@ -97,20 +119,19 @@ class PlanAnnealer:
         uncover(layers)
         check_trainable(layers)
         check_packable(model, layers)
-        group_size = self.group_size if self.plan is None else self.plan.group_size
-        for layer in layers:
-            check_group_size(group_size, layer.name, layer.projections)
         shapes = {layer.name: layer.shape for layer in layers}
         if self.plan is not None:
             self.plan.check_layers(shapes, model_type_of(root_model(model)))
-        elif history is None and self.method in _NEED_HISTORY:
-            raise AnnealError(f"method {self.method!r} reads what {self._recorder} records: add it too")
+        else:
+            self.settings.check_fits(shapes)
+            if history is None and reads(self.settings.method, "norm_change", "load"):
+                raise AnnealError(f"method {self.settings.method!r} reads what {self._recorder} records: add it too")
         if self.start < 1 and total == float("inf"):
             raise AnnealError(f"start={self.start} is a share of max_steps, which is not set: set it, or give a step")
         self._first_step = int(self.start * total) if self.start < 1 else int(self.start)
         if self._first_step >= total:
             raise AnnealError(f"start={self.start} is step {self._first_step} of {total}: nothing is left to anneal")
-        if self.plan is None and self.method == "curvature" and self._first_step == 0:
+        if self.plan is None and reads(self.settings.method, "curvature") and self._first_step == 0:
             raise AnnealError(
                 "with start=0 the optimizer has no second moments to make a plan of: give the plan of an earlier run "
                 "(plan=...), another method, or a later start"
@@ -131,8 +152,8 @@ class PlanAnnealer:
                 raise AnnealError(f"the checkpoint was annealed on another plan than the given one: {changed[0]}")
             self._hooks, self._began_at = GridHooks(layers, self.grid), step
 
-    def _patterns(self) -> dict[str, Any]:
-        return {} if self.plan is None else self.plan.patterns
+    def _patterns(self) -> Patterns:
+        return self.settings.patterns if self.plan is None else self.plan.patterns
 
     def _uses_file(self) -> bool:
         """Whether the curvature beside the plan is of the weights that annealing begins with."""
@@ -143,16 +164,7 @@ class PlanAnnealer:
         layers = find_moe_layers(model, **self._patterns())
         curvature = self._curvature(layers, optimizers)
         if self.plan is None:
-            self.plan = allocate(
-                model,
-                history,
-                self.method,
-                self.average_bits,
-                self.bits,
-                self.group_size,
-                curvature=curvature,
-                granularity=self.granularity,
-            )
+            self.plan = make_plan(self.settings, model, history, curvature)
         self.grid = Grid.fit(layers, self.plan, curvature)
         self._hooks, self._began_at = GridHooks(layers, self.grid), step
         rank_zero_info(
@@ -196,9 +208,9 @@ class PlanAnnealer:
     def _check_moments(self, model: nn.Module, optimizers: Iterable[Any]) -> None:
         """After one step: whether the optimizer keeps what the plan will be made of."""
         self._checked = True
-        if self.plan is None and self.method == "curvature":
+        if self.plan is None and reads(self.settings.method, "curvature"):
             try:
-                curvature_of(find_moe_layers(model), optimizers)
+                curvature_of(find_moe_layers(model, **self._patterns()), optimizers)
             except CurvatureError as error:
                 raise AnnealError(
                     f"method 'curvature' cannot make a plan at step {self._first_step}: {error}"

@@ -13,26 +13,20 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from moe_precision.allocation.allocator import (
-    COST_METHODS,
-    PLAN_METHODS,
-    AllocationError,
-    allocate,
-    bits_from_order,
-    caveat_text,
-    check_granularity,
-    levels_of,
-    rank_experts,
-)
+from moe_precision.allocation.allocator import make_plan
+from moe_precision.allocation.planning import caveat_text
 from moe_precision.files import check_writable
 from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
-from moe_precision.layers.patterns import check_pattern
-from moe_precision.plans.plan import PrecisionPlan, check_group_size, model_type_of
+from moe_precision.plans.methods import MethodName
+from moe_precision.plans.plan import PrecisionPlan, model_type_of
+from moe_precision.plans.settings import ZETA, PlanSettings
+from moe_precision.plans.widths import Granularity
+from moe_precision.present.metrics import load_metrics, plan_metrics
 from moe_precision.present.tables import as_text, layers_table
 from moe_precision.recording.curvature import Curvature, CurvatureError, curvature_of, curvature_of_losses
 from moe_precision.recording.loads import LoadCounter
-from moe_precision.recording.router_norms import HistoryError, RouterNormHistory, aggregates, router_norms
+from moe_precision.recording.router_norms import HistoryError, RouterNormHistory, router_norms
 
 _CURVATURE = ".curvature.safetensors"
 _HISTORY = ".history.safetensors"
@@ -49,6 +43,7 @@ class PlanRecorder:
     Reading is a collective under FSDP and ZeRO-3: `_start`, `_record` and `_finish` are called on all ranks.
 
     Attributes:
+        settings: What is asked of the plan.
         history: The recorded norms.
         curvature: Means of the optimizer's second moments, once training has ended, if it has any.
         plan: The plan, once training has ended.
@@ -56,33 +51,44 @@ class PlanRecorder:
 
     def __init__(
         self,
-        average_bits: float = 2.5,
+        *,
+        method: MethodName = "router_norm",
+        average_bits: float | None = None,
+        stored_bits: float | None = None,
+        expert_gib: float | None = None,
         bits: Sequence[int] = (2, 3),
-        method: str = "router_norm",
         group_size: int = 128,
+        granularity: Granularity = "expert",
+        seed: int = 0,
+        zeta: float = ZETA,
+        router_pattern: str | None = None,
+        expert_pattern: str | None = None,
         every_n_steps: int | None = None,
         export_to: str = "precision_plan.json",
         log_experts: bool | None = None,
-        router_pattern: str | None = None,
-        expert_pattern: str | None = None,
-        granularity: str = "expert",
         curvature_batches: int | None = None,
     ) -> None:
-        if method not in PLAN_METHODS:
-            raise AllocationError(f"unknown method {method!r}, expected one of {', '.join(PLAN_METHODS)}")
-        levels_of(method, average_bits, bits)
-        check_granularity(method, granularity)
+        self.settings = PlanSettings(
+            method=method,
+            average_bits=average_bits,
+            stored_bits=stored_bits,
+            expert_gib=expert_gib,
+            bits=bits,
+            group_size=group_size,
+            granularity=granularity,
+            seed=seed,
+            zeta=zeta,
+            router_pattern=router_pattern,
+            expert_pattern=expert_pattern,
+        )
+        self.settings.check_plannable()
         for name, value in (("every_n_steps", every_n_steps), ("curvature_batches", curvature_batches)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
         if Path(export_to).suffix != ".json":
             raise ValueError(f"export_to must end in .json, got {export_to!r}")
-        check_pattern("router_pattern", router_pattern)
-        check_pattern("expert_pattern", expert_pattern)
-        self.average_bits, self.bits, self.method = average_bits, tuple(bits), method
-        self.group_size, self.every_n_steps, self.export_to = group_size, every_n_steps, export_to
-        self.log_experts, self.router_pattern, self.expert_pattern = log_experts, router_pattern, expert_pattern
-        self.granularity, self.curvature_batches = granularity, curvature_batches
+        self.every_n_steps, self.export_to = every_n_steps, export_to
+        self.log_experts, self.curvature_batches = log_experts, curvature_batches
         self.history = RouterNormHistory()
         self.curvature: Curvature | None = None
         self.plan: PrecisionPlan | None = None
@@ -116,12 +122,10 @@ class PlanRecorder:
         Returns:
             Whether a record was taken.
         """
-        given = {"router_pattern": self.router_pattern, "expert_pattern": self.expert_pattern}
-        patterns: dict[str, Any] = {key: pattern for key, pattern in given.items() if pattern is not None}
+        patterns = self.settings.patterns
         self._layers, self._model = find_moe_layers(model, **patterns), model
         fresh = RouterNormHistory.of(self._layers, model_type_of(root_model(model)), patterns)
-        for name, layer in fresh.layers.items():
-            check_group_size(self.group_size, name, layer.projections)
+        self.settings.check_fits(fresh.layers)
         rank_zero_info(f"{type(self).__name__}: recording\n{as_text(layers_table(self._layers))}")
         if fresh.caveats:
             rank_zero_warn(f"{type(self).__name__}: {caveat_text(fresh.caveats)}.")
@@ -220,29 +224,9 @@ class PlanRecorder:
         """The last record for a logger, experts included up to `EXPERT_KEYS` of them."""
         experts = sum(layer.num_experts for layer in self._layers)
         metrics = self.history.metrics(experts <= EXPERT_KEYS if self.log_experts is None else self.log_experts)
-        metrics |= self._load_metrics()
-        if self.method == "router_norm" and len(self.history.steps) > 2 and not self.history.not_finite(True):
-            before, now = (self._bits_at(record) for record in (-2, -1))
-            metrics["plan/changed"] = sum(a != b for a, b in zip(before, now, strict=True)) / len(now)
-        return metrics
-
-    def _load_metrics(self) -> dict[str, float]:
-        """Tokens of the least, the median and the most loaded expert since the last log, in even shares."""
-        before, metrics = self._logged_load, dict[str, float]()
-        self._logged_load = dict(self.history.loads.get("training", {}))
-        for index, layer in enumerate(self._layers):
-            if (load := self._logged_load.get(layer.name)) is None:
-                continue
-            tokens = load[0] - before[layer.name][0] if layer.name in before else load[0]
-            if tokens.sum() > 0:
-                shares = (tokens * layer.num_experts / tokens.sum()).tolist()
-                metrics |= aggregates(f"expert_load/layer_{index:02d}", shares)
-        return metrics
-
-    def _bits_at(self, record: int) -> list[int]:
-        """Widths of all experts by the change up to a record, without variances, which are measured at the end."""
-        orders = [rank_experts(change) for change in self.history.changes(record).values()]
-        return [bits for order in orders for bits in bits_from_order(order, self.average_bits, self.bits)]
+        before, self._logged_load = self._logged_load, dict(self.history.loads.get("training", {}))
+        metrics |= load_metrics(before, self._logged_load, list(self.history.layers))
+        return metrics | plan_metrics(self.history, self.settings)
 
     def _finish(
         self, writes: bool, optimizers: Sequence[Any], losses: Iterable[Callable[[], torch.Tensor | None]] = ()
@@ -273,14 +257,10 @@ class PlanRecorder:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                self.plan = allocate(
+                self.plan = make_plan(
+                    self.settings,
+                    model=self._model if self.settings.knows_costs else None,
                     history=self.history,
-                    method=self.method,
-                    average_bits=self.average_bits,
-                    bits=self.bits,
-                    group_size=self.group_size,
-                    granularity=self.granularity,
-                    model=self._model if self.method in COST_METHODS else None,
                     curvature=self.curvature,
                 )
         except ValueError as error:  # norms that are not finite, no second moments; other callbacks have work to do

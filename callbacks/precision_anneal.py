@@ -7,7 +7,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 
-from moe_precision.annealing.hooks import AnnealError
+from moe_precision.annealing.covers import AnnealError
 from moe_precision.callbacks.plan_annealer import PlanAnnealer
 from moe_precision.callbacks.router_norm_monitor import RouterNormMonitor
 from moe_precision.callbacks.save_pretrained import SavePretrained
@@ -39,11 +39,23 @@ class PrecisionAnneal(PlanAnnealer, Callback):
         start: When to begin: a share of ``max_steps`` below 1, or a step.
         plan: A `PrecisionPlan`, its dict or its path; None makes one at ``start``. The curvature file beside a path
             weighs the fit of the grid where the optimizer has no second moments yet (``start=0``).
-        average_bits: Nominal bits an expert may have on average, for a plan that is made.
-        bits: Levels to choose from.
-        method: How widths are chosen, as in `RouterNormMonitor`; one that reads router norms needs it in the Trainer.
-        granularity: What shares a width, for methods that know costs.
-        group_size: Weights that share a scale and an offset.
+        method: How widths are chosen, if no plan is given; a method that reads router norms needs
+            `RouterNormMonitor` in the Trainer. ``router_norm`` is the paper's rule; ``curvature`` minimizes the
+            predicted increase of the loss. ``moe-precision plan --help`` lists all of them.
+        average_bits: Budget in nominal bits per expert weight; 2.5 if no budget is given.
+        stored_bits: Budget with scales and offsets included, instead of ``average_bits``.
+        expert_gib: Budget as the size of all routed experts in the file, in GiB, instead of ``average_bits``.
+        bits: Levels to choose from, of 1 to 8, or 16: one, two, or three that are equally spaced; any number for a
+            method that knows costs (``curvature``, ``weight_error``).
+        group_size: Weights that share a scale and an offset when the plan is carried out; divides every expert's input
+            width.
+        granularity: What shares a width: ``expert``; for methods that know costs also ``expert+projection``, ``layer``
+            or ``layer+projection``.
+        seed: For ``method="random"``.
+        zeta: Factor of the paper's reorder rule.
+        router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by
+            structure; see `find_moe_layers`.
+        expert_pattern: Regular expression that names the experts' weights.
         export_to: Path of the plan, relative to the Trainer's ``default_root_dir``; the grid is written beside it,
             ``annealed_plan.grid.safetensors``.
 

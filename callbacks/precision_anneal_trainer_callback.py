@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from moe_precision.annealing.hooks import AnnealError
+from moe_precision.annealing.covers import AnnealError
 from moe_precision.callbacks.plan_annealer import PlanAnnealer
 from moe_precision.callbacks.plan_recorder import NOT_RESTORED
 from moe_precision.callbacks.router_norm_trainer_callback import RouterNormTrainerCallback, saved_file, state_file

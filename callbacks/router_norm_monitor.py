@@ -34,27 +34,29 @@ class RouterNormMonitor(PlanRecorder, Callback):
     ========================================  ======================================================================
 
     Args:
-        average_bits: Nominal bits an expert may have on average.
-        bits: Levels to choose from, of 1 to 8, or 16: one, two, or three that are equally spaced; any number for
-            ``curvature`` and ``weight_error``.
-        method: How widths are chosen: ``router_norm`` (the paper's rule), its ablations ``norm_only``, ``final_norm``,
-            ``max_variance``, by the tokens that experts get ``load``, the least predicted increase of the loss
-            ``curvature`` or least ``weight_error``, or a control: ``reversed``, ``least_load``, ``random`` or
-            ``uniform``.
-        group_size: Weights that share a scale and an offset when the plan is carried out; divides every expert's
-            input width.
+        method: How widths are chosen. ``router_norm`` is the paper's rule; ``curvature`` minimizes the
+            predicted increase of the loss. ``moe-precision plan --help`` lists all of them.
+        average_bits: Budget in nominal bits per expert weight; 2.5 if no budget is given.
+        stored_bits: Budget with scales and offsets included, instead of ``average_bits``.
+        expert_gib: Budget as the size of all routed experts in the file, in GiB, instead of ``average_bits``.
+        bits: Levels to choose from, of 1 to 8, or 16: one, two, or three that are equally spaced; any number for a
+            method that knows costs (``curvature``, ``weight_error``).
+        group_size: Weights that share a scale and an offset when the plan is carried out; divides every expert's input
+            width.
+        granularity: What shares a width: ``expert``; for methods that know costs also ``expert+projection``, ``layer``
+            or ``layer+projection``.
+        seed: For ``method="random"``.
+        zeta: Factor of the paper's reorder rule.
+        router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by
+            structure; see `find_moe_layers`.
+        expert_pattern: Regular expression that names the experts' weights.
         every_n_steps: Optimizer steps between records; None takes the Trainer's ``log_every_n_steps``.
         export_to: Path of the plan, relative to the Trainer's ``default_root_dir``. The recorded norms are written
             beside it: ``precision_plan.history.safetensors``. It also names the callback's state in checkpoints: keep
             it when you resume.
         log_experts: Log a curve for each expert, not only the aggregates; None does up to 4,096 experts. The plan and
             the history have all of them in any case.
-        router_pattern: Regular expression that names the routers' weights, for models whose routers structure does
-            not tell; see `find_moe_layers`.
-        expert_pattern: The same for the experts' weights.
-        granularity: What shares a width: ``expert``; for ``weight_error`` and ``curvature`` also ``expert+projection``,
-            ``layer`` or ``layer+projection``.
-        curvature_batches: Take the curvature from squared gradients of so many more training batches, after the last
+        curvature_batches: Take the curvature from squared gradients of this many more training batches, after the last
             step and at its weights; None reads the optimizer's second moments, which costs nothing. For optimizers
             that have none (SGD, Muon, Lion).
 

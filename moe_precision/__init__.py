@@ -5,10 +5,13 @@ quantize step turns plan and weights into a smaller model. Importing this packag
 transformers, so that packed checkpoints load with ``from_pretrained``.
 """
 
-from .allocation.allocator import AllocationError, allocate, bits_from_order, rank_experts
+from .allocation.allocator import allocate
+from .allocation.orders import bits_from_order, rank_experts
 from .layers.module_tree import MoELayerError
 from .layers.moe_layers import MoELayer, find_moe_layers
-from .plans.plan import PlanError, PrecisionPlan
+from .plans.plan import PrecisionPlan
+from .plans.settings import AllocationError
+from .plans.widths import PlanError
 from .quantize import PlanQuantizationConfig, QuantizationError, UnsupportedLayoutError, quantize_model
 from .recording.router_norms import HistoryError, RouterNormHistory
 from .version import __version__

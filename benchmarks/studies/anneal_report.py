@@ -12,8 +12,9 @@ from moe_precision.judging.statistics import ratio_of_runs
 KEYS = (("all", "mean"), ("rare", "rare"))
 HEADER = """# Tables of annealing
 
-Printed by `python -m benchmarks.studies.anneal_study --report`; what they mean: [evidence.md](evidence.md). Nats a
-token, means over seeds ± half of the 95 % interval; *rare* is the tenth of the target tokens seen least in training.
+Printed by `python -m benchmarks.studies.anneal_study --report`; [evidence.md](evidence.md) says what they mean. Entries
+are nats per token, means over seeds ± half of the 95 % interval; *rare* is the tenth of the target tokens seen least
+in training.
 """
 
 Runs = list[dict[str, Any]]  # the results of one model, a seed each
@@ -88,7 +89,7 @@ def _gains(settings: dict[str, Any], found: dict[str, Runs]) -> str:
             bottom = increases(both, f"afterwards {budget}", f"float {longest}")
             cells.append(between(ratio_of_runs(top, bottom)) if top else "-")
         rows.append([f"{budget:g}", *cells])
-    title = f"The same as a ratio: annealed over the last {longest:.0%}, to quantized afterwards (all tokens)"
+    title = f"Ratio of the increases: annealed over the last {longest:.0%}, to quantized afterwards (all tokens)"
     return markdown_table(title, ["bits", *found], rows)
 
 
@@ -117,7 +118,7 @@ def _plan_ratios(settings: dict[str, Any], found: dict[str, Runs]) -> str:
                     cells.append(between(ratio_of_runs(first, other)))
             rows.append([f"{budget:g}", method, *cells])
     head = ["bits", "to", *(f"{name}, {how}" for name in found for how in ("afterwards", "annealed"))]
-    return markdown_table(f"The same: {PLANS[0]}'s increase as a ratio to the others' (all tokens)", head, rows)
+    return markdown_table(f"By plan: {PLANS[0]}'s increase as a ratio to the others' (all tokens)", head, rows)
 
 
 def _scales(settings: dict[str, Any], found: dict[str, Runs]) -> str:
@@ -144,7 +145,7 @@ def _scale_differences(settings: dict[str, Any], found: dict[str, Runs]) -> str:
         for key in ("refitted", "learned")
     ]
     return markdown_table(
-        "The same: difference to fixed scales, paired by seed", _head("bits", "scales", found=found), rows
+        "Scales: difference to fixed scales, paired by seed", _head("bits", "scales", found=found), rows
     )
 
 

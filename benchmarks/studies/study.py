@@ -21,18 +21,22 @@ from transformers import PreTrainedModel
 
 from benchmarks.studies.quantizers import quantizers, rtn
 from benchmarks.studies.study_models import Batch, Setting, folder_of, merged, rows_of, run, train
-from moe_precision.allocation.allocator import GRANULARITIES, METHODS, plan_of_signals
 from moe_precision.allocation.costs import Costs
 from moe_precision.allocation.knapsack import choose
 from moe_precision.allocation.orders import bits_from_order, rank_experts
+from moe_precision.allocation.planning import plan_from_signals
+from moe_precision.allocation.snapshot import Snapshot
+from moe_precision.allocation.weights import LiveWeights
 from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.files import replaced_when_done
-from moe_precision.judging.comparison import Judge, final_history
 from moe_precision.judging.evaluation import BANDS, document_losses, frequency_bands, token_losses
+from moe_precision.judging.judge import Judge
 from moe_precision.judging.simulation import Bits, Matrix, SimulatedExperts
 from moe_precision.judging.statistics import rank_correlation
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
-from moe_precision.plans.plan import stored_bits_per_weight
+from moe_precision.plans.methods import METHODS
+from moe_precision.plans.settings import PlanSettings
+from moe_precision.plans.widths import GRANULARITIES, stored_bits_per_weight
 from moe_precision.quantize.codec.fitting import quantize_matrix
 from moe_precision.recording.curvature import Curvature, curvature_of_losses
 from moe_precision.recording.router_norms import RouterNormHistory
@@ -59,7 +63,8 @@ class Study:
         self.layers: list[MoELayer] = find_moe_layers(self.model)
         self.history = RouterNormHistory.load(folder / "precision_plan.history.safetensors")
         self.curvature = Curvature.load(folder / "precision_plan.curvature.safetensors")
-        self.final = final_history(self.model, self.history, self.layers, ())
+        self.baseline = Snapshot.first_of(self.history)
+        self.final = LiveWeights(self.model, self.history.patterns).snapshot(variance=True)
         self.token_counts: Tensor = data.token_counts
         self.judge = Judge(self.model, merged(data.val_dataloader()), self.token_counts)
         training = list(islice(data.train_dataloader(), study["gradient_rows"] // data.hparams["batch_size"] + 1))
@@ -190,7 +195,7 @@ class Study:
 
     def mixtures(self, costs: dict[str, Costs]) -> dict[str, Costs]:
         """Products and sums of costs with other signals, to see whether any is better than curvature alone."""
-        load = self.final.loads["training"]
+        load = self.baseline.loads
         share = {name: (of[0] / of[0].mean()).sqrt()[:, None] for name, of in load.items()}
         total = {name: sum(float(p[:, 0].sum()) for of in costs[name].values() for p in of.values()) for name in costs}
 
@@ -232,8 +237,10 @@ class Study:
             costs["sensitivity"], _ = self.sensitivity(simulated, MAIN)
             self._combination(simulated, costs, MAIN, "round to nearest", MAIN, [2.25, 2.5])
 
-    def _plan(self, method: str, budget: float, levels: list[int], **more: Any) -> Any:
-        return plan_of_signals(self.final, self.final, method, budget, levels, self.group_size, **more)
+    def _plan(self, method: str, budget: float, levels: list[int], costs: Costs | None = None, **more: Any) -> Any:
+        known = method if method in METHODS else "sensitivity"  # a variant: another method's way with other costs
+        settings = PlanSettings(method=known, average_bits=budget, bits=levels, group_size=self.group_size, **more)
+        return plan_from_signals(settings, self.final, self.baseline, costs)
 
     def _combination(
         self,
@@ -275,10 +282,10 @@ class Study:
 
         references = {"all": of_experts(costs["sensitivity"], column)}
         references |= {band: of_experts(found, column) for band, found in by_band.items()}
-        loads = self.final.loads["training"]
+        loads, last = self.baseline.loads, self.final.router_norms
         signals = {
-            "router_norm_change": {name: -change for name, change in self.final.changes().items()},
-            "final_router_norm": {name: -norm for name, norm in self.final.last.items()},
+            "router_norm_change": {n: self.baseline.router_norms[n] - norm for n, norm in last.items()},
+            "final_router_norm": {name: -norm for name, norm in last.items()},
             "max_variance": dict(self.final.max_variance),
             "expert_load": {name: of[0] for name, of in loads.items()},
             "routing_weight": {name: of[1] for name, of in loads.items()},

@@ -39,8 +39,8 @@ VARIANTS = ("squared_gradients", "fisher", "tail", "curvature + tail", "curvatur
 BEST = ("curvature", "expert+projection")
 HEADER = """# Tables of the study
 
-Printed by `python -m benchmarks.studies.study --report`; what they mean: [evidence.md](evidence.md). Means over
-seeds ± half of the 95 % interval; ratios with their intervals.
+Printed by `python -m benchmarks.studies.study --report`; [evidence.md](evidence.md) says what they mean. Entries are
+means over seeds ± half of the 95 % interval, or ratios with their interval.
 """
 
 Runs = list[dict[str, Any]]  # the results of one model, a seed each
@@ -122,9 +122,9 @@ def report(study: dict[str, Any], root: Path) -> str:
         parts.append(markdown_table(title, ["method", *models], rows))
 
     per_model("Increase of the loss at 2.5 bits from {2, 3}, all tokens", SHOWN)
-    per_model("The same, rarest tenth of the target tokens", SHOWN, key="rare")
-    per_model("The same, most frequent half", SHOWN, key="frequent")
-    per_model("The same, the tenth of the documents that lose most", SHOWN, key="worst")
+    per_model("Increase of the loss at 2.5 bits from {2, 3}, rarest tenth of the tokens", SHOWN, key="rare")
+    per_model("Increase of the loss at 2.5 bits from {2, 3}, most frequent half of the tokens", SHOWN, key="frequent")
+    per_model("Increase of the loss at 2.5 bits from {2, 3}, worst tenth of the documents", SHOWN, key="worst")
     parts.append(_targets(found))
     parts.append(_paper(found))
     for combination in study["combinations"]:
@@ -136,7 +136,7 @@ def report(study: dict[str, Any], root: Path) -> str:
                 short = [one for one in short if "layer" not in one[1] or one[0] == "curvature"]
                 per_model(title, short, budget=budget, levels=combination["bits"])
     under = [one for one in SHOWN if not one[0].startswith("uniform")]
-    per_model("Round to nearest in the place of our quantizer, 2.5 bits from {2, 3}", under, quantizer=RTN)
+    per_model("Round to nearest, 2.5 bits from {2, 3}", under, quantizer=RTN)
     per_model("Round to nearest, 2.25 bits from {2, 3}", under, quantizer=RTN, budget=2.25)
     parts.append(_quantizers(found))
     parts.append(_zetas(found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +11,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from ..layers.shape import LayerShape
-from ..plans.plan import stored_bits_per_weight
+from ..plans.settings import AllocationError, PlanSettings, exact
+from ..plans.widths import stored_bits_per_weight
 from .costs import Costs
-from .orders import AllocationError, exact
 
 _TIME_LIMIT = 60.0  # seconds
 _RELATIVE_GAP = 1e-5
@@ -117,31 +117,21 @@ class LeastCost:
     indifferent: int = 0  # units for which all widths cost the same
 
 
-def least_cost_bits(
-    layers: dict[str, LayerShape],
-    costs: Costs,
-    levels: Sequence[int],
-    group_size: int,
-    granularity: str,
-    average_bits: float,
-    stored_bits: float | None = None,
-) -> LeastCost:
+def least_cost_bits(layers: Mapping[str, LayerShape], costs: Costs, settings: PlanSettings) -> LeastCost:
     """Gives every unit of a granularity a width so that the total cost is least within one budget for all layers.
 
     Args:
         layers: Layer name -> shape.
-        costs: As `expert_costs` returns them, for ``levels``.
-        levels: Widths.
-        group_size: For the size of scales and offsets.
-        granularity: What shares a width.
-        average_bits: Nominal budget, bits a weight on average.
-        stored_bits: Budget with scales and offsets, in its place.
+        costs: As `expert_costs` returns them, for the levels of the settings.
+        settings: Levels, budget, group size, and what shares a width.
 
     Raises:
         AllocationError: The budget is too small.
     """
+    levels, group_size, granularity = settings.levels, settings.group_size, settings.granularity
+    stored_bits = settings.stored_budget(layers)
     by_expert, by_projection = granularity.startswith("expert"), granularity.endswith("+projection")
-    units: dict[tuple, list[tuple[str, str, int]]] = {}  # unit -> its matrices
+    units: dict[tuple[str, str, int], list[tuple[str, str, int]]] = {}  # unit -> its matrices
     for name, shape in layers.items():
         for projection in shape.projections:
             for expert in range(shape.num_experts):
@@ -163,7 +153,7 @@ def least_cost_bits(
     alike = unit_costs.max(axis=1) == unit_costs.min(axis=1)  # experts that never had a gradient
     if alike.all():
         raise AllocationError("no width costs more than another for any expert: there is nothing to choose by")
-    asked = average_bits if stored_bits is None else stored_bits
+    asked = settings.nominal_bits(layers) if stored_bits is None else stored_bits
     try:
         choice = _choose_where_it_matters(unit_costs, sizes, alike, int(exact(asked) * total))
     except ValueError as error:

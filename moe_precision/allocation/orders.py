@@ -1,11 +1,10 @@
 """The paper's rule and its controls: from signals to an order of the experts of a layer, and from that to widths.
 
-Pure functions; methods are looked up by name in `METHODS`.
+Pure functions. `ORDERS` holds the order of every method in `plans/methods.py` that does not know costs.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,13 +12,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from ..plans.plan import check_widths
-
-ZETA = 3.0  # how many times larger a MaxVar must be to overtake, as in the paper
-
-
-class AllocationError(ValueError):
-    """A budget that the given widths cannot meet, or a method that lacks what it reads."""
+from ..plans.methods import MethodName
+from ..plans.settings import ZETA, AllocationError, check_budget, exact
 
 
 def rank_experts(change: Tensor, max_variance: Tensor | None = None, zeta: float = ZETA) -> list[int]:
@@ -99,42 +93,6 @@ def bits_from_order(order: Sequence[int], average_bits: float, bits: Sequence[in
     return by_expert
 
 
-def exact(average_bits: float) -> Fraction:
-    """The fraction that was meant: 2.3 and 8 / 3 are not the floats they are written as."""
-    meant = Fraction(average_bits).limit_denominator(100_000)
-    return meant if abs(float(meant) - average_bits) <= 2 * math.ulp(average_bits) else Fraction(average_bits)
-
-
-def check_levels(average_bits: float, bits: Sequence[int]) -> list[int]:
-    """The levels in order, after checking that they are widths around the average.
-
-    Raises:
-        AllocationError: No levels, or an average outside of them.
-        PlanError: A width that is not 1 to 8 or 16.
-    """
-    if isinstance(bits, int) or not bits:
-        raise AllocationError(f"bits must list the levels to choose from, as in (2, 3); got {bits!r}")
-    levels = sorted(set(bits))
-    check_widths(levels)
-    if not levels[0] <= average_bits <= levels[-1]:
-        raise AllocationError(f"average_bits={average_bits} is outside of the levels {levels}; give levels around it")
-    return levels
-
-
-def check_budget(average_bits: float, bits: Sequence[int]) -> list[int]:
-    """`check_levels`, and that the paper's rule takes them.
-
-    Raises:
-        AllocationError: More than three levels, unequal spacing, or an average outside of the levels.
-    """
-    levels = check_levels(average_bits, bits)
-    if len(levels) > 3:
-        raise AllocationError(f"the paper's rule takes one, two or three levels, got {len(levels)}: {levels}")
-    if len(levels) == 3 and levels[1] - levels[0] != levels[2] - levels[1]:
-        raise AllocationError(f"three levels must be equally spaced (as in 1, 2, 3 or 2, 3, 4), got {levels}")
-    return levels
-
-
 @dataclass(frozen=True)
 class LayerSignals:
     """What a method may look at: ``norm`` is the change of router norm, or the final norm without a baseline."""
@@ -189,14 +147,14 @@ def _order_uniform(signals: LayerSignals, generator: torch.Generator) -> list[in
     return list(range(len(signals.norm)))
 
 
-METHODS: dict[str, Callable[[LayerSignals, torch.Generator], list[int]]] = {
-    "router_norm": _order_router_norm,  # the paper; the default
-    "norm_only": _order_norm_only,  # its ablations
+ORDERS: dict[MethodName, Callable[[LayerSignals, torch.Generator], list[int]]] = {
+    "router_norm": _order_router_norm,
+    "norm_only": _order_norm_only,
     "final_norm": _order_final_norm,
     "max_variance": _order_max_variance,
-    "load": _order_load,  # most tokens first
+    "load": _order_load,
     "least_load": _order_least_load,
-    "reversed": _order_reversed,  # controls
+    "reversed": _order_reversed,
     "random": _order_random,
     "uniform": _order_uniform,
 }

@@ -6,9 +6,10 @@ beside the plan: the same counts of bits in random and in reversed order, and wh
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,21 @@ from rich import box
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from ..allocation.allocator import allocate
+from ..allocation.allocator import allocate, make_plan
 from ..checkpoints.checkpoint import load_model, stored_bits_per_expert_weight, weight_files
 from ..judging.evaluation import Evaluation, evaluate
+from ..plans.methods import MethodName
 from ..plans.plan import PrecisionPlan
 from ..present.figures import plot_router_norms
 from ..present.tables import show
 from ..quantize.writer import quantize_checkpoint
-from ..recording.curvature import Curvature
+from ..recording.curvature import Curvature, curvature_path
 from ..recording.router_norms import RouterNormHistory
-from .main import fit
+from .fit import train
+from .options import Commands, add_command, positive
 
-_MORE_LEVELS = [1, 2, 3, 4]
+_MORE_LEVELS = (1, 2, 3, 4)
+_ORDERS: tuple[MethodName, ...] = ("reversed", "random")
 _RECIPE_ROOT = "runs/pretrain_mixtral"
 _FOLDER_NAME = re.compile(r"[^a-z0-9]+")
 
@@ -61,28 +65,28 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
     recipe = files("moe_precision.recipes").joinpath("pretrain_mixtral.yaml").read_text(encoding="utf-8")
     config = output / "recipe.yaml"
     config.write_text(yaml.safe_dump(_moved(yaml.safe_load(recipe), str(output))), encoding="utf-8")
-    data = fit(["--config", str(config), *([] if max_steps is None else ["--trainer.max_steps", str(max_steps)])])
+    data = train(["--config", str(config), *([] if max_steps is None else ["--trainer.max_steps", str(max_steps)])])
 
     checkpoint, history = output / "checkpoint", RouterNormHistory.load(output / "precision_plan.history.safetensors")
     plan = PrecisionPlan.load(output / "precision_plan.json")
     picture = output / "router_norms.png"
     plot_router_norms(history, plan).savefig(picture, dpi=120)
 
+    assert plan.settings is not None
     plans: dict[str, PrecisionPlan | None] = {"float": None}
-    group_size = plan.group_size
-    for level in sorted(plan.settings["bits"], reverse=True):
+    group_size, levels = plan.group_size, plan.settings.levels
+    for level in sorted(levels, reverse=True):
         uniform = allocate(history=history, method="uniform", average_bits=level, group_size=group_size)
         plans[f"uniform {level} bits"] = uniform
     plans["plan"] = plan
-    for method in ("reversed", "random"):
-        settings = {"average_bits": plan.asked_average_bits, "bits": plan.settings["bits"], "group_size": group_size}
-        plans[f"{method} order"] = allocate(history=history, method=method, **settings)
-    curvature = Curvature.load(output / "precision_plan.curvature.safetensors")
-    known: dict[str, Any] = {"method": "curvature", "curvature": curvature, "group_size": group_size}
-    asked: dict[str, Any] = {"average_bits": plan.asked_average_bits, "bits": plan.settings["bits"]}
-    plans["curvature"] = allocate(checkpoint, history, **known, **asked)
-    asked["bits"] = _MORE_LEVELS
-    plans["curvature, 1 to 4 bits"] = allocate(checkpoint, history, **known, **asked, granularity="expert+projection")
+    asked = replace(plan.settings, bits=levels)
+    for method in _ORDERS:
+        plans[f"{method} order"] = make_plan(replace(asked, method=method), history=history)
+    curvature = Curvature.load(curvature_path(output / "precision_plan.json"))
+    by_curvature = replace(asked, method="curvature")
+    plans["curvature"] = make_plan(by_curvature, checkpoint, history, curvature)
+    finer = replace(by_curvature, bits=_MORE_LEVELS, granularity="expert+projection")
+    plans["curvature, 1 to 4 bits"] = make_plan(finer, checkpoint, history, curvature)
 
     rows = []
     for name, chosen in plans.items():
@@ -136,3 +140,21 @@ def _table(rows: list[Row]) -> Table:
         losses = (f"{e.loss:.4f}", f"{e.perplexity:.3f}", f"{e.rare_loss:.4f}", f"{e.rare_perplexity:.1f}")
         table.add_row(row.model, *sizes, *losses)
     return table
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the demo."""
+    run_demo(Path(options.output), options.max_steps)
+
+
+def add_to(commands: Commands) -> None:
+    """Declares the command."""
+    command = add_command(
+        commands,
+        "demo",
+        run,
+        "Train a small Mixtral, make its plan, quantize, reload and compare; minutes on two CPU cores.",
+        "moe-precision demo --output runs/demo",
+    )
+    command.add_argument("--output", default="runs/demo", help="folder of the run (default runs/demo)")
+    command.add_argument("--max-steps", type=positive, help="optimizer steps (default: the recipe's)")

@@ -18,7 +18,8 @@ from transformers import AutoConfig
 from ..checkpoints.checkpoint import CheckpointError, StoredTensor, empty_model, stored_tensors
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..layers.shape import LayerShape
-from ..plans.plan import LayerPlan, PrecisionPlan, model_type_of
+from ..plans.layer_plan import LayerPlan
+from ..plans.plan import PrecisionPlan, model_type_of
 from ..quantize.config import QUANT_METHOD
 from .names import Place, places
 
@@ -43,7 +44,7 @@ def plan_of_checkpoint(folder: str | os.PathLike) -> PrecisionPlan:
             ``save_pretrained`` of a model packed here wrote.
 
     Returns:
-        A plan whose ``method`` is the checkpoint's ``quant_method`` and whose ``settings`` hold ``read_from``, the
+        A plan whose ``method`` is the checkpoint's ``quant_method`` and whose ``notes`` hold ``read_from``, the
         folder's name, and ``group_sizes``, all that occur; its ``group_size`` is the smallest of them.
 
     Raises:
@@ -56,7 +57,7 @@ def plan_of_checkpoint(folder: str | os.PathLike) -> PrecisionPlan:
     method = quantization.get("quant_method")
     if method == QUANT_METHOD:
         plan = PrecisionPlan.from_dict(quantization.get("plan"), f"the config.json of {os.fspath(folder)!r}")
-        return replace(plan, settings=plan.settings | _read_from(folder, {plan.group_size}))
+        return replace(plan, notes=_read_from(folder, {plan.group_size}))
     if method not in (*_GPTQ, _COMPRESSED_TENSORS):
         raise CheckpointError(
             f"{os.fspath(folder)!r} was quantized by {method!r}; read are {', '.join((*_GPTQ, _COMPRESSED_TENSORS))} "
@@ -83,9 +84,9 @@ def plan_of_checkpoint(folder: str | os.PathLike) -> PrecisionPlan:
             "without empty ends, so its bits are not known"
         )
     widths, groups = found[0]
-    settings = _read_from(folder, groups)
-    plan = PrecisionPlan(model_type_of(model), widths, min(groups, default=128), 0.0, method, settings)
-    return replace(plan, asked_average_bits=plan.average_bits)
+    return PrecisionPlan(
+        model_type_of(model), widths, min(groups, default=128), method, notes=_read_from(folder, groups)
+    )
 
 
 def _quantization(folder: str | os.PathLike) -> dict[str, Any]:

@@ -5,10 +5,19 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import replace
+from typing import TypedDict
 
 from .banks import Bank, Experts
 from .experts import EXPERT_NAME
 from .module_tree import MoELayerError, Node, Weight
+
+
+class Patterns(TypedDict, total=False):
+    """Keywords of `find_moe_layers`; each is there only where it was given."""
+
+    router_pattern: str
+    expert_pattern: str
+
 
 _Weights = dict[str, dict[str, dict[int, Weight]]]  # path of a module -> projection -> expert -> weight
 

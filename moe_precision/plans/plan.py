@@ -1,65 +1,27 @@
-"""The precision plan: which width each expert gets, and why. Read, write, validate and compare it.
-
-The file is versioned JSON that people read; docs/plan-format.md is its specification, plan.schema.json its schema.
-"""
+"""The precision plan: which width each expert gets, and why. A value, and the file that holds it."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import math
 import os
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.resources import files
-from typing import Any
+from typing import Any, cast
 
-import jsonschema
 from torch import nn
 
-from ..files import replaced_when_done
 from ..layers.moe_layers import find_moe_layers
+from ..layers.patterns import Patterns
 from ..layers.shape import LayerShape
 from ..version import __version__
+from . import document
+from .layer_plan import LayerPlan
+from .notes import PlanNotes
+from .settings import PlanSettings
+from .widths import Granularity, PlanError, check_widths, stored_bits_per_weight
 
-FORMAT = "moe-precision-plan"
-FORMAT_VERSION = 1
-WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)  # 16: the expert is left as it is
-SCALE_AND_OFFSET_BITS = 18  # of a group: quantize/scales.py
-
-
-class PlanError(ValueError):
-    """A plan that is damaged, impossible, or made for another model."""
-
-
-def check_widths(widths: Iterable[int]) -> None:
-    """Raises `PlanError` for a width that is not 1 to 8 or 16."""
-    wrong = sorted({width for width in widths if width not in WIDTHS})
-    if wrong:
-        raise PlanError(f"bits must be 1 to 8, or 16 for an expert that is left alone; got {wrong}")
-
-
-def check_group_size(group_size: int, layer: str, projections: dict[str, tuple[int, int]]) -> None:
-    """Raises `PlanError` for a group size that is no multiple of 8 or does not divide a matrix's input width."""
-    if group_size < 8 or group_size % 8:
-        raise PlanError(f"group_size={group_size} is not a positive multiple of 8; use 32, 64 or 128")
-    for name, (_, width) in projections.items():
-        if width % group_size:
-            fitting = [size for size in (128, 64, 32) if width % size == 0]
-            advice = f"use {' or '.join(map(str, fitting))}" if fitting else "no group size of 32, 64 or 128 fits"
-            raise PlanError(
-                f"group_size={group_size} does not divide the input width {width} of {name!r} in layer {layer!r}; "
-                f"{advice}"
-            )
-
-
-def stored_bits_per_weight(bits: int, group_size: int) -> float:
-    """Bits a weight takes in the file: its code, and its share of the group's scale and offset."""
-    if group_size < 8:
-        raise PlanError(f"group_size={group_size} is not a positive multiple of 8; use 32, 64 or 128")
-    return float(bits) if bits == 16 else bits + SCALE_AND_OFFSET_BITS / group_size
+Bits = Mapping[str, Sequence[int] | Mapping[str, Sequence[int]]]  # layer -> widths, or projection -> widths
 
 
 @cache
@@ -75,37 +37,6 @@ def model_type_of(model: nn.Module) -> str:
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """The widths of one layer's experts.
-
-    Attributes:
-        shape: The layer's router, number of experts and matrix shapes.
-        projection_bits: Projection name -> bits, indexed by expert.
-        order: Expert indices, most bits first; empty where the method has no order.
-        router_norms: ``first`` (absent without a baseline) and ``last`` norm of each expert.
-        signals: Every signal that the method read, by name, indexed by expert.
-    """
-
-    shape: LayerShape
-    projection_bits: dict[str, list[int]]
-    order: list[int] = field(default_factory=list)
-    router_norms: dict[str, list[float]] = field(default_factory=dict)
-    signals: dict[str, list[float]] = field(default_factory=dict)
-
-    @property
-    def bits(self) -> list[int]:
-        """Bits of each expert.
-
-        Raises:
-            PlanError: An expert's projections have different widths; read `projection_bits` then.
-        """
-        first, *others = self.projection_bits.values()
-        if any(other != first for other in others):
-            raise PlanError("projections of one expert have different bits here: read .projection_bits")
-        return list(first)
-
-
-@dataclass(frozen=True)
 class PrecisionPlan:
     """Bit-widths for every expert of a model.
 
@@ -113,31 +44,37 @@ class PrecisionPlan:
         model_type: transformers' ``config.model_type``, or the class name of a model without a config.
         layers: Layer name -> `LayerPlan`, in module order.
         group_size: Weights along the input dimension that share a scale and an offset.
-        asked_average_bits: The budget; `average_bits` is what the plan reaches.
-        method: Name of the allocator.
-        settings: The allocator's settings.
+        method: Name of the allocation method, or of the tool whose checkpoint the widths were read from.
+        settings: What was asked for; None for widths that no method here chose.
+        notes: What was found on the way.
         baseline_step: Optimizer step at which the first norms were taken, None if there is no baseline.
-        last_step: Optimizer step of the last norms.
+        last_step: Optimizer step of the last norms, None if it is not known.
         created_by: Versions that made the plan.
+
+    Example:
+        >>> plan = allocate(model, average_bits=2.5, bits=(2, 3), group_size=64)
+        >>> plan.save("precision_plan.json")
+        >>> PrecisionPlan.load("precision_plan.json").average_bits
+        2.5
     """
 
     model_type: str
     layers: dict[str, LayerPlan]
     group_size: int
-    asked_average_bits: float
     method: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: PlanSettings | None = None
+    notes: PlanNotes = field(default_factory=PlanNotes)
     baseline_step: int | None = None
     last_step: int | None = None
     created_by: dict[str, str] = field(default_factory=lambda: dict(_versions()))
 
     @property
-    def granularity(self) -> str:
+    def granularity(self) -> Granularity:
         """The coarsest of ``layer``, ``layer+projection``, ``expert`` and ``expert+projection`` that fits the bits."""
         banks = [list(layer.projection_bits.values()) for layer in self.layers.values()]
         one_expert = all(len(set(widths)) == 1 for bank in banks for widths in bank)  # experts alike
         one_width = all(widths == bank[0] for bank in banks for widths in bank)  # projections alike
-        return ("layer" if one_expert else "expert") + ("" if one_width else "+projection")
+        return cast(Granularity, ("layer" if one_expert else "expert") + ("" if one_width else "+projection"))
 
     @property
     def average_bits(self) -> float:
@@ -149,7 +86,7 @@ class PrecisionPlan:
         """Bits a routed expert's weight takes in the file, scales and offsets included, on average."""
         return self._mean(lambda bits: stored_bits_per_weight(bits, self.group_size))
 
-    def _mean(self, cost: Any) -> float:
+    def _mean(self, cost: Callable[[int], float]) -> float:
         total, weights = 0.0, 0
         for layer in self.layers.values():
             for name, widths in layer.projection_bits.items():
@@ -159,13 +96,53 @@ class PrecisionPlan:
         return total / weights
 
     @property
-    def patterns(self) -> dict[str, Any]:
+    def patterns(self) -> Patterns:
         """``router_pattern`` and ``expert_pattern`` that the layers were found with, for `find_moe_layers`."""
-        return {key: self.settings[key] for key in ("router_pattern", "expert_pattern") if key in self.settings}
+        return Patterns() if self.settings is None else self.settings.patterns
 
-    def without_signals(self) -> PrecisionPlan:
-        """The widths alone: what a quantized model's config.json has to hold."""
-        return replace(self, layers={n: LayerPlan(p.shape, p.projection_bits) for n, p in self.layers.items()})
+    def widths_only(self) -> PrecisionPlan:
+        """The plan without signals, costs and norms: what a quantized model's config.json has to hold."""
+        return replace(
+            self, layers={n: LayerPlan(p.shape, p.projection_bits) for n, p in self.layers.items()}, notes=PlanNotes()
+        )
+
+    def with_bits(self, bits: Bits) -> PrecisionPlan:
+        """An edited plan: other widths for some layers, everything else as it is.
+
+        Args:
+            bits: Layer name -> one width per expert for all projections, or projection -> one width per expert. What is
+                not named keeps its width.
+
+        Returns:
+            A new plan whose notes say that it was edited.
+
+        Raises:
+            PlanError: An unknown layer or projection, another number of experts, or a width that is not 1 to 8 or 16.
+
+        Example:
+            >>> plan = allocate(model, method="uniform", average_bits=2, group_size=64)
+            >>> plan.with_bits({"model.layers.0.mlp": [4, 2, 2, 2, 2, 2, 2, 4]}).average_bits
+            2.25
+        """
+        layers = dict(self.layers)
+        for name, given in bits.items():
+            if name not in layers:
+                raise PlanError(f"the plan has no layer {name!r}; it has {', '.join(layers)}")
+            layer = layers[name]
+            by_projection = given if isinstance(given, Mapping) else dict.fromkeys(layer.projection_bits, given)
+            unknown = [projection for projection in by_projection if projection not in layer.projection_bits]
+            if unknown:
+                raise PlanError(f"layer {name!r} has no {unknown[0]!r}; it has {', '.join(layer.projection_bits)}")
+            for projection, widths in by_projection.items():
+                if len(widths) != layer.shape.num_experts:
+                    raise PlanError(
+                        f"layer {name!r} has {layer.shape.num_experts} experts, got {len(widths)} widths of "
+                        f"{projection!r}"
+                    )
+                check_widths(widths)
+            changed = {projection: list(widths) for projection, widths in by_projection.items()}
+            layers[name] = replace(layer, projection_bits=layer.projection_bits | changed)
+        return replace(self, layers=layers, notes=cast(PlanNotes, {**self.notes, "edited": True}))
 
     def check(self, model: nn.Module) -> None:
         """Checks that the plan was made for this model.
@@ -209,33 +186,23 @@ class PrecisionPlan:
                 lines += [f"{name} expert {e} {projection}: {a} -> {b} bits" for e, (a, b) in pairs if a != b]
         return sorted(lines)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> document.Document:
         """The plan as the file holds it."""
-        layers = {}
-        for name, layer in self.layers.items():
-            shapes = layer.shape.projections
-            entry: dict[str, Any] = {
-                "router": layer.shape.router,
-                "num_experts": layer.shape.num_experts,
-                "projections": {p: {"shape": list(shapes[p]), "bits": b} for p, b in layer.projection_bits.items()},
-            }
-            optional: dict[str, Any] = {"experts": layer.shape.experts, "order": layer.order}
-            optional |= {"router_norms": layer.router_norms, "signals": layer.signals}
-            layers[name] = entry | {key: value for key, value in optional.items() if value}
         return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format": document.FORMAT,
+            "format_version": document.FORMAT_VERSION,
             "created_by": self.created_by,
             "model_type": self.model_type,
             "method": self.method,
-            "settings": self.settings,
+            "settings": None if self.settings is None else self.settings.to_dict(),
+            "notes": dict(self.notes),
             "granularity": self.granularity,
             "group_size": self.group_size,
-            "average_bits": {"asked": self.asked_average_bits, "achieved": round(self.average_bits, 6)},
+            "average_bits": round(self.average_bits, 6),
             "stored_bits": round(self.stored_bits, 6),
             "baseline": "none" if self.baseline_step is None else {"step": self.baseline_step},
             "last_step": self.last_step,
-            "layers": layers,
+            "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
         }
 
     @classmethod
@@ -245,107 +212,46 @@ class PrecisionPlan:
         Raises:
             PlanError: With what is wrong, where, and in which file.
         """
-        _validate(data, source)
-        layers = {}
-        for name, entry in data["layers"].items():
-            projections = entry["projections"]
-            shapes = {p: (int(v["shape"][0]), int(v["shape"][1])) for p, v in projections.items()}
-            layers[name] = LayerPlan(
-                shape=LayerShape(entry["router"], int(entry["num_experts"]), shapes, entry.get("experts", "")),
-                projection_bits={p: [int(bits) for bits in v["bits"]] for p, v in projections.items()},
-                order=list(entry.get("order", [])),
-                router_norms=dict(entry.get("router_norms", {})),
-                signals=dict(entry.get("signals", {})),
-            )
+        document.validate(data, source)
+        method, group_size, settings = data["method"], int(data["group_size"]), data["settings"]
         plan = cls(
             model_type=data["model_type"],
-            layers=layers,
-            group_size=int(data["group_size"]),
-            asked_average_bits=data["average_bits"]["asked"],
-            method=data["method"],
-            settings=dict(data["settings"]),
+            layers={name: LayerPlan.from_dict(entry) for name, entry in data["layers"].items()},
+            group_size=group_size,
+            method=method,
+            settings=None if settings is None else PlanSettings.recorded(settings, method, group_size),
+            notes=data["notes"],
             baseline_step=None if data["baseline"] == "none" else data["baseline"]["step"],
             last_step=data["last_step"],
             created_by=dict(data["created_by"]),
         )
         if data["granularity"] != plan.granularity:
             raise PlanError(f"{source} states granularity {data['granularity']!r}, its bits are {plan.granularity!r}")
-        stated_bits = data["average_bits"]["achieved"], data["stored_bits"]
-        for stated, true in zip(stated_bits, (plan.average_bits, plan.stored_bits), strict=True):
-            if abs(stated - true) > 1e-4:
+        for key, true in (("average_bits", plan.average_bits), ("stored_bits", plan.stored_bits)):
+            if abs(data[key] - true) > 1e-4:
                 raise PlanError(
-                    f"{source} states {stated} bits on average, but its experts' bits give {true:.6f}; was it edited, "
-                    "or made by an earlier release? `moe-precision plan` makes it again"
+                    f"{source} states {key} {data[key]}, but its experts' bits give {true:.6f}; was it edited by hand? "
+                    "Change plans with PrecisionPlan.with_bits, or make the plan again with `moe-precision plan`"
                 )
         return plan
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan; an existing file is replaced in one step, never half."""
-        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
-        with replaced_when_done(path) as temporary:
-            temporary.write_text(_numbers_on_one_line(text) + "\n", encoding="utf-8")
+        document.write(self.to_dict(), path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> PrecisionPlan:
+    def load(cls, path: str | os.PathLike[str]) -> PrecisionPlan:
         """Reads and validates a plan.
 
         Raises:
             FileNotFoundError: No such file.
             PlanError: The file is truncated, of an unknown version, or breaks a rule of docs/plan-format.md.
         """
-        name = repr(os.fspath(path))
-
-        def refuse(constant: str) -> None:
-            raise PlanError(f"{name} holds {constant}; every number in a plan must be finite")
-
-        try:
-            with open(path, encoding="utf-8") as file:
-                data = json.load(file, parse_constant=refuse)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise PlanError(f"{name} is no whole JSON file (truncated?): {error}") from error
-        return cls.from_dict(data, name)
+        return cls.from_dict(document.read(path), repr(os.fspath(path)))
 
 
-def as_plan(plan: PrecisionPlan | dict | str | os.PathLike) -> PrecisionPlan:
+def as_plan(plan: PrecisionPlan | document.Document | str | os.PathLike[str]) -> PrecisionPlan:
     """Takes a plan, its dict, or the path of its file."""
     if isinstance(plan, PrecisionPlan):
         return plan
     return PrecisionPlan.from_dict(plan) if isinstance(plan, dict) else PrecisionPlan.load(plan)
-
-
-@cache
-def schema() -> dict[str, Any]:
-    """The published JSON Schema of the plan's format."""
-    return json.loads(files("moe_precision.plans").joinpath("plan.schema.json").read_text(encoding="utf-8"))
-
-
-def _validate(data: Any, source: str) -> None:
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise PlanError(f'{source} is no precision plan: expected an object with "format": "{FORMAT}"')
-    if data.get("format_version") != FORMAT_VERSION:
-        raise PlanError(
-            f"{source} has format_version {data.get('format_version')!r}, this release reads {FORMAT_VERSION}; "
-            "use the release that made it, or make the plan again from its history"
-        )
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(data))
-    if error is not None:
-        raise PlanError(f"{source} is not valid at {error.json_path}: {error.message}")
-    for name, layer in data["layers"].items():
-        experts = layer["num_experts"]
-        lists = {f"bits of {p}": v["bits"] for p, v in layer["projections"].items()}
-        if "order" in layer:
-            lists["order"] = layer["order"]
-        lists |= layer.get("router_norms", {}) | layer.get("signals", {})
-        for key, values in lists.items():
-            if len(values) != experts:
-                raise PlanError(f"{source}: layer {name!r} has {experts} experts but {len(values)} values of {key}")
-            if not all(math.isfinite(value) for value in values):
-                raise PlanError(f"{source}: layer {name!r} has a value of {key} that is not finite")
-        if "order" in layer and sorted(layer["order"]) != list(range(experts)):
-            raise PlanError(f"{source}: the order of layer {name!r} does not name each of its {experts} experts once")
-        if any(bits != 16 for v in layer["projections"].values() for bits in v["bits"]):
-            check_group_size(data["group_size"], name, {p: tuple(v["shape"]) for p, v in layer["projections"].items()})
-
-
-def _numbers_on_one_line(text: str) -> str:
-    return re.sub(r"\[\s+([-+\d.eE,\s]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)

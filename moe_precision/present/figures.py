@@ -8,7 +8,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..judging.comparison import CONTROLS, Comparison
+from ..judging.comparison import Comparison
+from ..plans.methods import CONTROLS
 from ..plans.plan import PrecisionPlan
 from ..recording.router_norms import RouterNormHistory
 

@@ -66,8 +66,8 @@ def _ranges(numbers: Sequence[str]) -> str:
 
 def plan_table(plan: PrecisionPlan) -> Table:
     """A row a layer: how many experts have which bits, and which experts have the most."""
-    if "read_from" in plan.settings:
-        groups = " and ".join(map(str, plan.settings["group_sizes"])) or "none"
+    if "read_from" in plan.notes:
+        groups = " and ".join(map(str, plan.notes["group_sizes"])) or "none"
         bits = f"{plan.average_bits:.4g} bits on average, groups: {groups}"
         title = f"{plan.model_type}, read from a checkpoint of {plan.method}: {bits}"
     else:
@@ -90,11 +90,12 @@ def plan_table(plan: PrecisionPlan) -> Table:
 def _plan_title(plan: PrecisionPlan) -> str:
     step = plan.baseline_step
     baseline = "no baseline: ranked by final norm" if step is None else f"baseline step {step}"
-    if (assumed := plan.settings.get("assumes_equal_initial_norms")) is not None:
-        largest = assumed["spread_of_final_norms"]["largest"]
-        baseline += f", as if initial norms were equal (final norms spread up to {largest:.1%} in a layer)"
+    if (spread := plan.notes.get("spread_of_final_norms")) is not None:
+        baseline += f", as if initial norms were equal (final norms spread up to {spread['largest']:.1%} per layer)"
+    asked = "" if plan.settings is None else f"asked for {plan.settings.budget}, "
+    edited = ", edited by hand" if plan.notes.get("edited") else ""
     return (
-        f"{plan.model_type}, method {plan.method}, {baseline}; asked {plan.asked_average_bits:g}, "
+        f"{plan.model_type}, method {plan.method}{edited}, {baseline}; {asked}"
         f"reached {plan.average_bits:.4g} bits on average, {plan.stored_bits:.4g} stored (group {plan.group_size})"
     )
 

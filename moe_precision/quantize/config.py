@@ -13,7 +13,8 @@ from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..layers.moe_layers import MoELayer
-from ..plans.plan import PlanError, PrecisionPlan, as_plan
+from ..plans.plan import PrecisionPlan, as_plan
+from ..plans.widths import PlanError
 from ..recording.curvature import Curvature, as_curvature
 from ..recording.router_norms import check_same_weights
 from .codec.grid import Grid
@@ -86,7 +87,7 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
-            "plan": self.plan.without_signals().to_dict(),
+            "plan": self.plan.widths_only().to_dict(),
             "non_expert_bits": self.non_expert_bits,
         }
 

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from ..compat import mark_as_read, runs_through_experts_interface, tied_names
 from ..layers.moe_layers import MoELayer
-from ..plans.plan import PrecisionPlan, check_group_size, model_type_of
+from ..plans.plan import PrecisionPlan, model_type_of
+from ..plans.widths import check_group_size
 from ..recording.curvature import Curvature
 from .codec.fitting import Fit, quantize_matrix, quantize_on_grid
 from .codec.grid import Grid

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_precision import AllocationError, HistoryError, PlanError, RouterNormHistory, allocate
-from moe_precision.allocation.allocator import bits_from_order, rank_experts
+from moe_precision.allocation.orders import bits_from_order, rank_experts
 from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.recording.router_norms import router_norms
 
@@ -127,7 +127,9 @@ def test_controls(mixtral):
         make(method="uniform", average_bits=2.5)
     with pytest.raises(AllocationError, match="gives all experts one width"):
         make(method="uniform", average_bits=float("inf"))
-    assert allocate(history=history, group_size=64, method="uniform", average_bits=3).settings["bits"] == [3]
+    assert allocate(history=history, group_size=64, method="uniform", average_bits=3).to_dict()["settings"]["bits"] == [
+        3
+    ]
     with pytest.raises(AllocationError, match="unknown method 'best', expected one of router_norm"):
         make(method="best")
 
@@ -171,7 +173,7 @@ def test_a_router_that_did_not_move_is_said(mixtral):
     history.record(3, history._records[0])
     with pytest.warns(UserWarning, match="routers of 2 layers did not change at all"):
         plan = allocate(history=history, group_size=64)
-    assert plan.settings["layers_without_change"] == list(plan.layers)
+    assert plan.notes["layers_without_change"] == list(plan.layers)
 
 
 def test_an_order_names_every_expert_once():

@@ -9,6 +9,7 @@ import torch
 from moe_precision import AllocationError
 from moe_precision.allocation.knapsack import choose, greedy, least_cost_bits
 from moe_precision.layers.shape import LayerShape
+from moe_precision.plans.settings import PlanSettings
 
 
 def best_of_all(costs, sizes, budget):
@@ -63,6 +64,11 @@ COSTS = {
 }
 
 
+def asked(levels, group_size, granularity, **budget):
+    """Settings of a method that knows costs."""
+    return PlanSettings(method="weight_error", bits=levels, group_size=group_size, granularity=granularity, **budget)
+
+
 @pytest.mark.parametrize(
     ("granularity", "average", "at_three"),
     [
@@ -73,45 +79,47 @@ COSTS = {
     ],
 )
 def test_granularities(granularity, average, at_three):
-    found = least_cost_bits(LAYERS, COSTS, [2, 3], 32, granularity, average)
+    found = least_cost_bits(LAYERS, COSTS, asked([2, 3], 32, granularity, average_bits=average))
     threes = {(n, p, e) for n, of in found.bits.items() for p, bits in of.items() for e, b in enumerate(bits) if b == 3}
     assert threes == set(at_three)
 
 
 def test_a_budget_of_stored_bits_counts_scales_and_offsets():
     # group 32: a width of b takes b + .5625 bits; 2.6625 stored leave .1 above all at 2 bits, one matrix of ten
-    found = least_cost_bits(LAYERS, COSTS, [2, 3], 32, "expert+projection", 0.0, stored_bits=2.6625)
+    found = least_cost_bits(LAYERS, COSTS, asked([2, 3], 32, "expert+projection", stored_bits=2.6625))
     assert found.bits["b"]["down"] == [2, 3, 2]
     assert sum(bits.count(3) for of in found.bits.values() for bits in of.values()) == 1
-    with pytest.raises(AllocationError, match="do not fit the budget"):
-        least_cost_bits(LAYERS, COSTS, [2, 3], 32, "expert", 0.0, stored_bits=2.5)
+    with pytest.raises(AllocationError, match="outside of what the levels"):
+        least_cost_bits(LAYERS, COSTS, asked([2, 3], 32, "expert", stored_bits=2.5))
 
 
 def test_costs_that_are_not_finite():
     broken = {"a": COSTS["a"], "b": {**COSTS["b"], "up": torch.full((3, 2), float("nan"))}}
     with pytest.raises(AllocationError, match="not finite"):
-        least_cost_bits(LAYERS, broken, [2, 3], 32, "expert", 2.5)
+        least_cost_bits(LAYERS, broken, asked([2, 3], 32, "expert", average_bits=2.5))
 
 
 def test_units_that_do_not_care_get_the_lowest_width_and_what_is_left():
     costs = {n: {p: c.clone() for p, c in of.items()} for n, of in COSTS.items()}
     for projection in ("up", "down"):
         costs["a"][projection][:] = 0.0  # layer a never had a gradient
-    found = least_cost_bits(LAYERS, costs, [2, 3], 32, "expert", 2.6)
+    found = least_cost_bits(LAYERS, costs, asked([2, 3], 32, "expert", average_bits=2.6))
     assert found.bits["b"]["up"] == [3, 3, 3]  # all that others can use
     assert found.bits["a"]["up"] == [2, 2]
     assert found.indifferent == 2
-    found = least_cost_bits(LAYERS, costs, [2, 3], 32, "expert", 2.8)
+    found = least_cost_bits(LAYERS, costs, asked([2, 3], 32, "expert", average_bits=2.8))
     assert found.bits["a"]["up"] == [3, 2]
     for projection in ("up", "down"):
         costs["b"][projection][:] = 1.0
     with pytest.raises(AllocationError, match="nothing to choose by"):
-        least_cost_bits(LAYERS, costs, [2, 3], 32, "expert", 2.5)
+        least_cost_bits(LAYERS, costs, asked([2, 3], 32, "expert", average_bits=2.5))
 
 
 @pytest.mark.parametrize(("group_size", "low"), [(24, 2), (40, 2), (48, 1), (88, 4)])
 def test_a_budget_exactly_at_the_lowest_level(group_size, low):
     costs = {"a": {p: torch.tensor([[2.0, 1.0], [4.0, 1.0]]) for p in ("up", "down")}}
     layers = {"a": LayerShape("a.gate.weight", 2, {"up": (16, group_size * 4), "down": (32, group_size * 4)})}
-    found = least_cost_bits(layers, costs, [low, low + 1], group_size, "expert", 0.0, stored_bits=low + 18 / group_size)
+    found = least_cost_bits(
+        layers, costs, asked([low, low + 1], group_size, "expert", stored_bits=low + 18 / group_size)
+    )
     assert found.bits["a"]["up"] == [low, low]

@@ -10,7 +10,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from torch.utils.data import DataLoader
 
 from moe_precision import HistoryError, PlanError, PrecisionPlan, allocate, find_moe_layers, quantize_model
-from moe_precision.annealing.hooks import AnnealError, GridHooks
+from moe_precision.annealing.covers import AnnealError
+from moe_precision.annealing.hooks import GridHooks
 from moe_precision.callbacks import PrecisionAnneal, RouterNormMonitor, SavePretrained
 from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.cli.main import main

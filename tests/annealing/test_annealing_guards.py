@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from moe_precision import allocate, find_moe_layers, quantize_model
-from moe_precision.annealing.hooks import AnnealError, GridHooks
+from moe_precision.annealing.covers import AnnealError
+from moe_precision.annealing.hooks import GridHooks
 from moe_precision.callbacks import RouterNormMonitor, SavePretrained
 from moe_precision.quantize import UnsupportedLayoutError
 from moe_precision.quantize.codec.grid import Grid

@@ -6,7 +6,7 @@ import wandb
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from moe_precision import HistoryError, PrecisionPlan, allocate
-from moe_precision.annealing.hooks import AnnealError
+from moe_precision.annealing.covers import AnnealError
 from moe_precision.callbacks import PrecisionAnnealTrainerCallback, RouterNormTrainerCallback
 from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.cli.main import main

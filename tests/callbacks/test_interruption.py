@@ -49,7 +49,7 @@ def test_a_signal_leaves_a_history_that_makes_a_plan(signal_number, error, tmp_p
     with pytest.warns(UserWarning, match="variances are not known.*change of router norm alone"):
         assert main(arguments) == 0
     plan = PrecisionPlan.load(tmp_path / "later.json")
-    assert plan.settings["max_variance"] == "not measured"
+    assert plan.notes["max_variance"] == "not measured"
     assert plan.last_step >= 4
 
 

@@ -524,10 +524,10 @@ def test_patterns_reach_the_plan(tmp_path):
     callback = monitor(router_pattern=r"router\.weight$")
     trainer(tmp_path, callback).fit(module, data(2))
     plan = PrecisionPlan.load(tmp_path / "precision_plan.json")
-    assert plan.settings["router_pattern"] == r"router\.weight$"
+    assert plan.patterns["router_pattern"] == r"router\.weight$"
     plan.check(module)  # finds the same layers, by the same pattern
     history = RouterNormHistory.load(tmp_path / "precision_plan.history.safetensors")
-    assert allocate(history=history, group_size=32).settings["router_pattern"] == r"router\.weight$"
+    assert allocate(history=history, group_size=32).patterns["router_pattern"] == r"router\.weight$"
 
 
 def test_a_router_that_is_not_plain_is_said(tmp_path):
@@ -541,7 +541,7 @@ def test_a_router_that_is_not_plain_is_said(tmp_path):
     with pytest.warns(UserWarning, match=r"router of 2 layers .*network of several layers"):
         trainer(tmp_path, monitor()).fit(module, data(2))
     plan = PrecisionPlan.load(tmp_path / "precision_plan.json")
-    assert plan.settings["router_caveats"] == {"model.0": "mlp", "model.1": "mlp"}
+    assert plan.notes["router_caveats"] == {"model.0": "mlp", "model.1": "mlp"}
 
 
 def test_save_pretrained_refuses_adapters(tmp_path):

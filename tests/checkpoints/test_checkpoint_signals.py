@@ -101,8 +101,8 @@ def test_a_plan_from_two_checkpoints(two_checkpoints, capsys):
     plan = PrecisionPlan.load(out)
     assert plan.diff(expected) == []
     assert [layer.order for layer in plan.layers.values()] == [layer.order for layer in expected.layers.values()]
-    assert plan.settings["initial"] == "base"
-    assert plan.settings["final"] == "tuned"
+    assert plan.notes["initial"] == "base"
+    assert plan.notes["final"] == "tuned"
     assert (plan.baseline_step, plan.last_step) == (0, None)
     assert str(folder) not in out.read_text()
     plan.check(model)
@@ -126,9 +126,7 @@ def test_without_initial_the_plan_and_the_terminal_say_what_it_rests_on(two_chec
     norms = [layer.router_weight().detach().norm(dim=1) for layer in find_moe_layers(model)]
     spread = max(float((n.max() - n.min()) / n.mean()) for n in norms)
     plan = PrecisionPlan.load(out)
-    assert plan.settings["assumes_equal_initial_norms"]["spread_of_final_norms"]["largest"] == pytest.approx(
-        spread, 1e-3
-    )
+    assert plan.notes["spread_of_final_norms"]["largest"] == pytest.approx(spread, 1e-3)
     assert plan.to_dict()["baseline"] == "none"
     assert f"final norms spread up to {spread:.1%}" in capsys.readouterr().out.replace("\n", " ")
 
@@ -240,9 +238,9 @@ def test_a_quantized_checkpoint(two_checkpoints):
     ("arguments", "message"),
     [
         ([], "give a history, a checkpoint folder, or --final"),
-        (["x.safetensors", "--initial", "base"], "--initial takes the place of the history"),
+        (["x.safetensors", "--initial", "base"], "--initial replaces the history"),
         (["--initial", "base"], "give a history, a checkpoint folder, or --final"),
-        (["--final", "nowhere", "--router-pattern", "("], "no checkpoint folder at 'nowhere'"),
+        (["--final", "nowhere", "--router-pattern", "("], "router_pattern='('"),
         (["--final", "nowhere"], "no checkpoint folder at 'nowhere'"),
     ],
 )

@@ -280,7 +280,7 @@ def test_bits_are_read_from_shapes(tmp_path, quantization, suffixes):
     read = plan_of_checkpoint(tmp_path)
     assert read.diff(plan) == []
     assert read.method == quantization["quant_method"]
-    assert read.settings == {"read_from": tmp_path.name, "group_sizes": [32]}
+    assert read.notes == {"read_from": tmp_path.name, "group_sizes": [32]}
     assert read.average_bits == plan.average_bits
 
 
@@ -330,7 +330,7 @@ def test_a_config_that_cannot_be_read(tmp_path, capsys, config, message):
 
 def test_group_sizes_that_differ_are_all_told(tmp_path, capsys):
     write_checkpoint(tmp_path, by_expert(), {"quant_method": "gptq"}, lambda o, i, b: gptq(o, i, b, group=i))
-    assert plan_of_checkpoint(tmp_path).settings["group_sizes"] == [64, 128]
+    assert plan_of_checkpoint(tmp_path).notes["group_sizes"] == [64, 128]
     assert main(["show", str(tmp_path)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "read from a checkpoint of gptq: 6.25 bits on average, groups: 64 and 128" in printed

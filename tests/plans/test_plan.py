@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 
 from moe_precision import PlanError, PrecisionPlan, allocate
-from moe_precision.plans.plan import schema
+from moe_precision.plans.document import schema
 from tests.support.models import PlainMoE, build
 
 LAYER = "model.layers.0.mlp"
@@ -31,11 +31,38 @@ def test_round_trip(plan, path):
     assert len(text.splitlines()) < 120  # lists of numbers stay on one line
 
 
-def test_achieved_and_asked(mixtral):
+def test_asked_and_reached(mixtral):
     plan = allocate(mixtral, average_bits=2.6, bits=(2, 3), group_size=64)
-    assert plan.asked_average_bits == 2.6
+    assert plan.settings is not None
+    assert plan.settings.average_bits == 2.6
     assert plan.average_bits == 2.5  # floor(8 * 0.6) = 4 of 8 experts get 3 bits
-    assert plan.to_dict()["average_bits"] == {"asked": 2.6, "achieved": 2.5}
+    written = plan.to_dict()
+    assert (written["settings"]["average_bits"], written["average_bits"]) == (2.6, 2.5)
+
+
+def test_the_file_keeps_what_stands_inside_of_strings(mixtral, tmp_path):
+    pattern = r"gate[ 1 ]?\.weight[ 2,  3 ]*$"
+    plan = allocate(mixtral, group_size=64, router_pattern=pattern)
+    plan.save(tmp_path / "plan.json")
+    assert PrecisionPlan.load(tmp_path / "plan.json").patterns == {"router_pattern": pattern}
+
+
+def test_with_bits(plan, path):
+    edited = plan.with_bits({LAYER: {"down_proj": [8] * 8}})
+    assert edited.layers[LAYER].projection_bits["down_proj"] == [8] * 8
+    assert edited.layers[LAYER].projection_bits["gate_up_proj"] == plan.layers[LAYER].projection_bits["gate_up_proj"]
+    assert edited.notes["edited"]
+    edited.save(path)
+    assert PrecisionPlan.load(path) == edited
+    assert plan.with_bits({LAYER: [4] * 8}).layers[LAYER].bits == [4] * 8
+    for bits, message in (
+        ({"x": [2] * 8}, r"no layer 'x'; it has model\.layers\.0\.mlp"),
+        ({LAYER: [2] * 7}, "has 8 experts, got 7 widths of 'gate_up_proj'"),
+        ({LAYER: {"up": [2] * 8}}, "has no 'up'; it has gate_up_proj, down_proj"),
+        ({LAYER: [9] * 8}, "bits must be 1 to 8"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            plan.with_bits(bits)
 
 
 def test_projections_weigh_by_their_size(plan):
@@ -75,8 +102,8 @@ def set_bits(data, value, projection="down_proj"):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(format="x"), 'no precision plan: expected an object with "format"'),
-        (lambda d: d.update(format_version=2), "format_version 2, this release reads 1"),
+        (lambda d: d.update(format="x"), """not a precision plan: expected "format": 'moe-precision-plan', got 'x'"""),
+        (lambda d: d.update(format_version=1), "format_version 1, this release reads 2"),
         (lambda d: d.pop("layers"), "'layers' is a required property"),
         (lambda d: d.update(layers={}), "should be non-empty"),
         (lambda d: d.update(group_size=60), "not a multiple of 8"),
@@ -84,7 +111,10 @@ def set_bits(data, value, projection="down_proj"):
         (lambda d: set_bits(d, 9), r"at \$\.layers\['model.layers.0.mlp'\].*bits\[2\].*9 is not one of"),
         (lambda d: set_bits(d, 0), "0 is not one of"),
         (lambda d: set_bits(d, 2.5), "2.5 is not one of"),
-        (lambda d: [set_bits(d, 8, projection) for projection in ("gate_up_proj", "down_proj")], "states 2.5 bits on"),
+        (
+            lambda d: [set_bits(d, 8, projection) for projection in ("gate_up_proj", "down_proj")],
+            "states average_bits 2.5, but",
+        ),
         (lambda d: d["layers"][LAYER]["projections"]["down_proj"]["bits"].pop(), "8 experts but 7 values of bits"),
         (lambda d: d["layers"][LAYER]["signals"]["max_variance"].pop(), "8 experts but 7 values of max_variance"),
         (lambda d: d["layers"][LAYER].update(order=[0] * 8), "does not name each of its 8 experts once"),
@@ -108,13 +138,13 @@ def test_not_finite(path, constant):
 
 def test_truncated(path):
     path.write_text(path.read_text()[:-40])
-    with pytest.raises(PlanError, match="no whole JSON file"):
+    with pytest.raises(PlanError, match="not a complete JSON file"):
         PrecisionPlan.load(path)
 
 
 def test_not_text(tmp_path):
     (tmp_path / "plan.json").write_bytes(bytes(range(128, 256)))
-    with pytest.raises(PlanError, match=r"plan\.json' is no whole JSON file"):
+    with pytest.raises(PlanError, match=r"plan\.json' is not a complete JSON file"):
         PrecisionPlan.load(tmp_path / "plan.json")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_precision.plans.plan import SCALE_AND_OFFSET_BITS
+from moe_precision.plans.widths import SCALE_AND_OFFSET_BITS
 from moe_precision.quantize.codec.fitting import quantize_matrix
 from moe_precision.quantize.codec.scales import BITS_PER_GROUP, BLOCK, blocks_of, compress, expand, stored_scales
 from moe_precision.quantize.kernels import scaled

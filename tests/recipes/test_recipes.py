@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import moe_precision.recipes
 from moe_precision import allocate
-from moe_precision.cli.fit_cli import FitCLI
+from moe_precision.cli.lightning_cli import FitCLI
 from moe_precision.recipes import CausalLM, Seq2SeqLM, SummarizationDataModule, TextDataModule
 from moe_precision.recipes.causal_lm import load_balancing_loss, reach_all_experts, warmup_cosine
 from moe_precision.recipes.corpus import (

@@ -167,15 +167,15 @@ def test_the_callback_writes_it_and_the_commands_use_it(tmp_path, capsys):
     again = allocate(
         module.model and module,
         callback.history,
-        "curvature",
-        2.5,
-        (1, 2, 3),
-        32,
+        method="curvature",
+        average_bits=2.5,
+        bits=(1, 2, 3),
+        group_size=32,
         curvature=curvature,
         granularity="expert+projection",
     )
     assert again.diff(plan) == []
-    assert "curvature of 0 at 2 bits" in plan.layers["model.0"].signals
+    assert set(plan.layers["model.0"].costs["0"]) == {1, 2, 3}
 
 
 def test_the_plan_command_finds_the_curvature_beside_the_history(tmp_path, capsys):
@@ -382,22 +382,23 @@ def test_budgets_in_stored_bits_and_in_gib(method, mixtral):
     history = RouterNormHistory.of(layers, "mixtral")
     history.record(0, router_norms(layers))
     history.add_load({layer.name: torch.rand(2, 8) for layer in layers})
-    by_bits = allocate(mixtral, history, method, 2.5, (2, 3), 64)
-    assert allocate(mixtral, history, method, bits=(2, 3), group_size=64, stored_bits=2.5 + 18 / 64).diff(by_bits) == []
+    how = {"method": method, "bits": (2, 3), "group_size": 64}
+    by_bits = allocate(mixtral, history, average_bits=2.5, **how)
+    assert allocate(mixtral, history, **how, stored_bits=2.5 + 18 / 64).diff(by_bits) == []
     weights = 2 * 8 * 3 * 64 * 128
-    plan = allocate(mixtral, history, method, bits=(2, 3), group_size=64, expert_gib=2.78125 * weights / 8 / 2**30)
+    plan = allocate(mixtral, history, **how, expert_gib=2.78125 * weights / 8 / 2**30)
     assert plan.diff(by_bits) == []
-    assert plan.settings["expert_gib"] == 2.78125 * weights / 8 / 2**30
+    assert plan.to_dict()["settings"]["expert_gib"] == 2.78125 * weights / 8 / 2**30
     with pytest.raises(AllocationError, match=r"1.0 GiB for 393216 expert weights: stored_bits=.* outside"):
-        allocate(mixtral, history, method, bits=(2, 3), group_size=64, expert_gib=1.0)
-    with pytest.raises(AllocationError, match="two budgets"):
-        allocate(mixtral, history, method, bits=(2, 3), group_size=64, expert_gib=1.0, stored_bits=3.0)
+        allocate(mixtral, history, **how, expert_gib=1.0)
+    with pytest.raises(AllocationError, match="are 2 budgets"):
+        allocate(mixtral, history, **how, expert_gib=1.0, stored_bits=3.0)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "sensitivity"}, "moe-precision compare takes them"),
+        ({"method": "sensitivity"}, "moe-precision compare` takes them"),
         ({"method": "curvature"}, "needs curvature"),
         ({"granularity": "layer"}, "orders the experts of a layer.*needs a method that knows costs"),
         ({"stored_bits": 3.0, "bits": (2, 16)}, "a method that knows costs"),
@@ -528,7 +529,7 @@ def test_a_plan_by_curvature_without_its_weights_is_said():
     curvature = curvature_of(find_moe_layers(model), [trained_with(torch.optim.AdamW, model)])
     plan = allocate(model, method="curvature", curvature=curvature, group_size=64, stored_bits=2.75)
     assert plan.stored_bits <= 2.75
-    assert plan.asked_average_bits == plan.average_bits
+    assert plan.settings.stored_bits == 2.75
     with pytest.warns(UserWarning, match="the fit is unweighted now"):
         quantize_model(model, plan)
     with pytest.raises(AllocationError, match="outside of what the levels"):

@@ -1,6 +1,6 @@
 """A tiny model of every Mixture-of-Experts config type of the installed transformers, built from its config alone.
 
-``python -m tests.model_zoo > docs/models.md`` builds all of them and prints the table of what was found.
+``python -m tests.support.model_zoo > docs/models.md`` builds all of them and prints the table of what was found.
 """
 
 from __future__ import annotations
@@ -299,23 +299,25 @@ def main() -> None:
 _HEAD = """# Models
 
 Every config type of transformers {version} that can have experts, as a tiny model with {{experts}} experts.
-`python -m tests.model_zoo > docs/models.md` builds all of them and prints this page.
+`python -m tests.support.model_zoo > docs/models.md` builds all of them and prints this page.
 
 - *layers*: MoE layers that `find_moe_layers` finds, of the routers that transformers' class names show.
-- *router*: its weight, below the layer; rows that are no routed expert's come last and are left out.
+- *router*: its weight, below the layer. Rows that belong to no routed expert come last and are left out.
 - *experts*: where they are, how they are held, and the matrices of one expert. `fused`: slices of 3-D parameters;
-  `flat`: blocks of rows of 2-D ones; `modules`: a module an expert. *transposed*: `(in, out)`.
-- *router is*: empty for one matrix whose row `e` gives expert `e`'s logit. `hash`: experts are picked by token id, and
-  the rows only weigh them. `mlp`: the last matrix of a network. The norms are recorded; callback and plan say so.
-- *packs*: the quantize step takes these experts, and the relative error of the model's output (its logits where it has
-  any) when all of them are packed at 8 bits: the median over 18 tokens, since in a random model now and then a token
-  changes its expert. (Rounding to 8 bits is by itself half a percent of a random matrix; where nothing but
-  experts makes the output, three matrices and a few layers of it are 1 or 2 %.) Where not, it refuses them with this
-  reason.
+  `flat`: blocks of rows of 2-D parameters; `modules`: one module per expert. *transposed*: matrices are `(in, out)`.
+- *router is*: empty for one matrix whose row `e` gives the logit of expert `e`. `hash`: experts are picked by token
+  id, and the rows only weight them. `mlp`: the last matrix of a network. The norms are recorded, and callback and
+  plan say what they are.
+- *packs*: "yes" if the quantize step takes these experts, with the relative error of the model's output (its logits
+  if it has any) when all of them are packed at 8 bits. Otherwise the reason with which they are refused. The error is
+  the median over 18 tokens, because in a random model a token changes its expert now and then. Rounding to 8 bits
+  alone is half a percent of a random matrix; where only experts make the output, three matrices and a few layers of
+  that are 1 or 2 %.
 
-A router whose row is not all of its logit (a bias an expert in gpt_oss, a scale an expert in gemma4, correction terms
-in the DeepSeek-V3 line) is recorded by its row alone, as the method's paper does. Layouts that structure cannot tell
-are named with `router_pattern` and `expert_pattern` ([recording.md](recording.md)).
+Some routers have more to a logit than the row: a bias per expert in gpt_oss, a scale per expert in gemma4, correction
+terms in the DeepSeek-V3 line. They are recorded by the row alone, as in the method's paper. Layouts that structure
+alone does not reveal are named with `router_pattern` and `expert_pattern`
+([recording.md](recording.md#what-can-be-recorded)).
 """.replace("{{experts}}", str(EXPERTS))
 
 

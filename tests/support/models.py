@@ -4,14 +4,13 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from moe_precision.plans.plan import LayerPlan, PrecisionPlan
+from moe_precision.plans.plan import PrecisionPlan
 
 DECODER = {
     "hidden_size": 64,
@@ -103,13 +102,11 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 def with_bits(plan: PrecisionPlan, bits: Callable[[int, int, int], list[int]]) -> PrecisionPlan:
     """A plan with other widths: ``bits`` takes the layer's index, the projection's, and the number of experts."""
-    layers = {}
+    edited = {}
     for index, (name, layer) in enumerate(plan.layers.items()):
         names = enumerate(layer.projection_bits)
-        widths = {projection: bits(index, place, layer.shape.num_experts) for place, projection in names}
-        layers[name] = LayerPlan(layer.shape, widths)
-    made = replace(plan, layers=layers, settings={})
-    return replace(made, asked_average_bits=round(made.average_bits, 6))
+        edited[name] = {projection: bits(index, place, layer.shape.num_experts) for place, projection in names}
+    return plan.with_bits(edited)
 
 
 def fresh_python(code: str, *arguments: str) -> str:

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from ...files import save_tensors
 from ...layers.moe_layers import MoELayer
-from ...plans.plan import PlanError, PrecisionPlan
+from ...plans.plan import PrecisionPlan
+from ...plans.widths import PlanError
 from ...recording.curvature import Curvature
 from .fitting import codes_on_grid, quantize_matrix
 

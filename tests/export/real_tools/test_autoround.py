@@ -19,7 +19,7 @@ def test_every_expert_gets_its_bits_and_the_model_loads(checkpoint, plan, tmp_pa
     (config,) = tmp_path.glob("**/config.json")
     read = plan_of_checkpoint(config.parent)
     assert read.diff(found.plan) == []
-    assert read.settings["group_sizes"] == [64]
+    assert read.notes["group_sizes"] == [64]
     plan.save(tmp_path / "plan.json")
     # in a process of its own: AutoRound leaves transformers' conversion patched
     fresh_python(_RELOAD, str(config.parent), str(checkpoint), str(tmp_path / "plan.json"))

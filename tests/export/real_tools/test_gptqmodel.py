@@ -29,7 +29,7 @@ from moe_precision.export import plan_of_checkpoint
 read = plan_of_checkpoint(sys.argv[1])
 diff = read.diff(PrecisionPlan.load(sys.argv[2]))
 assert not diff, diff
-assert read.settings["group_sizes"] == [64]
+assert read.notes["group_sizes"] == [64]
 others = [name for name in stored_tensors(sys.argv[1]) if name.endswith("qweight") and "experts" not in name]
 assert not others, others
 """

@@ -24,7 +24,7 @@ def test_packed_shapes_prove_the_bits(checkpoint, uniform_layers, tmp_path, engi
     model.save_pretrained(tmp_path / "quantized", save_compressed=True)
     read = plan_of_checkpoint(tmp_path / "quantized")
     assert read.diff(found.plan) == []
-    assert read.settings["group_sizes"] == [64]
+    assert read.notes["group_sizes"] == [64]
     packed = [name for name in stored_tensors(tmp_path / "quantized") if name.endswith("weight_packed")]
     assert packed
     assert all("experts" in name for name in packed)

@@ -1,0 +1,63 @@
+"""``moe-precision fit``: trains a recipe, a file or the name of one that comes with the package."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from .options import Commands, add_command
+
+
+def train(arguments: Sequence[str]) -> Any:
+    """Trains a recipe: ``LightningCLI fit`` with these arguments; returns the data module that it trained on."""
+    from .lightning_cli import FitCLI
+
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
+    return FitCLI(args=["fit", *with_packaged_recipes(arguments)], save_config_kwargs={"overwrite": True}).datamodule
+
+
+def with_packaged_recipes(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the name of a packaged recipe after ``--config`` replaced by its path.
+
+    A file of that name comes first. ``pretrain_mixtral`` and ``pretrain_mixtral.yaml`` are the same recipe.
+
+    Raises:
+        FileNotFoundError: Neither a file nor a recipe of the package.
+    """
+    found = list(arguments)
+    for index, argument in enumerate(found):
+        flag, equals, value = argument.partition("=")
+        if flag not in ("--config", "-c"):
+            continue
+        if equals:
+            found[index] = f"{flag}={_recipe(value)}"
+        elif index + 1 < len(found):
+            found[index + 1] = _recipe(found[index + 1])
+    return found
+
+
+def _recipe(name: str) -> str:
+    if Path(name).is_file():
+        return name
+    folder = Path(str(files("moe_precision.recipes")))
+    path = folder / Path(name).with_suffix(".yaml").name
+    if path.is_file():
+        return str(path)
+    known = ", ".join(sorted(one.stem for one in folder.glob("*.yaml")))
+    raise FileNotFoundError(f"--config {name!r}: no such file, and not one of the packaged recipes: {known}")
+
+
+def add_to(commands: Commands) -> None:
+    """Declares the command."""
+    add_command(
+        commands,
+        "fit",
+        lambda options: commands.choices["fit"].print_help(),
+        "Train a recipe with the callback, by LightningCLI: any key of the YAML is an option, --print_config prints "
+        "the whole configuration, and --trainer.callbacks.help RouterNormMonitor explains the callback. --config takes "
+        "a file, or the name of a recipe that comes with the package.",
+        "moe-precision fit --config pretrain_mixtral --trainer.max_steps 200",
+    )

@@ -1,0 +1,113 @@
+"""``moe-precision quantize``: a float checkpoint and a plan in, a packed checkpoint out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from ..checkpoints.checkpoint import empty_model, stored_bits_per_expert_weight, tensor_bytes
+from ..files import check_writable
+from ..plans.plan import PrecisionPlan
+from ..quantize.writer import quantize_checkpoint
+from .beside import beside
+from .options import Commands, add_command, add_dataset, data_of, positive
+
+
+def run(options: argparse.Namespace) -> None:
+    """Quantizes the checkpoint and prints what came of it."""
+    plan = PrecisionPlan.load(options.plan)
+    check_writable(Path(options.out).parent / "config.json")
+    if options.backend == "auto-round":
+        _quantize_with_auto_round(options, plan)
+        return
+    curvature = options.curvature or beside("curvature", options.plan)
+    grid = options.grid or beside("grid", options.plan)
+    if grid is not None:
+        print(f"takes scales and offsets from {grid}, on which training has ended")
+    elif curvature is not None:
+        print(f"weighs the fit by {curvature}")
+    else:
+        print("no curvature file: errors of all columns count alike")
+    fit = options.non_expert_bits, curvature, grid
+    quantize_checkpoint(options.checkpoint, plan, options.out, *fit, options.workers, options.max_shard_size)
+    before, after = (sum(tensor_bytes(folder).values()) / 1e6 for folder in (options.checkpoint, options.out))
+    bits = stored_bits_per_expert_weight(options.out, plan)
+    print(f"wrote {options.out}: {before:.2f} MB -> {after:.2f} MB, {bits:.3f} stored bits per expert weight")
+
+
+def _quantize_with_auto_round(options: argparse.Namespace, plan: PrecisionPlan) -> None:
+    from ..export.auto_round_backend import quantize_with_auto_round
+
+    ours = {"--curvature": options.curvature, "--grid": options.grid, "--non-expert-bits": options.non_expert_bits}
+    given = [name for name, value in ours.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: not with --backend auto-round, which fits the weights itself")
+    blocks: list[Any] = []
+    if options.iterations:
+        model = empty_model(options.checkpoint, AutoConfig.from_pretrained(options.checkpoint))
+        batches = data_of(options, options.checkpoint, model).train_dataloader()
+        whole = (row for batch in batches for row in batch["input_ids"][(batch["labels"] != -100).all(dim=1)])
+        blocks = list(islice(whole, options.samples))
+    for note in quantize_with_auto_round(options.checkpoint, plan, options.out, blocks, options.iterations):
+        print(note, file=sys.stderr)
+    print(f"wrote {options.out} in AutoRound's format; load it in a process that loads no float model afterwards")
+
+
+def add_to(commands: Commands) -> None:
+    """Declares the command."""
+    command = add_command(
+        commands,
+        "quantize",
+        run,
+        "Quantize a float checkpoint by a plan, a shard at a time, so that the model may be larger than memory; OUT "
+        "loads with from_pretrained after `import moe_precision`. An interrupted run resumes when it is started again.",
+        "moe-precision quantize runs/demo/checkpoint runs/demo/precision_plan.json runs/demo/quantized",
+    )
+    command.add_argument("checkpoint", help="folder of a float checkpoint, as save_pretrained writes it")
+    command.add_argument("plan", help="a plan's JSON file")
+    command.add_argument("out", help="folder to write")
+    command.add_argument(
+        "--non-expert-bits", type=int, choices=[4, 8], help="quantize the other linear layers too (default: leave them)"
+    )
+    command.add_argument(
+        "--curvature",
+        metavar="FILE",
+        help="weighs the fit (default: x.curvature.safetensors beside the plan, if there)",
+    )
+    command.add_argument(
+        "--grid", metavar="FILE", help="of PrecisionAnneal (default: x.grid.safetensors beside the plan, if there)"
+    )
+    command.add_argument(
+        "--workers",
+        type=positive,
+        default=1,
+        help="processes that pack layers side by side; each holds one (default 1)",
+    )
+    command.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        default="250MB",
+        help="of a packed file; memory holds one, and a larger layer has its own (default 250MB)",
+    )
+    command.add_argument(
+        "--backend",
+        choices=["moe-precision", "auto-round"],
+        default="moe-precision",
+        help="auto-round: AutoRound tunes the rounding on text and writes its own format (needs the whole float model "
+        "in memory, and `pip install moe-precision[auto-round]`); the options below are for it",
+    )
+    command.add_argument(
+        "--iterations",
+        type=int,
+        default=200,
+        help="of AutoRound's tuning per decoder layer; 0 rounds to the nearest, without text (default 200)",
+    )
+    command.add_argument(
+        "--samples", type=positive, default=128, help="blocks of 256 training tokens to tune on (default 128)"
+    )
+    add_dataset(command)

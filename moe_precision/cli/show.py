@@ -1,0 +1,45 @@
+"""``moe-precision show``: the bits of every expert, of a plan or of a quantized checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..checkpoints.checkpoint import stored_bits_per_expert_weight
+from ..export import plan_of_checkpoint
+from ..plans.plan import PrecisionPlan
+from ..present.tables import plan_table, show
+from .options import Commands, add_command
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints a table of bits, or where two of them differ."""
+    plan = _plan_of(options.plan)
+    if options.diff:
+        lines = plan.diff(_plan_of(options.diff))
+        print("\n".join(lines) or "the plans give every expert the same bits")
+        return
+    show(plan_table(plan))
+    if Path(options.plan).is_dir():
+        stored = stored_bits_per_expert_weight(options.plan, plan)
+        print(f"its files hold {stored:.4g} bits per expert weight, scales and offsets included")
+
+
+def _plan_of(source: str) -> PrecisionPlan:
+    """A plan's file, or the widths that a quantized checkpoint has."""
+    return plan_of_checkpoint(source) if Path(source).is_dir() else PrecisionPlan.load(source)
+
+
+def add_to(commands: Commands) -> None:
+    """Declares the command."""
+    command = add_command(
+        commands,
+        "show",
+        run,
+        "Print the bits of every expert as a table, of a plan or of a checkpoint that AutoRound, GPTQModel, "
+        "llm-compressor or moe-precision quantized, or where two of them differ.",
+        "moe-precision show runs/demo/precision_plan.json --diff plan_2.25.json\n"
+        "  moe-precision show runs/demo/quantized-plan",
+    )
+    command.add_argument("plan", help="a plan's JSON file, or the folder of a quantized checkpoint")
+    command.add_argument("--diff", metavar="OTHER", help="another of either: print the experts whose bits differ")

@@ -1,0 +1,103 @@
+"""The plan's JSON document: its schema, the rules that a schema cannot express, and how it is read and written.
+
+docs/plan-format.md is the specification, plan.schema.json the schema.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from functools import cache
+from importlib.resources import files
+from typing import Any, NoReturn, cast
+
+import jsonschema
+
+from ..files import replaced_when_done
+from .widths import PlanError, check_group_size
+
+FORMAT = "moe-precision-plan"
+FORMAT_VERSION = 2
+
+Document = dict[str, Any]
+
+
+@cache
+def schema() -> Document:
+    """The published JSON Schema of the plan's format."""
+    text = files("moe_precision.plans").joinpath("plan.schema.json").read_text(encoding="utf-8")
+    return cast(Document, json.loads(text))
+
+
+def write(document: Document, path: str | os.PathLike[str]) -> None:
+    """Writes a document; an existing file is replaced in one step, never half."""
+    text = _pretty(document)
+    with replaced_when_done(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """Reads a JSON file in which every number is finite.
+
+    Raises:
+        FileNotFoundError: No such file.
+        PlanError: The file is truncated, or holds NaN or an infinity.
+    """
+    name = repr(os.fspath(path))
+
+    def refuse(constant: str) -> NoReturn:
+        raise PlanError(f"{name} holds {constant}; every number in a plan must be finite")
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file, parse_constant=refuse)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PlanError(f"{name} is not a complete JSON file (truncated?): {error}") from error
+
+
+def validate(data: Any, source: str) -> None:
+    """Raises `PlanError` with what breaks a rule of docs/plan-format.md, where, and in which file."""
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise PlanError(f'{source} is not a precision plan: expected "format": {FORMAT!r}, got {found!r}')
+    if data.get("format_version") != FORMAT_VERSION:
+        raise PlanError(
+            f"{source} has format_version {data.get('format_version')!r}, this release reads {FORMAT_VERSION}; "
+            "use the release that made it, or make the plan again from its history"
+        )
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(data))
+    if error is not None:
+        raise PlanError(f"{source} is not valid at {error.json_path}: {error.message}")
+    for name, layer in data["layers"].items():
+        _check_layer(name, layer, data["group_size"], source)
+
+
+def _check_layer(name: str, layer: Document, group_size: int, source: str) -> None:
+    experts = layer["num_experts"]
+    lists = {f"bits of {p}": v["bits"] for p, v in layer["projections"].items()}
+    if "order" in layer:
+        lists["order"] = layer["order"]
+    lists |= layer.get("router_norms", {}) | layer.get("signals", {})
+    for projection, by_width in layer.get("costs", {}).items():
+        lists |= {f"costs of {projection} at {bits} bits": values for bits, values in by_width.items()}
+    for key, values in lists.items():
+        if len(values) != experts:
+            raise PlanError(f"{source}: layer {name!r} has {experts} experts but {len(values)} values of {key}")
+        if not all(math.isfinite(value) for value in values):
+            raise PlanError(f"{source}: layer {name!r} has a value of {key} that is not finite")
+    if "order" in layer and sorted(layer["order"]) != list(range(experts)):
+        raise PlanError(f"{source}: the order of layer {name!r} does not name each of its {experts} experts once")
+    if any(bits != 16 for v in layer["projections"].values() for bits in v["bits"]):
+        check_group_size(group_size, name, {p: tuple(v["shape"]) for p, v in layer["projections"].items()})
+
+
+def _pretty(value: Any, indent: str = "") -> str:
+    """JSON with a list of numbers, or of strings, on one line."""
+    inner = indent + "  "
+    if isinstance(value, dict) and value:
+        lines = [f"{inner}{json.dumps(str(key))}: {_pretty(one, inner)}" for key, one in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    if isinstance(value, list | tuple) and any(isinstance(one, dict | list | tuple) for one in value):
+        return "[\n" + ",\n".join(inner + _pretty(one, inner) for one in value) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False)

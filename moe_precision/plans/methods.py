@@ -1,0 +1,117 @@
+"""The registry of allocation methods: what each reads, whether it is a control, and where it comes from.
+
+Every list of methods in the package, in the command line and in messages is derived from `METHODS`. The code of a
+method that orders experts is in `allocation/orders.py` under the same name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MethodName = Literal[
+    "router_norm",
+    "norm_only",
+    "final_norm",
+    "max_variance",
+    "load",
+    "least_load",
+    "reversed",
+    "random",
+    "uniform",
+    "weight_error",
+    "curvature",
+    "sensitivity",
+]
+Signal = Literal["norm_change", "final_norm", "max_variance", "load", "weights", "curvature", "calibration"]
+
+PAPER = "arXiv 2604.06515"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to choose widths.
+
+    Attributes:
+        name: What users write.
+        summary: What it does, in half a line.
+        reads: Signals without which it cannot work; ``norm_change`` falls back on the final norm, and an order by it
+            on no variances, with a note in the plan.
+        source: Where the rule comes from.
+        control: A yardstick, not a method to use: never the winner of a comparison.
+        knows_costs: It knows what each width costs each expert and solves one knapsack over all layers; else it orders
+            the experts of each layer, and the paper's rule turns the order into widths.
+    """
+
+    name: MethodName
+    summary: str
+    reads: frozenset[Signal]
+    source: str
+    control: bool = False
+    knows_costs: bool = False
+
+
+def _method(name: MethodName, summary: str, *reads: Signal, source: str, **kind: bool) -> Method:
+    return Method(name, summary, frozenset(reads), source, **kind)
+
+
+METHODS: dict[MethodName, Method] = {
+    method.name: method
+    for method in (
+        _method(
+            "router_norm",
+            "smallest change of router norm first (the paper)",
+            "norm_change",
+            "max_variance",
+            source=PAPER,
+        ),
+        _method("norm_only", "the paper's rule without variances", "norm_change", source=f"ablation of {PAPER}"),
+        _method(
+            "final_norm",
+            "smallest final router norm first",
+            "final_norm",
+            "max_variance",
+            source=f"ablation of {PAPER}",
+        ),
+        _method("max_variance", "largest intra-neuron variance first", "max_variance", source=f"ablation of {PAPER}"),
+        _method("load", "experts with the most tokens first", "load", source="common practice"),
+        _method("least_load", "experts with the fewest tokens first", "load", source="control of load", control=True),
+        _method(
+            "reversed",
+            "the paper's order from behind",
+            "norm_change",
+            "max_variance",
+            source="control of router_norm",
+            control=True,
+        ),
+        _method("random", "a random order", source="control of every order", control=True),
+        _method("uniform", "one width for all experts", source="control of every plan", control=True),
+        _method("weight_error", "least squared error of the weights", "weights", source="own", knows_costs=True),
+        _method(
+            "curvature",
+            "least predicted increase of the loss, by second moments of the gradient",
+            "weights",
+            "curvature",
+            source="own; the diagonal of the empirical Fisher matrix, as in optimal brain damage (LeCun et al., 1989)",
+            knows_costs=True,
+        ),
+        _method(
+            "sensitivity",
+            "measured increase of the loss, one expert matrix at a time; only in compare",
+            "weights",
+            "calibration",
+            source="reference for all signals",
+            knows_costs=True,
+        ),
+    )
+}
+ALL_METHODS: tuple[MethodName, ...] = tuple(METHODS)
+ORDER_METHODS: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if not m.knows_costs)
+COST_METHODS: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if m.knows_costs)
+PLAN_METHODS: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if "calibration" not in m.reads)
+CONTROLS: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if m.control)
+
+
+def reads(method: str, *signals: Signal) -> bool:
+    """Whether a method reads any of these signals."""
+    return not METHODS[method].reads.isdisjoint(signals)  # type: ignore[index]

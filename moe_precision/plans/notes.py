@@ -1,0 +1,44 @@
+"""What was found while a plan was made, apart from what was asked: the typed ``notes`` of a plan."""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+
+class SpreadOfNorms(TypedDict):
+    """(largest - smallest) / mean of a layer's final router norms: of the median layer and of the largest."""
+
+    median: float
+    largest: float
+
+
+class PlanNotes(TypedDict, total=False):
+    """Each key is there only where it says something.
+
+    Attributes:
+        initial: Name of the checkpoint folder from which the change of norm was measured.
+        final: Name of the checkpoint folder that was measured.
+        predicted_cost: Sum of the costs of the chosen widths, for a method that knows costs.
+        gap: How far that sum may be above the least possible one, as a share of it.
+        without_gradient: Number of choices for which all widths cost the same.
+        spread_of_final_norms: There is no baseline: experts are ranked as if their norms had been equal at the start.
+        layers_without_change: Layers whose routers did not move at all.
+        max_variance: The order rests on the change alone.
+        router_caveats: Layer -> key of `CAVEATS`: a row's norm does not mean there what it means elsewhere.
+        edited: Widths were changed by hand, with `PrecisionPlan.with_bits`.
+        read_from: Name of the folder of another tool's checkpoint whose widths these are.
+        group_sizes: Group sizes found there.
+    """
+
+    initial: str
+    final: str
+    predicted_cost: float
+    gap: float
+    without_gradient: int
+    spread_of_final_norms: SpreadOfNorms
+    layers_without_change: list[str]
+    max_variance: Literal["not measured"]
+    router_caveats: dict[str, str]
+    edited: bool
+    read_from: str
+    group_sizes: list[int]

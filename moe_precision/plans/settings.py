@@ -1,0 +1,281 @@
+"""What is asked of a plan: the budget, the levels, the method, and what shares a width. Checked once, when made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
+from fractions import Fraction
+from typing import Any, cast
+
+from ..layers.patterns import Patterns, check_pattern
+from ..layers.shape import LayerShape
+from .methods import ALL_METHODS, COST_METHODS, METHODS, PLAN_METHODS, MethodName, reads
+from .widths import (
+    GRANULARITIES,
+    SCALE_AND_OFFSET_BITS,
+    Granularity,
+    check_group_size,
+    check_widths,
+    stored_bits_per_weight,
+)
+
+DEFAULT_AVERAGE_BITS = 2.5
+ZETA = 3.0  # how many times larger a MaxVar must be to overtake, as in the paper
+
+
+class AllocationError(ValueError):
+    """A budget that the given widths cannot meet, or a method that lacks what it reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """What is asked of a plan. Every function and callback that makes plans takes these keywords, in this order.
+
+    Attributes:
+        method: How widths are chosen: a key of `METHODS`.
+        average_bits: Budget: nominal bits per expert weight, on average. 2.5 if no budget is given.
+        stored_bits: Budget with scales and offsets included, instead of ``average_bits``.
+        expert_gib: Budget as the size of all routed experts in the file, in GiB, instead of ``average_bits``.
+        bits: Levels to choose from, of 1 to 8, or 16 for "left as it is". A method that orders experts takes one, two,
+            or three equally spaced levels; a method that knows costs takes any. ``uniform`` has its average alone.
+        group_size: Weights along the input dimension that share a scale and an offset; a multiple of 8.
+        granularity: What shares a width: ``expert``, ``expert+projection``, ``layer`` or ``layer+projection``; all but
+            ``expert`` need a method that knows costs.
+        seed: For ``method="random"``.
+        zeta: Factor of the paper's reorder rule: how many times larger a variance must be to overtake.
+        router_pattern: Regular expression that names the routers' weights, as in `find_moe_layers`.
+        expert_pattern: Regular expression that names the experts' weights, as in `find_moe_layers`.
+
+    Raises:
+        AllocationError: An unknown method or granularity, two budgets, or a budget outside of the levels.
+        PlanError: A width or a group size that cannot be stored.
+
+    Example:
+        >>> PlanSettings(average_bits=2.5, bits=(2, 3)).levels
+        (2, 3)
+        >>> PlanSettings(method="curvature", stored_bits=2.28, bits=(1, 2, 3, 4), group_size=64).nominal_bits()
+        1.99875
+    """
+
+    method: MethodName = "router_norm"
+    average_bits: float | None = None
+    stored_bits: float | None = None
+    expert_gib: float | None = None
+    bits: Sequence[int] = (2, 3)
+    group_size: int = 128
+    granularity: Granularity = "expert"
+    seed: int = 0
+    zeta: float = ZETA
+    router_pattern: str | None = None
+    expert_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise AllocationError(f"unknown method {self.method!r}, expected one of {', '.join(ALL_METHODS)}")
+        given = {key: getattr(self, key) for key in BUDGETS if getattr(self, key) is not None}
+        if len(given) > 1:
+            several = " and ".join(f"{key}={value}" for key, value in given.items())
+            raise AllocationError(f"{several} are {len(given)} budgets; give one")
+        if not given:
+            object.__setattr__(self, "average_bits", DEFAULT_AVERAGE_BITS)
+        if isinstance(self.bits, int) or not self.bits:
+            raise AllocationError(f"bits must list the levels to choose from, as in (2, 3); got {self.bits!r}")
+        object.__setattr__(self, "bits", tuple(sorted(set(self.bits))))
+        for name in ("router_pattern", "expert_pattern"):
+            check_pattern(name, getattr(self, name))
+        if self.granularity not in GRANULARITIES:
+            raise AllocationError(
+                f"unknown granularity {self.granularity!r}, expected one of {', '.join(GRANULARITIES)}"
+            )
+        if not self.knows_costs and self.granularity != "expert":
+            raise AllocationError(
+                f"method {self.method!r} orders the experts of a layer: granularity={self.granularity!r} needs a "
+                f"method that knows costs, one of {', '.join(COST_METHODS)}"
+            )
+        if not self.zeta > 0:
+            raise AllocationError(f"zeta must be positive, got {self.zeta}")
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        levels = self.levels
+        check_widths(levels)
+        if self.average_bits is not None:
+            (check_levels if self.knows_costs else check_budget)(self.average_bits, levels)
+        elif not self.knows_costs:
+            check_budget(levels[-1], levels)
+        if self.stored_bits is not None:
+            self.nominal_bits()
+        stored_bits_per_weight(levels[0], self.group_size)
+
+    @property
+    def knows_costs(self) -> bool:
+        """Whether the method knows what each width costs, and solves one knapsack over all layers."""
+        return METHODS[self.method].knows_costs
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The widths to choose from, rising; of ``uniform`` the average alone.
+
+        Raises:
+            AllocationError: The average of ``uniform`` is not a width.
+        """
+        if self.method != "uniform":
+            return tuple(self.bits)
+        width = max(self.bits) if self.average_bits is None else self.average_bits
+        if width not in range(17):
+            raise AllocationError(f"method 'uniform' gives all experts one width: average_bits={width} is not a width")
+        return (int(width),)
+
+    @property
+    def patterns(self) -> Patterns:
+        """``router_pattern`` and ``expert_pattern`` where they are given, for `find_moe_layers`."""
+        return cast(Patterns, {key: value for key in PATTERNS if (value := getattr(self, key)) is not None})
+
+    @property
+    def budget(self) -> str:
+        """The budget in words, as in ``2.5 bits``, ``2.28 stored bits`` or ``24 GiB``."""
+        if self.expert_gib is not None:
+            return f"{self.expert_gib:g} GiB"
+        return f"{self.average_bits:g} bits" if self.stored_bits is None else f"{self.stored_bits:g} stored bits"
+
+    def check_plannable(self) -> None:
+        """Raises `AllocationError` for a method that only ``moe-precision compare`` can carry out."""
+        if self.method not in PLAN_METHODS:
+            raise AllocationError(
+                f"method {self.method!r} needs measured costs, as `moe-precision compare` takes them; expected one of "
+                f"{', '.join(PLAN_METHODS)}"
+            )
+
+    def check_fits(self, layers: Mapping[str, LayerShape]) -> None:
+        """Checks that a model's experts can have such a plan.
+
+        Raises:
+            PlanError: The group size does not divide an expert's input width.
+            AllocationError: The budget, as a size of all experts, is outside of the levels.
+        """
+        for name, shape in layers.items():
+            check_group_size(self.group_size, name, shape.projections)
+        self.nominal_bits(layers)
+
+    def with_patterns(self, patterns: Patterns) -> PlanSettings:
+        """Settings with the patterns that the layers were found with, which a history may have brought."""
+        return replace(self, **patterns) if patterns != self.patterns else self
+
+    def stored_budget(self, layers: Mapping[str, LayerShape]) -> float | None:
+        """Bits per expert weight, scales and offsets included, that a budget in bytes leaves; None for a nominal one.
+
+        Args:
+            layers: Layer name -> shape; only ``expert_gib`` depends on them.
+        """
+        if self.expert_gib is None:
+            return self.stored_bits
+        return self.expert_gib * 2**33 / expert_weights(layers.values())
+
+    def nominal_bits(self, layers: Mapping[str, LayerShape] | None = None) -> float:
+        """The average width that the budget leaves for codes.
+
+        Args:
+            layers: Layer name -> shape; needed for ``expert_gib``.
+
+        Raises:
+            AllocationError: The levels do not reach around it.
+        """
+        if self.average_bits is not None:
+            return self.average_bits
+        stored = self.stored_budget(layers or {})
+        assert stored is not None
+        try:
+            return self._nominal(stored)
+        except AllocationError as error:
+            if self.expert_gib is None:
+                raise
+            weights = expert_weights((layers or {}).values())
+            raise AllocationError(f"{self.expert_gib} GiB for {weights} expert weights: {error}") from error
+
+    def _nominal(self, stored: float) -> float:
+        levels = self.levels
+        lowest, highest = (stored_bits_per_weight(width, self.group_size) for width in (levels[0], levels[-1]))
+        if not exact(lowest) <= exact(stored) <= exact(highest):
+            raise AllocationError(
+                f"stored_bits={stored} is outside of what the levels {list(levels)} take with scales and offsets, "
+                f"{lowest:g} to {highest:g}; give levels around it"
+            )
+        if levels[-1] == 16 and not self.knows_costs:
+            raise AllocationError(
+                f"method {self.method!r} counts nominal bits, and experts at 16 bits have no scales: give "
+                f"average_bits, or a method that knows costs, one of {', '.join(COST_METHODS)}"
+            )
+        return min(max(float(exact(stored)) - SCALE_AND_OFFSET_BITS / self.group_size, levels[0]), levels[-1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the plan's file holds: the budget, the levels, and what the method has besides."""
+        optional = {key: getattr(self, key) for key in (*BUDGETS, *PATTERNS)}
+        found: dict[str, Any] = {key: value for key, value in optional.items() if value is not None}
+        found |= {"bits": list(self.levels), "granularity": self.granularity}
+        if self.method == "random":
+            found["seed"] = self.seed
+        if not self.knows_costs and reads(self.method, "max_variance") and self.method != "max_variance":
+            found["zeta"] = self.zeta
+        return found
+
+    @classmethod
+    def recorded(cls, data: Mapping[str, Any], method: str, group_size: int) -> PlanSettings:
+        """The settings in a plan's file, of this release or a later one: nothing but the plan's bits is carried out.
+
+        Args:
+            data: What `to_dict` returned.
+            method: The plan's method, which this release may not have.
+            group_size: The plan's group size.
+        """
+        settings = object.__new__(cls)
+        known = {**data, "method": method, "group_size": group_size, "bits": tuple(data.get("bits", ()))}
+        for one in fields(cls):
+            default = None if one.default is MISSING else one.default
+            object.__setattr__(settings, one.name, known.get(one.name, default))
+        return settings
+
+
+BUDGETS = ("average_bits", "stored_bits", "expert_gib")
+PATTERNS = ("router_pattern", "expert_pattern")
+
+
+def expert_weights(layers: Iterable[LayerShape]) -> int:
+    """Number of weights of all routed experts."""
+    return sum(shape.expert_size * shape.num_experts for shape in layers)
+
+
+def exact(average_bits: float) -> Fraction:
+    """The fraction that was meant: 2.3 and 8 / 3 are not the floats they are written as."""
+    meant = Fraction(average_bits).limit_denominator(100_000)
+    return meant if abs(float(meant) - average_bits) <= 2 * math.ulp(average_bits) else Fraction(average_bits)
+
+
+def check_levels(average_bits: float, bits: Sequence[int]) -> list[int]:
+    """The levels in order, after checking that they are widths around the average.
+
+    Raises:
+        AllocationError: No levels, or an average outside of them.
+        PlanError: A width that is not 1 to 8 or 16.
+    """
+    if isinstance(bits, int) or not bits:
+        raise AllocationError(f"bits must list the levels to choose from, as in (2, 3); got {bits!r}")
+    levels = sorted(set(bits))
+    check_widths(levels)
+    if not levels[0] <= average_bits <= levels[-1]:
+        raise AllocationError(f"average_bits={average_bits} is outside of the levels {levels}; give levels around it")
+    return levels
+
+
+def check_budget(average_bits: float, bits: Sequence[int]) -> list[int]:
+    """`check_levels`, and that the paper's rule takes them.
+
+    Raises:
+        AllocationError: More than three levels, unequal spacing, or an average outside of the levels.
+    """
+    levels = check_levels(average_bits, bits)
+    if len(levels) > 3:
+        raise AllocationError(f"the paper's rule takes one, two or three levels, got {len(levels)}: {levels}")
+    if len(levels) == 3 and levels[1] - levels[0] != levels[2] - levels[1]:
+        raise AllocationError(f"three levels must be equally spaced (as in 1, 2, 3 or 2, 3, 4), got {levels}")
+    return levels
