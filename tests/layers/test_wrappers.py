@@ -115,7 +115,9 @@ def test_an_adapter_that_does_not_add_is_an_error():
 
 
 @pytest.mark.parametrize("settings", [peft.OFTConfig, peft.HiraConfig, peft.HRAConfig, peft.BOFTConfig, peft.IA3Config])
-def test_adapters_that_turn_or_scale_are_errors(settings):
+def test_adapters_that_turn_or_scale_are_errors(settings, monkeypatch):
+    for compiler in ("CC", "CXX"):  # BOFT sets them to gcc and leaves them so
+        monkeypatch.setenv(compiler, "")
     keys = {"feedforward_modules": []} if settings is peft.IA3Config else {}
     adapted = peft.get_peft_model(build("switch_transformers"), settings(target_modules=["classifier"], **keys))
     with pytest.raises(MoELayerError, match="does not simply add to the weight"):
