@@ -16,14 +16,16 @@ from moe_precision.allocation.allocator import PLAN_METHODS, AllocationError, al
 from moe_precision.annealing.hooks import AnnealError, GridHooks, check_trainable, uncover
 from moe_precision.files import check_writable
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers, root_model
+from moe_precision.plans.beside import PlanFiles, existing
 from moe_precision.plans.plan import PrecisionPlan, as_plan, check_group_size, model_type_of
 from moe_precision.quantize.codec.grid import Grid
 from moe_precision.quantize.replace import check_packable
-from moe_precision.recording.curvature import Curvature, CurvatureError, curvature_of, curvature_path
+from moe_precision.recording.curvature import Curvature, CurvatureError
+from moe_precision.recording.history import RouterNormHistory
 from moe_precision.recording.loads import not_counted
-from moe_precision.recording.router_norms import RouterNormHistory, norms_by_layer
+from moe_precision.recording.router_norms import norms_by_layer
+from moe_precision.recording.second_moments import curvature_of
 
-GRID = ".grid.safetensors"
 _NEED_HISTORY = ("router_norm", "norm_only", "reversed", "load", "least_load")
 
 
@@ -60,7 +62,7 @@ class PlanAnnealer:
         self.start, self.average_bits, self.bits, self.method = start, average_bits, tuple(bits), method
         self.granularity, self.group_size, self.export_to = granularity, group_size, export_to
         self._given = None if plan is None else as_plan(plan)
-        self._beside = curvature_path(plan) if isinstance(plan, (str, os.PathLike)) else None
+        self._beside = existing("curvature", plan) if isinstance(plan, (str, os.PathLike)) else None
         self.plan = self._given
         self.grid: Grid | None = None
         self._hooks: GridHooks | None = None
@@ -263,7 +265,7 @@ class PlanAnnealer:
         if not writes or self._path is None:
             return
         try:
-            self.grid.save(self._path.with_suffix(GRID))
+            self.grid.save(PlanFiles.of(self._path).grid)
             self.plan.save(self._path)
         except OSError as error:
             text = f"{type(self).__name__} could not write {str(self._path)!r} and its grid: {error.strerror or error}"

@@ -9,7 +9,7 @@ from .allocation.allocator import AllocationError, allocate, bits_from_order, ra
 from .layers.moe_layers import MoELayer, MoELayerError, find_moe_layers
 from .plans.plan import PlanError, PrecisionPlan
 from .quantize import PlanQuantizationConfig, QuantizationError, UnsupportedLayoutError, quantize_model
-from .recording.router_norms import HistoryError, RouterNormHistory
+from .recording.history import HistoryError, RouterNormHistory
 from .version import __version__
 
 __all__ = [

@@ -32,7 +32,7 @@ from ..allocation.costs import Costs, costs_of_matrices
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..plans.plan import model_type_of
 from ..recording.curvature import Curvature
-from ..recording.router_norms import RouterNormHistory
+from ..recording.history import RouterNormHistory
 from ..recording.signals import max_variance
 from .checkpoint import CheckpointError, empty_model, weight_files
 

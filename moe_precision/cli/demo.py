@@ -22,12 +22,13 @@ from transformers.utils.logging import disable_progress_bar
 from ..allocation.allocator import allocate
 from ..checkpoints.checkpoint import load_model, stored_bits_per_expert_weight, weight_files
 from ..judging.evaluation import Evaluation, evaluate
+from ..plans.beside import PlanFiles
 from ..plans.plan import PrecisionPlan
 from ..present.figures import plot_router_norms
 from ..present.tables import show
 from ..quantize.writer import quantize_checkpoint
 from ..recording.curvature import Curvature
-from ..recording.router_norms import RouterNormHistory
+from ..recording.history import RouterNormHistory
 from .main import fit
 
 _MORE_LEVELS = [1, 2, 3, 4]
@@ -63,8 +64,9 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
     config.write_text(yaml.safe_dump(_moved(yaml.safe_load(recipe), str(output))), encoding="utf-8")
     data = fit(["--config", str(config), *([] if max_steps is None else ["--trainer.max_steps", str(max_steps)])])
 
-    checkpoint, history = output / "checkpoint", RouterNormHistory.load(output / "precision_plan.history.safetensors")
-    plan = PrecisionPlan.load(output / "precision_plan.json")
+    run = PlanFiles.of(output / "precision_plan.json")
+    checkpoint, history = output / "checkpoint", RouterNormHistory.load(run.history)
+    plan = PrecisionPlan.load(run.plan)
     picture = output / "router_norms.png"
     plot_router_norms(history, plan).savefig(picture, dpi=120)
 
@@ -77,7 +79,7 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
     for method in ("reversed", "random"):
         settings = {"average_bits": plan.asked_average_bits, "bits": plan.settings["bits"], "group_size": group_size}
         plans[f"{method} order"] = allocate(history=history, method=method, **settings)
-    curvature = Curvature.load(output / "precision_plan.curvature.safetensors")
+    curvature = Curvature.load(run.curvature)
     known: dict[str, Any] = {"method": "curvature", "curvature": curvature, "group_size": group_size}
     asked: dict[str, Any] = {"average_bits": plan.asked_average_bits, "bits": plan.settings["bits"]}
     plans["curvature"] = allocate(checkpoint, history, **known, **asked)

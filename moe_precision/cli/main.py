@@ -35,11 +35,13 @@ from ..checkpoints.reading import StreamingError
 from ..export import ENGINES, TARGETS, export, plan_of_checkpoint
 from ..files import check_writable, replaced_when_done
 from ..layers.moe_layers import find_moe_layers
+from ..plans.beside import PlanFiles, existing
 from ..plans.plan import PrecisionPlan, check_group_size
 from ..present import tables
 from ..quantize.writer import quantize_checkpoint
-from ..recording.curvature import Curvature, curvature_of_losses, curvature_path
-from ..recording.router_norms import RouterNormHistory
+from ..recording.curvature import Curvature
+from ..recording.gradients import curvature_of_losses
+from ..recording.history import RouterNormHistory
 from ..version import __version__
 
 
@@ -72,12 +74,13 @@ def _plan(options: argparse.Namespace) -> None:
     if Path(options.output).exists():
         raise FileExistsError(f"{options.output!r} exists; name another file with -o")
     check_writable(options.output)
-    if options.curvature_batches is not None and curvature_path(options.output).exists():
-        raise FileExistsError(f"{str(curvature_path(options.output))!r} exists; name another file with -o")
+    if options.curvature_batches is not None and (beside := PlanFiles.of(options.output).curvature).exists():
+        raise FileExistsError(f"{str(beside)!r} exists; name another file with -o")
     plan, curvature = _allocated(options)
     if curvature is not None:
-        curvature.save(curvature_path(options.output))
-        print(f"wrote {curvature_path(options.output)}")
+        beside = PlanFiles.of(options.output).curvature
+        curvature.save(beside)
+        print(f"wrote {beside}")
     plan.save(options.output)
     tables.show(tables.plan_table(plan))
     print(f"wrote {options.output}")
@@ -101,7 +104,7 @@ def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, Curvature | 
     settings |= {"router_pattern": options.router_pattern, "expert_pattern": options.expert_pattern}
     settings |= {key: getattr(options, key) for key in ("curvature", "granularity", "stored_bits", "expert_gib")}
     if options.method == "curvature" and options.curvature_batches is None and options.curvature is None:
-        settings["curvature"] = _beside(source)
+        settings["curvature"] = existing("curvature", source)
     made = None
     if options.curvature_batches is not None:
         if final is None:
@@ -115,14 +118,6 @@ def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, Curvature | 
             raise
         print(f"{error}: loading the whole model instead", file=sys.stderr)
         return allocate(load_model(final), history, **settings), made
-
-
-def _beside(path: str | None) -> Path | None:
-    """The curvature that a run has written beside a plan or a history, if it is there."""
-    if path is None:
-        return None
-    curvature = curvature_path(path.removesuffix(".json").removesuffix(".history.safetensors") + ".json")
-    return curvature if curvature.is_file() else None
 
 
 def _curvature_by_batches(options: argparse.Namespace, checkpoint: str, history: str | None) -> Curvature:
@@ -205,14 +200,14 @@ def _compare(options: argparse.Namespace) -> None:
             raise ValueError(f"--write-plan writes the winner, and {', '.join(options.methods)} are controls")
     if options.plot is not None and Path(options.plot).suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--plot must end in .png, .pdf or .svg, got {options.plot!r}")
-    for path in [*outputs, *([curvature_path(options.write_plan)] if options.write_plan is not None else [])]:
+    for path in [*outputs, *([PlanFiles.of(options.write_plan).curvature] if options.write_plan is not None else [])]:
         if Path(path).exists():
             raise FileExistsError(f"{str(path)!r} exists; name another file")
         check_writable(path)
     for budget in options.average_bits:
         check_levels(budget, options.bits)
     history = None if options.history is None else RouterNormHistory.load(options.history)
-    path_of_curvature = options.curvature or _beside(options.history)
+    path_of_curvature = options.curvature or existing("curvature", options.history)
     curvature = None if path_of_curvature is None else Curvature.load(path_of_curvature)
     model = load_model(options.checkpoint, dtype="float32")
     data = _data(options, options.checkpoint, model)
@@ -249,7 +244,7 @@ def _compare(options: argparse.Namespace) -> None:
         if winner is None:
             raise AllocationError("no method could be compared, there is no winner to write")
         if curvature is not None:
-            curvature.save(curvature_path(options.write_plan))
+            curvature.save(PlanFiles.of(options.write_plan).curvature)
         winner.plan.save(options.write_plan)
     for path in outputs:
         print(f"wrote {path}")
@@ -279,9 +274,8 @@ def _quantize(options: argparse.Namespace) -> None:
     if options.backend == "auto-round":
         _quantize_with_auto_round(options, plan)
         return
-    curvature = options.curvature or _beside(options.plan)
-    annealed = Path(options.plan).with_suffix(".grid.safetensors")
-    grid = options.grid or (annealed if annealed.is_file() else None)
+    curvature = options.curvature or existing("curvature", options.plan)
+    grid = options.grid or existing("grid", options.plan)
     if grid is not None:
         print(f"takes scales and offsets from {grid}, on which training has ended")
     elif curvature is not None:

@@ -26,8 +26,9 @@ from ..allocation.orders import check_budget, check_levels
 from ..layers.moe_layers import find_moe_layers
 from ..plans.plan import PrecisionPlan, check_group_size, model_type_of
 from ..recording.curvature import Curvature
+from ..recording.history import HistoryError, RouterNormHistory
 from ..recording.loads import count_loads
-from ..recording.router_norms import HistoryError, RouterNormHistory, router_norms
+from ..recording.router_norms import router_norms
 from .evaluation import BANDS, document_losses, frequency_bands
 from .simulation import SimulatedExperts
 from .statistics import Interval, bootstrap, p_among_draws, rank_correlation, resample_documents

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from ..judging.comparison import CONTROLS, Comparison
 from ..plans.plan import PrecisionPlan
-from ..recording.router_norms import RouterNormHistory
+from ..recording.history import RouterNormHistory
 
 _MAX_COLUMNS = 4
 

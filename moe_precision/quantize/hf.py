@@ -25,7 +25,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..plans.plan import PlanError, PrecisionPlan, as_plan
 from ..recording.curvature import Curvature, as_curvature
-from ..recording.router_norms import check_same_weights
 from .checksums import check_files, metadata
 from .codec.grid import Grid
 from .modules import kernels_of, packed_experts_forward
@@ -291,7 +290,7 @@ def check_weights(model: nn.Module, config: PlanQuantizationConfig) -> None:
     if config.curvature is not None:
         config.curvature.check_router_norms(norms)
     if config.grid is not None:
-        check_same_weights(config.grid.router_norms, norms, "grid")
+        config.grid.check_router_norms(norms)
 
 
 def _finish(model: PreTrainedModel) -> None:
