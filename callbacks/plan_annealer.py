@@ -19,6 +19,7 @@ from moe_precision.files import check_writable
 from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.layers.patterns import Patterns
+from moe_precision.plans.beside import PlanFiles, existing
 from moe_precision.plans.document import Document
 from moe_precision.plans.methods import MethodName, reads
 from moe_precision.plans.plan import PrecisionPlan, as_plan, model_type_of
@@ -26,11 +27,11 @@ from moe_precision.plans.settings import ZETA, PlanSettings
 from moe_precision.plans.widths import Granularity
 from moe_precision.quantize.codec.grid import Grid
 from moe_precision.quantize.replace import check_packable
-from moe_precision.recording.curvature import Curvature, CurvatureError, curvature_of, curvature_path
+from moe_precision.recording.curvature import Curvature, CurvatureError
+from moe_precision.recording.history import RouterNormHistory
 from moe_precision.recording.loads import not_counted
-from moe_precision.recording.router_norms import RouterNormHistory, norms_by_layer
-
-GRID = ".grid.safetensors"
+from moe_precision.recording.router_norms import norms_by_layer
+from moe_precision.recording.second_moments import curvature_of
 
 
 class PlanAnnealer:
@@ -83,7 +84,7 @@ class PlanAnnealer:
             raise ValueError(f"export_to must end in .json, got {export_to!r}")
         self.start, self.export_to = start, export_to
         self._given = None if plan is None else as_plan(plan)
-        self._beside = curvature_path(plan) if isinstance(plan, (str, os.PathLike)) else None
+        self._beside = existing("curvature", plan) if isinstance(plan, (str, os.PathLike)) else None
         self.plan = self._given
         self.grid: Grid | None = None
         self._hooks: GridHooks | None = None
@@ -276,7 +277,7 @@ class PlanAnnealer:
         if not writes or self._path is None:
             return
         try:
-            self.grid.save(self._path.with_suffix(GRID))
+            self.grid.save(PlanFiles.of(self._path).grid)
             self.plan.save(self._path)
         except OSError as error:
             text = f"{type(self).__name__} could not write {str(self._path)!r} and its grid: {error.strerror or error}"

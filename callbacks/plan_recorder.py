@@ -18,18 +18,20 @@ from moe_precision.allocation.planning import caveat_text
 from moe_precision.files import check_writable
 from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
+from moe_precision.plans.beside import PlanFiles
 from moe_precision.plans.methods import MethodName
 from moe_precision.plans.plan import PrecisionPlan, model_type_of
 from moe_precision.plans.settings import ZETA, PlanSettings
 from moe_precision.plans.widths import Granularity
 from moe_precision.present.metrics import load_metrics, plan_metrics
 from moe_precision.present.tables import as_text, layers_table
-from moe_precision.recording.curvature import Curvature, CurvatureError, curvature_of, curvature_of_losses
+from moe_precision.recording.curvature import Curvature, CurvatureError
+from moe_precision.recording.gradients import curvature_of_losses
+from moe_precision.recording.history import HistoryError, RouterNormHistory
 from moe_precision.recording.loads import LoadCounter
-from moe_precision.recording.router_norms import HistoryError, RouterNormHistory, router_norms
+from moe_precision.recording.router_norms import router_norms
+from moe_precision.recording.second_moments import curvature_of
 
-_CURVATURE = ".curvature.safetensors"
-_HISTORY = ".history.safetensors"
 NOT_RESTORED = (
     "transformers' Trainer leaves out routers and experts whose names on disk differ from the model's "
     "(transformers issue 48805): load the model with from_pretrained(checkpoint) before you resume from it"
@@ -251,9 +253,10 @@ class PlanRecorder:
         self.curvature = self._curvature(optimizers, losses)
         if writes:
             assert self._path is not None
-            self._path.with_suffix(_CURVATURE).unlink(missing_ok=True)  # of an earlier run
+            beside = PlanFiles.of(self._path).curvature
+            beside.unlink(missing_ok=True)  # of an earlier run
             if self.curvature is not None:
-                self._write(self.curvature.save, _CURVATURE)
+                self._write(self.curvature.save, beside)
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -268,19 +271,19 @@ class PlanRecorder:
             return None
         for warning in caught:
             rank_zero_warn(f"{type(self).__name__}: {warning.message}")
-        if not writes or not self._save_history() or not self._write(self.plan.save, ".json"):
+        if not writes or self._path is None or not self._save_history() or not self._write(self.plan.save, self._path):
             return None
         rank_zero_info(f"{type(self).__name__}: wrote {self._path} ({self.plan.average_bits:.3g} bits on average)")
         return self.plan
 
     def _save_history(self) -> bool:
         """Writes what was recorded, without any collective; returns whether that worked."""
-        return self._path is not None and bool(self.history.steps) and self._write(self.history.save, _HISTORY)
+        if self._path is None or not self.history.steps:
+            return False
+        return self._write(self.history.save, PlanFiles.of(self._path).history)
 
-    def _write(self, save: Callable[[Path], None], suffix: str) -> bool:
-        """Writes one of the files beside the plan; returns whether that worked."""
-        assert self._path is not None
-        path = self._path.with_suffix(suffix)
+    def _write(self, save: Callable[[Path], None], path: Path) -> bool:
+        """Writes the plan or a file beside it; returns whether that worked."""
         try:
             save(path)
         except OSError as error:

@@ -12,7 +12,7 @@ from moe_precision.callbacks.plan_annealer import PlanAnnealer
 from moe_precision.callbacks.router_norm_monitor import RouterNormMonitor
 from moe_precision.callbacks.save_pretrained import SavePretrained
 from moe_precision.quantize.codec.grid import Grid
-from moe_precision.recording.router_norms import RouterNormHistory
+from moe_precision.recording.history import RouterNormHistory
 
 
 class PrecisionAnneal(PlanAnnealer, Callback):

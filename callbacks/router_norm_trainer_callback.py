@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from moe_precision.callbacks.plan_recorder import PlanRecorder
 from moe_precision.present.wandb_media import current_run, log_to_run
-from moe_precision.recording.router_norms import RouterNormHistory
+from moe_precision.recording.history import RouterNormHistory
 
 _STATE = "router_norms.safetensors"
 

@@ -16,7 +16,6 @@ from ..layers.moe_layers import MoELayer
 from ..plans.plan import PrecisionPlan, as_plan
 from ..plans.widths import PlanError
 from ..recording.curvature import Curvature, as_curvature
-from ..recording.router_norms import check_same_weights
 from .codec.grid import Grid
 
 QUANT_METHOD = "moe_precision"
@@ -109,7 +108,7 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
 
         Raises:
             CurvatureError: The curvature is of other weights.
-            HistoryError: The grid is of other weights.
+            GridError: The grid is of other weights.
         """
         if self.curvature is None and self.grid is None:
             return
@@ -117,4 +116,4 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         if self.curvature is not None:
             self.curvature.check_router_norms(norms)
         if self.grid is not None:
-            check_same_weights(self.grid.router_norms, norms, "grid")
+            self.grid.check_router_norms(norms)
