@@ -13,22 +13,23 @@ def test_budgets_in_stored_bits_and_in_gib(method, mixtral):
     history = RouterNormHistory.of(layers, "mixtral")
     history.record(0, router_norms(layers))
     history.add_load({layer.name: torch.rand(2, 8) for layer in layers})
-    by_bits = allocate(mixtral, history, method, 2.5, (2, 3), 64)
-    assert allocate(mixtral, history, method, bits=(2, 3), group_size=64, stored_bits=2.5 + 18 / 64).diff(by_bits) == []
+    how = {"method": method, "bits": (2, 3), "group_size": 64}
+    by_bits = allocate(mixtral, history, average_bits=2.5, **how)
+    assert allocate(mixtral, history, **how, stored_bits=2.5 + 18 / 64).diff(by_bits) == []
     weights = 2 * 8 * 3 * 64 * 128
-    plan = allocate(mixtral, history, method, bits=(2, 3), group_size=64, expert_gib=2.78125 * weights / 8 / 2**30)
+    plan = allocate(mixtral, history, **how, expert_gib=2.78125 * weights / 8 / 2**30)
     assert plan.diff(by_bits) == []
-    assert plan.settings["expert_gib"] == 2.78125 * weights / 8 / 2**30
+    assert plan.to_dict()["settings"]["expert_gib"] == 2.78125 * weights / 8 / 2**30
     with pytest.raises(AllocationError, match=r"1.0 GiB for 393216 expert weights: stored_bits=.* outside"):
-        allocate(mixtral, history, method, bits=(2, 3), group_size=64, expert_gib=1.0)
-    with pytest.raises(AllocationError, match="two budgets"):
-        allocate(mixtral, history, method, bits=(2, 3), group_size=64, expert_gib=1.0, stored_bits=3.0)
+        allocate(mixtral, history, **how, expert_gib=1.0)
+    with pytest.raises(AllocationError, match="are 2 budgets"):
+        allocate(mixtral, history, **how, expert_gib=1.0, stored_bits=3.0)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "sensitivity"}, "moe-precision compare takes them"),
+        ({"method": "sensitivity"}, "moe-precision compare` takes them"),
         ({"method": "curvature"}, "needs curvature"),
         ({"granularity": "layer"}, "orders the experts of a layer.*needs a method that knows costs"),
         ({"stored_bits": 3.0, "bits": (2, 16)}, "a method that knows costs"),

@@ -46,7 +46,7 @@ def test_a_plan_by_curvature_without_its_weights_warns():
     curvature = curvature_of(find_moe_layers(model), [trained_with(torch.optim.AdamW, model)])
     plan = allocate(model, method="curvature", curvature=curvature, group_size=64, stored_bits=2.75)
     assert plan.stored_bits <= 2.75
-    assert plan.asked_average_bits == plan.average_bits
+    assert plan.settings.stored_bits == 2.75
     with pytest.warns(UserWarning, match="the fit is unweighted now"):
         quantize_model(model, plan)
     with pytest.raises(AllocationError, match="outside of what the levels"):

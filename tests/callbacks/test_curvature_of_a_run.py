@@ -24,15 +24,15 @@ def test_the_callback_writes_it_and_its_plan_is_that_of_the_file(tmp_path):
     again = allocate(
         module.model and module,
         callback.history,
-        "curvature",
-        2.5,
-        (1, 2, 3),
-        32,
+        method="curvature",
+        average_bits=2.5,
+        bits=(1, 2, 3),
+        group_size=32,
         curvature=curvature,
         granularity="expert+projection",
     )
     assert again.diff(plan) == []
-    assert "curvature of 0 at 2 bits" in plan.layers["model.0"].signals
+    assert set(plan.layers["model.0"].costs["0"]) == {1, 2, 3}
 
 
 def test_an_optimizer_without_second_moments_still_makes_the_papers_plan(tmp_path):
