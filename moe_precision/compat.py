@@ -1,7 +1,7 @@
 """Private names of torch, transformers and PEFT that this package leans on, each behind a name that says what for.
 
-No public API offers what they do. `tests/test_compat.py` has a test for each, so that a release that changes one of
-them fails there first. Nothing else in this package knows these names.
+No public API offers what they do. Each has a test in `tests/test_compat.py` or `tests/test_compat_transformers.py`, so
+that a release that changes one of them fails there first, by name.
 """
 
 from __future__ import annotations

@@ -1,10 +1,15 @@
 """What a wheel holds is what the folders hold, under the names that are imported."""
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 import moe_precision
 
@@ -51,3 +56,38 @@ def test_callbacks_and_recipes_are_never_top_level_packages():
 
 def test_public_names_exist():
     assert all(hasattr(moe_precision, name) for name in moe_precision.__all__)
+
+
+DISTRIBUTIONS = {"yaml": "pyyaml", "auto_round_kernel": "auto-round-lib"}  # others have the name of the import
+OF_THE_USERS_RUN = {"bitsandbytes", "deepspeed"}  # imported where the user's own run has imported them before
+LAZY_MODULES = {"triton_grouped.py"}  # imported inside of functions alone
+
+
+def imported(tree: ast.AST, lazy: bool) -> Iterator[tuple[str, bool]]:
+    """Every imported top-level name of other projects, and whether only a function that runs imports it."""
+    for node in ast.iter_child_nodes(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module or ""]
+        for name in {name.partition(".")[0] for name in names} - {"moe_precision"} - sys.stdlib_module_names:
+            yield DISTRIBUTIONS.get(name, name.replace("_", "-")), lazy
+        yield from imported(node, lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def test_every_import_is_declared():
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[^\w-]", requirement)[0].lower() for requirement in requirements}
+
+    always = names(project["dependencies"])
+    extras = {name for extra in project["optional-dependencies"].values() for name in names(extra)}
+    files = [file for folder in ("moe_precision", "callbacks", "recipes") for file in (ROOT / folder).rglob("*.py")]
+    found = {
+        one
+        for file in files
+        for one in imported(ast.parse(file.read_text(encoding="utf-8")), file.name in LAZY_MODULES)
+    }
+    assert ("numpy", False) in found
+    assert {name for name, lazy in found if not lazy} - always == set()
+    assert {name for name, lazy in found if lazy} - always - extras - OF_THE_USERS_RUN == set()

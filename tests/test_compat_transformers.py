@@ -1,0 +1,168 @@
+"""What this package relies on in private names of transformers, PEFT and DeepSpeed: a test each, by its name."""
+
+from types import SimpleNamespace
+
+import peft
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import silu
+from transformers import MixtralForCausalLM
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moe_precision import compat
+from moe_precision.quantize import PlanHfQuantizer
+from tests.support.models import PlainMoE, build
+
+
+def test_register_experts_function():
+    called = []
+
+    def function(self, hidden_states, top_k_index, top_k_weights):
+        called.append((type(self).__name__, tuple(top_k_index.shape)))
+        return torch.zeros_like(hidden_states)
+
+    compat.register_experts_function("of_this_test", function)
+    model = build("mixtral")
+    model.set_experts_implementation("of_this_test")
+    model(input_ids=torch.tensor([[3, 4, 5]]))
+    assert called == [("MixtralExperts", (3, 2))] * 2
+
+
+def test_runs_through_experts_interface():
+    experts = build("gpt_oss").model.layers[0].mlp.experts
+    assert compat.runs_through_experts_interface(experts)
+    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+    assert [getattr(experts, flag) for flag in flags] == [True, True, True, False]
+    assert not compat.runs_through_experts_interface(PlainMoE().experts)
+
+
+def test_apply_gate():
+    experts, hidden = build("mixtral").model.layers[0].mlp.experts, torch.randn(3, 256)
+    torch.testing.assert_close(compat.apply_gate(experts, hidden), silu(hidden[:, :128]) * hidden[:, 128:])
+
+
+def test_grouped_linear():
+    x, weights = torch.randn(5, 16), torch.randn(2, 8, 16)
+    found = compat.grouped_linear(x, weights, torch.tensor([2, 5], dtype=torch.int32))
+    torch.testing.assert_close(found, torch.cat([x[:2] @ weights[0].T, x[2:] @ weights[1].T]))
+
+
+def test_was_read_and_mark_as_read(tmp_path):
+    build("mixtral").save_pretrained(tmp_path)
+    loaded = MixtralForCausalLM.from_pretrained(tmp_path)
+    assert all(compat.was_read(parameter) for parameter in loaded.parameters())
+    fresh = build("mixtral")
+    assert not any(compat.was_read(parameter) for parameter in fresh.parameters())
+    kept, other = (layer.mlp.gate for layer in fresh.model.layers)
+    for gate in (kept, other):
+        nn.init.constant_(gate.weight, 7)
+        gate._is_hf_initialized = False  # as before transformers has seen the module
+    compat.mark_as_read([kept.weight])
+    assert compat.was_read(kept.weight)
+    fresh._init_weights(kept)
+    fresh._init_weights(other)
+    assert (kept.weight == 7).all()
+    assert not (other.weight == 7).any()
+
+
+def test_may_be_missing():
+    model = build("mixtral")
+    assert not compat.may_be_missing(model, "model.layers.0.mlp.gate.weight")
+    model._keys_to_ignore_on_load_missing = [r"gate\.bias$"]
+    assert compat.may_be_missing(model, "model.layers.0.mlp.gate.bias")
+    assert type(model)._keys_to_ignore_on_load_missing is None  # the attribute of transformers' classes
+
+
+def test_tied_names():
+    assert compat.tied_names(build("mixtral")) == {}
+    assert compat.tied_names(PlainMoE()) == {}
+    tied = compat.tied_names(build("mixtral", tie_word_embeddings=True))
+    assert tied == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_save_under_module_names(tmp_path):
+    build("mixtral").save_pretrained(tmp_path / "hub")
+    model = MixtralForCausalLM.from_pretrained(tmp_path / "hub")
+    written = []
+    for name in ("hub names", "module names"):
+        if name == "module names":
+            compat.save_under_module_names(model)
+        model.save_pretrained(tmp_path / name)
+        written.append(set(load_file(tmp_path / name / "model.safetensors")))
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in written[0]
+    assert written[1] == set(model.state_dict())
+
+
+def test_mark_as_quantized():
+    model = build("mixtral")
+    compat.mark_as_quantized(model.config)
+    assert model.config._is_quantized
+    assert "_is_quantized" not in model.config.to_dict()  # config.json never holds it
+
+
+def test_layer_classes():
+    model = build("mixtral")
+    assert compat.layer_classes(model) == {type(model.model.layers[0]).__name__}
+
+
+def test_methods_of_quantizers_that_ours_overrides():
+    own = {"pack", "plan", "waiting"}  # not transformers'
+    overridden = {name for name in vars(PlanHfQuantizer) if not name.startswith(("__", "_abc_"))} - own
+    assert "_process_model_before_weight_loading" in overridden
+    assert [name for name in overridden if not hasattr(HfQuantizer, name)] == []
+
+
+def test_conversion_ops(tmp_path):
+    """A quantizer's operation gets the weight of every parameter that it asks for, and the model that is loading."""
+    seen = {}
+
+    class Operation(compat.ConversionOps):
+        def convert(self, input_dict, **kwargs):
+            (value,) = input_dict.values()
+            seen[kwargs["full_layer_name"]] = type(kwargs["model"])
+            assert kwargs["full_layer_name"] in kwargs["missing_keys"]
+            return {kwargs["full_layer_name"]: value[0] if isinstance(value, list) else value}
+
+    @register_quantization_config("of_this_test")
+    class Config(QuantizationConfigMixin):
+        def __init__(self):
+            self.quant_method = "of_this_test"
+
+    @register_quantizer("of_this_test")
+    class Quantizer(HfQuantizer):
+        is_trainable = True
+
+        def is_serializable(self):
+            return True
+
+        def param_needs_quantization(self, model, param_name, **kwargs):
+            return "gate_up_proj" in param_name
+
+        def get_quantize_ops(self):
+            return Operation()
+
+    build("mixtral").save_pretrained(tmp_path)
+    MixtralForCausalLM.from_pretrained(tmp_path, quantization_config=Config())
+    assert seen == dict.fromkeys((f"model.layers.{i}.mlp.experts.gate_up_proj" for i in (0, 1)), MixtralForCausalLM)
+
+
+# -- PEFT and DeepSpeed -----------------------------------------------------------------------------------------------
+
+
+def test_available_adapters():
+    model = peft.get_peft_model(build("mixtral"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["k_proj"]))
+    attention = model.base_model.model.model.layers[0].self_attn
+    assert compat.available_adapters(attention.q_proj) == {"default"}
+    assert compat.available_adapters(attention.k_proj) == {"other"}
+
+
+def test_zero3_parameters():
+    """The attributes that DeepSpeed puts on placeholders; a run of it is in tests/callbacks/test_zero3.py."""
+    placeholder = SimpleNamespace(ds_id=3, ds_shape=torch.Size([4, 2]), shape=torch.Size([0]))
+    assert compat.is_zero3_parameter(placeholder)
+    assert compat.full_shape(placeholder) == (4, 2)
+    assert not compat.is_zero3_parameter(nn.Parameter(torch.zeros(4, 2)))
+    assert compat.full_shape(nn.Parameter(torch.zeros(4, 2))) == (4, 2)
