@@ -158,7 +158,7 @@ class PrecisionAnneal(PlanAnnealer, Callback):
         trainer.strategy.barrier("PrecisionAnneal.on_train_end")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._raise_write_error()
+        self._files.raise_error()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.close()

@@ -123,7 +123,7 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._finish(state.is_world_process_zero, state.global_step)
-        self._raise_write_error()
+        self._files.raise_error()
 
 
 def _logs(args: TrainingArguments, state: TrainerState, step: int) -> bool:

@@ -104,9 +104,8 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
             losses = _losses(kwargs["model"], kwargs.get("train_dataloader"))
         plan = self._finish(state.is_world_process_zero, optimizers, losses)
         if plan is not None and (run := current_run()) is not None:
-            assert self._path is not None
-            log_to_run(run, self.history, plan, self._path)
-        self._raise_write_error()
+            log_to_run(run, self.history, plan, self._files.paths.plan)
+        self._files.raise_error()
 
     def _log(self, state: TrainerState) -> None:
         run = current_run()
