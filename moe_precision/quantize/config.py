@@ -13,6 +13,7 @@ from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..layers.moe_layers import MoELayer
+from ..plans.document import Document
 from ..plans.plan import PrecisionPlan, as_plan
 from ..plans.widths import PlanError
 from ..recording.curvature import Curvature, as_curvature
@@ -43,14 +44,16 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         PlanError: The plan or ``non_expert_bits`` is not valid.
 
     Example:
+        >>> from transformers import AutoModelForCausalLM
         >>> config = PlanQuantizationConfig("precision_plan.json")
         >>> model = AutoModelForCausalLM.from_pretrained("checkpoint", quantization_config=config)
-        >>> model.save_pretrained("quantized")
+        >>> model.save_pretrained("packed")
     """
 
     def __init__(
         self,
-        plan: PrecisionPlan | dict | str | os.PathLike,
+        plan: PrecisionPlan | Document | str | os.PathLike[str],
+        *,
         non_expert_bits: int | None = None,
         curvature: Curvature | str | os.PathLike | None = None,
         grid: Grid | str | os.PathLike | None = None,

@@ -40,6 +40,15 @@ class RouterNormHistory:
         caveats: Layer name -> key of `moe_layers.CAVEATS`, for routers whose norm means something else.
         patterns: ``router_pattern`` and ``expert_pattern`` that the layers were found with, if any.
         dtypes: dtypes of the routers that were read, e.g. ``["float32"]``.
+
+    Example:
+        >>> layers = find_moe_layers(model)
+        >>> history = RouterNormHistory.of(layers, model_type="mixtral")
+        >>> history.record(0, router_norms(layers))
+        >>> history.baseline_step, history.norms["model.layers.0.mlp"].shape
+        (0, torch.Size([1, 8]))
+        >>> RouterNormHistory.load("precision_plan.history.safetensors").steps
+        [0, 10]
     """
 
     def __init__(self, layers: dict[str, LayerShape] | None = None, model_type: str = "") -> None:
