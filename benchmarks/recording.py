@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_precision.layers.moe_layers import find_moe_layers
+from moe_precision.recording.history import RouterNormHistory
 from moe_precision.recording.loads import LoadCounter
-from moe_precision.recording.router_norms import RouterNormHistory, router_norms
+from moe_precision.recording.router_norms import router_norms
 
 LAYERS, EXPERTS, WIDTH = 32, 64, 2048
 STEPS = 60

@@ -70,8 +70,9 @@ def main() -> None:
         spent = time.perf_counter() - start
         size = Path(folder, "state.pt").stat().st_size
         print(f"in a checkpoint at the end: {size / 1e6:.1f} MB, {1e3 * spent:.0f} ms to write")
-        watched.save(Path(folder, "history.safetensors"))
-        print(f"history file: {Path(folder, 'history.safetensors').stat().st_size / 1e6:.1f} MB")
+        file = Path(folder, "recorded.safetensors")
+        watched.save(file)
+        print(f"history file: {file.stat().st_size / 1e6:.1f} MB")
     for experts, what in ((False, "aggregates"), (True, "every expert")):
         spent, size, keys = logged(watched, experts)
         share = 1e-3 * spent / (EVERY * SECONDS_A_STEP)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +14,11 @@ from transformers import PreTrainedModel
 from moe_precision.allocation.allocator import make_plan
 from moe_precision.annealing.covers import AnnealError
 from moe_precision.annealing.hooks import GridHooks, check_trainable, uncover
-from moe_precision.files import check_writable
+from moe_precision.callbacks.run_files import RunFiles
 from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.layers.patterns import Patterns
+from moe_precision.plans.beside import existing
 from moe_precision.plans.document import Document
 from moe_precision.plans.methods import MethodName, reads
 from moe_precision.plans.plan import PrecisionPlan, as_plan, model_type_of
@@ -26,11 +26,13 @@ from moe_precision.plans.settings import ZETA, PlanSettings
 from moe_precision.plans.widths import Granularity
 from moe_precision.quantize.codec.grid import Grid
 from moe_precision.quantize.replace import check_packable
-from moe_precision.recording.curvature import Curvature, CurvatureError, curvature_of, curvature_path
+from moe_precision.recording.curvature import Curvature, CurvatureError
+from moe_precision.recording.history import RouterNormHistory
 from moe_precision.recording.loads import not_counted
-from moe_precision.recording.router_norms import RouterNormHistory, norms_by_layer
+from moe_precision.recording.router_norms import norms_by_layer
+from moe_precision.recording.second_moments import curvature_of
 
-GRID = ".grid.safetensors"
+_RESCUE = "callback.plan.save(path) and callback.grid.save(path) write them elsewhere"
 
 
 class PlanAnnealer:
@@ -79,32 +81,27 @@ class PlanAnnealer:
         self.settings.check_plannable()
         if not 0 <= start < float("inf") or (start >= 1 and start != int(start)):
             raise ValueError(f"start must be a share of max_steps below 1 or a whole step, got {start}")
-        if Path(export_to).suffix != ".json":
-            raise ValueError(f"export_to must end in .json, got {export_to!r}")
+        self._files = RunFiles(export_to, type(self).__name__, _RESCUE)
         self.start, self.export_to = start, export_to
         self._given = None if plan is None else as_plan(plan)
-        self._beside = curvature_path(plan) if isinstance(plan, (str, os.PathLike)) else None
+        self._beside = existing("curvature", plan) if isinstance(plan, (str, os.PathLike)) else None
         self.plan = self._given
         self.grid: Grid | None = None
         self._hooks: GridHooks | None = None
-        self._path: Path | None = None  # None where nothing is written
         self._first_step = 0  # of annealing
         self._began_at = self._started_at = 0  # steps of this run, which a checkpoint may have brought forward
         self._checked = False  # that the optimizer keeps second moments
         self._used = False  # that every layer has gone through the grid
-        self._write_error: OSError | None = None
         self._before: list[Tensor] = []  # codes before a step that is logged
         self._losses: Tensor | None = None  # tokens, and summed loss on and off the grid
 
     def _prepare(self, folder: str | None, anew: bool) -> None:
         """Before training: where the plan goes, checked to be writable; None for a run that writes nothing."""
-        self._path, self._before, self._losses, self._write_error = None, [], None, None
+        self._before, self._losses = [], None
         self.close()
         if anew:
             self.grid, self.plan = None, self._given
-        if folder is not None:
-            self._path = Path(folder, self.export_to)
-            check_writable(self._path)
+        self._files.prepare(folder)
 
     def _check(self, model: nn.Module, step: int, total: float, history: RouterNormHistory | None) -> None:
         """All that can be wrong, before the first step; goes on with the grid where a checkpoint has brought one.
@@ -263,7 +260,7 @@ class PlanAnnealer:
     def _finish(self, writes: bool, step: int) -> None:
         """Moves the weights onto the grid; writes plan and grid.
 
-        A full disk does not stop the run, whose other callbacks may still save the model: see `_raise_write_error`.
+        A full disk does not stop the run, whose other callbacks may still save the model: see `RunFiles`.
         """
         if self._hooks is None or self.grid is None or self.plan is None:
             rank_zero_warn(
@@ -273,26 +270,13 @@ class PlanAnnealer:
             return
         self._hooks.settle()
         self.close()
-        if not writes or self._path is None:
+        if not writes or not self._files.written:
             return
-        try:
-            self.grid.save(self._path.with_suffix(GRID))
-            self.plan.save(self._path)
-        except OSError as error:
-            text = f"{type(self).__name__} could not write {str(self._path)!r} and its grid: {error.strerror or error}"
-            self._write_error = type(error)(
-                error.errno, f"{text}. callback.plan.save(path) and callback.grid.save(path) do"
+        paths = self._files.paths
+        if self._files.write(self.grid.save, paths.grid) and self._files.write(self.plan.save, paths.plan):
+            rank_zero_info(
+                f"{type(self).__name__}: wrote {paths.plan} ({self.plan.average_bits:.3g} bits on average) and its grid"
             )
-            rank_zero_warn(str(self._write_error))
-            return
-        rank_zero_info(
-            f"{type(self).__name__}: wrote {self._path} ({self.plan.average_bits:.3g} bits on average) and its grid"
-        )
-
-    def _raise_write_error(self) -> None:
-        """Raises what `_finish` could not write."""
-        if self._write_error is not None:
-            raise self._write_error
 
     def close(self) -> None:
         """Gives the model its float weights back, where training was interrupted; a second call does nothing."""

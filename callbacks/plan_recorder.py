@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from torch import nn
 
 from moe_precision.allocation.allocator import make_plan
 from moe_precision.allocation.planning import caveat_text
-from moe_precision.files import check_writable
+from moe_precision.callbacks.run_files import RunFiles
 from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.plans.methods import MethodName
@@ -24,16 +22,18 @@ from moe_precision.plans.settings import ZETA, PlanSettings
 from moe_precision.plans.widths import Granularity
 from moe_precision.present.metrics import load_metrics, plan_metrics
 from moe_precision.present.tables import as_text, layers_table
-from moe_precision.recording.curvature import Curvature, CurvatureError, curvature_of, curvature_of_losses
+from moe_precision.recording.curvature import Curvature, CurvatureError
+from moe_precision.recording.gradients import curvature_of_losses, left_as_it_is
+from moe_precision.recording.history import HistoryError, RouterNormHistory
 from moe_precision.recording.loads import LoadCounter
-from moe_precision.recording.router_norms import HistoryError, RouterNormHistory, router_norms
+from moe_precision.recording.router_norms import router_norms
+from moe_precision.recording.second_moments import curvature_of
 
-_CURVATURE = ".curvature.safetensors"
-_HISTORY = ".history.safetensors"
 NOT_RESTORED = (
     "transformers' Trainer leaves out routers and experts whose names on disk differ from the model's "
     "(transformers issue 48805): load the model with from_pretrained(checkpoint) before you resume from it"
 )
+_RESCUE = "The router norms are still in callback.history, which history.save(path) writes, and in checkpoints"
 EXPERT_KEYS = 4096  # more curves than this are left out unless asked for: W&B slows down at 10,000 keys
 
 
@@ -85,19 +85,16 @@ class PlanRecorder:
         for name, value in (("every_n_steps", every_n_steps), ("curvature_batches", curvature_batches)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
-        if Path(export_to).suffix != ".json":
-            raise ValueError(f"export_to must end in .json, got {export_to!r}")
+        self._files = RunFiles(export_to, type(self).__name__, _RESCUE)
         self.every_n_steps, self.export_to = every_n_steps, export_to
         self.log_experts, self.curvature_batches = log_experts, curvature_batches
         self.history = RouterNormHistory()
         self.curvature: Curvature | None = None
         self.plan: PrecisionPlan | None = None
         self._model: nn.Module | None = None
-        self._path: Path | None = None  # None where nothing is written
         self._layers: list[MoELayer] = []
         self._counter: LoadCounter | None = None
         self._logged_load: dict[str, torch.Tensor] = {}  # tokens so far, at the last log
-        self._write_error: OSError | None = None
         self._warned = False
 
     def _prepare(self, folder: str | None, anew: bool) -> None:
@@ -107,14 +104,12 @@ class PlanRecorder:
             folder: What ``export_to`` is relative to.
             anew: Training starts at step 0, so that what another run has recorded does not count.
         """
-        self._path, self._layers, self._write_error, self._warned = None, [], None, False
+        self._layers, self._warned = [], False
         self._stop_counting()
         self.plan = self.curvature = None
         if anew:
             self.history = RouterNormHistory()
-        if folder is not None:
-            self._path = Path(folder, self.export_to)
-            check_writable(self._path)
+        self._files.prepare(folder)
 
     def _start(self, model: nn.Module, step: int) -> bool:
         """Finds the layers, says what was found, and takes the baseline unless a checkpoint has brought one.
@@ -233,7 +228,7 @@ class PlanRecorder:
     ) -> PrecisionPlan | None:
         """History, curvature and plan; returns the plan if it was written.
 
-        A full disk does not stop the run, whose other callbacks may still save the model: see `_raise_write_error`.
+        A full disk does not stop the run, whose other callbacks may still save the model: see `RunFiles`.
 
         Args:
             writes: Whether this rank writes files.
@@ -244,16 +239,15 @@ class PlanRecorder:
         if len(self.history.steps) < 2:
             rank_zero_warn(f"{type(self).__name__}: no plan is written, because no optimizer step was taken.")
             return None
-        writes = writes and self._path is not None
+        writes = writes and self._files.written
         if writes:
             self._save_history()  # whatever happens below, the record is kept
         self.history.measure_variance(self._layers)
         self.curvature = self._curvature(optimizers, losses)
         if writes:
-            assert self._path is not None
-            self._path.with_suffix(_CURVATURE).unlink(missing_ok=True)  # of an earlier run
+            self._files.paths.curvature.unlink(missing_ok=True)  # of an earlier run
             if self.curvature is not None:
-                self._write(self.curvature.save, _CURVATURE)
+                self._files.write(self.curvature.save, self._files.paths.curvature)
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -268,25 +262,17 @@ class PlanRecorder:
             return None
         for warning in caught:
             rank_zero_warn(f"{type(self).__name__}: {warning.message}")
-        if not writes or not self._save_history() or not self._write(self.plan.save, ".json"):
+        if not writes or not self._save_history() or not self._files.write(self.plan.save, self._files.paths.plan):
             return None
-        rank_zero_info(f"{type(self).__name__}: wrote {self._path} ({self.plan.average_bits:.3g} bits on average)")
+        path = self._files.paths.plan
+        rank_zero_info(f"{type(self).__name__}: wrote {path} ({self.plan.average_bits:.3g} bits on average)")
         return self.plan
 
     def _save_history(self) -> bool:
         """Writes what was recorded, without any collective; returns whether that worked."""
-        return self._path is not None and bool(self.history.steps) and self._write(self.history.save, _HISTORY)
-
-    def _write(self, save: Callable[[Path], None], suffix: str) -> bool:
-        """Writes one of the files beside the plan; returns whether that worked."""
-        assert self._path is not None
-        path = self._path.with_suffix(suffix)
-        try:
-            save(path)
-        except OSError as error:
-            self._remember(error, path)
+        if not self._files.written or not self.history.steps:
             return False
-        return True
+        return self._files.write(self.history.save, self._files.paths.history)
 
     def _curvature(
         self, optimizers: Sequence[Any], losses: Iterable[Callable[[], torch.Tensor | None]]
@@ -295,7 +281,7 @@ class PlanRecorder:
         try:
             if self.curvature_batches is not None:
                 assert self._model is not None
-                with _left_as_it_is(self._model):
+                with left_as_it_is(self._model):
                     taken = list(islice(losses, self.curvature_batches))
                     if len(taken) < self.curvature_batches:
                         rank_zero_warn(f"{type(self).__name__}: there are {len(taken)} batches to take gradients of.")
@@ -304,36 +290,3 @@ class PlanRecorder:
         except CurvatureError as error:
             rank_zero_info(f"{type(self).__name__}: no curvature is written: {error}")
             return None
-
-    def _remember(self, error: OSError, path: Path) -> None:
-        self._write_error = type(error)(
-            error.errno,
-            f"{type(self).__name__} could not write {str(path)!r}: {error.strerror or error}. The router norms are "
-            "still in callback.history (history.save(path) writes them) and in checkpoints that were written",
-        )
-        rank_zero_warn(str(self._write_error))
-
-    def _raise_write_error(self) -> None:
-        """Raises what `_finish` could not write.
-
-        Raises:
-            OSError: The path and the reason.
-        """
-        if self._write_error is not None:
-            raise self._write_error
-
-
-@contextmanager
-def _left_as_it_is(model: nn.Module) -> Iterator[None]:
-    """Buffers and modes are as before afterwards, and no gradient is left."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        for module, training in modes:
-            module.training = training
-        model.zero_grad(set_to_none=True)

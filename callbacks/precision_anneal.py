@@ -12,7 +12,7 @@ from moe_precision.callbacks.plan_annealer import PlanAnnealer
 from moe_precision.callbacks.router_norm_monitor import RouterNormMonitor
 from moe_precision.callbacks.save_pretrained import SavePretrained
 from moe_precision.quantize.codec.grid import Grid
-from moe_precision.recording.router_norms import RouterNormHistory
+from moe_precision.recording.history import RouterNormHistory
 
 
 class PrecisionAnneal(PlanAnnealer, Callback):
@@ -158,7 +158,7 @@ class PrecisionAnneal(PlanAnnealer, Callback):
         trainer.strategy.barrier("PrecisionAnneal.on_train_end")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._raise_write_error()
+        self._files.raise_error()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.close()

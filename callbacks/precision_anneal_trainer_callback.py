@@ -14,8 +14,8 @@ from moe_precision.callbacks.plan_recorder import NOT_RESTORED
 from moe_precision.callbacks.router_norm_trainer_callback import RouterNormTrainerCallback, saved_file, state_file
 from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.present.wandb_media import current_run
-from moe_precision.quantize.codec.grid import Grid
-from moe_precision.recording.router_norms import HistoryError, check_same_weights, norms_by_layer
+from moe_precision.quantize.codec.grid import Grid, GridError
+from moe_precision.recording.router_norms import norms_by_layer
 
 _STATE = "annealing.safetensors"
 
@@ -72,9 +72,9 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
             self.grid = Grid.load(saved)
             self.plan = self.grid.plan
             try:
-                check_same_weights(self.grid.router_norms, self._norms(model), f"grid {saved}")
-            except HistoryError as error:
-                raise HistoryError(f"{error} {NOT_RESTORED}") from error
+                self.grid.check_router_norms(self._norms(model), f"grid {saved}")
+            except GridError as error:
+                raise GridError(f"{error} {NOT_RESTORED}") from error
             rank_zero_info(f"PrecisionAnnealTrainerCallback: goes on with the grid of {saved}")
         history = None if self._history_of is None else self._history_of.history
         self._check(model, state.global_step, state.max_steps, history)
@@ -123,7 +123,7 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._finish(state.is_world_process_zero, state.global_step)
-        self._raise_write_error()
+        self._files.raise_error()
 
 
 def _logs(args: TrainingArguments, state: TrainerState, step: int) -> bool:

@@ -115,15 +115,14 @@ class RouterNormMonitor(PlanRecorder, Callback):
             self._log(trainer)
         plan = self._finish(trainer.is_global_zero, trainer.optimizers, _losses(trainer, pl_module))
         if plan is not None:
-            assert self._path is not None
             for logger in trainer.loggers:
-                log_to_wandb(logger, self.history, plan, self._path)
+                log_to_wandb(logger, self.history, plan, self._files.paths.plan)
         trainer.strategy.barrier("RouterNormMonitor.on_train_end")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._layers:  # on_train_start was never called
             rank_zero_warn("RouterNormMonitor: no plan is written, because training took no step (max_steps=0?).")
-        self._raise_write_error()
+        self._files.raise_error()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from moe_precision.callbacks.plan_recorder import PlanRecorder
 from moe_precision.present.wandb_media import current_run, log_to_run
-from moe_precision.recording.router_norms import RouterNormHistory
+from moe_precision.recording.history import RouterNormHistory
 
 _STATE = "router_norms.safetensors"
 
@@ -104,9 +104,8 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
             losses = _losses(kwargs["model"], kwargs.get("train_dataloader"))
         plan = self._finish(state.is_world_process_zero, optimizers, losses)
         if plan is not None and (run := current_run()) is not None:
-            assert self._path is not None
-            log_to_run(run, self.history, plan, self._path)
-        self._raise_write_error()
+            log_to_run(run, self.history, plan, self._files.paths.plan)
+        self._files.raise_error()
 
     def _log(self, state: TrainerState) -> None:
         run = current_run()

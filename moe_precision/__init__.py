@@ -13,7 +13,7 @@ from .plans.plan import PrecisionPlan
 from .plans.settings import AllocationError
 from .plans.widths import PlanError
 from .quantize import PlanQuantizationConfig, QuantizationError, UnsupportedLayoutError, quantize_model
-from .recording.router_norms import HistoryError, RouterNormHistory
+from .recording.history import HistoryError, RouterNormHistory
 from .version import __version__
 
 __all__ = [

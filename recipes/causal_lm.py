@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from moe_precision.compat import layer_classes
 from moe_precision.layers.moe_layers import find_moe_layers
+from moe_precision.plans.beside import existing
 from moe_precision.quantize import PlanQuantizationConfig
-from moe_precision.recording.curvature import curvature_path
 
 FINAL_LR_FRACTION = 0.1
 
@@ -144,8 +144,7 @@ def load_checkpoint(auto_class: Any, checkpoint: str, plan: str | None) -> PreTr
         return auto_class.from_pretrained(checkpoint, dtype=dtype)
     if getattr(AutoConfig.from_pretrained(checkpoint), "quantization_config", None) is not None:
         raise ValueError(f"the checkpoint {checkpoint!r} is quantized already: give the float one that {plan!r} is of")
-    beside = curvature_path(plan)
-    config = PlanQuantizationConfig(plan, curvature=beside if beside.is_file() else None)
+    config = PlanQuantizationConfig(plan, curvature=existing("curvature", plan))
     model = auto_class.from_pretrained(checkpoint, dtype=dtype, quantization_config=config)
     model.requires_grad_(False)
     for layer in config.plan.layers.values():

@@ -40,9 +40,9 @@ from moe_precision.files import replaced_when_done
 from moe_precision.judging.evaluation import BANDS, document_losses, frequency_bands
 from moe_precision.judging.simulation import SimulatedExperts
 from moe_precision.layers.moe_layers import find_moe_layers
+from moe_precision.plans.beside import PlanFiles
 from moe_precision.plans.plan import PrecisionPlan
 from moe_precision.quantize import quantize_model
-from moe_precision.recording.curvature import curvature_path
 
 PLANS = ("curvature", "router_norm", "reversed", "random")
 BEST: Setting = {"method": "curvature", "granularity": "expert+projection"}
@@ -189,26 +189,26 @@ class AnnealStudy:
             budget: Average bits of the plan, made of the finished model; None stays in float.
             callback: How the steps are taken; None takes float steps and quantizes afterwards.
         """
-        checkpoint, curvature = self.folder / "checkpoint", self.folder / "precision_plan.curvature.safetensors"
-        plan, beside = self.folder / "recover.json", curvature_path(self.folder / "recover.json")
+        checkpoint, run = self.folder / "checkpoint", PlanFiles.of(self.folder / "precision_plan.json")
+        recovery = PlanFiles.of(self.folder / "recover.json")
         if budget is not None:
-            shutil.copy(curvature, beside)
+            shutil.copy(run.curvature, recovery.curvature)
             allocate(
                 checkpoint,
-                self.folder / "precision_plan.history.safetensors",
+                run.history,
                 average_bits=budget,
                 bits=self.settings["bits"],
                 group_size=self.model["group_size"],
-                curvature=curvature,
+                curvature=run.curvature,
                 **BEST,
-            ).save(plan)
+            ).save(recovery.plan)
         pl.seed_everything(self.seed, verbose=False)
         recover = self.settings["recover"]
         module = getattr(recipes, self.model["module"])(
             checkpoint=str(checkpoint), learning_rate=recover["learning_rate"], warmup_steps=recover["warmup_steps"]
         )
         anneals = budget is not None and steps > 0 and callback is not None
-        callbacks = [callback(start=0, plan=plan)] if anneals else []  # type: ignore[misc]
+        callbacks = [callback(start=0, plan=recovery.plan)] if anneals else []  # type: ignore[misc]
         trainer = trainer_of(self.study, self.name, self.folder / "last", callbacks, max_steps=steps)
         if steps > 0:
             trainer.fit(module, datamodule=self.data)
@@ -216,7 +216,7 @@ class AnnealStudy:
         else:
             model = load_model(checkpoint, dtype=torch.float32)
         if budget is not None and not anneals:
-            model = quantize_model(model, plan, curvature=None if steps else beside)
+            model = quantize_model(model, recovery.plan, curvature=None if steps else recovery.curvature)
         return self.losses(model)
 
     def afterwards(self) -> None:

@@ -34,12 +34,14 @@ from moe_precision.judging.judge import Judge
 from moe_precision.judging.simulation import Bits, Matrix, SimulatedExperts
 from moe_precision.judging.statistics import rank_correlation
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
+from moe_precision.plans.beside import PlanFiles
 from moe_precision.plans.methods import METHODS
 from moe_precision.plans.settings import PlanSettings
 from moe_precision.plans.widths import GRANULARITIES, stored_bits_per_weight
 from moe_precision.quantize.codec.fitting import quantize_matrix
-from moe_precision.recording.curvature import Curvature, curvature_of_losses
-from moe_precision.recording.router_norms import RouterNormHistory
+from moe_precision.recording.curvature import Curvature
+from moe_precision.recording.gradients import curvature_of_losses
+from moe_precision.recording.history import RouterNormHistory
 
 ORDERS = ("router_norm", "norm_only", "final_norm", "max_variance", "load", "least_load", "reversed")
 ZETAS = (1.5, 2.0, 5.0)  # beside the paper's 3, which is `router_norm`, and `norm_only`
@@ -61,8 +63,8 @@ class Study:
         data, folder = train(study, name, seed, root), folder_of(name, seed, root)
         self.model: PreTrainedModel = load_model(folder / "checkpoint", dtype=torch.float32).eval()
         self.layers: list[MoELayer] = find_moe_layers(self.model)
-        self.history = RouterNormHistory.load(folder / "precision_plan.history.safetensors")
-        self.curvature = Curvature.load(folder / "precision_plan.curvature.safetensors")
+        files = PlanFiles.of(folder / "precision_plan.json")
+        self.history, self.curvature = RouterNormHistory.load(files.history), Curvature.load(files.curvature)
         self.baseline = Snapshot.first_of(self.history)
         self.final = LiveWeights(self.model, self.history.patterns).snapshot(variance=True)
         self.token_counts: Tensor = data.token_counts

@@ -17,7 +17,7 @@ from ..plans.plan import PrecisionPlan
 from ..plans.settings import ZETA, AllocationError, PlanSettings
 from ..plans.widths import Granularity
 from ..recording.curvature import Curvature, as_curvature
-from ..recording.router_norms import HistoryError, RouterNormHistory
+from ..recording.history import HistoryError, RouterNormHistory
 from .planning import plan_from_signals
 from .snapshot import Snapshot
 from .weights import LiveWeights, StoredWeights, Weights

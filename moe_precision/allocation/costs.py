@@ -13,7 +13,6 @@ from ..layers.moe_layers import MoELayer
 from ..quantize.codec.fitting import quantize_matrix
 from ..quantize.kernels import scaled
 from ..recording.curvature import Curvature
-from ..recording.signals import curvature_cost, weight_error
 
 
 class CostError(ValueError):
@@ -107,3 +106,39 @@ def cost_of(
         return float(weight_error(weight, quantized))
     rows, columns = curvature.rows[layer][projection][expert], curvature.columns[layer][projection][expert]
     return float(curvature_cost(weight, quantized, rows, columns))
+
+
+def weight_error(weight: Tensor, quantized: Tensor) -> Tensor:
+    """Squared error of a quantized matrix, ``sum (Q - W)**2``.
+
+    Args:
+        weight: ``(out, in)``.
+        quantized: The same shape.
+
+    Returns:
+        Scalar float32.
+    """
+    return (quantized.float() - weight.float()).square().sum()
+
+
+def curvature_cost(weight: Tensor, quantized: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """What quantizing a matrix costs by a second-order expansion of the loss: ``1/2 sum v (Q - W)**2``.
+
+    ``v``, Adam's bias-corrected second moment, stands for the diagonal of the Hessian (the empirical Fisher matrix) and
+    is taken as ``rows[i] * columns[j] / mean(v)``. Gradients are means over a batch, so that costs are too small by a
+    factor of about the number of tokens in it: the same for all matrices of a run, they compare and add up.
+
+    Args:
+        weight: ``(out, in)``.
+        quantized: The same shape.
+        rows: Mean of ``v`` over each row, ``(out,)``.
+        columns: Mean of ``v`` over each column, ``(in,)``.
+
+    Returns:
+        Scalar float32.
+    """
+    squared = (quantized.float() - weight.float()).square()  # (out, in)
+    mean = rows.mean()
+    if mean == 0:
+        return mean  # an expert that never had a gradient
+    return 0.5 * (rows.to(squared) @ squared @ columns.to(squared)) / mean.to(squared)

@@ -30,6 +30,13 @@ def rank_experts(change: Tensor, max_variance: Tensor | None = None, zeta: float
 
     Returns:
         Expert indices.
+
+    Example:
+        >>> import torch
+        >>> rank_experts(torch.tensor([0.3, -0.1, 0.2]))
+        [1, 2, 0]
+        >>> rank_experts(torch.tensor([0.3, -0.1, 0.2]), max_variance=torch.tensor([4.0, 1.0, 1.0]))
+        [0, 1, 2]
     """
     if change.ndim != 1 or not change.isfinite().all():
         raise AllocationError(f"expected finite changes of shape (E,), got shape {tuple(change.shape)}: {change}")
@@ -63,6 +70,10 @@ def bits_from_order(order: Sequence[int], average_bits: float, bits: Sequence[in
 
     Raises:
         AllocationError: The levels or the average are out of range.
+
+    Example:
+        >>> bits_from_order([1, 2, 0, 3], average_bits=2.5, bits=(2, 3))
+        [2, 3, 3, 2]
     """
     check_budget(average_bits, bits)
     if sorted(order) != list(range(len(order))):

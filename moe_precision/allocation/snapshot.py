@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layers.patterns import Patterns
 from ..layers.shape import LayerShape
-from ..recording.router_norms import HistoryError, RouterNormHistory
+from ..recording.history import HistoryError, RouterNormHistory
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..layers.router_rows import router_row_norms
 from ..plans.plan import model_type_of
 from ..recording.curvature import Curvature
-from ..recording.router_norms import RouterNormHistory
+from ..recording.history import RouterNormHistory
 from ..recording.signals import max_variance
 from .checkpoint import CheckpointError, empty_model, weight_files
 

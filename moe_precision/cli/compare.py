@@ -11,12 +11,12 @@ from typing import Any
 
 from ..checkpoints.checkpoint import load_model
 from ..files import check_writable, replaced_when_done
+from ..plans.beside import PlanFiles, existing
 from ..plans.methods import ALL_METHODS, METHODS
 from ..plans.settings import AllocationError, check_levels
 from ..plans.widths import GRANULARITIES
-from ..recording.curvature import Curvature, curvature_path
-from ..recording.router_norms import RouterNormHistory
-from .beside import beside
+from ..recording.curvature import Curvature
+from ..recording.history import RouterNormHistory
 from .options import Commands, add_command, add_dataset, add_levels, count, data_of, positive
 
 
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
 
     outputs = _checked_outputs(options)
     history = None if options.history is None else RouterNormHistory.load(options.history)
-    path_of_curvature = options.curvature or beside("curvature", options.history)
+    path_of_curvature = options.curvature or existing("curvature", options.history)
     curvature = None if path_of_curvature is None else Curvature.load(path_of_curvature)
     model = load_model(options.checkpoint, dtype="float32")
     data = data_of(options, options.checkpoint, model)
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         if winner is None:
             raise AllocationError("no method could be compared, there is no winner to write")
         if curvature is not None:
-            curvature.save(curvature_path(options.write_plan))
+            curvature.save(PlanFiles.of(options.write_plan).curvature)
         winner.plan.save(options.write_plan)
     for path in outputs:
         print(f"wrote {path}")
@@ -87,7 +87,7 @@ def _checked_outputs(options: argparse.Namespace) -> list[str]:
             raise ValueError(f"--write-plan writes the winner, and {', '.join(options.methods)} are controls")
     if options.plot is not None and Path(options.plot).suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--plot must end in .png, .pdf or .svg, got {options.plot!r}")
-    beside_plan = [] if options.write_plan is None else [str(curvature_path(options.write_plan))]
+    beside_plan = [] if options.write_plan is None else [str(PlanFiles.of(options.write_plan).curvature)]
     for path in [*outputs, *beside_plan]:
         if Path(path).exists():
             raise FileExistsError(f"{path!r} exists; name another file")

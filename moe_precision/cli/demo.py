@@ -23,13 +23,14 @@ from transformers.utils.logging import disable_progress_bar
 from ..allocation.allocator import allocate, make_plan
 from ..checkpoints.checkpoint import load_model, stored_bits_per_expert_weight, weight_files
 from ..judging.evaluation import Evaluation, evaluate
+from ..plans.beside import PlanFiles
 from ..plans.methods import MethodName
 from ..plans.plan import PrecisionPlan
 from ..present.figures import plot_router_norms
 from ..present.tables import show
 from ..quantize.writer import quantize_checkpoint
-from ..recording.curvature import Curvature, curvature_path
-from ..recording.router_norms import RouterNormHistory
+from ..recording.curvature import Curvature
+from ..recording.history import RouterNormHistory
 from .fit import train
 from .options import Commands, add_command, positive
 
@@ -67,8 +68,9 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
     config.write_text(yaml.safe_dump(_moved(yaml.safe_load(recipe), str(output))), encoding="utf-8")
     data = train(["--config", str(config), *([] if max_steps is None else ["--trainer.max_steps", str(max_steps)])])
 
-    checkpoint, history = output / "checkpoint", RouterNormHistory.load(output / "precision_plan.history.safetensors")
-    plan = PrecisionPlan.load(output / "precision_plan.json")
+    run = PlanFiles.of(output / "precision_plan.json")
+    checkpoint, history = output / "checkpoint", RouterNormHistory.load(run.history)
+    plan = PrecisionPlan.load(run.plan)
     picture = output / "router_norms.png"
     plot_router_norms(history, plan).savefig(picture, dpi=120)
 
@@ -82,7 +84,7 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
     asked = replace(plan.settings, bits=levels)
     for method in _ORDERS:
         plans[f"{method} order"] = make_plan(replace(asked, method=method), history=history)
-    curvature = Curvature.load(curvature_path(output / "precision_plan.json"))
+    curvature = Curvature.load(run.curvature)
     by_curvature = replace(asked, method="curvature")
     plans["curvature"] = make_plan(by_curvature, checkpoint, history, curvature)
     finer = replace(by_curvature, bits=_MORE_LEVELS, granularity="expert+projection")

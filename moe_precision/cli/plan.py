@@ -15,13 +15,14 @@ from ..checkpoints.checkpoint import load_model, weight_files
 from ..checkpoints.reading import StreamingError
 from ..files import check_writable
 from ..layers.moe_layers import find_moe_layers
+from ..plans.beside import PlanFiles, existing
 from ..plans.methods import PLAN_METHODS, reads
 from ..plans.plan import PrecisionPlan
 from ..plans.settings import PlanSettings
 from ..present.tables import plan_table, show
-from ..recording.curvature import Curvature, curvature_of_losses, curvature_path
-from ..recording.router_norms import RouterNormHistory
-from .beside import beside
+from ..recording.curvature import Curvature
+from ..recording.gradients import curvature_of_losses
+from ..recording.history import RouterNormHistory
 from .options import Commands, add_command, add_dataset, add_plan_settings, data_of, positive, settings_of
 
 
@@ -30,12 +31,13 @@ def run(options: argparse.Namespace) -> None:
     if Path(options.output).exists():
         raise FileExistsError(f"{options.output!r} exists; name another file with -o")
     check_writable(options.output)
-    if options.curvature_batches is not None and curvature_path(options.output).exists():
-        raise FileExistsError(f"{str(curvature_path(options.output))!r} exists; name another file with -o")
+    if options.curvature_batches is not None and (path := PlanFiles.of(options.output).curvature).exists():
+        raise FileExistsError(f"{str(path)!r} exists; name another file with -o")
     plan, curvature = _allocated(options)
     if curvature is not None:
-        curvature.save(curvature_path(options.output))
-        print(f"wrote {curvature_path(options.output)}")
+        path = PlanFiles.of(options.output).curvature
+        curvature.save(path)
+        print(f"wrote {path}")
     plan.save(options.output)
     show(plan_table(plan))
     print(f"wrote {options.output}")
@@ -58,7 +60,7 @@ def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, Curvature | 
             weight_files(folder)  # before any work
     curvature: Curvature | str | Path | None = options.curvature
     if curvature is None and options.curvature_batches is None and reads(settings.method, "curvature"):
-        curvature = beside("curvature", source)
+        curvature = existing("curvature", source)
     made = None
     if options.curvature_batches is not None:
         if final is None:

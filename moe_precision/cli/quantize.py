@@ -12,9 +12,9 @@ from transformers import AutoConfig
 
 from ..checkpoints.checkpoint import empty_model, stored_bits_per_expert_weight, tensor_bytes
 from ..files import check_writable
+from ..plans.beside import existing
 from ..plans.plan import PrecisionPlan
 from ..quantize.writer import quantize_checkpoint
-from .beside import beside
 from .options import Commands, add_command, add_dataset, data_of, positive
 
 
@@ -25,8 +25,8 @@ def run(options: argparse.Namespace) -> None:
     if options.backend == "auto-round":
         _quantize_with_auto_round(options, plan)
         return
-    curvature = options.curvature or beside("curvature", options.plan)
-    grid = options.grid or beside("grid", options.plan)
+    curvature = options.curvature or existing("curvature", options.plan)
+    grid = options.grid or existing("grid", options.plan)
     if grid is not None:
         print(f"takes scales and offsets from {grid}, on which training has ended")
     elif curvature is not None:

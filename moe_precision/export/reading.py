@@ -19,6 +19,7 @@ from ..checkpoints.checkpoint import CheckpointError, StoredTensor, empty_model,
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..layers.shape import LayerShape
 from ..plans.layer_plan import LayerPlan
+from ..plans.notes import PlanNotes
 from ..plans.plan import PrecisionPlan, model_type_of
 from ..quantize.config import QUANT_METHOD
 from .names import Place, places
@@ -151,7 +152,7 @@ def _read_layers(layers: list[MoELayer], model_type: str, stores: _Stores) -> tu
     return found, groups
 
 
-def _read_from(folder: str | os.PathLike, groups: Iterable[int]) -> dict[str, Any]:
+def _read_from(folder: str | os.PathLike, groups: Iterable[int]) -> PlanNotes:
     return {"read_from": Path(folder).name, "group_sizes": sorted(groups)}
 
 

@@ -20,8 +20,8 @@ from ..plans.plan import PrecisionPlan
 from ..plans.settings import AllocationError, PlanSettings, check_levels
 from ..plans.widths import GRANULARITIES, Granularity
 from ..recording.curvature import Curvature
+from ..recording.history import RouterNormHistory
 from ..recording.loads import count_loads
-from ..recording.router_norms import RouterNormHistory
 from .comparison import Comparison, Row
 from .evaluation import BANDS, document_losses
 from .judge import Judge

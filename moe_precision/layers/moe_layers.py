@@ -35,6 +35,13 @@ class MoELayer:
         width: Width of the layer's input, as its router reads it.
         router_is: Where the router's weight is; ``(d, rows)`` if ``router_transposed``.
         banks: Projection name -> where its matrices are.
+
+    Example:
+        >>> layer = find_moe_layers(model)[0]
+        >>> layer.router, layer.num_experts
+        ('model.layers.0.mlp.gate.weight', 8)
+        >>> {name: tuple(matrix.shape) for name, matrix in layer.expert_weights(0).items()}
+        {'gate_up_proj': (256, 64), 'down_proj': (64, 128)}
     """
 
     name: str
@@ -137,6 +144,7 @@ class MoELayer:
 
 def find_moe_layers(
     model: nn.Module,
+    *,
     skip_unrouted: bool = False,
     router_pattern: str | None = None,
     expert_pattern: str | None = None,
@@ -145,7 +153,7 @@ def find_moe_layers(
 
     Experts are found as 3-D parameters that share their first dimension (fused families), as flat banks whose module
     tells the number of experts (dbrx), or as a numbered list of equal modules; the router is the matrix near them with
-    one row an expert. Names are relative to the transformers model inside of ``model``, if there is one.
+    one row per expert. Names are relative to the transformers model inside of ``model``, if there is one.
 
     Args:
         model: Any module, on any device (meta included), wrapped or not. Under FSDP1 this is a collective.
@@ -160,6 +168,10 @@ def find_moe_layers(
     Raises:
         MoELayerError: No layer at all, experts without a router, two equally good routers, banks whose orientation
             nothing shows, or a pattern that matches nothing.
+
+    Example:
+        >>> [layer.name for layer in find_moe_layers(model)]
+        ['model.layers.0.mlp', 'model.layers.1.mlp']
     """
     for argument, pattern in (("router_pattern", router_pattern), ("expert_pattern", expert_pattern)):
         check_pattern(argument, pattern)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ..judging.comparison import Comparison
 from ..plans.methods import CONTROLS
 from ..plans.plan import PrecisionPlan
-from ..recording.router_norms import RouterNormHistory
+from ..recording.history import RouterNormHistory
 
 _MAX_COLUMNS = 4
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..allocation.orders import bits_from_order, rank_experts
 from ..plans.settings import PlanSettings
-from ..recording.router_norms import RouterNormHistory, aggregates
+from ..recording.history import RouterNormHistory, aggregates
 
 
 def load_metrics(before: dict[str, Tensor], now: dict[str, Tensor], layers: Sequence[str]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from pytorch_lightning.loggers import Logger
 
 from moe_precision.plans.plan import PrecisionPlan
 from moe_precision.present.figures import plot_change_heatmap
-from moe_precision.recording.router_norms import RouterNormHistory
+from moe_precision.recording.history import RouterNormHistory
 
 _MAX_POINTS = 500  # a curve in a chart; W&B itself samples lines to 1,500 points
 

@@ -13,10 +13,10 @@ from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..layers.moe_layers import MoELayer
+from ..plans.document import Document
 from ..plans.plan import PrecisionPlan, as_plan
 from ..plans.widths import PlanError
 from ..recording.curvature import Curvature, as_curvature
-from ..recording.router_norms import check_same_weights
 from .codec.grid import Grid
 
 QUANT_METHOD = "moe_precision"
@@ -44,14 +44,16 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         PlanError: The plan or ``non_expert_bits`` is not valid.
 
     Example:
+        >>> from transformers import AutoModelForCausalLM
         >>> config = PlanQuantizationConfig("precision_plan.json")
         >>> model = AutoModelForCausalLM.from_pretrained("checkpoint", quantization_config=config)
-        >>> model.save_pretrained("quantized")
+        >>> model.save_pretrained("packed")
     """
 
     def __init__(
         self,
-        plan: PrecisionPlan | dict | str | os.PathLike,
+        plan: PrecisionPlan | Document | str | os.PathLike[str],
+        *,
         non_expert_bits: int | None = None,
         curvature: Curvature | str | os.PathLike | None = None,
         grid: Grid | str | os.PathLike | None = None,
@@ -109,7 +111,7 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
 
         Raises:
             CurvatureError: The curvature is of other weights.
-            HistoryError: The grid is of other weights.
+            GridError: The grid is of other weights.
         """
         if self.curvature is None and self.grid is None:
             return
@@ -117,4 +119,4 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         if self.curvature is not None:
             self.curvature.check_router_norms(norms)
         if self.grid is not None:
-            check_same_weights(self.grid.router_norms, norms, "grid")
+            self.grid.check_router_norms(norms)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..compat import mark_as_quantized
 from ..layers.moe_layers import find_moe_layers
+from ..plans.document import Document
 from ..plans.plan import PrecisionPlan
 from ..recording.curvature import Curvature
 from .codec.grid import Grid
@@ -22,7 +23,8 @@ from .replace import EXPERTS_IMPLEMENTATION, find_targets, replace_weight
 
 def quantize_model(
     model: nn.Module,
-    plan: PrecisionPlan | dict | str | os.PathLike,
+    plan: PrecisionPlan | Document | str | os.PathLike[str],
+    *,
     non_expert_bits: int | None = None,
     curvature: Curvature | str | os.PathLike | None = None,
     grid: Grid | str | os.PathLike | None = None,
@@ -42,8 +44,12 @@ def quantize_model(
     Raises:
         PlanError: The plan is for another model.
         UnsupportedLayoutError: Experts in a layout that cannot be packed yet.
+
+    Example:
+        >>> plan = allocate(model, method="weight_error", average_bits=2.5, group_size=64)
+        >>> quantize_model(model, plan).save_pretrained("packed")
     """
-    config = PlanQuantizationConfig(plan, non_expert_bits, curvature, grid)
+    config = PlanQuantizationConfig(plan, non_expert_bits=non_expert_bits, curvature=curvature, grid=grid)
     layers = find_moe_layers(model, **config.plan.patterns)
     targets = find_targets(model, layers, config.plan, non_expert_bits, config.curvature, config.grid)
     config.warn_if_unweighted()

@@ -1,4 +1,4 @@
-"""What is known of each expert when training ends: one pure function a signal."""
+"""What is known of each expert when training ends: one pure function per signal."""
 
 from __future__ import annotations
 
@@ -46,42 +46,6 @@ def max_variance(first_projection: Tensor) -> Tensor:
     mean_squares = torch.linalg.vector_norm(first_projection, dim=1).float().square() / first_projection.shape[1]
     reached = _largest_variance(first_projection[mean_squares.argmax()].unsqueeze(0))
     return _largest_variance(first_projection[~(mean_squares * _ROUNDING < reached)])
-
-
-def weight_error(weight: Tensor, quantized: Tensor) -> Tensor:
-    """Squared error of a quantized matrix, ``sum (Q - W)**2``.
-
-    Args:
-        weight: ``(out, in)``.
-        quantized: The same shape.
-
-    Returns:
-        Scalar float32.
-    """
-    return (quantized.float() - weight.float()).square().sum()
-
-
-def curvature_cost(weight: Tensor, quantized: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """What quantizing a matrix costs by a second-order expansion of the loss: ``1/2 sum v (Q - W)**2``.
-
-    ``v``, Adam's bias-corrected second moment, stands for the diagonal of the Hessian (the empirical Fisher matrix) and
-    is taken as ``rows[i] * columns[j] / mean(v)``. Gradients are means over a batch, so that costs are too small by a
-    factor of about the number of tokens in it: the same for all matrices of a run, they compare and add up.
-
-    Args:
-        weight: ``(out, in)``.
-        quantized: The same shape.
-        rows: Mean of ``v`` over each row, ``(out,)``.
-        columns: Mean of ``v`` over each column, ``(in,)``.
-
-    Returns:
-        Scalar float32.
-    """
-    squared = (quantized.float() - weight.float()).square()  # (out, in)
-    mean = rows.mean()
-    if mean == 0:
-        return mean  # an expert that never had a gradient
-    return 0.5 * (rows.to(squared) @ squared @ columns.to(squared)) / mean.to(squared)
 
 
 def expert_load(index: Tensor, weights: Tensor | None, num_experts: int) -> Tensor:

@@ -5,12 +5,12 @@ import torch
 import wandb
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from moe_precision import HistoryError, PrecisionPlan, allocate
+from moe_precision import PrecisionPlan, allocate
 from moe_precision.annealing.covers import AnnealError
 from moe_precision.callbacks import PrecisionAnnealTrainerCallback, RouterNormTrainerCallback
 from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.cli.main import main
-from moe_precision.quantize.codec.grid import Grid
+from moe_precision.quantize.codec.grid import Grid, GridError
 from tests.support.models import build, logits
 from tests.support.wandb_file import read_curves
 
@@ -70,7 +70,7 @@ def test_resume_in_the_middle_ends_bit_identical(tmp_path):
 def test_a_resume_that_lost_weights_or_grid_is_an_error(tmp_path):
     train(tmp_path, anneal(), steps=6, save_strategy="steps", save_steps=6)
     checkpoint = tmp_path / "checkpoint-6"
-    with pytest.raises(HistoryError, match=r"is of other weights.*from_pretrained\(checkpoint\)"):
+    with pytest.raises(GridError, match=r"is of other weights.*from_pretrained\(checkpoint\)"):
         train(tmp_path, anneal(), resume=str(checkpoint), restored=False)
     (checkpoint / "annealing.safetensors").unlink()
     with pytest.raises(AnnealError, match="resumes at step 6, annealing began at 4"):

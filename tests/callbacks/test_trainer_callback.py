@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from moe_precision import AllocationError, HistoryError, PrecisionPlan, RouterNormHistory, find_moe_layers
 from moe_precision.callbacks import RouterNormMonitor, RouterNormTrainerCallback
-from moe_precision.recording.curvature import Curvature, curvature_of_losses
+from moe_precision.recording.curvature import Curvature
+from moe_precision.recording.gradients import curvature_of_losses
 from tests.support.models import build
 from tests.support.wandb_file import read_artifacts, read_curves
 

@@ -317,7 +317,7 @@ def test_bytes_are_8_bits_only_where_nothing_else_is_named(tmp_path):
         ("[]", "is a float checkpoint"),
         ('{"text_config": null}', "is a float checkpoint"),
         ('{"quantization_config": "x"}', "its quantization_config is 'x'"),
-        ('{"quantization_config": {"quant_method": "moe_precision"}}', "is no precision plan"),
+        ('{"quantization_config": {"quant_method": "moe_precision"}}', "is not a precision plan"),
         ('{"quant', "config.json' is damaged"),
     ],
 )

@@ -25,11 +25,11 @@ from moe_precision.judging.statistics import Interval
 from moe_precision.judging.verdict import verdict
 from moe_precision.present.figures import plot_comparison
 from moe_precision.recipes import SummarizationDataModule, TextDataModule
-from moe_precision.recording.curvature import curvature_of
 from moe_precision.recording.router_norms import router_norms
+from moe_precision.recording.second_moments import curvature_of
 from tests.cli.test_cli import TEXT
-from tests.recording.test_curvature import trained_with
 from tests.support.models import build
+from tests.support.optimizers import trained_with
 
 
 @pytest.fixture(scope="module")

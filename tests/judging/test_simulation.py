@@ -8,9 +8,9 @@ import torch
 from moe_precision import allocate, find_moe_layers, quantize_model
 from moe_precision.allocation.costs import CostError, expert_costs
 from moe_precision.judging.simulation import SimulatedExperts
-from moe_precision.recording.curvature import curvature_of
-from tests.recording.test_curvature import trained_with
+from moe_precision.recording.second_moments import curvature_of
 from tests.support.models import build, logits
+from tests.support.optimizers import trained_with
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])

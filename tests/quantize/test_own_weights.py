@@ -10,7 +10,8 @@ from moe_precision import HistoryError, allocate, find_moe_layers, quantize_mode
 from moe_precision.annealing.hooks import GridHooks
 from moe_precision.quantize.codec.grid import Grid
 from moe_precision.quantize.modules import PackedLinear
-from moe_precision.recording.curvature import CurvatureError, curvature_of_losses
+from moe_precision.recording.curvature import CurvatureError
+from moe_precision.recording.gradients import curvature_of_losses
 from tests.support.models import PlainMoE
 
 PATTERN = r"^w_gate$"

@@ -5,30 +5,31 @@ While training anneals, every forward pass uses the nearest weights on the grid.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ...files import save_tensors
+from ...checkpoints.tensor_file import Nested, TensorFile, named
 from ...layers.moe_layers import MoELayer
 from ...plans.plan import PrecisionPlan
 from ...plans.widths import PlanError
 from ...recording.curvature import Curvature
+from ...recording.router_norms import check_same_weights
 from .fitting import codes_on_grid, quantize_matrix
 
-_FORMAT = "moe-precision-grid"
-_VERSION = 1
 _CHUNK = 1 << 19  # weights at a time: their float32 stays in cache
 
 
 class GridError(ValueError):
-    """A grid that is damaged, or belongs to another plan."""
+    """A grid that is damaged, or belongs to another plan or to other weights."""
+
+
+_FILE = TensorFile("moe-precision-grid", 1, GridError, "grid")
 
 
 @dataclass
@@ -38,13 +39,13 @@ class Grid:
     Attributes:
         plan: The widths; experts at 16 bits are left alone.
         scales: Layer name -> projection -> ``(E, out, in / group)`` float16.
-        offsets: The same.
+        offsets: Layer name -> projection -> ``(E, out, in / group)`` float16.
         router_norms: Layer name -> ``(E,)`` float32 when it was saved, by which the weights it belongs to are known.
     """
 
     plan: PrecisionPlan
-    scales: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    offsets: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    scales: Nested = field(default_factory=dict)
+    offsets: Nested = field(default_factory=dict)
     router_norms: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -75,7 +76,7 @@ class Grid:
         return {"plan": self.plan.to_dict(), "scales": self.scales, "offsets": self.offsets}
 
     @classmethod
-    def from_state_dict(cls, state: dict) -> Grid:
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Grid:
         """Inverse of `state_dict`."""
         return cls(PrecisionPlan.from_dict(state["plan"]), dict(state["scales"]), dict(state["offsets"]))
 
@@ -84,49 +85,35 @@ class Grid:
         if self.plan.group_size != plan.group_size or self.plan.diff(plan):
             raise GridError("the grid belongs to another plan: widths or group size differ; give the plan beside it")
 
-    def save(self, path: str | os.PathLike) -> None:
+    def check_router_norms(self, norms: dict[str, Tensor], what: str = "grid") -> None:
+        """Raises `GridError` if router norms show that it is of other weights; see `check_same_weights`."""
+        check_same_weights(self.router_norms, norms, what, GridError)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes safetensors: ``scales/<layer>/<projection>``, ``offsets/...``, ``router_norms/<layer>``, and the plan.
 
         Raises:
             OSError: The file cannot be written; an existing one is left as it was.
         """
-        tensors: dict[str, Tensor] = {}
-        for kind, values in (("scales", self.scales), ("offsets", self.offsets)):
-            for layer, of_layer in values.items():
-                tensors |= {f"{kind}/{layer}/{name}": tensor.cpu() for name, tensor in of_layer.items()}
-        tensors |= {f"router_norms/{layer}": norms for layer, norms in self.router_norms.items()}
-        plan = json.dumps(self.plan.to_dict())
-        save_tensors(tensors, path, {"format": _FORMAT, "version": str(_VERSION), "plan": plan})
+        tensors = named("scales", self.scales) | named("offsets", self.offsets)
+        _FILE.save(path, tensors | named("router_norms", self.router_norms), plan=self.plan.to_dict())
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Grid:
+    def load(cls, path: str | os.PathLike[str]) -> Grid:
         """Reads what `save` wrote.
 
         Raises:
             FileNotFoundError: No such file.
-            GridError: The file is truncated, or is no grid.
+            GridError: The file is damaged, of another version, or holds no grid.
         """
-        name = repr(os.fspath(path))
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"no grid at {name}")
+        file = _FILE.load(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT or metadata.get("version") != str(_VERSION):
-                    raise GridError(f"{name} is no {_FORMAT} of version {_VERSION}; its metadata: {metadata}")
-                plan = PrecisionPlan.from_dict(json.loads(metadata["plan"]), name)
-                scales, offsets = (
-                    {
-                        layer: {p: file.get_tensor(f"{kind}/{layer}/{p}") for p in of.shape.projections}
-                        for layer, of in plan.layers.items()
-                    }
-                    for kind in ("scales", "offsets")
-                )
-                names = [f"router_norms/{layer}" for layer in plan.layers]
-                norms = {n.removeprefix("router_norms/"): file.get_tensor(n) for n in names if n in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, json.JSONDecodeError, PlanError) as error:
-            raise GridError(f"{name} is no whole grid file: {error}") from error
-        return cls(plan, scales, offsets, norms)
+            plan = PrecisionPlan.from_dict(file.decoded("plan"), "its plan")
+        except PlanError as error:
+            raise file.damaged(str(error)) from error
+        layers = {name: layer.shape for name, layer in plan.layers.items()}
+        scales, offsets = file.nested("scales", layers), file.nested("offsets", layers)
+        return cls(plan, scales, offsets, file.by_layer("router_norms", layers))
 
 
 def on_grid(weight: Tensor, bits: Sequence[int], scale: Tensor, offset: Tensor, out: Tensor | None = None) -> Tensor:

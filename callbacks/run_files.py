@@ -1,0 +1,79 @@
+"""The files that a callback leaves at the end of a run: where they go, and what happens if a disk is full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pytorch_lightning.utilities import rank_zero_warn
+
+from moe_precision.files import check_writable
+from moe_precision.plans.beside import PlanFiles
+
+
+class RunFiles:
+    """A plan and the files beside it.
+
+    A full disk does not stop the run, whose other callbacks may still save the model: `write` warns and remembers the
+    error, and `raise_error` raises it when all of them have done their work.
+
+    Args:
+        export_to: Path of the plan, relative to the folder of the run.
+        owner: Name of the callback, for messages.
+        rescue: What a user can still do when a file could not be written, a sentence.
+
+    Raises:
+        ValueError: ``export_to`` does not end in ``.json``.
+    """
+
+    def __init__(self, export_to: str, owner: str, rescue: str) -> None:
+        if Path(export_to).suffix != ".json":
+            raise ValueError(f"export_to must end in .json, got {export_to!r}")
+        self._export_to, self._owner, self._rescue = export_to, owner, rescue
+        self._files: PlanFiles | None = None
+        self._error: OSError | None = None
+
+    @property
+    def written(self) -> bool:
+        """Whether this run writes files at all."""
+        return self._files is not None
+
+    @property
+    def paths(self) -> PlanFiles:
+        """Where the files go; only for a run that writes files."""
+        assert self._files is not None, "this run writes no files"
+        return self._files
+
+    def prepare(self, folder: str | None) -> None:
+        """Before training: checks that the plan can be written.
+
+        Args:
+            folder: What ``export_to`` is relative to; None for a run that writes nothing.
+
+        Raises:
+            OSError: The plan's folder cannot be written to.
+        """
+        self._error = None
+        self._files = None if folder is None else PlanFiles(Path(folder, self._export_to))
+        if self._files is not None:
+            check_writable(self._files.plan)
+
+    def write(self, save: Callable[[Path], None], path: Path) -> bool:
+        """Writes one file; returns whether that worked."""
+        try:
+            save(path)
+        except OSError as error:
+            text = f"{self._owner} could not write {str(path)!r}: {error.strerror or error}. {self._rescue}"
+            self._error = type(error)(error.errno, text)
+            rank_zero_warn(str(self._error))
+            return False
+        return True
+
+    def raise_error(self) -> None:
+        """Raises what `write` could not write.
+
+        Raises:
+            OSError: The path and the reason.
+        """
+        if self._error is not None:
+            raise self._error

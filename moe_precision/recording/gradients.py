@@ -1,0 +1,101 @@
+"""Curvature from losses of some training batches, for experts whose optimizer keeps no second moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..layers.module_tree import Weight
+from ..layers.moe_layers import MoELayer
+from .curvature import Curvature, CurvatureError, Means, row_and_column_means
+
+
+def curvature_of_losses(layers: list[MoELayer], losses: Iterable[Callable[[], Tensor | None]]) -> Curvature:
+    """Means of the squared gradients of some losses.
+
+    With several processes it is a collective: DDP and FSDP2 average the gradients of what they train, and those of
+    frozen experts are averaged here. Afterwards expert weights have no gradient, and other parameters keep the one of
+    the last loss.
+
+    Args:
+        layers: As found by `find_moe_layers`; frozen experts are unfrozen while this runs.
+        losses: Each computes the loss of one batch, ``()``, or None to skip it; batches of the size of training's keep
+            costs on the scale of the optimizer's.
+
+    Raises:
+        CurvatureError: No loss at all, a gradient that is not finite, or none reaches any expert of a layer.
+    """
+    weights = [weight for layer in layers for bank in layer.banks.values() for weight in bank.weights]
+    parameters = [weight.parameter() for weight in weights]
+    sums: dict[int, Means] = {}
+    count = 0
+    with _unfrozen(parameters) as frozen:
+        for loss in losses:
+            for parameter in parameters:
+                parameter.grad = None
+            value = loss()
+            if value is None:
+                continue
+            value.backward()
+            count += 1
+            _average_over_processes(frozen)
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    rows, columns = row_and_column_means(parameter.grad.float().square())
+                    before = sums.get(id(parameter))
+                    sums[id(parameter)] = (rows, columns) if before is None else (before[0] + rows, before[1] + columns)
+    if count == 0:
+        raise CurvatureError("no batch gave a loss to take gradients of")
+
+    def means_of(weight: Weight) -> Means | None:
+        found = sums.get(id(weight.parameter()))
+        return None if found is None or not found[0].any() else (found[0] / count, found[1] / count)
+
+    return Curvature.of(layers, means_of)
+
+
+@contextmanager
+def _unfrozen(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """All parameters require gradients inside; yields those that do not outside. None has a gradient afterwards."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield frozen
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _average_over_processes(frozen: Sequence[Tensor]) -> None:
+    """Averages the gradients of frozen parameters, which DDP leaves alone; FSDP2 has averaged its own already."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    for parameter in frozen:
+        if not isinstance(parameter, DTensor):
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+
+@contextmanager
+def left_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Afterwards the buffers and modes of a model are as before, and no gradient is left."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for module, training in modes:
+            module.training = training
+        model.zero_grad(set_to_none=True)

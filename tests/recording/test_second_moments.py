@@ -1,0 +1,104 @@
+"""Curvature read from optimizers, against their own state and each other."""
+
+import importlib
+from importlib.util import find_spec
+
+import pytest
+import torch
+from transformers.optimization import Adafactor
+
+from moe_precision import find_moe_layers
+from moe_precision.recording.curvature import CurvatureError
+from moe_precision.recording.second_moments import curvature_of
+from tests.support.models import build
+from tests.support.optimizers import trained_with
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])
+def test_means_of_the_second_moment(family):
+    model = build(family)
+    optimizer = trained_with(torch.optim.AdamW, model, betas=(0.9, 0.95))
+    layers = find_moe_layers(model)
+    curvature = curvature_of(layers, [optimizer])
+    layer = layers[-1]
+    for name, bank in layer.banks.items():
+        parameters = [weight.parameter() for weight in bank.weights]
+        moments = [optimizer.state[p]["exp_avg_sq"].double() / (1 - 0.95**3) for p in parameters]
+        moment = moments[0] if len(moments) == 1 else torch.stack(moments)  # (E, rows, columns)
+        if layer.transposed:
+            moment = moment.transpose(1, 2)
+        torch.testing.assert_close(curvature.rows[layer.name][name].double(), moment.mean(2), rtol=1e-4, atol=0)
+        torch.testing.assert_close(curvature.columns[layer.name][name].double(), moment.mean(1), rtol=1e-4, atol=0)
+        assert curvature.columns[layer.name][name].shape == (8, layer.projections[name][1])
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adagrad])
+def test_other_optimizers_are_named(optimizer_class):
+    model = build("mixtral")
+    with pytest.raises(CurvatureError, match=r"no second moment of shape \(8, 256, 64\) for .*gate_up_proj'"):
+        curvature_of(find_moe_layers(model), [trained_with(optimizer_class, model)])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])
+@pytest.mark.parametrize("optimizer_class", [torch.optim.Adafactor, Adafactor])
+def test_adafactor_keeps_these_means_itself(optimizer_class, family):
+    settings = {"relative_step": False, "scale_parameter": False} if optimizer_class is Adafactor else {}
+    model = build(family)
+    optimizer = trained_with(optimizer_class, model, steps=1, **settings)
+    layers = find_moe_layers(model)
+    curvature = curvature_of(layers, [optimizer])
+    reference = build(family)  # after one step of any optimizer the moment is the gradient's square
+    adam = trained_with(torch.optim.Adam, reference, steps=1)
+    expected = curvature_of(find_moe_layers(reference), [adam])
+    for name in expected.layers:
+        for projection in expected.rows[name]:
+            pairs = (
+                (found[name][projection], other[name][projection])
+                for found, other in ((curvature.rows, expected.rows), (curvature.columns, expected.columns))
+            )
+            for found, other in pairs:
+                torch.testing.assert_close(found, other, rtol=1e-3, atol=1e-20)
+
+
+def test_torchaos_and_bitsandbytes_states_are_read_where_they_are_installed():
+    makers = {}
+    if find_spec("torchao") is not None:
+        makers["torchao"] = importlib.import_module("torchao.optim").AdamW8bit
+    if find_spec("bitsandbytes") is not None:
+        makers["bitsandbytes"] = importlib.import_module("bitsandbytes").optim.AdamW8bit
+    if not makers:
+        pytest.skip("neither torchao nor bitsandbytes is installed")
+    reference = build("mixtral")
+    expected = curvature_of(find_moe_layers(reference), [trained_with(torch.optim.AdamW, reference)])
+    for maker in makers.values():
+        model = build("mixtral")
+        found = curvature_of(find_moe_layers(model), [trained_with(maker, model)])
+        for name in expected.layers:
+            ratio = found.rows[name]["down_proj"].sum() / expected.rows[name]["down_proj"].sum()
+            assert 0.95 < ratio < 1.05
+
+
+def test_rarely_used_experts_are_on_the_same_scale():
+    """Without a token an expert's parameters are skipped by Adam; a gradient of zero is not."""
+    found = []
+    for none in (True, False):
+        model = build("switch_transformers")
+        layers = find_moe_layers(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        experts = layers[0].container()
+        for step in range(40):
+            for index, expert in enumerate(experts.children()):
+                used = index in (0, 1) or (index == 2 and step % 10 == 9)
+                for parameter in expert.parameters():
+                    gradient = torch.full_like(parameter, 0.1 if used else 0.0)
+                    parameter.grad = gradient if used or not none else None
+            for parameter in layers[1].container().parameters():
+                parameter.grad = torch.full_like(parameter, 0.1)
+            optimizer.step()
+        found.append(curvature_of(layers, [optimizer]).rows[layers[0].name]["wi"])
+    skipped, zeros = found
+    assert zeros[2].mean() < 0.2 * zeros[0].mean()
+    torch.testing.assert_close(skipped[2].mean(), zeros[2].mean(), rtol=0.15, atol=0)
+    assert (skipped[3:] == 0).all()  # never used: known, and zero
+    with pytest.raises(CurvatureError, match="no gradient has reached any expert"):
+        curvature_of(find_moe_layers(model), [torch.optim.AdamW(model.parameters())])
