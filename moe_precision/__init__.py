@@ -6,6 +6,7 @@ transformers, so that packed checkpoints load with ``from_pretrained``.
 """
 
 from .allocation.allocator import AllocationError, allocate, bits_from_order, rank_experts
+from .errors import MoEPrecisionError
 from .layers.moe_layers import MoELayer, MoELayerError, find_moe_layers
 from .plans.plan import PlanError, PrecisionPlan
 from .quantize import PlanQuantizationConfig, QuantizationError, UnsupportedLayoutError, quantize_model
@@ -17,6 +18,7 @@ __all__ = [
     "HistoryError",
     "MoELayer",
     "MoELayerError",
+    "MoEPrecisionError",
     "PlanError",
     "PlanQuantizationConfig",
     "PrecisionPlan",

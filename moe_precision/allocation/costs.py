@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer
 from ..quantize.codec.fitting import quantize_matrix
 from ..quantize.kernels import scaled
@@ -16,7 +17,7 @@ from ..recording.curvature import Curvature
 from ..recording.signals import curvature_cost, weight_error
 
 
-class CostError(ValueError):
+class CostError(MoEPrecisionError, ValueError):
     """Experts that cannot be quantized, or whose weights cannot be put back."""
 
 

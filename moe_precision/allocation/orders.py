@@ -13,12 +13,13 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from ..errors import MoEPrecisionError
 from ..plans.plan import check_widths
 
 ZETA = 3.0  # how many times larger a MaxVar must be to overtake, as in the paper
 
 
-class AllocationError(ValueError):
+class AllocationError(MoEPrecisionError, ValueError):
     """A budget that the given widths cannot meet, or a method that lacks what it reads."""
 
 

@@ -14,12 +14,13 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..errors import MoEPrecisionError
 from ..plans.plan import PrecisionPlan
 
 _OF_AN_EXPERT = re.compile(r"(?:^|\.)experts\.")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(MoEPrecisionError, ValueError):
     """A checkpoint folder that is missing, incomplete or damaged."""
 
 

@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
 )
 
 from ..allocation.costs import Costs, costs_of_matrices
+from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..plans.plan import model_type_of
 from ..recording.curvature import Curvature
@@ -37,7 +38,7 @@ from ..recording.signals import max_variance
 from .checkpoint import CheckpointError, empty_model, weight_files
 
 
-class StreamingError(NotImplementedError):
+class StreamingError(MoEPrecisionError, NotImplementedError):
     """A checkpoint whose tensors are converted in a way that cannot be followed one tensor at a time."""
 
 

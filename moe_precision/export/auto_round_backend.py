@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import check_quantizing, empty_model, weight_files
+from ..errors import MoEPrecisionError
 from ..files import folder_replaced_when_done
 from ..layers.moe_layers import find_moe_layers
 from ..plans.plan import PrecisionPlan, model_type_of
@@ -28,7 +29,7 @@ from . import export, plan_of_checkpoint
 _LAYER_CONFIG, _TOKENS = "layer_config.json", "tokens.safetensors"
 
 
-class AutoRoundError(ValueError):
+class AutoRoundError(MoEPrecisionError, ValueError):
     """AutoRound is missing, failed, or did not do what the plan says."""
 
 

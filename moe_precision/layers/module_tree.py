@@ -18,11 +18,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
+from ..errors import MoEPrecisionError
+
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _ADDITIVE_TUNERS = ("lora", "loha", "lokr", "adalora", "vera")
 
 
-class MoELayerError(ValueError):
+class MoELayerError(MoEPrecisionError, ValueError):
     """The model has no Mixture-of-Experts layer, or one that cannot be described or read without guessing."""
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import jsonschema
 from torch import nn
 
+from ..errors import MoEPrecisionError
 from ..files import replaced_when_done
 from ..layers.moe_layers import LayerShape, find_moe_layers
 from ..version import __version__
@@ -29,7 +30,7 @@ WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)  # 16: the expert is left as it is
 SCALE_AND_OFFSET_BITS = 18  # of a group: quantize/scales.py
 
 
-class PlanError(ValueError):
+class PlanError(MoEPrecisionError, ValueError):
     """A plan that is damaged, impossible, or made for another model."""
 
 

@@ -23,6 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..errors import MoEPrecisionError
 from ..plans.plan import PlanError, PrecisionPlan, as_plan
 from ..recording.curvature import Curvature, as_curvature
 from ..recording.router_norms import check_same_weights
@@ -35,7 +36,7 @@ QUANT_METHOD = "moe_precision"
 FORMAT_VERSION = 2  # of the packed checkpoint: docs/checkpoint-format.md; 1 had no checksums and did not say so
 
 
-class QuantizationError(ValueError):
+class QuantizationError(MoEPrecisionError, ValueError):
     """A checkpoint whose experts could not all be read or quantized."""
 
 

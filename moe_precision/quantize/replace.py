@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..plans.plan import PrecisionPlan, check_group_size, model_type_of
 from ..recording.curvature import Curvature
@@ -25,7 +26,7 @@ from .modules import PackedLinear, PackedProjection, sentinel
 EXPERTS_IMPLEMENTATION = "moe_precision"
 
 
-class UnsupportedLayoutError(NotImplementedError):
+class UnsupportedLayoutError(MoEPrecisionError, NotImplementedError):
     """The model's experts are laid out in a way that cannot be packed yet."""
 
 

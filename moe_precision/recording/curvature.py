@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..errors import MoEPrecisionError
 from ..files import save_tensors
 from ..layers.module_tree import Weight
 from ..layers.moe_layers import LayerShape, MoELayer
@@ -31,7 +32,7 @@ _ADAPTIVE = ("betas", "beta2_decay", "decay_rate")  # in groups of Adam, of torc
 _BNB_BLOCK = 256  # weights that share a scale in bitsandbytes' optimizer state
 
 
-class CurvatureError(ValueError):
+class CurvatureError(MoEPrecisionError, ValueError):
     """No second moment to read, a damaged file, or curvature of another model."""
 
 

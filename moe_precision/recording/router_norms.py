@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from ..errors import MoEPrecisionError
 from ..files import save_tensors
 from ..layers.experts import Bank
 from ..layers.module_tree import whole
@@ -26,7 +27,7 @@ _FORMAT = "moe-precision-history"
 _VERSION = 1
 
 
-class HistoryError(ValueError):
+class HistoryError(MoEPrecisionError, ValueError):
     """A history that cannot be used: damaged, of another model, or without records."""
 
 

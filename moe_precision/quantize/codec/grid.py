@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ...errors import MoEPrecisionError
 from ...files import save_tensors
 from ...layers.moe_layers import MoELayer
 from ...plans.plan import PlanError, PrecisionPlan
@@ -26,7 +27,7 @@ _VERSION = 1
 _CHUNK = 1 << 19  # weights at a time: their float32 stays in cache
 
 
-class GridError(ValueError):
+class GridError(MoEPrecisionError, ValueError):
     """A grid that is damaged, or belongs to another plan."""
 
 
