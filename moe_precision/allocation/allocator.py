@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.reading import costs_of_checkpoint, signals_of_checkpoint
 from ..layers.moe_layers import CAVEATS, find_moe_layers, root_model
 from ..plans.plan import LayerPlan, PrecisionPlan, check_group_size, model_type_of, stored_bits_per_weight
 from ..recording.curvature import Curvature, as_curvature
 from ..recording.router_norms import HistoryError, RouterNormHistory, router_norms
 from .costs import Costs, expert_costs
+from .from_checkpoint import costs_of_checkpoint, signals_of_checkpoint
 from .knapsack import least_cost_bits
 from .orders import (
     METHODS,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from ..allocation.allocator import (
     ALL_METHODS,
@@ -24,14 +23,8 @@ from ..allocation.allocator import (
     levels_of,
 )
 from ..allocation.orders import check_levels
-from ..checkpoints.checkpoint import (
-    empty_model,
-    load_model,
-    stored_bits_per_expert_weight,
-    tensor_bytes,
-    weight_files,
-)
-from ..checkpoints.reading import StreamingError
+from ..checkpoints.checkpoint import Checkpoint, load_model
+from ..checkpoints.sources import StreamingError
 from ..export import ENGINES, TARGETS, export, plan_of_checkpoint
 from ..files import check_writable, replaced_when_done
 from ..layers.moe_layers import find_moe_layers
@@ -96,7 +89,7 @@ def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, Curvature | 
         source, final = None, source
     for folder in (initial, final):
         if folder is not None:
-            weight_files(folder)  # before any work
+            Checkpoint(folder)  # before any work
     settings = {key: getattr(options, key) for key in ("method", "average_bits", "bits", "group_size", "seed")}
     settings |= {"router_pattern": options.router_pattern, "expert_pattern": options.expert_pattern}
     settings |= {key: getattr(options, key) for key in ("curvature", "granularity", "stored_bits", "expert_gib")}
@@ -165,7 +158,7 @@ def _show(options: argparse.Namespace) -> None:
         return
     tables.show(tables.plan_table(plan))
     if Path(options.plan).is_dir():
-        stored = stored_bits_per_expert_weight(options.plan, plan)
+        stored = Checkpoint(options.plan).stored_bits_per_expert_weight(plan)
         print(f"its files hold {stored:.4g} bits an expert weight, scales and offsets included")
 
 
@@ -290,9 +283,12 @@ def _quantize(options: argparse.Namespace) -> None:
         print("no curvature file: errors of all columns count alike")
     fit = options.non_expert_bits, curvature, grid
     quantize_checkpoint(options.checkpoint, plan, options.out, *fit, options.workers, options.max_shard_size)
-    before, after = (sum(tensor_bytes(folder).values()) / 1e6 for folder in (options.checkpoint, options.out))
-    bits = stored_bits_per_expert_weight(options.out, plan)
-    print(f"wrote {options.out}: {before:.2f} MB -> {after:.2f} MB, {bits:.3f} stored bits per expert weight")
+    before, after = Checkpoint(options.checkpoint), Checkpoint(options.out)
+    sizes, bits = (
+        f"{before.nbytes / 1e6:.2f} MB -> {after.nbytes / 1e6:.2f} MB",
+        after.stored_bits_per_expert_weight(plan),
+    )
+    print(f"wrote {options.out}: {sizes}, {bits:.3f} stored bits per expert weight")
 
 
 def _quantize_with_auto_round(options: argparse.Namespace, plan: PrecisionPlan) -> None:
@@ -304,7 +300,7 @@ def _quantize_with_auto_round(options: argparse.Namespace, plan: PrecisionPlan) 
         raise ValueError(f"{', '.join(given)}: not with --backend auto-round, which fits the weights itself")
     blocks: list[Any] = []
     if options.iterations:
-        model = empty_model(options.checkpoint, AutoConfig.from_pretrained(options.checkpoint))
+        model = Checkpoint(options.checkpoint).meta_model()
         batches = _data(options, options.checkpoint, model).train_dataloader()
         whole = (row for batch in batches for row in batch["input_ids"][(batch["labels"] != -100).all(dim=1)])
         blocks = list(islice(whole, options.samples))

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from moe_precision import HistoryError, PrecisionPlan, RouterNormHistory, allocate, find_moe_layers
 from moe_precision.allocation.costs import expert_costs
-from moe_precision.checkpoints.checkpoint import CheckpointError
-from moe_precision.checkpoints.reading import StreamingError, costs_of_checkpoint, signals_of_checkpoint
+from moe_precision.allocation.from_checkpoint import costs_of_checkpoint, signals_of_checkpoint
+from moe_precision.checkpoints import CheckpointError, StreamingError
 from moe_precision.cli.main import main
 from moe_precision.recording.router_norms import router_norms
 from tests.support.model_zoo import build_tiny

@@ -314,7 +314,7 @@ def test_bytes_are_8_bits_only_where_nothing_else_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("[]", "is a float checkpoint"),
+        ("[]", "config.json' is damaged: expected a JSON object"),
         ('{"text_config": null}', "is a float checkpoint"),
         ('{"quantization_config": "x"}', "its quantization_config is 'x'"),
         ('{"quantization_config": {"quant_method": "moe_precision"}}', "is no precision plan"),
