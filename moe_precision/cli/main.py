@@ -284,10 +284,8 @@ def _quantize(options: argparse.Namespace) -> None:
     fit = options.non_expert_bits, curvature, grid
     quantize_checkpoint(options.checkpoint, plan, options.out, *fit, options.workers, options.max_shard_size)
     before, after = Checkpoint(options.checkpoint), Checkpoint(options.out)
-    sizes, bits = (
-        f"{before.nbytes / 1e6:.2f} MB -> {after.nbytes / 1e6:.2f} MB",
-        after.stored_bits_per_expert_weight(plan),
-    )
+    sizes = f"{before.nbytes / 1e6:.2f} MB -> {after.nbytes / 1e6:.2f} MB"
+    bits = after.stored_bits_per_expert_weight(plan)
     print(f"wrote {options.out}: {sizes}, {bits:.3f} stored bits per expert weight")
 
 
