@@ -18,7 +18,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moe_precision import allocate
-from moe_precision.checkpoints.checkpoint import tensor_bytes
+from moe_precision.checkpoints import Checkpoint
 
 CONFIG = {
     "hidden_size": 1024,
@@ -36,7 +36,7 @@ import sys, threading, time
 import torch, transformers, moe_precision
 import transformers.models.mixtral.modeling_mixtral
 from moe_precision.checkpoints import load_model
-from moe_precision.streaming import quantize_checkpoint
+from moe_precision.quantize.writer import quantize_checkpoint
 
 def now():
     fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
@@ -76,9 +76,9 @@ def main() -> None:
         del model
         peak = measured("quantize", str(source), str(plan_path), str(out))
         loading = measured("load", str(out))
-        packed = sum(tensor_bytes(out).values())
-        layer = sum(size for name, size in tensor_bytes(source).items() if ".layers.0." in name)
-        total = sum(tensor_bytes(source).values())
+        packed, checkpoint = Checkpoint(out).nbytes, Checkpoint(source)
+        layer = sum(tensor.nbytes for name, tensor in checkpoint.tensors.items() if ".layers.0." in name)
+        total = checkpoint.nbytes
     print("| what | MB |\n|---|---|")
     print(f"| float checkpoint | {total / 1e6:.0f} |")
     print(f"| one float layer | {layer / 1e6:.0f} |")

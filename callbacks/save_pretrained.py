@@ -9,9 +9,11 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from moe_precision.files import check_writable, folder_replaced_when_done
+from moe_precision.checkpoints.config import config_of
+from moe_precision.checkpoints.folders import folder_replaced_when_done
+from moe_precision.files import check_writable
 from moe_precision.layers.module_tree import root_model
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -65,7 +67,7 @@ class SavePretrained(Callback):
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         with folder_replaced_when_done(folder) as temporary:
             model.save_pretrained(temporary, state_dict=state)
-            config = AutoConfig.from_pretrained(temporary)
+            config = config_of(temporary)
             config.dtype = dtype  # save_pretrained wrote the dtype of the live model
             config.save_pretrained(temporary)
             if tokenizer is not None:

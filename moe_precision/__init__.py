@@ -7,6 +7,7 @@ transformers, so that packed checkpoints load with ``from_pretrained``.
 
 from .allocation.allocator import allocate
 from .allocation.orders import bits_from_order, rank_experts
+from .errors import MoEPrecisionError
 from .layers.module_tree import MoELayerError
 from .layers.moe_layers import MoELayer, find_moe_layers
 from .plans.plan import PrecisionPlan
@@ -21,6 +22,7 @@ __all__ = [
     "HistoryError",
     "MoELayer",
     "MoELayerError",
+    "MoEPrecisionError",
     "PlanError",
     "PlanQuantizationConfig",
     "PrecisionPlan",

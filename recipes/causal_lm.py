@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from moe_precision.checkpoints.config import config_of
 from moe_precision.compat import layer_classes
 from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.plans.beside import existing
@@ -142,7 +143,7 @@ def load_checkpoint(auto_class: Any, checkpoint: str, plan: str | None) -> PreTr
     dtype = torch.get_default_dtype()  # transformers alone would take the dtype of the file, often bfloat16
     if plan is None:
         return auto_class.from_pretrained(checkpoint, dtype=dtype)
-    if getattr(AutoConfig.from_pretrained(checkpoint), "quantization_config", None) is not None:
+    if getattr(config_of(checkpoint), "quantization_config", None) is not None:
         raise ValueError(f"the checkpoint {checkpoint!r} is quantized already: give the float one that {plan!r} is of")
     config = PlanQuantizationConfig(plan, curvature=existing("curvature", plan))
     model = auto_class.from_pretrained(checkpoint, dtype=dtype, quantization_config=config)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from torch import nn
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..layers.patterns import Patterns
 from ..plans.methods import METHODS, MethodName
 from ..plans.notes import PlanNotes
@@ -109,39 +111,42 @@ def make_plan(
     """`allocate` for settings that were checked already."""
     _check_sources(settings, model, history, curvature)
     method, notes = METHODS[settings.method], PlanNotes()
-    recorded: RouterNormHistory | None = None
-    baseline: Snapshot | None = None
-    if isinstance(history, str | os.PathLike) and os.path.isdir(history):
-        notes["initial"] = _name(history)
-        baseline = StoredWeights(history, settings.patterns).snapshot(variance=False)
-    elif history is not None:
-        recorded = history if isinstance(history, RouterNormHistory) else RouterNormHistory.load(history)
-        baseline = Snapshot.first_of(recorded)
-    weights: Weights | None = None
-    if model is not None:
-        patterns = settings.patterns or (baseline.patterns if baseline is not None else Patterns())
-        if isinstance(model, nn.Module):
-            weights = LiveWeights(model, patterns)
+    with ExitStack() as opened:
+        recorded: RouterNormHistory | None = None
+        baseline: Snapshot | None = None
+        if isinstance(history, str | os.PathLike) and os.path.isdir(history):
+            initial = opened.enter_context(Checkpoint(history))
+            notes["initial"] = initial.name
+            baseline = StoredWeights(initial, settings.patterns).snapshot(variance=False)
+        elif history is not None:
+            recorded = history if isinstance(history, RouterNormHistory) else RouterNormHistory.load(history)
+            baseline = Snapshot.first_of(recorded)
+        weights: Weights | None = None
+        if model is not None:
+            patterns = settings.patterns or (baseline.patterns if baseline is not None else Patterns())
+            if isinstance(model, nn.Module):
+                weights = LiveWeights(model, patterns)
+            else:
+                trained = opened.enter_context(Checkpoint(model))
+                notes["final"] = trained.name
+                weights = StoredWeights(trained, patterns)
+            final = weights.snapshot(variance="max_variance" in method.reads)
+            if baseline is not None:
+                baseline.check_same_model(final)
+        elif recorded is not None:
+            final = Snapshot.last_of(recorded)
         else:
-            notes["final"] = _name(model)
-            weights = StoredWeights(model, patterns)
-        final = weights.snapshot(variance="max_variance" in method.reads)
-        if baseline is not None:
-            baseline.check_same_model(final)
-    elif recorded is not None:
-        final = Snapshot.last_of(recorded)
-    else:
-        raise HistoryError("the history holds the baseline alone: give the trained model or its checkpoint too")
-    _check_finite(final, recorded)
-    costs = None
-    if method.knows_costs:
-        weighed = as_curvature(curvature) if curvature is not None and "curvature" in method.reads else None
-        if weighed is not None:
-            weighed.check_layers(final.layers)
-            weighed.check_router_norms(final.router_norms)
-        settings.check_fits(final.layers)
-        assert weights is not None
-        costs = weights.costs(settings.levels, settings.group_size, weighed)
+            raise HistoryError("the history holds the baseline alone: give the trained model or its checkpoint too")
+        _check_finite(final, recorded)
+        costs = None
+        if method.knows_costs:
+            weighed = as_curvature(curvature) if curvature is not None and "curvature" in method.reads else None
+            if weighed is not None:
+                weighed.check_layers(final.layers)
+                weighed.check_router_norms(final.router_norms)
+            settings.check_fits(final.layers)
+            assert weights is not None
+            costs = weights.costs(settings.levels, settings.group_size, weighed)
     return plan_from_signals(settings, final, baseline, costs, notes)
 
 
@@ -168,7 +173,3 @@ def _check_finite(final: Snapshot, history: RouterNormHistory | None) -> None:
     broken = (history.not_finite() if history is not None else None) or final.not_finite()
     if broken:
         raise AllocationError(f"{broken}: the weights are damaged or training has diverged, no plan can be made")
-
-
-def _name(folder: str | os.PathLike[str]) -> str:
-    return os.path.basename(os.path.abspath(folder))

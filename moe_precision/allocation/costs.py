@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer
 from ..quantize.codec.fitting import quantize_matrix
 from ..quantize.kernels import scaled
 from ..recording.curvature import Curvature
 
 
-class CostError(ValueError):
+class CostError(MoEPrecisionError, ValueError):
     """Experts that cannot be quantized, or whose weights cannot be put back."""
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from ..checkpoints.reading import costs_of_checkpoint, signals_of_checkpoint
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.headers import CheckpointError
 from ..layers.module_tree import root_model
-from ..layers.moe_layers import find_moe_layers
+from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..layers.patterns import Patterns
+from ..layers.router_rows import router_row_norms
 from ..plans.plan import model_type_of
 from ..recording.curvature import Curvature
 from ..recording.router_norms import max_variances, norms_by_layer
-from .costs import Costs, expert_costs
+from ..recording.signals import max_variance
+from .costs import Costs, costs_of_matrices, expert_costs
 from .snapshot import Snapshot
 
 
@@ -59,23 +63,60 @@ class LiveWeights:
 
 
 class StoredWeights:
-    """The weights of a checkpoint folder, read one tensor at a time; no model is built."""
+    """The weights of an open checkpoint, read one tensor at a time; no model is built.
 
-    def __init__(self, folder: str | os.PathLike[str], patterns: Patterns) -> None:
-        self._folder, self._patterns = Path(folder), patterns
+    Args:
+        checkpoint: A float checkpoint.
+        patterns: As in `find_moe_layers`.
+
+    Raises:
+        CheckpointError: It is quantized.
+        MoELayerError: Its model has no Mixture-of-Experts layer.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, patterns: Patterns | None = None) -> None:
+        if checkpoint.is_quantized:
+            raise CheckpointError(f"{str(checkpoint.folder)!r} is quantized; give the float checkpoint")
+        self._checkpoint, self._patterns = checkpoint, patterns or Patterns()
+        self._layers = checkpoint.layers(self._patterns)
 
     def snapshot(self, variance: bool) -> Snapshot:
-        """Router norms, and the variances of the experts if asked for."""
-        history = signals_of_checkpoint(self._folder, variance, self._patterns)
-        return Snapshot(
-            model_type=history.model_type,
-            layers=history.layers,
-            router_norms=history.last,
-            max_variance=history.max_variance,
-            caveats=history.caveats,
-            patterns=history.patterns,
+        """Router norms, and the variances of the experts if asked for.
+
+        Raises:
+            CheckpointError: A tensor is missing or damaged, or a router holds NaN or infinity.
+            StreamingError: transformers converts these tensors by more than renaming, stacking and joining.
+        """
+        found = Snapshot(
+            model_type=self._checkpoint.model_type,
+            layers={layer.name: layer.shape for layer in self._layers},
+            router_norms={layer.name: self._router_norms(layer) for layer in self._layers},
+            caveats={layer.name: layer.caveat for layer in self._layers if layer.caveat},
+            patterns=self._patterns,
         )
+        if broken := found.not_finite():
+            raise CheckpointError(f"{str(self._checkpoint.folder)!r}: {broken}; the weights are damaged")
+        return replace(found, max_variance=self._variances()) if variance else found
 
     def costs(self, widths: Sequence[int], group_size: int, curvature: Curvature | None) -> Costs:
-        """What each width costs each expert matrix, as `expert_costs`."""
-        return costs_of_checkpoint(self._folder, widths, group_size, curvature, self._patterns)
+        """What each width costs each expert matrix, as `expert_costs`, with one matrix in memory at a time.
+
+        Raises:
+            CheckpointError: A tensor is missing or damaged.
+            StreamingError: As in `snapshot`.
+            CostError: A matrix cannot be quantized.
+        """
+        return costs_of_matrices(self._layers, self._checkpoint.matrices, widths, group_size, curvature)
+
+    def _router_norms(self, layer: MoELayer) -> Tensor:
+        return router_row_norms(self._checkpoint.router_weight(layer), num_experts=layer.num_experts)
+
+    def _variances(self) -> dict[str, Tensor]:
+        experts = sum(layer.num_experts for layer in self._layers)
+        found = {}
+        with tqdm(total=experts, desc="variance", unit="expert", disable=None if experts >= 64 else True) as bar:
+            for layer in self._layers:
+                matrices = self._checkpoint.matrices(layer, layer.first, neurons_alone=True)
+                found[layer.name] = torch.stack([max_variance(matrix) for matrix in matrices])
+                bar.update(layer.num_experts)
+        return found

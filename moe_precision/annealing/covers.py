@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..compat import own_parameters, run_first_in_backward, saved_tensors_hooks_are_set, version_of
+from ..errors import MoEPrecisionError
 from ..quantize.codec.fitting import codes_on_grid
 from ..quantize.codec.grid import on_grid
 from .buffers import Buffers
@@ -22,7 +23,7 @@ from .buffers import Buffers
 _CODES_COUNTED = 1 << 16  # of each parameter, about: enough for a share that a curve can show
 
 
-class AnnealError(ValueError):
+class AnnealError(MoEPrecisionError, ValueError):
     """Experts that cannot be trained through a grid: frozen, behind adapters, or sharded in a way that hides them."""
 
 

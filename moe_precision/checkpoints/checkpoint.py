@@ -1,154 +1,252 @@
-"""Checkpoint folders: are they whole, what do their files hold, and how many bytes do their experts take."""
+"""A checkpoint folder that is opened once: its config, what its files hold, and its tensors one at a time.
+
+No model is loaded to look at one. Its class is laid out on the meta device for names and shapes alone, and the mapping
+of transformers says which tensors on disk, under their hub names, make up a router or the experts.
+"""
 
 from __future__ import annotations
 
-import json
+import copy
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..plans.plan import PrecisionPlan
+from ..layers.moe_layers import MoELayer, find_moe_layers
+from ..layers.patterns import Patterns
+from ..plans.plan import PrecisionPlan, model_type_of
+from .config import config_of, quantization_of
+from .headers import CheckpointError, StoredTensor, header, weight_files
+from .matrices import expert_matrices, router_weight
+from .sources import Sources, sources_of, with_aliases
 
 _OF_AN_EXPERT = re.compile(r"(?:^|\.)experts\.")
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class CheckpointError(ValueError):
-    """A checkpoint folder that is missing, incomplete or damaged."""
+class Checkpoint:
+    """A checkpoint folder, checked when it is made: config.json is there, and all weight files are there and intact.
 
-
-def weight_files(folder: str | os.PathLike) -> list[Path]:
-    """The safetensors files of a checkpoint, after checking that all are there and whole.
-
-    Raises:
-        CheckpointError: The folder, its config.json or a shard is missing, or a file is truncated.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint folder at {str(folder)!r}; expected what save_pretrained writes")
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{str(folder)!r} has no config.json; expected what save_pretrained writes")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file() and not (folder / "model.safetensors").is_file():  # as transformers: an old index is ignored
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # no UTF-8, no JSON, no map of names
-            raise CheckpointError(f"{str(index)!r} is damaged: {error}") from error
-    else:
-        names = ["model.safetensors"]
-    files = [folder / name for name in names]
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{str(folder)!r} lacks the weight file {file.name!r}; copy it again")
-        try:
-            with safe_open(file, "pt", backend="pread") as opened:  # maps nothing
-                opened.keys()
-        except SafetensorError as error:
-            raise CheckpointError(f"{str(file)!r} is truncated or damaged: {error}; copy it again") from error
-    return files
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor as the header of a safetensors file describes it.
-
-    Attributes:
-        dtype: safetensors' own name: ``BF16``, ``I32``, ...
-        shape: Its shape.
-        nbytes: Bytes it takes in the file.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-def stored_tensors(folder: str | os.PathLike) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint by its name on disk, read from the headers of its files."""
-    found = {}
-    for file in weight_files(folder):
-        with open(file, "rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                found[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]), end - start)
-    return found
-
-
-def tensor_bytes(folder: str | os.PathLike) -> dict[str, int]:
-    """Bytes that each tensor takes in a checkpoint's files, read from their headers."""
-    return {name: tensor.nbytes for name, tensor in stored_tensors(folder).items()}
-
-
-def stored_bits_per_expert_weight(folder: str | os.PathLike, plan: PrecisionPlan) -> float:
-    """Bits a routed expert's weight takes in a checkpoint, measured from the bytes of its files.
-
-    Counts every tensor below a module called ``experts``: codes, scales, offsets and sentinels, or float weights.
+    Files are opened when a tensor is first read, each once, and read without mapping them; `close`, or the end of a
+    ``with`` block, closes them. A pickled one is opened anew where it is unpickled.
 
     Args:
-        folder: A float or packed checkpoint.
-        plan: Any plan for the same model, for the number of expert weights.
+        folder: What ``save_pretrained`` writes: config.json and safetensors files, one or several, with tensors under
+            hub names or those of the module tree.
+
+    Attributes:
+        folder: The folder.
+        files: Its safetensors files.
+        tensors: Every tensor by its name on disk, as the headers of the files describe it.
+        quantization: The ``quantization_config`` of config.json, of whichever quantizer; None for a float checkpoint.
+
+    Raises:
+        CheckpointError: The folder, its config.json or a weight file is missing, truncated or damaged.
+
+    Example:
+        >>> with Checkpoint("checkpoint") as checkpoint:
+        ...     layer = checkpoint.layers()[0]
+        ...     checkpoint.router_weight(layer).shape
+        torch.Size([8, 64])
     """
-    weights = sum(layer.shape.expert_size * layer.shape.num_experts for layer in plan.layers.values())
-    in_bytes = sum(size for name, size in tensor_bytes(folder).items() if _OF_AN_EXPERT.search(name))
-    if in_bytes == 0:
-        raise CheckpointError(f"{os.fspath(folder)!r} has no tensor below a module called 'experts'")
-    return 8 * in_bytes / weights
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder)
+        self.files = weight_files(self.folder)
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in self.files:
+            self.tensors |= header(file)
+        self.quantization = quantization_of(self.folder)
+        self._handles: dict[Path, Any] = {}
+        self._opened = ExitStack()
+
+    def __reduce__(self) -> tuple[type[Checkpoint], tuple[Path]]:
+        return Checkpoint, (self.folder,)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes all files; reading another tensor opens its file again."""
+        self._handles.clear()
+        self._opened.close()
+
+    def _handle(self, name: str) -> Any:
+        if name not in self.tensors:
+            raise CheckpointError(f"{str(self.folder)!r} has no tensor {name!r}")
+        file = self.tensors[name].file
+        if file not in self._handles:
+            # read and not mapped, so that the memory of a tensor is free again as soon as nobody needs it
+            self._handles[file] = self._opened.enter_context(safe_open(file, "pt", backend="pread"))
+        return self._handles[file]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by its name on disk.
+
+        Raises:
+            CheckpointError: There is none of this name.
+        """
+        return self._handle(name).get_tensor(name)
+
+    def slice(self, name: str) -> Any:
+        """A safetensors slice: indexing it reads that part of a tensor, ``[...]`` all of it.
+
+        Raises:
+            CheckpointError: There is no tensor of this name.
+        """
+        return self._handle(name).get_slice(name)
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return Path(os.path.abspath(self.folder)).name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether config.json names a quantizer."""
+        return self.quantization is not None
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """config.json as transformers reads it."""
+        return config_of(self.folder)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of config.json, else of the first floating tensor, as transformers takes it."""
+        stored = (_DTYPES[tensor.dtype] for tensor in self.tensors.values() if tensor.dtype in _DTYPES)
+        return self.config.dtype or next(stored, torch.float32)
+
+    def model_class(self) -> type[PreTrainedModel]:
+        """The class that config.json names.
+
+        Raises:
+            CheckpointError: transformers does not have it.
+        """
+        architectures = self.config.architectures or []
+        model_class = getattr(transformers, architectures[0], None) if architectures else None
+        if model_class is None:
+            raise CheckpointError(f"{str(self.folder)!r} names architectures {architectures}, which transformers lacks")
+        return model_class
+
+    def meta_model(self) -> PreTrainedModel:
+        """A new float model on the meta device: names and shapes, no weight is allocated.
+
+        Raises:
+            CheckpointError: transformers does not have the class that config.json names.
+        """
+        config = copy.deepcopy(self.config)
+        config.dtype = self.dtype
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            return self.model_class()._from_config(config)
+
+    @cached_property
+    def _meta_model(self) -> PreTrainedModel:
+        return self.meta_model()
+
+    @property
+    def model_type(self) -> str:
+        """The model's type, as plans and histories name it."""
+        return model_type_of(self._meta_model)
+
+    @cached_property
+    def sources(self) -> Sources:
+        """Parameter of the model -> the tensors on disk that make it up, under all names that a parameter has."""
+        return with_aliases(self._meta_model, sources_of(self._meta_model, self.tensors))
+
+    def layers(self, patterns: Patterns | None = None) -> list[MoELayer]:
+        """The Mixture-of-Experts layers of the model, which is on the meta device.
+
+        Args:
+            patterns: ``router_pattern`` and ``expert_pattern`` for `find_moe_layers`.
+
+        Raises:
+            MoELayerError: There is none, or one that is not understood.
+        """
+        return find_moe_layers(self._meta_model, **(patterns or Patterns()))
+
+    def router_weight(self, layer: MoELayer) -> Tensor:
+        """The router's weight of a layer, ``(rows, d)`` with row ``e`` belonging to expert ``e``, in the stored dtype.
+
+        Raises:
+            CheckpointError: It is missing, or of another shape than the model of config.json has.
+            StreamingError: It is converted on loading.
+        """
+        return router_weight(self, layer)
+
+    def matrices(self, layer: MoELayer, projection: str, neurons_alone: bool = False) -> Iterator[Tensor]:
+        """Yields one matrix of every expert in order, ``(out, in)`` in the stored dtype, one in memory at a time.
+
+        Args:
+            layer: One of `layers`.
+            projection: Which matrix.
+            neurons_alone: Of the first projection the rows of the hidden neurons alone, ``(neurons, in)``.
+
+        Raises:
+            CheckpointError: A tensor is missing, or of another shape than the model of config.json has.
+            StreamingError: transformers converts these tensors by more than renaming, stacking and joining.
+        """
+        return expert_matrices(self, layer, projection, neurons_alone)
+
+    def load(self, **kwargs: Any) -> PreTrainedModel:
+        """Loads the model with the class that config.json names; keyword arguments go to ``from_pretrained``.
+
+        Raises:
+            CheckpointError: transformers does not have that class.
+        """
+        return self.model_class().from_pretrained(self.folder, **kwargs)
+
+    def stored_bits_per_expert_weight(self, plan: PrecisionPlan) -> float:
+        """Bits that a routed expert's weight takes, measured from the bytes of the files.
+
+        Counts every tensor below a module called ``experts``: codes, scales, offsets and sentinels, or float weights.
+
+        Args:
+            plan: Any plan for the same model, for the number of expert weights.
+
+        Raises:
+            CheckpointError: There is no such tensor.
+        """
+        weights = sum(layer.shape.expert_size * layer.shape.num_experts for layer in plan.layers.values())
+        in_bytes = sum(tensor.nbytes for name, tensor in self.tensors.items() if _OF_AN_EXPERT.search(name))
+        if in_bytes == 0:
+            raise CheckpointError(f"{str(self.folder)!r} has no tensor below a module called 'experts'")
+        return 8 * in_bytes / weights
 
 
 def load_model(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     """Loads a checkpoint with the class that its config names; keyword arguments go to ``from_pretrained``.
 
     Raises:
-        CheckpointError: The folder is incomplete, or names a class that transformers does not have.
+        CheckpointError: The folder is incomplete or damaged, or names a class that transformers does not have.
     """
-    weight_files(folder)
-    return model_class_of(folder, AutoConfig.from_pretrained(folder)).from_pretrained(folder, **kwargs)
+    return Checkpoint(folder).load(**kwargs)
 
 
-def model_class_of(folder: str | os.PathLike, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that a checkpoint's config names.
-
-    Raises:
-        CheckpointError: transformers does not have it.
-    """
-    architectures = config.architectures or []
-    model_class = getattr(transformers, architectures[0], None) if architectures else None
-    if model_class is None:
-        raise CheckpointError(f"{os.fspath(folder)!r} names architectures {architectures}, which transformers lacks")
-    return model_class
-
-
-def check_quantizing(checkpoint: str | os.PathLike, out: str | os.PathLike, *sources: Any) -> PreTrainedConfig:
-    """The config of a float checkpoint, after checking that writing ``out`` takes nothing away that is read.
-
-    Args:
-        checkpoint: Folder of the float checkpoint.
-        out: Folder that will be written, or replaced.
-        sources: Whatever else is read; those that are paths are looked at.
-
-    Raises:
-        CheckpointError: The checkpoint is quantized already, or ``out`` lies in what is read or the other way round.
-    """
-    config = AutoConfig.from_pretrained(checkpoint)
-    if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(f"{os.fspath(checkpoint)!r} is quantized already; quantize the float checkpoint instead")
-    if Path(out).resolve().is_relative_to(Path(checkpoint).resolve()):
-        raise CheckpointError(f"{os.fspath(out)!r} is, or lies in, the float checkpoint; choose another folder")
-    for source in (checkpoint, *sources):
-        if isinstance(source, str | os.PathLike) and Path(source).resolve().is_relative_to(Path(out).resolve()):
-            raise CheckpointError(f"{os.fspath(out)!r} would be replaced, and {os.fspath(source)!r} lies in it")
-    return config
-
-
-def empty_model(folder: str | os.PathLike, config: PreTrainedConfig) -> PreTrainedModel:
-    """A checkpoint's float model on the meta device: names and shapes, no weight is allocated."""
-    with torch.device("meta"):
-        return model_class_of(folder, config)._from_config(config)
+@contextmanager
+def opened(checkpoint: Checkpoint | str | os.PathLike) -> Iterator[Checkpoint]:
+    """Yields a checkpoint that is open already as it is; opens a folder, and closes it at the end of the block."""
+    if isinstance(checkpoint, Checkpoint):
+        yield checkpoint
+        return
+    with Checkpoint(checkpoint) as found:
+        yield found

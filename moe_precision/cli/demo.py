@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from ..allocation.allocator import allocate, make_plan
-from ..checkpoints.checkpoint import load_model, stored_bits_per_expert_weight, weight_files
+from ..checkpoints.checkpoint import Checkpoint
 from ..judging.evaluation import Evaluation, evaluate
 from ..plans.beside import PlanFiles
 from ..plans.methods import MethodName
@@ -96,14 +96,15 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
         if chosen is not None:
             folder = output / f"quantized-{_FOLDER_NAME.sub('-', name).strip('-')}"
             quantize_checkpoint(checkpoint, chosen, folder, curvature=curvature)
-        model = load_model(folder, dtype=torch.float32)  # float32 activations: compares weights, not rounding
+        written = Checkpoint(folder)
+        model = written.load(dtype=torch.float32)  # float32 activations: compares weights, not rounding
         result = evaluate(model, data.val_dataloader(), data.token_counts, f"Evaluating {name}")
         rows.append(
             Row(
                 model=name,
                 nominal_bits=None if chosen is None else chosen.average_bits,
-                stored_bits=stored_bits_per_expert_weight(folder, plan),
-                file_mb=sum(file.stat().st_size for file in weight_files(folder)) / 1e6,
+                stored_bits=written.stored_bits_per_expert_weight(plan),
+                file_mb=sum(file.stat().st_size for file in written.files) / 1e6,
                 evaluation=result,
             )
         )

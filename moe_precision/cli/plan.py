@@ -11,8 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..allocation.allocator import make_plan
-from ..checkpoints.checkpoint import load_model, weight_files
-from ..checkpoints.reading import StreamingError
+from ..checkpoints.checkpoint import Checkpoint, load_model
+from ..checkpoints.sources import StreamingError
 from ..files import check_writable
 from ..layers.moe_layers import find_moe_layers
 from ..plans.beside import PlanFiles, existing
@@ -57,7 +57,7 @@ def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, Curvature | 
     settings = settings_of(options)
     for folder in (initial, final):
         if folder is not None:
-            weight_files(folder)  # before any work
+            Checkpoint(folder)  # before any work
     curvature: Curvature | str | Path | None = options.curvature
     if curvature is None and options.curvature_batches is None and reads(settings.method, "curvature"):
         curvature = existing("curvature", source)

@@ -8,9 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
-from ..checkpoints.checkpoint import empty_model, stored_bits_per_expert_weight, tensor_bytes
+from ..checkpoints.checkpoint import Checkpoint
 from ..files import check_writable
 from ..plans.beside import existing
 from ..plans.plan import PrecisionPlan
@@ -33,11 +31,20 @@ def run(options: argparse.Namespace) -> None:
         print(f"weighs the fit by {curvature}")
     else:
         print("no curvature file: errors of all columns count alike")
-    fit = options.non_expert_bits, curvature, grid
-    quantize_checkpoint(options.checkpoint, plan, options.out, *fit, options.workers, options.max_shard_size)
-    before, after = (sum(tensor_bytes(folder).values()) / 1e6 for folder in (options.checkpoint, options.out))
-    bits = stored_bits_per_expert_weight(options.out, plan)
-    print(f"wrote {options.out}: {before:.2f} MB -> {after:.2f} MB, {bits:.3f} stored bits per expert weight")
+    quantize_checkpoint(
+        options.checkpoint,
+        plan,
+        options.out,
+        non_expert_bits=options.non_expert_bits,
+        curvature=curvature,
+        grid=grid,
+        workers=options.workers,
+        max_shard_size=options.max_shard_size,
+    )
+    before, after = Checkpoint(options.checkpoint), Checkpoint(options.out)
+    sizes = f"{before.nbytes / 1e6:.2f} MB -> {after.nbytes / 1e6:.2f} MB"
+    bits = after.stored_bits_per_expert_weight(plan)
+    print(f"wrote {options.out}: {sizes}, {bits:.3f} stored bits per expert weight")
 
 
 def _quantize_with_auto_round(options: argparse.Namespace, plan: PrecisionPlan) -> None:
@@ -49,7 +56,7 @@ def _quantize_with_auto_round(options: argparse.Namespace, plan: PrecisionPlan) 
         raise ValueError(f"{', '.join(given)}: not with --backend auto-round, which fits the weights itself")
     blocks: list[Any] = []
     if options.iterations:
-        model = empty_model(options.checkpoint, AutoConfig.from_pretrained(options.checkpoint))
+        model = Checkpoint(options.checkpoint).meta_model()
         batches = data_of(options, options.checkpoint, model).train_dataloader()
         whole = (row for batch in batches for row in batch["input_ids"][(batch["labels"] != -100).all(dim=1)])
         blocks = list(islice(whole, options.samples))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..checkpoints.checkpoint import stored_bits_per_expert_weight
+from ..checkpoints.checkpoint import Checkpoint
 from ..export import plan_of_checkpoint
 from ..plans.plan import PrecisionPlan
 from ..present.tables import plan_table, show
@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> None:
         return
     show(plan_table(plan))
     if Path(options.plan).is_dir():
-        stored = stored_bits_per_expert_weight(options.plan, plan)
+        stored = Checkpoint(options.plan).stored_bits_per_expert_weight(plan)
         print(f"its files hold {stored:.4g} bits per expert weight, scales and offsets included")
 
 

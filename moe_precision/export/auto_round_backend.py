@@ -19,16 +19,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..checkpoints.checkpoint import check_quantizing, empty_model, weight_files
-from ..files import folder_replaced_when_done
-from ..layers.moe_layers import find_moe_layers
-from ..plans.plan import PrecisionPlan, model_type_of
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.folders import check_quantizing, folder_replaced_when_done
+from ..errors import MoEPrecisionError
+from ..plans.plan import PrecisionPlan
 from . import export, plan_of_checkpoint
 
 _LAYER_CONFIG, _TOKENS = "layer_config.json", "tokens.safetensors"
 
 
-class AutoRoundError(ValueError):
+class AutoRoundError(MoEPrecisionError, ValueError):
     """AutoRound is missing, failed, or did not do what the plan says."""
 
 
@@ -65,13 +65,13 @@ def quantize_with_auto_round(
         raise ValueError(f"iterations={iterations}, but no blocks of text to tune on; 0 rounds to the nearest")
     if len({len(block) for block in blocks}) > 1:
         raise ValueError("blocks of text have several lengths; expected one, since AutoRound leaves shorter ones out")
-    weight_files(checkpoint)
-    model = empty_model(checkpoint, check_quantizing(checkpoint, out, plan))
+    source = Checkpoint(checkpoint)
+    check_quantizing(source, out, plan)
     plan = plan if isinstance(plan, PrecisionPlan) else PrecisionPlan.load(plan)
-    layers = find_moe_layers(model, **plan.patterns)
-    plan.check_layers({layer.name: layer.shape for layer in layers}, model_type_of(model))
+    plan.check_layers({layer.name: layer.shape for layer in source.layers(plan.patterns)}, source.model_type)
     exported = export(plan, "autoround")
-    left_alone = {name: {"bits": 16} for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = source.meta_model().named_modules()
+    left_alone = {name: {"bits": 16} for name, module in modules if isinstance(module, nn.Linear)}
     with folder_replaced_when_done(out) as temporary, tempfile.TemporaryDirectory() as given:
         Path(given, _LAYER_CONFIG).write_text(json.dumps(left_alone | exported.config), encoding="utf-8")
         save_file(

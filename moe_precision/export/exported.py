@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..errors import MoEPrecisionError
 from ..plans.plan import PrecisionPlan
 
 ENGINES = ("vllm", "sglang")
 GPTQ_OF_ENGINES = (4, 8)  # their widths for the experts of a checkpoint in GPTQ's packing
 
 
-class ExportError(ValueError):
+class ExportError(MoEPrecisionError, ValueError):
     """A plan that a target cannot carry out, or whose experts it has no name for."""
 
 

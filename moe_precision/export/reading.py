@@ -5,22 +5,19 @@ Shapes of packed tensors decide, not what a config says: a config can name exper
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
-from ..checkpoints.checkpoint import CheckpointError, StoredTensor, empty_model, stored_tensors
-from ..layers.moe_layers import MoELayer, find_moe_layers
+from ..checkpoints.checkpoint import Checkpoint, opened
+from ..checkpoints.headers import CheckpointError, StoredTensor
+from ..layers.moe_layers import MoELayer
 from ..layers.shape import LayerShape
 from ..plans.layer_plan import LayerPlan
 from ..plans.notes import PlanNotes
-from ..plans.plan import PrecisionPlan, model_type_of
+from ..plans.plan import PrecisionPlan
 from ..quantize.config import QUANT_METHOD
 from .names import Place, places
 
@@ -37,12 +34,12 @@ class _Stored:
     group_size: int | None
 
 
-def plan_of_checkpoint(folder: str | os.PathLike) -> PrecisionPlan:
+def plan_of_checkpoint(folder: Checkpoint | str | os.PathLike) -> PrecisionPlan:
     """The widths of a quantized checkpoint as a plan, to look at or to compare with another; no weight is read.
 
     Args:
         folder: What AutoRound (GPTQ packing), GPTQModel, llm-compressor (``pack-quantized``, int8) or
-            ``save_pretrained`` of a model packed here wrote.
+            ``save_pretrained`` of a model packed here wrote; or an open `Checkpoint`.
 
     Returns:
         A plan whose ``method`` is the checkpoint's ``quant_method`` and whose ``notes`` hold ``read_from``, the
@@ -53,58 +50,42 @@ def plan_of_checkpoint(folder: str | os.PathLike) -> PrecisionPlan:
             fit the model of its config.
         ExportError: Experts whose names on disk are not known.
     """
-    tensors = stored_tensors(folder)
-    quantization = _quantization(folder)
+    with opened(folder) as checkpoint:
+        return _plan_of(checkpoint)
+
+
+def _plan_of(checkpoint: Checkpoint) -> PrecisionPlan:
+    name, quantization = repr(str(checkpoint.folder)), checkpoint.quantization
+    if quantization is None:
+        raise CheckpointError(f"{name} is a float checkpoint: it has no bits to show")
     method = quantization.get("quant_method")
     if method == QUANT_METHOD:
-        plan = PrecisionPlan.from_dict(quantization.get("plan"), f"the config.json of {os.fspath(folder)!r}")
-        return replace(plan, notes=_read_from(folder, {plan.group_size}))
+        plan = PrecisionPlan.from_dict(quantization.get("plan"), f"the config.json of {name}")
+        return replace(plan, notes=_read_from(checkpoint, {plan.group_size}))
     if method not in (*_GPTQ, _COMPRESSED_TENSORS):
         raise CheckpointError(
-            f"{os.fspath(folder)!r} was quantized by {method!r}; read are {', '.join((*_GPTQ, _COMPRESSED_TENSORS))} "
-            f"and {QUANT_METHOD}"
+            f"{name} was quantized by {method!r}; read are {', '.join((*_GPTQ, _COMPRESSED_TENSORS))} and "
+            f"{QUANT_METHOD}"
         )
-    config = AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = empty_model(folder, config)
-    layers = find_moe_layers(model)
+    layers, model_type = checkpoint.layers(), checkpoint.model_type
     named = _widths_of(quantization)
     found: list[tuple[dict[str, LayerPlan], set[int]]] = []
     problems: list[CheckpointError] = []
     for words in (_dense, _loose):
         try:
-            found.append(_read_layers(layers, model_type_of(model), _Stores(tensors, named, words)))
+            found.append(_read_layers(layers, model_type, _Stores(checkpoint.tensors, named, words)))
         except CheckpointError as error:
             problems.append(error)
     if not found:
         raise problems[0]
     if any(one != found[0] for one in found):
         raise CheckpointError(
-            f"{os.fspath(folder)!r}: its packed words can be read as two different plans of {named} bits, with and "
-            "without empty ends, so its bits are not known"
+            f"{name}: its packed words can be read as two different plans of {named} bits, with and without empty "
+            "ends, so its bits are not known"
         )
     widths, groups = found[0]
-    return PrecisionPlan(
-        model_type_of(model), widths, min(groups, default=128), method, notes=_read_from(folder, groups)
-    )
-
-
-def _quantization(folder: str | os.PathLike) -> dict[str, Any]:
-    """The ``quantization_config`` of a checkpoint's config.json."""
-    path = Path(folder) / "config.json"
-    try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{str(path)!r} is damaged: {error}") from error
-    written = written if isinstance(written, dict) else {}
-    inner = written.get("text_config")
-    quantization = written.get("quantization_config") or (inner or {}).get("quantization_config")
-    if quantization is None:
-        raise CheckpointError(f"{os.fspath(folder)!r} is a float checkpoint: it has no bits to show")
-    if not isinstance(quantization, dict):
-        raise CheckpointError(f"{str(path)!r} is damaged: its quantization_config is {quantization!r}")
-    return quantization
+    notes = _read_from(checkpoint, groups)
+    return PrecisionPlan(model_type, widths, min(groups, default=128), method, notes=notes)
 
 
 def _widths_of(quantization: dict[str, Any]) -> list[int]:
@@ -152,8 +133,8 @@ def _read_layers(layers: list[MoELayer], model_type: str, stores: _Stores) -> tu
     return found, groups
 
 
-def _read_from(folder: str | os.PathLike, groups: Iterable[int]) -> PlanNotes:
-    return {"read_from": Path(folder).name, "group_sizes": sorted(groups)}
+def _read_from(checkpoint: Checkpoint, groups: Iterable[int]) -> PlanNotes:
+    return {"read_from": checkpoint.folder.name, "group_sizes": sorted(groups)}
 
 
 def _stored(place: Place, expert: int, shape: LayerShape, stores: _Stores) -> _Stored:

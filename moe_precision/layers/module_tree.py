@@ -27,12 +27,13 @@ from ..compat import (
     is_zero3_parameter,
     own_parameters,
 )
+from ..errors import MoEPrecisionError
 
 _NUMBERED = re.compile(r"^(?:expert_?)?\d+$", re.IGNORECASE)
 _ADDITIVE_TUNERS = ("lora", "loha", "lokr", "adalora", "vera")
 
 
-class MoELayerError(ValueError):
+class MoELayerError(MoEPrecisionError, ValueError):
     """The model has no Mixture-of-Experts layer, or one that cannot be described or read without guessing."""
 
 

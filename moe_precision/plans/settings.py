@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from fractions import Fraction
 from typing import Any, cast
 
+from ..errors import MoEPrecisionError
 from ..layers.patterns import Patterns, check_pattern
 from ..layers.shape import LayerShape
 from .methods import ALL_METHODS, COST_METHODS, METHODS, PLAN_METHODS, MethodName, reads
@@ -24,7 +25,7 @@ DEFAULT_AVERAGE_BITS = 2.5
 ZETA = 3.0  # how many times larger a MaxVar must be to overtake, as in the paper
 
 
-class AllocationError(ValueError):
+class AllocationError(MoEPrecisionError, ValueError):
     """A budget that the given widths cannot meet, or a method that lacks what it reads."""
 
 

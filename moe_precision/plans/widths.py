@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
+from ..errors import MoEPrecisionError
+
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)  # 16: the expert is left as it is
 SCALE_AND_OFFSET_BITS = 18  # per group: quantize/codec/scales.py
 
@@ -12,7 +14,7 @@ Granularity = Literal["expert", "expert+projection", "layer", "layer+projection"
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
 
-class PlanError(ValueError):
+class PlanError(MoEPrecisionError, ValueError):
     """A plan that is damaged, impossible, or made for another model."""
 
 

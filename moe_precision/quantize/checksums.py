@@ -17,10 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from ..errors import MoEPrecisionError
+
 _SUMS, _CONFIG, _SET = (f"moe_precision.{name}" for name in ("xxh3_64", "config", "set"))
 
 
-class DamagedCheckpointError(ValueError):
+class DamagedCheckpointError(MoEPrecisionError, ValueError):
     """A packed checkpoint whose files are not what was written."""
 
 

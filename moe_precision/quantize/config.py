@@ -12,6 +12,7 @@ import xxhash
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer
 from ..plans.document import Document
 from ..plans.plan import PrecisionPlan, as_plan
@@ -23,7 +24,7 @@ QUANT_METHOD = "moe_precision"
 FORMAT_VERSION = 2  # of the packed checkpoint: docs/checkpoint-format.md; 1 had no checksums and did not say so
 
 
-class QuantizationError(ValueError):
+class QuantizationError(MoEPrecisionError, ValueError):
     """A checkpoint whose experts could not all be read or quantized."""
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..compat import mark_as_read, runs_through_experts_interface, tied_names
+from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer
 from ..plans.plan import PrecisionPlan, model_type_of
 from ..plans.widths import check_group_size
@@ -27,7 +28,7 @@ from .modules import PackedLinear, PackedProjection, sentinel
 EXPERTS_IMPLEMENTATION = "moe_precision"
 
 
-class UnsupportedLayoutError(NotImplementedError):
+class UnsupportedLayoutError(MoEPrecisionError, NotImplementedError):
     """The model's experts are laid out in a way that cannot be packed yet."""
 
 

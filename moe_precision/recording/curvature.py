@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..checkpoints.tensor_file import Nested, TensorFile, named, shapes_of
+from ..errors import MoEPrecisionError
 from ..layers.banks import Bank
 from ..layers.module_tree import Weight
 from ..layers.moe_layers import MoELayer
@@ -25,7 +26,7 @@ from .router_norms import check_same_weights, norms_by_layer
 Means = tuple[Tensor, Tensor]  # over the last dimension and over the one before it, float32 on the CPU
 
 
-class CurvatureError(ValueError):
+class CurvatureError(MoEPrecisionError, ValueError):
     """No second moment to read, a damaged file, or curvature of another model."""
 
 

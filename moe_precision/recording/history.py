@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.tensor_file import TensorFile, named, shapes_of
+from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer
 from ..layers.patterns import Patterns
 from ..layers.shape import LayerShape
@@ -20,7 +21,7 @@ from .loads import Loads
 from .router_norms import max_variances
 
 
-class HistoryError(ValueError):
+class HistoryError(MoEPrecisionError, ValueError):
     """A history that cannot be used: damaged, of another model, or without records."""
 
 

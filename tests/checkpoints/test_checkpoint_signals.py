@@ -7,22 +7,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_precision import HistoryError, PrecisionPlan, RouterNormHistory, allocate, find_moe_layers
+from moe_precision import HistoryError, PrecisionPlan, allocate, find_moe_layers
 from moe_precision.allocation.costs import expert_costs
-from moe_precision.checkpoints.checkpoint import CheckpointError
-from moe_precision.checkpoints.reading import StreamingError, costs_of_checkpoint, signals_of_checkpoint
+from moe_precision.allocation.weights import LiveWeights, StoredWeights
+from moe_precision.checkpoints import Checkpoint, CheckpointError, StreamingError
 from moe_precision.cli.main import main
-from moe_precision.recording.router_norms import router_norms
 from tests.support.model_zoo import build_tiny
 from tests.support.models import build
 
 
 def measured(model):
-    layers = find_moe_layers(model)
-    history = RouterNormHistory.of(layers, model.config.model_type)
-    history.record(0, router_norms(layers))
-    history.measure_variance(layers)
-    return history
+    return LiveWeights(model, {}).snapshot(variance=True)
+
+
+def stored(folder):
+    with Checkpoint(folder) as checkpoint:
+        return StoredWeights(checkpoint).snapshot(variance=True)
 
 
 LAYOUTS = {
@@ -45,10 +45,10 @@ def test_signals_are_those_of_the_model(family, sizes, tmp_path):
     model = build_tiny(family)
     model.save_pretrained(tmp_path, **sizes)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == bool(sizes)
-    read, expected = signals_of_checkpoint(tmp_path), measured(model)
+    read, expected = stored(tmp_path), measured(model)
     assert read.layers == expected.layers
     for name in expected.layers:
-        torch.testing.assert_close(read.last[name], expected.last[name])
+        torch.testing.assert_close(read.router_norms[name], expected.router_norms[name])
         torch.testing.assert_close(read.max_variance[name], expected.max_variance[name])
 
 
@@ -58,7 +58,8 @@ def test_costs_are_those_of_the_model(family, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     group_size = 8
     expected = expert_costs(find_moe_layers(model), (2, 3), group_size)
-    found = costs_of_checkpoint(tmp_path, (2, 3), group_size)
+    with Checkpoint(tmp_path) as checkpoint:
+        found = StoredWeights(checkpoint).costs((2, 3), group_size, None)
     assert found.keys() == expected.keys()
     for name, projections in expected.items():
         assert found[name].keys() == projections.keys()
@@ -77,7 +78,7 @@ def test_a_plan_by_cost_from_a_folder_is_that_of_the_model(tmp_path, monkeypatch
 def test_module_names_on_disk(tmp_path):
     model = build("mixtral")
     model.save_pretrained(tmp_path, save_original_format=False)
-    torch.testing.assert_close(signals_of_checkpoint(tmp_path).last, measured(model).last)
+    torch.testing.assert_close(stored(tmp_path).router_norms, measured(model).router_norms)
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ def test_an_index_that_an_earlier_save_left(two_checkpoints):
     model, _, folder = two_checkpoints
     model.save_pretrained(folder / "base")
     (folder / "base" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    torch.testing.assert_close(signals_of_checkpoint(folder / "base").last, measured(model).last)
+    torch.testing.assert_close(stored(folder / "base").router_norms, measured(model).router_norms)
 
 
 def test_checkpoints_of_different_shapes(two_checkpoints):
@@ -216,7 +217,7 @@ def test_conversions_that_cannot_be_followed(tmp_path, capsys):
     model = build_tiny("inkling2_text")
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(StreamingError, match=r"gate_up_proj' is converted by \['Interleave'\]"):
-        signals_of_checkpoint(tmp_path / "model")
+        stored(tmp_path / "model")
     with pytest.warns(UserWarning, match="no baseline"):
         assert main(["plan", str(tmp_path / "model"), "--group-size", "8", "-o", str(tmp_path / "p.json")]) == 0
     assert "loading the whole model instead" in capsys.readouterr().err
@@ -231,7 +232,7 @@ def test_a_quantized_checkpoint(two_checkpoints):
     config["quantization_config"] = {"quant_method": "moe_precision"}
     (folder / "packed" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="is quantized; give the float checkpoint"):
-        signals_of_checkpoint(folder / "packed")
+        stored(folder / "packed")
 
 
 @pytest.mark.parametrize(

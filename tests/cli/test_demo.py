@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from moe_precision import PrecisionPlan, RouterNormHistory
-from moe_precision.checkpoints.checkpoint import load_model, stored_bits_per_expert_weight
+from moe_precision.checkpoints import Checkpoint, load_model
 from tests.support.wandb_file import read_artifacts, read_curves
 
 STEPS = 12
@@ -59,7 +59,7 @@ def test_table(demo):
     for name in CURVATURE:
         assert 2.4 < rows[name]["nominal_bits"] <= 2.5
         assert rows[name]["stored_bits"] <= rows["plan"]["stored_bits"] + 0.001
-    measured = stored_bits_per_expert_weight(folder / "quantized-plan", plan)
+    measured = Checkpoint(folder / "quantized-plan").stored_bits_per_expert_weight(plan)
     assert rows["plan"]["stored_bits"] == measured
     assert rows["uniform 2 bits"]["file_mb"] < rows["plan"]["file_mb"] < rows["uniform 3 bits"]["file_mb"]
     assert rows["uniform 3 bits"]["file_mb"] < rows["float"]["file_mb"]

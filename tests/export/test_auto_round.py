@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_precision import PlanError, allocate
-from moe_precision.checkpoints.checkpoint import CheckpointError
+from moe_precision.checkpoints.headers import CheckpointError
 from moe_precision.cli.main import main
 from moe_precision.export import auto_round_backend as auto_round
 from moe_precision.export.auto_round_backend import AutoRoundError, quantize_with_auto_round

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from moe_precision import PlanError, PrecisionPlan, allocate, quantize_model
-from moe_precision.checkpoints.checkpoint import CheckpointError
+from moe_precision.checkpoints.headers import CheckpointError
 from moe_precision.cli.main import main
 from moe_precision.export import TARGETS, ExportError, export, plan_of_checkpoint
 from moe_precision.export.gguf import gguf_type
@@ -314,7 +314,7 @@ def test_bytes_are_8_bits_only_where_nothing_else_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("[]", "is a float checkpoint"),
+        ("[]", "config.json' is damaged: expected a JSON object"),
         ('{"text_config": null}', "is a float checkpoint"),
         ('{"quantization_config": "x"}', "its quantization_config is 'x'"),
         ('{"quantization_config": {"quant_method": "moe_precision"}}', "is not a precision plan"),

@@ -19,12 +19,7 @@ from moe_precision import (
     allocate,
     quantize_model,
 )
-from moe_precision.checkpoints.checkpoint import (
-    CheckpointError,
-    load_model,
-    stored_bits_per_expert_weight,
-    tensor_bytes,
-)
+from moe_precision.checkpoints import Checkpoint, CheckpointError, load_model
 from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.quantize.codec.fitting import quantize_matrix
 from moe_precision.quantize.modules import PackedLinear, PackedProjection
@@ -134,12 +129,13 @@ def test_file_bytes_are_what_the_plan_says(family, tmp_path):
     plan = allocate(model, average_bits=2.5, bits=(1, 2, 3), group_size=64)
     quantize_checkpoint(tmp_path / "float", plan, tmp_path / "packed")
     packed = load_model(tmp_path / "packed")
-    assert stored_bits_per_expert_weight(tmp_path / "float", plan) == 32
-    codes = sum(size for name, size in tensor_bytes(tmp_path / "packed").items() if name.endswith(".codes"))
+    assert Checkpoint(tmp_path / "float").stored_bits_per_expert_weight(plan) == 32
+    written = Checkpoint(tmp_path / "packed")
+    codes = sum(tensor.nbytes for name, tensor in written.tensors.items() if name.endswith(".codes"))
     weights = sum(layer.shape.expert_size * 8 for layer in plan.layers.values())
     assert 8 * codes / weights == plan.average_bits  # dense: 3 bits cost 3
     sentinels = 32 * (4 if family == "mixtral" else 2 * 8 * 2) / weights
-    assert stored_bits_per_expert_weight(tmp_path / "packed", plan) == pytest.approx(plan.stored_bits + sentinels)
+    assert written.stored_bits_per_expert_weight(plan) == pytest.approx(plan.stored_bits + sentinels)
     assert packed.get_memory_footprint() < model.get_memory_footprint() / 2
 
 

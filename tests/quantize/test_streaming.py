@@ -1,10 +1,11 @@
-"""Checkpoints are quantized in bounded memory, go on after a kill, and are never half there."""
+"""Checkpoints are quantized in bounded memory, and bad input is refused before anything is written."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,32 +13,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moe_precision import PlanError, allocate, quantize_model
-from moe_precision.checkpoints.checkpoint import CheckpointError, load_model, tensor_bytes, weight_files
+from moe_precision.checkpoints import Checkpoint, CheckpointError, load_model
 from moe_precision.quantize.writer import quantize_checkpoint
+from moe_precision.quantize.writer.packer import Packer
 from tests.quantize.test_quantize import FAMILIES, mixed_plan
+from tests.support.checkpoints import contents, save_float
 from tests.support.model_zoo import build_tiny
 from tests.support.models import auto_class, build, logits
 
 
 @pytest.fixture
 def saved(tmp_path):
-    """A float Mixtral on disk with a plan of 2 bits, whose packed layers are some 30 KB each."""
-    model = build("mixtral", num_hidden_layers=4)
-    model.save_pretrained(tmp_path / "float", max_shard_size="300KB")
-    plan = allocate(model, method="uniform", average_bits=2, bits=(2,), group_size=64)
-    return model, plan, tmp_path / "float", tmp_path / "out"
-
-
-def contents(folder):
-    """Everything that a folder holds: safetensors write their metadata in any order."""
-    found = {}
-    for file in folder.iterdir():
-        if file.suffix != ".safetensors":
-            found[file.name] = file.read_bytes()
-            continue
-        with safe_open(file, "pt") as opened:
-            found[file.name] = opened.metadata(), {name: opened.get_tensor(name).tolist() for name in opened.keys()}  # noqa: SIM118
-    return found
+    return save_float(tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,7 +33,7 @@ def test_many_shards_are_what_the_live_model_is(family, tmp_path):
     model.save_pretrained(tmp_path / "float", max_shard_size="100KB")
     plan = mixed_plan(model)
     quantize_checkpoint(tmp_path / "float", plan, tmp_path / "out", max_shard_size="1KB")
-    assert len(weight_files(tmp_path / "out")) > 2
+    assert len(Checkpoint(tmp_path / "out").files) > 2
     again, info = auto_class(family).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     assert torch.equal(logits(again), logits(quantize_model(model, plan)))
@@ -55,10 +42,10 @@ def test_many_shards_are_what_the_live_model_is(family, tmp_path):
 def test_shards_hold_whole_layers_up_to_a_size(saved):
     _, plan, source, out = saved
     quantize_checkpoint(source, plan, out, max_shard_size="1MB")
-    assert [file.name for file in weight_files(out)] == ["model.safetensors"]
+    assert [file.name for file in Checkpoint(out).files] == ["model.safetensors"]
     quantize_checkpoint(source, plan, out, max_shard_size=1)
     index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(tensor_bytes(out).values())
+    assert index["metadata"]["total_size"] == Checkpoint(out).nbytes
     layers: dict[str, set] = {file: set() for file in index["weight_map"].values()}
     for name, file in index["weight_map"].items():
         layers[file] |= set(name.split(".")[2:3]) if ".layers." in name else set()
@@ -68,87 +55,36 @@ def test_shards_hold_whole_layers_up_to_a_size(saved):
 def test_workers_write_the_same_bytes(saved):
     _, plan, source, out = saved
     quantize_checkpoint(source, plan, out, max_shard_size="100KB")
-    quantize_checkpoint(source, plan, out.with_name("two"), max_shard_size="100KB", workers=2)
+    with Checkpoint(source) as checkpoint:
+        quantize_checkpoint(checkpoint, plan, out.with_name("two"), max_shard_size="100KB", workers=2)
+        assert not hasattr(checkpoint.config, "quantization_config")  # what was written is a copy
     assert contents(out) == contents(out.with_name("two"))
     with pytest.raises(ValueError, match="workers=0: expected at least 1"):
         quantize_checkpoint(source, plan, out, workers=0)
 
 
+def test_source_files_are_opened_once_and_not_once_per_shard(saved, monkeypatch):
+    _, plan, source, out = saved
+    opens: dict[str, Counter] = {"checkpoint": Counter(), "headers": Counter()}
+    for module, counter in opens.items():
+
+        def counting(file, *args, counter=counter, **kwargs):
+            counter[Path(file).name] += 1
+            return safe_open(file, *args, **kwargs)
+
+        monkeypatch.setattr(f"moe_precision.checkpoints.{module}.safe_open", counting)
+    quantize_checkpoint(source, plan, out, max_shard_size=1)
+    assert len(list(out.glob("*.safetensors"))) == 7
+    once = {file.name: 1 for file in source.glob("*.safetensors")}
+    assert len(once) > 4
+    assert opens == {"checkpoint": once, "headers": once}
+
+
 def test_live_sharded_save(saved, tmp_path):
     model, plan, *_ = saved
     quantize_model(model, plan).save_pretrained(tmp_path / "live", max_shard_size="50KB")
-    assert len(weight_files(tmp_path / "live")) > 3
+    assert len(Checkpoint(tmp_path / "live").files) > 3
     assert torch.equal(logits(load_model(tmp_path / "live")), logits(model))
-
-
-# -- interrupted -----------------------------------------------------------------------------------------------------
-
-SLOW = """
-import sys, time
-from moe_precision import streaming
-write = streaming._Packer.write
-streaming._Packer.write = lambda *args: (write(*args), print(args[1].file, flush=True), time.sleep(0.3))
-streaming.quantize_checkpoint(*sys.argv[1:4], max_shard_size="1KB")
-"""
-
-
-def test_a_killed_run_goes_on(saved, tmp_path, monkeypatch):
-    _, plan, source, out = saved
-    plan.save(tmp_path / "plan.json")
-    command = [sys.executable, "-c", SLOW, str(source), str(tmp_path / "plan.json"), str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    done = [process.stdout.readline().strip() for _ in range(3)]
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not out.exists()
-    (partial,) = tmp_path.glob(".out.*.partial")
-    times = {name: (partial / name).stat().st_mtime_ns for name in done}
-    damaged = partial / done[0]
-    damaged.write_bytes(damaged.read_bytes()[:-5] + b"wrong")
-    quantize_checkpoint(source, plan, out, max_shard_size="1KB")
-    assert not partial.exists()
-    kept = [name for name in done if (out / name).stat().st_mtime_ns == times[name]]
-    assert kept == done[1:]  # and the damaged one was written again
-    quantize_checkpoint(source, plan, tmp_path / "whole", max_shard_size="1KB")
-    assert contents(out) == contents(tmp_path / "whole")
-
-
-def test_another_plan_does_not_go_on_from_it(saved, tmp_path, monkeypatch):
-    model, plan, source, out = saved
-    monkeypatch.setattr("shutil.copy2", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(source, plan, out)
-    monkeypatch.undo()
-    other = allocate(model, method="uniform", average_bits=3, bits=(3,), group_size=64)
-    quantize_checkpoint(source, other, out)
-    assert torch.equal(logits(load_model(out)), logits(quantize_model(model, other)))
-    assert sorted(os.listdir(tmp_path)) == ["float", "out"]
-
-
-FULL = """
-import resource, sys
-from moe_precision.streaming import quantize_checkpoint
-resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-quantize_checkpoint(*sys.argv[1:4], max_shard_size=1)
-"""
-
-
-def test_no_space_midway(saved, tmp_path):
-    """The first shards fit, a later one does not: nothing appears at the destination, and a larger disk goes on."""
-    _, plan, source, out = saved
-    quantize_checkpoint(source, plan, out, max_shard_size=1)
-    before = contents(out)
-    other = allocate(build("mixtral", num_hidden_layers=4), method="uniform", average_bits=8, bits=(8,), group_size=64)
-    other.save(tmp_path / "plan.json")
-    command = [sys.executable, "-c", FULL, str(source), str(tmp_path / "plan.json"), str(out)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode != 0
-    assert "OSError" in result.stderr
-    assert contents(out) == before
-    assert list(tmp_path.glob(".out.*.partial/model-*"))
-    quantize_checkpoint(source, other, out, max_shard_size=1)
-    assert not list(tmp_path.glob(".out.*"))
-    assert torch.equal(logits(load_model(out)), logits(quantize_model(saved[0], other)))
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
@@ -165,6 +101,24 @@ def test_a_checkpoint_that_lacks_a_weight(victim, tmp_path):
     with pytest.raises(CheckpointError, match=r"lacks|cannot be quantized"):
         quantize_checkpoint(tmp_path / "float", allocate(model, group_size=64), tmp_path / "out")
     assert os.listdir(tmp_path) == ["float"]
+
+
+def test_wrong_shapes_are_found_before_any_packing(saved, tmp_path, monkeypatch):
+    """A lost or a cut weight of the last layer, where packing the others takes hours."""
+    model, plan, source, out = saved
+    monkeypatch.setattr(Packer, "write", lambda *_: pytest.fail("has packed"))
+    model.save_pretrained(source.with_name("one"))
+    file = source.with_name("one") / "model.safetensors"
+    whole = load_file(file)
+    expert = "model.layers.3.block_sparse_moe.experts.7.w2.weight"
+    save_file({name: t for name, t in whole.items() if name != expert}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"has 7 of 8 experts for 'model\.layers\.3\.mlp\.experts\.down_proj'"):
+        quantize_checkpoint(file.parent, plan, out)
+    norm = "model.layers.3.input_layernorm.weight"
+    save_file(whole | {norm: whole[norm][:32].clone()}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"'{norm}' has shape \(32,\), but its config.json says \(64,\)"):
+        quantize_checkpoint(file.parent, plan, out)
+    assert sorted(os.listdir(tmp_path)) == ["float", "one"]
 
 
 def test_weights_that_are_not_finite(saved, tmp_path):
@@ -221,34 +175,6 @@ def test_through_a_link(saved, tmp_path):
     assert (tmp_path / "link").is_symlink()
 
 
-def test_one_writer_at_a_time(saved, tmp_path, monkeypatch):
-    _, plan, source, out = saved
-
-    def second(*_, **__):
-        with pytest.raises(BlockingIOError, match="another process is writing into"):
-            quantize_checkpoint(source, plan, out)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("shutil.copy2", second)
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(source, plan, out)
-    monkeypatch.undo()
-    quantize_checkpoint(source, plan, out)
-    assert sorted(os.listdir(tmp_path)) == ["float", "out"]
-
-
-def test_a_changed_source_does_not_go_on(saved, tmp_path, monkeypatch):
-    _, plan, source, out = saved
-    monkeypatch.setattr("shutil.copy2", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(source, plan, out)
-    monkeypatch.undo()
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
-    quantize_checkpoint(source, plan, out)
-    assert {t.dtype for n, t in load_model(out).state_dict().items() if n.endswith("proj.weight")} == {torch.float16}
-
-
 def test_a_config_without_a_dtype(tmp_path):
     model = build("mixtral").bfloat16()
     model.save_pretrained(tmp_path / "float")
@@ -272,39 +198,13 @@ def test_tied_embeddings_under_either_name(stored, tmp_path):
     assert torch.equal(logits(load_model(tmp_path / "out")), logits(quantize_model(model, plan)))
 
 
-KILLED_WORKER = """
-import os, sys
-from moe_precision import streaming
-write = streaming._Packer.write
-def once(self, shard, *rest):
-    if "00005" in shard.file:
-        os.kill(os.getpid(), 9)
-    write(self, shard, *rest)
-streaming._Packer.write = once
-if __name__ == "__main__":
-    streaming.quantize_checkpoint(*sys.argv[1:4], max_shard_size=1, workers=2)
-"""
-
-
-def test_a_killed_worker_leaves_what_is_finished(saved, tmp_path):
-    _, plan, source, out = saved
-    plan.save(tmp_path / "plan.json")
-    (tmp_path / "script.py").write_text(KILLED_WORKER)
-    command = [sys.executable, "script.py", str(source), str(tmp_path / "plan.json"), str(out)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert "BrokenProcessPool" in result.stderr
-    assert len(list(tmp_path.glob(".out.*.partial/model-*"))) >= 2
-    quantize_checkpoint(source, plan, out, max_shard_size=1)
-    assert not list(tmp_path.glob(".out.*"))
-
-
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 BOUNDED = """
 import resource, sys
 import torch
-from moe_precision.quantize import fitting
-from moe_precision.streaming import quantize_checkpoint
+from moe_precision.quantize.codec import fitting
+from moe_precision.quantize.writer import quantize_checkpoint
 fitting._ITERATIONS = 1  # the memory is the same
 torch.set_num_threads(1)
 torch.zeros(512, 512) @ torch.zeros(512, 512)  # whatever the first product maps
@@ -322,7 +222,7 @@ def test_a_checkpoint_larger_than_memory(tmp_path):
     plan = allocate(model, method="uniform", average_bits=2, bits=(2,), group_size=128)
     plan.save(tmp_path / "plan.json")
     model.save_pretrained(tmp_path / "float", max_shard_size="30MB")
-    total = sum(tensor_bytes(tmp_path / "float").values())
+    total = Checkpoint(tmp_path / "float").nbytes
     layer = total // 24
     allowed = 2 * layer + 95_000_000
     assert total > 4 * allowed
@@ -331,7 +231,7 @@ def test_a_checkpoint_larger_than_memory(tmp_path):
     command = [sys.executable, "-c", BOUNDED, *paths, str(allowed)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert sum(tensor_bytes(tmp_path / "out").values()) < total / 6
+    assert Checkpoint(tmp_path / "out").nbytes < total / 6
 
 
 @pytest.mark.parametrize("model_type", ["ernie4_5_vl_moe", "jamba", "nemotron_h", "qwen3_vl_moe_text", "deepseek_v4"])

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ...checkpoints.tensor_file import Nested, TensorFile, named
+from ...errors import MoEPrecisionError
 from ...layers.moe_layers import MoELayer
 from ...plans.plan import PrecisionPlan
 from ...plans.widths import PlanError
@@ -25,7 +26,7 @@ from .fitting import codes_on_grid, quantize_matrix
 _CHUNK = 1 << 19  # weights at a time: their float32 stays in cache
 
 
-class GridError(ValueError):
+class GridError(MoEPrecisionError, ValueError):
     """A grid that is damaged, or belongs to another plan or to other weights."""
 
 

@@ -24,12 +24,12 @@ def test_every_expert_gets_its_bits_and_the_model_loads(checkpoint, plan, tmp_pa
 _READ = """
 import sys
 from moe_precision import PrecisionPlan
-from moe_precision.checkpoints import stored_tensors
+from moe_precision.checkpoints import Checkpoint
 from moe_precision.export import plan_of_checkpoint
 read = plan_of_checkpoint(sys.argv[1])
 diff = read.diff(PrecisionPlan.load(sys.argv[2]))
 assert not diff, diff
 assert read.notes["group_sizes"] == [64]
-others = [name for name in stored_tensors(sys.argv[1]) if name.endswith("qweight") and "experts" not in name]
+others = [name for name in Checkpoint(sys.argv[1]).tensors if name.endswith("qweight") and "experts" not in name]
 assert not others, others
 """

@@ -6,7 +6,7 @@ from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import load_quantizable_moe
 from transformers import AutoModelForCausalLM
 
-from moe_precision.checkpoints.checkpoint import stored_tensors
+from moe_precision.checkpoints import Checkpoint
 from moe_precision.export import export, plan_of_checkpoint
 from tests.export.real_tools.conftest import check_experts, float_experts, mixed
 
@@ -25,6 +25,6 @@ def test_packed_shapes_prove_the_bits(checkpoint, uniform_layers, tmp_path, engi
     read = plan_of_checkpoint(tmp_path / "quantized")
     assert read.diff(found.plan) == []
     assert read.notes["group_sizes"] == [64]
-    packed = [name for name in stored_tensors(tmp_path / "quantized") if name.endswith("weight_packed")]
+    packed = [name for name in Checkpoint(tmp_path / "quantized").tensors if name.endswith("weight_packed")]
     assert packed
     assert all("experts" in name for name in packed)

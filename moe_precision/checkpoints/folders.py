@@ -1,0 +1,129 @@
+"""Replacing a checkpoint folder in one step, with a hidden folder beside it while the new one is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from ..files import umask
+from .headers import CheckpointError
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+
+_LOCK = ".lock"
+
+
+def check_quantizing(checkpoint: Checkpoint, out: str | os.PathLike, *sources: Any) -> None:
+    """Checks that a checkpoint is float, and that writing ``out`` takes nothing away that is read.
+
+    Args:
+        checkpoint: The float checkpoint.
+        out: Folder that will be written, or replaced.
+        sources: Whatever else is read; those that are paths are looked at.
+
+    Raises:
+        CheckpointError: The checkpoint is quantized already, or ``out`` lies in what is read or the other way round.
+    """
+    if checkpoint.is_quantized:
+        raise CheckpointError(f"{str(checkpoint.folder)!r} is quantized already; quantize the float checkpoint instead")
+    if Path(out).resolve().is_relative_to(checkpoint.folder.resolve()):
+        raise CheckpointError(f"{os.fspath(out)!r} is, or lies in, the float checkpoint; choose another folder")
+    for source in (checkpoint.folder, *sources):
+        if isinstance(source, str | os.PathLike) and Path(source).resolve().is_relative_to(Path(out).resolve()):
+            raise CheckpointError(f"{os.fspath(out)!r} would be replaced, and {os.fspath(source)!r} lies in it")
+
+
+@contextmanager
+def folder_replaced_when_done(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary folder beside ``path``, which takes its place if the block ends without an exception.
+
+    Raises:
+        FileExistsError: ``path`` is a folder that holds something other than a checkpoint, a mount point, or a file.
+    """
+    path = Path(path)
+    _check_replaceable(path)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        _take_place(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def resumable_folder(path: str | os.PathLike, job: str) -> Iterator[Path]:
+    """Yields a hidden folder beside ``path``, which takes its place if the block ends without an exception.
+
+    Whatever ends the block early, the files that are finished stay and are yielded again to the next call for this
+    job; only an empty folder is removed. So check all input before entering: an error that will come again each time is
+    best raised while there is nothing to keep. Entering removes what other jobs for ``path`` have left.
+
+    Args:
+        path: Where the folder goes when it is complete.
+        job: What is made, and of what: a hash, which is in the name of the folder.
+
+    Raises:
+        FileExistsError: ``path`` is a folder that holds something other than a checkpoint, a mount point, or a file.
+        BlockingIOError: Another process is at the same job.
+    """
+    path = Path(path).resolve()
+    _check_replaceable(path)
+    partial = path.parent / f".{path.name}.{job[:12]}.partial"
+    for other in path.parent.glob(f".{path.name}.*.partial"):
+        if other != partial:
+            with suppress(BlockingIOError), _locked(other):  # of a job that has been given up
+                shutil.rmtree(other, ignore_errors=True)
+    partial.mkdir(exist_ok=True)
+    with _locked(partial):
+        for rest in partial.glob(".*.tmp"):  # of a file that was being written
+            rest.unlink()
+        try:
+            yield partial
+        except BaseException:
+            if all(file.name == _LOCK for file in partial.iterdir()):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _take_place(partial, path)
+        (path / _LOCK).unlink()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(f"another process is writing into {str(folder)!r}; wait for it, or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_replaceable(path: Path) -> None:
+    if os.path.ismount(path):
+        raise FileExistsError(f"{str(path)!r} is a mount point, which cannot be replaced; name a folder inside of it")
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file()):
+        raise FileExistsError(
+            f"{str(path)!r} exists and is no checkpoint folder; choose another one, nothing is replaced"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    temporary.chmod(0o777 & ~umask())
+    if path.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+        path.replace(old)
+        temporary.replace(path)
+        shutil.rmtree(old)
+    else:
+        temporary.replace(path)

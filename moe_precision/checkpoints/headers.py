@@ -1,0 +1,76 @@
+"""What the files of a checkpoint hold, by their headers alone: are all there and intact, and which tensor is where."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import MoEPrecisionError
+
+
+class CheckpointError(MoEPrecisionError, ValueError):
+    """A checkpoint folder that is missing, incomplete or damaged, or not of the kind that is needed."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the header of a safetensors file describes it.
+
+    Attributes:
+        dtype: safetensors' own name: ``BF16``, ``I32``, ...
+        shape: Its shape.
+        nbytes: Bytes it takes in the file.
+        file: The file that holds it.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a checkpoint's index names, or its only one; whether they exist is not checked.
+
+    Raises:
+        CheckpointError: The folder or its config.json is missing, or the index is damaged.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"no checkpoint folder at {str(folder)!r}; expected what save_pretrained writes")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{str(folder)!r} has no config.json; expected what save_pretrained writes")
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file() or (folder / "model.safetensors").is_file():  # as transformers: an old index is ignored
+        return [folder / "model.safetensors"]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # no UTF-8, no JSON, no map of names
+        raise CheckpointError(f"{str(index)!r} is damaged: {error}") from error
+
+
+def header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file by name, in the order of its header.
+
+    Raises:
+        CheckpointError: The file is missing, truncated or damaged.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{str(file.parent)!r} lacks the weight file {file.name!r}; copy it again")
+    try:
+        with safe_open(file, "pt", backend="pread"):  # checks the header against the file's size, and maps nothing
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"{str(file)!r} is truncated or damaged: {error}; copy it again") from error
+    with open(file, "rb") as opened:
+        entries = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    entries.pop("__metadata__", None)
+    return {
+        name: StoredTensor(
+            entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0], file
+        )
+        for name, entry in entries.items()
+    }

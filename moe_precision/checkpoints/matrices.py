@@ -1,0 +1,83 @@
+"""Routers and expert matrices of a layer straight from a checkpoint's files, one matrix in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..layers.moe_layers import MoELayer
+from .headers import CheckpointError
+from .sources import only_source, stacked_sources
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+
+
+def router_weight(checkpoint: Checkpoint, layer: MoELayer) -> Tensor:
+    """The router's weight of a layer, ``(rows, d)`` with row ``e`` belonging to expert ``e``, in the stored dtype.
+
+    Raises:
+        CheckpointError: It is missing, or of another shape than the model of config.json has.
+        StreamingError: It is converted on loading.
+    """
+    name = only_source(layer.router, checkpoint.sources)
+    shape = checkpoint.tensors[name].shape
+    if shape != layer.router_is.shape:
+        raise CheckpointError(
+            f"{str(checkpoint.folder)!r}: {name!r} has shape {shape}, but its config.json says {layer.router_is.shape}"
+        )
+    weight = checkpoint.read(name)
+    return weight.T if layer.router_transposed else weight
+
+
+def expert_matrices(
+    checkpoint: Checkpoint, layer: MoELayer, projection: str, neurons_alone: bool = False
+) -> Iterator[Tensor]:
+    """Yields one matrix of every expert in order, ``(out, in)`` in the stored dtype, one in memory at a time.
+
+    Args:
+        checkpoint: Where they are.
+        layer: One of ``checkpoint.layers()``.
+        projection: Which matrix.
+        neurons_alone: Of the first projection the rows of the hidden neurons alone, ``(neurons, in)``.
+
+    Raises:
+        CheckpointError: A tensor is missing, or of another shape than the model of config.json has.
+        StreamingError: transformers converts these tensors by more than renaming, stacking and joining.
+    """
+    whole = torch.empty(layer.banks[projection].shape, device="meta")
+    expected = (layer.neurons(whole) if neurons_alone else whole).shape
+    for expert, matrix in enumerate(_read(checkpoint, layer, projection, neurons_alone)):
+        if matrix.shape != expected:
+            raise CheckpointError(
+                f"{str(checkpoint.folder)!r}: {projection!r} of expert {expert} in layer {layer.name!r} has shape "
+                f"{tuple(matrix.shape)}, but its config.json says {tuple(expected)}"
+            )
+        yield matrix
+
+
+def _read(checkpoint: Checkpoint, layer: MoELayer, projection: str, neurons_alone: bool) -> Iterator[Tensor]:
+    bank, sources = layer.banks[projection], checkpoint.sources
+    parameter = bank.weights[0].name
+    converted = [source for source in sources.get(parameter, []) if source.converter is not None]
+    if len(bank.weights) == 1 and converted:  # not joined on disk: gate and up are tensors of their own
+        stacked = stacked_sources(parameter, converted, bank.weights[0].shape[0])
+        for names in stacked[: layer.num_experts]:  # the others are null experts
+            parts = [checkpoint.read(name) for name in (names[:1] if neurons_alone else names)]
+            yield parts[0] if len(parts) == 1 else torch.cat(parts)
+        return
+    stored = [only_source(weight.name, sources) for weight in bank.weights]
+    if len(stored) > 1:  # a tensor for each expert
+        matrices: Iterator[Tensor] = (checkpoint.read(name) for name in stored)
+    else:
+        (name,) = stored
+        rows = bank.weights[0].shape[0] // layer.num_experts if len(bank.weights[0].shape) == 2 else 1
+        ranges = (slice(expert * rows, (expert + 1) * rows) for expert in range(layer.num_experts))
+        parts_of = (checkpoint.slice(name)[part] for part in ranges)
+        one_each = (part.squeeze(0) if part.ndim == 3 else part for part in parts_of)
+        matrices = (matrix.T if bank.transposed else matrix for matrix in one_each)
+    for matrix in matrices:
+        yield layer.neurons(matrix) if neurons_alone else matrix

@@ -1,0 +1,11 @@
+"""From a float checkpoint to a packed one, a shard at a time: neither model is ever whole in memory.
+
+The module tree is laid out on the meta device, so that names and sizes of everything that will be written are known
+before any weight is read (`shards`). The tensors of each shard then go through transformers' own conversion and are
+packed, written under a temporary name and renamed (`packer`, `workers`). A run that was stopped finds its finished
+shards by their checksums and continues with the others (`resume`).
+"""
+
+from .job import quantize_checkpoint
+
+__all__ = ["quantize_checkpoint"]

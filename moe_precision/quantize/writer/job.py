@@ -1,0 +1,131 @@
+"""`quantize_checkpoint`: all checks first, then the shards that are not there yet, then config, tokenizer and index."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers.utils.hub import convert_file_size_to_int
+
+from ...checkpoints.checkpoint import Checkpoint, opened
+from ...checkpoints.folders import check_quantizing, resumable_folder
+from ...files import replaced_when_done
+from ...plans.plan import PrecisionPlan
+from ...recording.curvature import Curvature
+from ..codec.grid import Grid
+from ..config import PlanQuantizationConfig
+from .packer import Packer
+from .resume import fingerprint, is_finished
+from .shards import Shard, shards_of
+from .workers import Settings, written
+
+_WRITTEN_HERE = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.bin", "*.pt")
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint | str | os.PathLike,
+    plan: PrecisionPlan | str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    non_expert_bits: int | None = None,
+    curvature: Curvature | str | os.PathLike | None = None,
+    grid: Grid | str | os.PathLike | None = None,
+    workers: int = 1,
+    max_shard_size: int | str = "250MB",
+) -> None:
+    """Quantizes a float checkpoint by a plan, layer by layer, and copies its tokenizer.
+
+    A process holds one float layer, what transformers needs to convert it, and one packed shard. Whatever ends a run
+    early, its finished shards stay in a hidden folder beside ``out``, and the same call continues from there. Call it
+    below ``if __name__ == "__main__"`` with several workers, which are new Python processes.
+
+    Args:
+        checkpoint: Folder of a float checkpoint, or an open `Checkpoint`.
+        plan: A plan, or the path of its file.
+        out: Folder to write; it appears in one step, when it is complete.
+        non_expert_bits: 8 or 4 to quantize the other linear layers too.
+        curvature: `Curvature` or the path of its file, for the weights of the fit.
+        grid: `Grid` or the path of its file, instead of a fit.
+        workers: Processes that pack layers side by side, with the cores shared among them.
+        max_shard_size: Of a packed file, in bytes or as ``"5GB"``; a layer that is larger has a file of its own.
+
+    Raises:
+        CheckpointError: The checkpoint is incomplete, or packed already, or a weight cannot be converted or packed.
+        PlanError: The plan is for another model.
+    """
+    settings: Settings = {
+        "plan": plan,
+        "non_expert_bits": non_expert_bits,
+        "curvature": curvature,
+        "grid": grid,
+    }
+    quantization = PlanQuantizationConfig(**settings)
+    if workers < 1:
+        raise ValueError(f"workers={workers}: expected at least 1")
+    max_bytes = _bytes(max_shard_size)
+    with opened(checkpoint) as source:
+        check_quantizing(source, out, plan, curvature, grid)
+        packer = Packer(source, quantization)
+        packer.check_weights()
+        shards = shards_of(source, packer.model, packer.quantizer.waiting, quantization.plan.group_size, max_bytes)
+        job = fingerprint(source, quantization, shards)
+        with resumable_folder(out, job) as folder:
+            _write_shards(shards, packer, folder, job, workers, settings)
+            _write_config(source, quantization, folder)
+            _copy_others(source.folder, folder)
+            _write_index(folder, shards)
+
+
+def _write_shards(
+    shards: list[Shard], packer: Packer, folder: Path, job: str, workers: int, settings: Settings
+) -> None:
+    """Writes all shards that an earlier run has not finished, with a bar over the bytes of their sources."""
+    digest = packer.quantization.digest()
+    missing = [shard for shard in shards if not is_finished(folder / shard.file, shard, digest)]
+    total = sum(shard.nbytes for shard in shards)
+    done = total - sum(shard.nbytes for shard in missing)
+    with (
+        closing(written(missing, packer, folder, job, workers, settings)) as writing,
+        tqdm(total=total, initial=done, desc="Quantizing", unit="B", unit_scale=True, unit_divisor=1024) as bar,
+    ):
+        for shard in writing:
+            bar.update(shard.nbytes)
+
+
+def _write_config(source: Checkpoint, quantization: PlanQuantizationConfig, folder: Path) -> None:
+    config = copy.deepcopy(source.config)
+    config.dtype = source.dtype
+    config.quantization_config = quantization
+    config.save_pretrained(folder)
+
+
+def _copy_others(source: Path, folder: Path) -> None:
+    """The tokenizer and whatever else is small."""
+    for file in source.iterdir():
+        if file.is_file() and not any(file.match(pattern) for pattern in _WRITTEN_HERE):
+            shutil.copy2(file, folder)
+
+
+def _write_index(folder: Path, shards: list[Shard]) -> None:
+    if len(shards) == 1:
+        return
+    size = sum(shard.packed_bytes for shard in shards)
+    where = {name: shard.file for shard in shards for name in shard.tensors}
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+    with replaced_when_done(folder / "model.safetensors.index.json") as temporary:
+        temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _bytes(size: int | str) -> int:
+    try:
+        found = int(size) if isinstance(size, int) or size.isdigit() else convert_file_size_to_int(size)
+    except ValueError:
+        found = 0
+    if found < 1:
+        raise ValueError(f"max_shard_size={size!r}: expected bytes, or a whole number of them like '500MB' or '5GB'")
+    return found

@@ -1,0 +1,53 @@
+"""Whether what an earlier run has left is of the same job, and intact."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import xxhash
+from safetensors import safe_open
+from torch import Tensor
+
+from ...checkpoints.checkpoint import Checkpoint
+from ...recording.curvature import Curvature
+from ...version import __version__
+from ..checksums import DamagedCheckpointError, check_files, checksums
+from ..codec.grid import Grid
+from ..config import PlanQuantizationConfig
+from .shards import Shard
+
+
+def fingerprint(checkpoint: Checkpoint, quantization: PlanQuantizationConfig, shards: list[Shard]) -> str:
+    """A hash that two runs have in common if they would write the same shards."""
+    files = [checkpoint.folder / "config.json", *checkpoint.files]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    fit = [checksums(tensors) for tensors in _tensors_of(quantization.curvature, quantization.grid)]
+    job = [__version__, quantization.to_dict(), [asdict(shard) for shard in shards], stats, fit]
+    return xxhash.xxh3_128(json.dumps(job, sort_keys=True).encode()).hexdigest()
+
+
+def is_finished(file: Path, shard: Shard, config: str) -> bool:
+    """Whether an interrupted run has left this shard, intact.
+
+    Args:
+        file: Where it would be.
+        shard: What it should hold.
+        config: Digest of the widths: `PlanQuantizationConfig.digest`.
+    """
+    if not file.is_file():
+        return False
+    try:
+        check_files([file], config)
+        with safe_open(file, "pt") as opened:
+            return set(opened.keys()) == set(shard.tensors)
+    except DamagedCheckpointError:
+        return False
+
+
+def _tensors_of(curvature: Curvature | None, grid: Grid | None) -> list[dict[str, Tensor]]:
+    """All tensors that a fit depends on."""
+    kinds = [] if curvature is None else [curvature.rows, curvature.columns]
+    kinds += [] if grid is None else [grid.scales, grid.offsets]
+    return [{f"{layer}.{p}": t for layer, of in kind.items() for p, t in of.items()} for kind in kinds]
