@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps as ConversionOps  # what transformers hands weights to
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
@@ -151,6 +151,21 @@ def was_read(tensor: Tensor) -> bool:
 def may_be_missing(model: PreTrainedModel, name: str) -> bool:
     """Whether a model can do without a tensor in its checkpoint, because it computes it."""
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or [])
+
+
+def may_be_unused(model: PreTrainedModel, name: str) -> bool:
+    """Whether a checkpoint may hold a tensor that a model does not have."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or [])
+
+
+def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Patterns of the names of weights that loading keeps in another dtype than ``dtype`` -> that dtype."""
+    return model._get_dtype_plan(dtype)
+
+
+def model_of_config(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A new model of a class and in the dtype of its config, which calling the class does not give."""
+    return model_class._from_config(config)
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

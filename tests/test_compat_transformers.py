@@ -75,6 +75,30 @@ def test_may_be_missing():
     assert type(model)._keys_to_ignore_on_load_missing is None  # the attribute of transformers' classes
 
 
+def test_may_be_unused():
+    model = build("mixtral")
+    assert not compat.may_be_unused(model, "mtp.0.weight")
+    model._keys_to_ignore_on_load_unexpected = [r"^mtp\."]
+    assert compat.may_be_unused(model, "mtp.0.weight")
+    assert type(model)._keys_to_ignore_on_load_unexpected is None
+
+
+def test_dtype_plan():
+    model = build("mixtral")
+    assert compat.dtype_plan(model, torch.bfloat16) == {}
+    model._keep_in_fp32_modules_strict = {"gate"}
+    ((pattern, dtype),) = compat.dtype_plan(model, torch.bfloat16).items()
+    assert "gate" in pattern
+    assert dtype == torch.float32
+
+
+def test_model_of_config():
+    config = build("mixtral").config
+    config.dtype = torch.bfloat16
+    assert compat.model_of_config(MixtralForCausalLM, config).dtype == torch.bfloat16
+    assert MixtralForCausalLM(config).dtype == torch.float32
+
+
 def test_tied_names():
     assert compat.tied_names(build("mixtral")) == {}
     assert compat.tied_names(PlainMoE()) == {}

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..compat import model_of_config
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..layers.patterns import Patterns
 from ..plans.plan import PrecisionPlan, model_type_of
@@ -157,7 +158,7 @@ class Checkpoint:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            return self.model_class()._from_config(config)
+            return model_of_config(self.model_class(), config)
 
     @cached_property
     def _meta_model(self) -> PreTrainedModel:

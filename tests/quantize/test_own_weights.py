@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from moe_precision import HistoryError, allocate, find_moe_layers, quantize_model
+from moe_precision import allocate, find_moe_layers, quantize_model
 from moe_precision.annealing.hooks import GridHooks
-from moe_precision.quantize.codec.grid import Grid
+from moe_precision.quantize.codec.grid import Grid, GridError
 from moe_precision.quantize.modules import PackedLinear
 from moe_precision.recording.curvature import CurvatureError
 from moe_precision.recording.gradients import curvature_of_losses
@@ -58,5 +58,5 @@ def test_a_router_with_a_column_for_each_expert():
         assert isinstance(packed.experts[3][0], PackedLinear)
     with pytest.raises(CurvatureError, match="the curvature is of other weights"):
         quantize_model(changed(moe), plan, curvature=curvature)
-    with pytest.raises(HistoryError, match="the grid is of other weights"):
+    with pytest.raises(GridError, match="the grid is of other weights"):
         quantize_model(changed(moe), plan, grid=grid)

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.headers import CheckpointError
 from ...checkpoints.sources import sources_of
+from ...compat import dtype_plan
 from ...files import save_tensors
 from ..checksums import metadata
 from ..config import PlanQuantizationConfig
@@ -47,7 +48,7 @@ class Packer:
         self.quantizer.preprocess_model(self.model)
         self._load = LoadStateDictConfig(
             dtype=checkpoint.dtype,
-            dtype_plan=self.model._get_dtype_plan(checkpoint.dtype),
+            dtype_plan=dtype_plan(self.model, checkpoint.dtype),
             hf_quantizer=self.quantizer,
             weight_mapping=get_model_conversion_mapping(self.model, None, self.quantizer),
         )
@@ -106,10 +107,9 @@ def _forget(model: nn.Module, name: str) -> None:
     """Back to the meta device with one tensor of a model."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if leaf in module._parameters:
-        setattr(module, leaf, nn.Parameter(module._parameters[leaf].to("meta"), requires_grad=False))  # type: ignore[union-attr]
-    else:
-        module._buffers[leaf] = module._buffers[leaf].to("meta")  # type: ignore[union-attr]
+    tensor = getattr(module, leaf)
+    empty = tensor.detach().to("meta")
+    setattr(module, leaf, nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.headers import CheckpointError
 from ...checkpoints.sources import Sources, StreamingError, sources_of, stacked_sources
+from ...compat import may_be_missing, may_be_unused, tied_names
 from ..replace import Target, packed_tensors
 
 _LAYER = re.compile(r"^(?:.*?\.)?\d+(?=\.)")  # up to the first index: a decoder layer
@@ -91,18 +92,12 @@ def _grouped(sizes: dict[str, int], max_bytes: int) -> list[tuple[list[str], int
 def _check_names(checkpoint: Checkpoint, model: PreTrainedModel, made_of: Sources, read: set[str]) -> None:
     """Warns of tensors on disk that the model does not have; raises for those of the model that are not on disk."""
     own = model.state_dict()
-    unused = model._keys_to_ignore_on_load_unexpected or []
     unknown = {source.name for name, tensors in made_of.items() if name not in own for source in tensors}
-    unknown = {name for name in unknown if not any(re.search(pattern, name) for pattern in unused)}
+    unknown = {name for name in unknown if not may_be_unused(model, name)}
     if unknown:
         warnings.warn(f"{len(unknown)} tensors are not in the model and left out: {sorted(unknown)[:3]}", stacklevel=4)
     elsewhere = _tied_to(model, read) - read  # stored under another name
-    ignored = model._keys_to_ignore_on_load_missing or []
-    missing = [
-        name
-        for name in own
-        if name not in elsewhere | read and not any(re.search(pattern, name) for pattern in ignored)
-    ]
+    missing = [name for name in own if name not in elsewhere | read and not may_be_missing(model, name)]
     if missing:
         raise CheckpointError(f"{str(checkpoint.folder)!r} lacks {sorted(missing)}")
 
@@ -130,7 +125,7 @@ def _check_shapes(checkpoint: Checkpoint, model: PreTrainedModel, made_of: Sourc
 def _tied_to(model: PreTrainedModel, read: set[str]) -> set[str]:
     """All names of the tensors that are read under one of them."""
     groups: dict[str, set[str]] = defaultdict(set)
-    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+    for name, source in tied_names(model).items():
         groups[source] |= {name, source}
     return {name for group in groups.values() if group & read for name in group}
 
