@@ -51,7 +51,7 @@ class PlanAnnealer:
         self,
         *,
         start: float = 0.9,
-        plan: PrecisionPlan | Document | str | os.PathLike[str] | None = None,
+        plan: str | os.PathLike[str] | PrecisionPlan | Document | None = None,
         method: MethodName = "curvature",
         average_bits: float | None = None,
         stored_bits: float | None = None,

@@ -436,7 +436,7 @@ def test_bad_input_stops_the_run(module, callbacks, error, message, tmp_path):
     ("arguments", "message"),
     [
         ({"start": 1.5}, "a whole step"),
-        ({"method": "sensitivity"}, "unknown method"),
+        ({"method": "sensitivity"}, "needs measured costs"),
         ({"average_bits": 5.0}, "outside of the levels"),
         ({"export_to": "plan.txt"}, "must end in .json"),
     ],
