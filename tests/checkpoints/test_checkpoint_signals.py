@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_precision import HistoryError, PrecisionPlan, allocate, find_moe_layers
+from moe_precision import HistoryError, PrecisionPlan, RouterNormHistory, allocate, find_moe_layers
 from moe_precision.allocation.costs import expert_costs
 from moe_precision.allocation.weights import LiveWeights, StoredWeights
 from moe_precision.checkpoints import Checkpoint, CheckpointError, StreamingError
