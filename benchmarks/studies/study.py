@@ -1,5 +1,7 @@
 """The study behind docs/evidence.md: four small models, several seeds, every allocator, two quantizers, one command.
 
+Long because everything that is measured on one trained model is one class.
+
     python -m benchmarks.studies.study --output runs/study --workers 2
     python -m benchmarks.studies.study --output runs/study --report
 

@@ -1,4 +1,7 @@
-"""The tables of docs/evidence.md, from the results that study.py has left: means over seeds, 95 % intervals."""
+"""The tables of docs/evidence.md, from the results that study.py has left: means over seeds, 95 % intervals.
+
+Long because it prints all tables of one page.
+"""
 
 import json
 from collections.abc import Callable, Sequence

@@ -241,6 +241,10 @@ def load_model(folder: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel
 
     Raises:
         CheckpointError: The folder is incomplete or damaged, or names a class that transformers does not have.
+
+    Example:
+        >>> load_model("checkpoint", dtype="float32").config.model_type
+        'mixtral'
     """
     return Checkpoint(folder).load(**kwargs)
 

@@ -21,8 +21,8 @@ from tests.annealing.test_annealing import IDS, Language, Validated, anneal, fit
 from tests.annealing.test_annealing_trainer import ITEMS
 from tests.annealing.test_annealing_trainer import anneal as trainer_anneal
 from tests.annealing.test_annealing_trainer import train as train_with_trainer
-from tests.callbacks.test_router_norm_monitor import MemoryLogger
 from tests.support.models import DECODER, PlainMoE, build, logits
+from tests.support.trainers import MemoryLogger
 
 
 def hooked(model, bits=1):

@@ -13,10 +13,10 @@ from moe_precision import PrecisionPlan, RouterNormHistory
 from moe_precision.callbacks import SavePretrained
 from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.cli.main import main
-from tests.callbacks.test_router_norm_monitor import Module, data, monitor, trainer
 from tests.support.interrupted_run import compare
 from tests.support.models import build
 from tests.support.processes import finish, start
+from tests.support.trainers import Module, data, monitor, trainer
 
 
 def test_kill_and_resume_give_the_same_history_and_plan():

@@ -57,6 +57,11 @@ def quantize_checkpoint(
     Raises:
         CheckpointError: The checkpoint is incomplete, or packed already, or a weight cannot be converted or packed.
         PlanError: The plan is for another model.
+
+    Example:
+        >>> quantize_checkpoint("checkpoint", "precision_plan.json", "packed")
+        >>> load_model("packed").is_quantized
+        True
     """
     settings: Settings = {
         "plan": plan,
