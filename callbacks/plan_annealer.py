@@ -19,9 +19,8 @@ from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.layers.patterns import Patterns
 from moe_precision.plans.beside import existing
-from moe_precision.plans.document import Document
 from moe_precision.plans.methods import MethodName, reads
-from moe_precision.plans.plan import PrecisionPlan, as_plan, model_type_of
+from moe_precision.plans.plan import as_plan, model_type_of
 from moe_precision.plans.settings import ZETA, PlanSettings
 from moe_precision.plans.widths import Granularity
 from moe_precision.quantize.codec.grid import Grid
@@ -51,7 +50,7 @@ class PlanAnnealer:
         self,
         *,
         start: float = 0.9,
-        plan: str | os.PathLike[str] | PrecisionPlan | Document | None = None,
+        plan: Any = None,  # with PrecisionPlan here, jsonargparse would read the file and lose its path
         method: MethodName = "curvature",
         average_bits: float | None = None,
         stored_bits: float | None = None,

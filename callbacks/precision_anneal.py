@@ -37,7 +37,7 @@ class PrecisionAnneal(PlanAnnealer, Callback):
 
     Args:
         start: When to begin: a share of ``max_steps`` below 1, or a step.
-        plan: A `PrecisionPlan`, its dict or its path; None makes one at ``start``. The curvature file beside a path
+        plan: A `PrecisionPlan` or its path; None makes one at ``start``. The curvature file beside a path
             weighs the fit of the grid where the optimizer has no second moments yet (``start=0``).
         method: How widths are chosen, if no plan is given; a method that reads router norms needs
             `RouterNormMonitor` in the Trainer. ``router_norm`` is the paper's rule; ``curvature`` minimizes the

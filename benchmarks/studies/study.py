@@ -93,11 +93,11 @@ class Study:
         self.results.append(
             {
                 "method": method,
-                "granularity": plan.settings.get("granularity", "expert"),
+                "granularity": plan.settings.granularity,
                 "quantizer": quantizer,
                 "levels": levels,
-                "budget": plan.settings["average_bits"],
-                "seed": plan.settings.get("seed"),
+                "budget": plan.settings.average_bits,
+                "seed": plan.settings.seed if plan.method == "random" else None,
                 "stored_bits": plan.stored_bits,
             }
             | self.score(simulated, bits, quantizer)

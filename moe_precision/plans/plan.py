@@ -254,4 +254,8 @@ def as_plan(plan: PrecisionPlan | document.Document | str | os.PathLike[str]) ->
     """Takes a plan, its dict, or the path of its file."""
     if isinstance(plan, PrecisionPlan):
         return plan
-    return PrecisionPlan.from_dict(plan) if isinstance(plan, dict) else PrecisionPlan.load(plan)
+    if isinstance(plan, dict):
+        return PrecisionPlan.from_dict(plan)
+    if isinstance(plan, str | os.PathLike):
+        return PrecisionPlan.load(plan)
+    raise PlanError(f"expected a PrecisionPlan, its dict, or the path of its file, got {type(plan).__name__}")

@@ -1,11 +1,14 @@
 """recipes/recover.yaml: a finished checkpoint is fine-tuned on its plan, all of it or the routers alone."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentParser
+from pytorch_lightning import Callback
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from moe_precision import PrecisionPlan, allocate, quantize_model
@@ -66,6 +69,20 @@ def test_routers_alone_over_packed_experts(finished, tmp_path):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
     assert not (tmp_path / "annealed_plan.json").exists()
+
+
+def test_a_plan_named_in_yaml_stays_a_path(finished, tmp_path):
+    """So that the files beside it are found; jsonargparse reads a file where it knows the fields of its dataclass."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--callbacks", type=list[Callback])
+    shutil.copy(finished / "precision_plan.json", tmp_path / "plan.json")
+    (tmp_path / "plan.curvature.safetensors").write_bytes(b"")
+    callback = {"class_path": "PrecisionAnneal", "init_args": {"plan": str(tmp_path / "plan.json")}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"callbacks": [callback]}))
+    (made,) = parser.instantiate(parser.parse_args(["--config", str(tmp_path / "config.yaml")])).callbacks
+    assert made.plan == PrecisionPlan.load(tmp_path / "plan.json")
+    assert made._beside == tmp_path / "plan.curvature.safetensors"
 
 
 @pytest.mark.parametrize(
