@@ -17,6 +17,7 @@ import moe_precision
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_recipe_and_schema(tmp_path):
     source = tmp_path / "source"  # a copy, so that nothing is left behind in the checkout
     source.mkdir()

@@ -77,6 +77,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "changes"), FAMILIES)
 def test_forward_is_the_packed_model_and_backward_goes_straight_through(family, changes):
     model = build(family, **changes)
@@ -108,6 +109,7 @@ def test_forward_is_the_packed_model_and_backward_goes_straight_through(family, 
     torch.testing.assert_close(logits(model), logits(packed), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}])
 def test_the_packed_model_is_the_one_that_training_ended_on(changes, tmp_path, capsys):
     class Keep(pl.Callback):
@@ -265,6 +267,7 @@ def test_validation_on_and_off_the_grid(tmp_path):
     assert on != pytest.approx(off, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_plan_from_a_run_brings_its_curvature(tmp_path):
     """From the first step on the optimizer has no second moments."""
     monitor = RouterNormMonitor(group_size=64, method="curvature", bits=(1, 2, 3), average_bits=2)
@@ -281,6 +284,7 @@ def test_a_plan_from_a_run_brings_its_curvature(tmp_path):
             assert not torch.equal(scale, plain.scales[layer][name])
 
 
+@pytest.mark.slow
 def test_resume_in_the_middle_ends_bit_identical(tmp_path):
     saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=7, save_top_k=-1, filename="{step}")
     same = IDS[:4].repeat(10, 1)  # a DataLoader begins anew when a run is resumed
@@ -304,6 +308,7 @@ def test_what_is_logged_and_when_it_begins(tmp_path):
     assert all(0 < share < 0.5 for share in flips.values())
 
 
+@pytest.mark.slow
 def test_annealing_beats_quantizing_afterwards(trained):
     """On real text: the same steps, on the grid and off it, then 1 bit for all."""
     model, held_out = trained
@@ -340,6 +345,7 @@ def test_a_given_plan_and_one_by_router_norms(tmp_path):
     assert made.baseline_step == 0
 
 
+@pytest.mark.slow
 def test_accumulation_logs_each_step_once_and_a_second_fit_plans_anew(tmp_path):
     logger, callback = MemoryLogger(), anneal()
     fit(tmp_path, callback, logger=logger, accumulate_grad_batches=3)

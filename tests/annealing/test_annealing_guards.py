@@ -24,6 +24,8 @@ from tests.annealing.test_annealing_trainer import train as train_with_trainer
 from tests.support.models import DECODER, PlainMoE, build, logits
 from tests.support.trainers import MemoryLogger
 
+pytestmark = pytest.mark.slow
+
 
 def hooked(model, bits=1):
     """Hooks at one width for all."""

@@ -41,6 +41,7 @@ def train(folder, *callbacks, steps=8, resume=None, restored=True, **changes):
     return trainer
 
 
+@pytest.mark.slow
 def test_the_packed_model_is_the_one_that_training_ended_on(tmp_path, capsys):
     callback = anneal()
     trainer = train(tmp_path, callback, gradient_accumulation_steps=2)
@@ -54,6 +55,7 @@ def test_the_packed_model_is_the_one_that_training_ended_on(tmp_path, capsys):
     torch.testing.assert_close(logits(load_model(tmp_path / "out")), annealed, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_resume_in_the_middle_ends_bit_identical(tmp_path):
     whole = train(tmp_path, anneal(), save_strategy="steps", save_steps=6)
     resumed = train(tmp_path, anneal(), resume=str(tmp_path / "checkpoint-6"))
@@ -67,6 +69,7 @@ def test_resume_in_the_middle_ends_bit_identical(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_resume_that_lost_weights_or_grid_is_an_error(tmp_path):
     train(tmp_path, anneal(), steps=6, save_strategy="steps", save_steps=6)
     checkpoint = tmp_path / "checkpoint-6"
@@ -77,6 +80,7 @@ def test_a_resume_that_lost_weights_or_grid_is_an_error(tmp_path):
         train(tmp_path, anneal(), resume=str(checkpoint))
 
 
+@pytest.mark.slow
 def test_a_plan_by_router_norms_and_one_for_another_model(tmp_path):
     recorder = RouterNormTrainerCallback(group_size=64)
     callback = anneal(method="router_norm", recorder=recorder)
@@ -92,6 +96,7 @@ def test_a_plan_by_router_norms_and_one_for_another_model(tmp_path):
         train(tmp_path, anneal(start=8))
 
 
+@pytest.mark.slow
 def test_what_wandb_gets(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)

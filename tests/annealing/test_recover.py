@@ -48,6 +48,7 @@ def recover(finished, output, *more):
     return main(["fit", "--config", str(finished / "recover.yaml"), f"--trainer.default_root_dir={output}", *more])
 
 
+@pytest.mark.slow
 def test_a_finished_model_ends_on_its_plan(finished, tmp_path, capsys):
     assert recover(finished, tmp_path) == 0
     plan = PrecisionPlan.load(tmp_path / "annealed_plan.json")
@@ -59,6 +60,7 @@ def test_a_finished_model_ends_on_its_plan(finished, tmp_path, capsys):
     assert (annealed - before).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_routers_alone_over_packed_experts(finished, tmp_path):
     assert recover(finished, tmp_path, "--train=routers", f"--plan={finished / 'precision_plan.json'}") == 0
     tuned = load_model(tmp_path / "checkpoint")
@@ -85,6 +87,7 @@ def test_a_plan_named_in_yaml_stays_a_path(finished, tmp_path):
     assert made._beside == tmp_path / "plan.curvature.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -117,6 +120,7 @@ def test_arguments_that_do_not_go_together(module, arguments, message):
         module(**arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])
 def test_gradients_pass_through_packed_experts(family):
     """As through a float model with the same weights, and without keeping a float weight."""

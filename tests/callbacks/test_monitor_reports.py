@@ -19,6 +19,7 @@ from tests.support.wandb_file import read_artifacts, read_curves, read_records
 # -- Weights & Biases, read back from the offline file ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_offline_run(tmp_path):
     logger = WandbLogger(project="test", offline=True, save_dir=tmp_path)

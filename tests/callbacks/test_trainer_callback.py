@@ -80,6 +80,7 @@ def test_the_same_plan_as_lightnings(tmp_path):
     assert ours.plan.settings == lightnings.plan.settings
 
 
+@pytest.mark.slow
 def test_resume_keeps_the_baseline(tmp_path):
     whole = RouterNormTrainerCallback(group_size=64, every_n_steps=1)
     train(tmp_path / "whole", whole)
@@ -181,6 +182,7 @@ def test_an_interval_as_a_share_of_all_steps(tmp_path):
     assert callback.history.steps == [0, 3, 6]
 
 
+@pytest.mark.slow
 def test_curves_in_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)

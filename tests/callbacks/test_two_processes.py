@@ -46,6 +46,7 @@ def one_process(tmp_path_factory):
     return *run(folder, "auto"), folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_agree_with_one(strategy, one_process, tmp_path):
     one, plan, weights, _ = one_process

@@ -40,6 +40,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{}, {"max_shard_size": "100KB"}], ids=["one file", "shards"])
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_signals_are_those_of_the_model(family, sizes, tmp_path):
@@ -53,6 +54,7 @@ def test_signals_are_those_of_the_model(family, sizes, tmp_path):
         torch.testing.assert_close(read.max_variance[name], expected.max_variance[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_costs_are_those_of_the_model(family, tmp_path):
     model = build_tiny(family)

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 
 from moe_precision import PrecisionPlan, RouterNormHistory, find_moe_layers, quantize_model
@@ -34,6 +35,7 @@ def test_the_plan_command_finds_the_curvature_beside_the_history(tmp_path, capsy
     assert PrecisionPlan.load(tmp_path / "plan.json").method == "curvature"
 
 
+@pytest.mark.slow
 def test_plan_and_quantize_with_curvature(tmp_path, capsys):
     model = build("mixtral")
     optimizer = trained_with(torch.optim.AdamW, model)
@@ -53,6 +55,7 @@ def test_plan_and_quantize_with_curvature(tmp_path, capsys):
     assert not torch.equal(logits(packed), logits(quantize_model(copy.deepcopy(model), plan)))
 
 
+@pytest.mark.slow
 def test_the_plan_command_takes_gradients_of_a_checkpoint(tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     text = TextDataModule(dataset=str(tmp_path / "text.txt"), vocab_size=300)

@@ -68,6 +68,7 @@ def test_every_method_stands_at_equal_stored_bits(comparison):
     assert means == sorted(means)
 
 
+@pytest.mark.slow
 def test_increases_are_those_of_the_quantized_model(comparison, known):
     model, batches, counts, history = known
     base = evaluate(model, batches[:2], counts)
@@ -200,6 +201,7 @@ def test_bad_arguments(settings, error, message, known):
         compare(model, batches[:1], counts, history, **{"group_size": 64, **settings})
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_is_said_and_the_rest_is(known):
     model, batches, counts, _ = known
     methods = ["router_norm", "load", "weight_error", "sensitivity"]
@@ -233,6 +235,7 @@ def test_no_target_is_an_error(known):
         Judge(model, batches[:1], counts[:3])
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     data = TextDataModule(dataset=str(tmp_path / "text.txt"), vocab_size=300)

@@ -46,6 +46,7 @@ SPREAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", SPREAD)
 def test_routers_of_many_families(model_type):
     layers_expected, experts = SPREAD[model_type]
@@ -71,6 +72,7 @@ NOT_RUN = {"dots3_note_vision_encoder"}  # it takes pictures
 LOUD = {"switch_transformers": 0.02}  # a random one makes .17 of noise of .005 in its experts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", SPREAD)
 def test_packed_at_eight_bits(model_type):
     """Every layout either gives the float model's output, or is refused by the layer's name."""
@@ -84,6 +86,7 @@ def test_packed_at_eight_bits(model_type):
     assert error is None or error < LOUD.get(model_type, 1e-2)
 
 
+@pytest.mark.slow
 def test_the_spread_names_types_that_exist():
     assert set(SPREAD) <= set(config_types())
     assert len(SPREAD) >= 25

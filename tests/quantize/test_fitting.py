@@ -120,6 +120,7 @@ def test_chunks_do_not_change_the_result(monkeypatch):
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_order_of_the_quantizers_by_loss(trained, bits):
     """Plain least squares has the least weight error; the unbiased fit has the least loss."""

@@ -42,6 +42,7 @@ def expert_matrix(model, layer, expert, projection):
     return module.packed.weight(0) if isinstance(module, PackedLinear) else module.weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_save_and_reload_are_bit_identical(family, dtype, tmp_path):
@@ -65,6 +66,7 @@ def test_save_and_reload_are_bit_identical(family, dtype, tmp_path):
     assert torch.equal(logits(auto.from_pretrained(tmp_path / "live")), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_expert_holds_its_own_weights(family):
     model = build(family)
@@ -85,6 +87,7 @@ def test_every_expert_holds_its_own_weights(family):
                 torch.testing.assert_close(packed, groups.view_as(weight))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_bits_stay_close_to_float(family):
     model = build(family)

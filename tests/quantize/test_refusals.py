@@ -44,6 +44,7 @@ assert "moe_precision" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_without_the_import_loading_fails(tmp_path):
     arguments = []
     for family in FAMILIES:
@@ -57,6 +58,7 @@ def test_without_the_import_loading_fails(tmp_path):
         assert "size mismatch" in reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["codes", "scale", "offset", "matrices", "gate.weight"])
 def test_a_packed_tensor_that_is_not_there(suffix, tmp_path):
     model = build("mixtral")

@@ -83,6 +83,7 @@ def quiet_trainer(root: Path, **kwargs) -> pl.Trainer:
 # --- corpus ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_standard_library_splits_by_file_without_overlap_and_the_same_way_twice():
     first, second = python_stdlib(), python_stdlib()
     train, validation = set(first["train"]["path"]), set(first["validation"]["path"])
