@@ -81,7 +81,7 @@ class Weight:
         if value.shape != self.shape or (self.unit is not None and not self._open):
             raise MoELayerError(
                 f"{self.name!r} has shape {tuple(value.shape)} on this rank, expected {self.shape}: it is a shard "
-                "(FSDP1, DeepSpeed ZeRO-3), whose values would be wrong. Read it inside of MoELayer.whole()"
+                "(FSDP1, DeepSpeed ZeRO-3), whose values would be wrong. Read it inside MoELayer.whole()"
             )
         for adapter in self._adapters:
             value = _with_adapter(adapter, value, self.name)
@@ -149,7 +149,7 @@ class Node:
 
 
 def module_tree(model: nn.Module) -> Node:
-    """The tree of a model, or of the one transformers model inside of it; names are relative to that.
+    """The tree of a model, or of the one transformers model inside it; names are relative to that.
 
     Under FSDP1 this is a collective: one unit after the other is gathered for a moment to see its shapes.
     """

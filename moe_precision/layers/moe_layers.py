@@ -29,9 +29,9 @@ class MoELayer:
         name: Clean module path of the smallest module that holds router and experts, e.g. ``model.layers.0.mlp``.
         experts: Clean module path of the container that holds the experts.
         shape: Router, number of experts and the shapes of their matrices.
-        layout: ``fused``: slices of 3-D parameters; ``flat``: blocks of rows of 2-D ones; ``modules``: a module an
-            expert; ``separate``: parameters of an expert in one module.
-        caveat: A key of `CAVEATS` where a row's norm is not what it is for a plain router, else empty.
+        layout: ``fused``: slices of 3-D parameters; ``flat``: blocks of rows of 2-D ones; ``modules``: one module per
+            expert; ``separate``: one parameter per expert, all in one module.
+        caveat: A key of `CAVEATS` where a row's norm does not mean what it does for a plain router, else empty.
         width: Width of the layer's input, as its router reads it.
         router_is: Where the router's weight is; ``(d, rows)`` if ``router_transposed``.
         banks: Projection name -> where its matrices are.

@@ -123,7 +123,7 @@ def test_the_packed_model_is_the_one_that_training_ended_on(changes, tmp_path, c
     assert plan.average_bits <= 2.0
     paths = [str(tmp_path / name) for name in ("checkpoint", "annealed_plan.json", "out")]
     assert main(["quantize", *paths]) == 0
-    assert "on which training has ended" in capsys.readouterr().out
+    assert "which training ended on" in capsys.readouterr().out
     torch.testing.assert_close(logits(load_model(tmp_path / "out")), keep.logits, atol=1e-5, rtol=1e-4)
 
 

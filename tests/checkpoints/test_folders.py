@@ -35,7 +35,7 @@ def test_a_folder_takes_the_place_of_another(replacing, old, tmp_path):
 def test_what_is_no_checkpoint_is_not_replaced(replacing, tmp_path):
     write(tmp_path, "thesis.tex")
     for path in (tmp_path, tmp_path / "thesis.tex"):
-        with pytest.raises(FileExistsError, match="is no checkpoint folder"), replacing(path):
+        with pytest.raises(FileExistsError, match="is not a checkpoint folder"), replacing(path):
             pass
     assert os.listdir(tmp_path) == ["thesis.tex"]
 

@@ -47,7 +47,7 @@ def test_plan_and_quantize_with_curvature(tmp_path, capsys):
     assert plan.granularity in ("layer", "layer+projection")
     assert 2.5 < plan.stored_bits <= 3.0
     assert main(["quantize", str(tmp_path / "model"), str(tmp_path / "plan.json"), str(tmp_path / "out")]) == 0
-    assert "weighs the fit by" in capsys.readouterr().out
+    assert "weights the fit by" in capsys.readouterr().out
     packed = load_model(tmp_path / "out")
     torch.testing.assert_close(logits(packed), logits(quantize_model(copy.deepcopy(model), plan, curvature=curvature)))
     assert not torch.equal(logits(packed), logits(quantize_model(copy.deepcopy(model), plan)))

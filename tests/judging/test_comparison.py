@@ -121,13 +121,13 @@ def test_what_is_written_is_whole_json_and_the_picture_draws(comparison, tmp_pat
 def test_few_documents_are_said(comparison):
     assert not any("Documents" in line for line in verdict(comparison))
     few = verdict(replace(comparison, counts=comparison.counts[:4], rows=[], correlations={}))
-    assert few == ["Documents: 4. Intervals are rough, judge on 20 or more."]
+    assert few == ["Documents: 4. Intervals are rough; judge on 20 or more."]
 
 
 def test_draws_too_few_to_tell(comparison):
     rows = [row("router_norm", 0.01, 0.01, comparison), row("random", 0.02, 0.02, comparison, [0.02] * 10)]
     said, *_ = verdict(replace(comparison, rows=rows, correlations={}))
-    assert "cannot be told from random order with 10 draws on rare tokens" in said
+    assert "cannot be distinguished from random order with 10 draws on rare tokens" in said
 
 
 def test_a_signal_that_ranks_nothing_is_left_out_and_json_stays_valid(comparison):

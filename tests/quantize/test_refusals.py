@@ -163,7 +163,7 @@ def test_folders_that_are_not_replaced(tmp_path, mixtral):
         quantize_checkpoint(tmp_path / "float", plan, tmp_path / "float" / ".." / "float")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").write_text("keep me")
-    with pytest.raises(FileExistsError, match="no checkpoint folder"):
+    with pytest.raises(FileExistsError, match="not a checkpoint folder"):
         quantize_checkpoint(tmp_path / "float", plan, tmp_path / "notes")
     assert (tmp_path / "notes" / "diary.txt").read_text() == "keep me"
 
