@@ -92,7 +92,7 @@ def compare(
         end_of_text: Token that ends a document, where batches are one packed text in order; None if each row is one.
 
     Raises:
-        AllocationError: An unknown method, granularity, or a budget outside of the levels.
+        AllocationError: An unknown method, granularity, or a budget outside the levels.
         PlanError: The group size does not divide an expert's input width.
         HistoryError: The history is of another model.
     """

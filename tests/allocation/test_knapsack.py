@@ -89,7 +89,7 @@ def test_a_budget_of_stored_bits_counts_scales_and_offsets():
     found = least_cost_bits(LAYERS, COSTS, asked([2, 3], 32, "expert+projection", stored_bits=2.6625))
     assert found.bits["b"]["down"] == [2, 3, 2]
     assert sum(bits.count(3) for of in found.bits.values() for bits in of.values()) == 1
-    with pytest.raises(AllocationError, match="outside of what the levels"):
+    with pytest.raises(AllocationError, match="outside what the levels"):
         least_cost_bits(LAYERS, COSTS, asked([2, 3], 32, "expert", stored_bits=2.5))
 
 

@@ -355,7 +355,7 @@ def test_a_grid_of_other_weights_is_refused(tmp_path):
     plan, grid = tmp_path / "annealed_plan.json", tmp_path / "annealed_plan.grid.safetensors"
     with torch.no_grad():
         module.model.model.layers[0].mlp.gate.weight.mul_(1.1)
-    with pytest.raises(GridError, match="the grid is of other weights"):
+    with pytest.raises(GridError, match="the grid belongs to other weights"):
         quantize_model(module.model, plan, grid=grid)
 
 
@@ -437,7 +437,7 @@ def test_bad_input_stops_the_run(module, callbacks, error, message, tmp_path):
     [
         ({"start": 1.5}, "a whole step"),
         ({"method": "sensitivity"}, "needs measured costs"),
-        ({"average_bits": 5.0}, "outside of the levels"),
+        ({"average_bits": 5.0}, "outside the levels"),
         ({"export_to": "plan.txt"}, "must end in .json"),
     ],
 )

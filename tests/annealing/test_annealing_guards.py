@@ -157,7 +157,7 @@ def test_codes_between_two_values_are_not_guessed():
     layers = find_moe_layers(model)
     plan = allocate(copy.deepcopy(model), method="uniform", average_bits=2, group_size=64)
     grid = Grid.fit(layers, plan)
-    with pytest.raises(ValueError, match="put SavePretrained behind PrecisionAnneal"):
+    with pytest.raises(ValueError, match="put SavePretrained after PrecisionAnneal"):
         quantize_model(model, plan, grid=grid)
 
 

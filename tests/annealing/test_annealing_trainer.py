@@ -70,7 +70,7 @@ def test_resume_in_the_middle_ends_bit_identical(tmp_path):
 def test_a_resume_that_lost_weights_or_grid_is_an_error(tmp_path):
     train(tmp_path, anneal(), steps=6, save_strategy="steps", save_steps=6)
     checkpoint = tmp_path / "checkpoint-6"
-    with pytest.raises(GridError, match=r"is of other weights.*from_pretrained\(checkpoint\)"):
+    with pytest.raises(GridError, match=r"belongs to other weights.*from_pretrained\(checkpoint\)"):
         train(tmp_path, anneal(), resume=str(checkpoint), restored=False)
     (checkpoint / "annealing.safetensors").unlink()
     with pytest.raises(AnnealError, match="resumes at step 6, annealing began at 4"):

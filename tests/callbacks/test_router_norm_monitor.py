@@ -382,7 +382,7 @@ def test_names_are_the_checkpoints(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"average_bits": 1.5}, "outside of the levels"),
+        ({"average_bits": 1.5}, "outside the levels"),
         ({"bits": (1, 2, 4), "average_bits": 2}, "equally spaced"),
         ({"bits": (2, 12)}, "bits must be 1 to 8, or 16"),
         ({"method": "magic"}, "unknown method 'magic'"),

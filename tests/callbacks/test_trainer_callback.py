@@ -198,5 +198,5 @@ def test_curves_in_wandb(tmp_path, monkeypatch):
 
 
 def test_bad_arguments():
-    with pytest.raises(AllocationError, match="outside of the levels"):
+    with pytest.raises(AllocationError, match="outside the levels"):
         RouterNormTrainerCallback(average_bits=5, bits=(2, 3))

@@ -70,7 +70,7 @@ def test_the_plan_command_takes_gradients_of_a_checkpoint(tmp_path, capsys):
     assert main([*arguments[:-1], str(tmp_path / "other.json"), "--curvature", "x.safetensors"]) == 2
     assert "give one" in capsys.readouterr().err
     # what is wrong with the plan is reported before gradients are taken, and nothing is replaced
-    for wrong, message in (("--average-bits", "outside of the levels"), ("--group-size", "does not divide")):
+    for wrong, message in (("--average-bits", "outside the levels"), ("--group-size", "does not divide")):
         bad = [*arguments[:-1], str(tmp_path / "bad.json"), wrong, "9" if wrong == "--average-bits" else "48"]
         assert main(bad) == 2
         assert message in capsys.readouterr().err

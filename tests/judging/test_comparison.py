@@ -185,7 +185,7 @@ def test_equal_losses_are_within_the_noise(comparison):
     ("settings", "error", "message"),
     [
         ({"methods": ["magic"]}, AllocationError, "unknown method 'magic'"),
-        ({"budgets": [3.5]}, AllocationError, "outside of the levels"),
+        ({"budgets": [3.5]}, AllocationError, "outside the levels"),
         ({"granularities": ["neuron"]}, AllocationError, "unknown granularity"),
         ({"group_size": 48}, PlanError, "does not divide"),
         ({"random_draws": 0}, AllocationError, "at least 1"),
@@ -268,7 +268,7 @@ def test_the_command(tmp_path, capsys):
         (["--plot", str(tmp_path / "p.xyz")], "must end in .png"),
         (["--write-plan", str(tmp_path / "best.v2")], "must end in .json"),
         (["--write-plan", str(tmp_path / "c.json"), "--methods", "random"], "are controls"),
-        (["--average-bits", "7"], "outside of the levels"),
+        (["--average-bits", "7"], "outside the levels"),
         (["--curvature", str(tmp_path / "no.safetensors")], "no curvature at"),
     ):
         assert main([*arguments, *bad]) == 2

@@ -98,5 +98,5 @@ def test_a_pattern_that_matches_some_layers_skips_none():
 
 
 def test_a_pattern_that_is_no_regular_expression():
-    with pytest.raises(MoELayerError, match=r"router_pattern='\(' is no regular expression"):
+    with pytest.raises(MoELayerError, match=r"router_pattern='\(' is not a regular expression"):
         find_moe_layers(PlainMoE(), router_pattern="(")
