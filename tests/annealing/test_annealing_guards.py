@@ -186,9 +186,9 @@ def jetmoe():
     ("module", "callbacks", "error", "message", "batches"),
     [
         (Language, lambda: [anneal(method="norm_only", average_bits=2.5, bits=(2, 3))], AnnealError, "records", 0),
-        (Language, lambda: [anneal(start=0)], AnnealError, "no second moments to make a plan of", 0),
-        (Language, lambda: [SavePretrained(), anneal()], AnnealError, "put it behind this one", 0),
-        (Language, lambda: [anneal(), RouterNormMonitor(group_size=64)], AnnealError, "put it in front of this one", 0),
+        (Language, lambda: [anneal(start=0)], AnnealError, "no second moments to make a plan from", 0),
+        (Language, lambda: [SavePretrained(), anneal()], AnnealError, "put it after this one", 0),
+        (Language, lambda: [anneal(), RouterNormMonitor(group_size=64)], AnnealError, "put it before this one", 0),
         (WithSGD, lambda: [anneal()], AnnealError, "cannot make a plan at step 5", 1),
         (jetmoe, lambda: [anneal()], UnsupportedLayoutError, "fused, but not through", 0),
     ],
@@ -207,7 +207,7 @@ def test_a_checkpoint_of_another_callback_or_plan(tmp_path):
     with pytest.raises(AnnealError, match=r"resumes at step 7, annealing began at 5.*export_to='b\.json'"):
         fit(tmp_path, anneal(export_to="b.json"), ckpt_path=saved)
     other = allocate(build("mixtral"), method="uniform", average_bits=3, group_size=64)
-    with pytest.raises(AnnealError, match="annealed on another plan than the given one"):
+    with pytest.raises(AnnealError, match="annealed on a plan other than the given one"):
         fit(tmp_path, anneal(export_to="a.json", plan=other), ckpt_path=saved)
 
 

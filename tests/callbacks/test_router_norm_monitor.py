@@ -307,7 +307,7 @@ def test_a_frozen_router_is_said(tmp_path):
 
 def test_weight_averaging_behind_the_monitor_is_said(tmp_path):
     for averaging in (WeightAveraging(), StochasticWeightAveraging(swa_lrs=1e-2)):
-        with pytest.warns(UserWarning, match="WeightAveraging comes later.*Put RouterNormMonitor behind it"):
+        with pytest.warns(UserWarning, match="WeightAveraging comes later.*Put RouterNormMonitor after it"):
             trainer(tmp_path, monitor(), averaging).fit(Module(), data(2))
     for batches in (5, 6):  # without and with a record of the last step before it is averaged
         callback, module, logger = monitor(), Module(), MemoryLogger()
