@@ -38,7 +38,7 @@ class Checkpoint:
     """A checkpoint folder, checked when it is made: config.json is there, and all weight files are there and intact.
 
     Files are opened when a tensor is first read, each once, and read without mapping them; `close`, or the end of a
-    ``with`` block, closes them. A pickled one is opened anew where it is unpickled.
+    ``with`` block, closes them. A pickled one is opened again where it is unpickled.
 
     Args:
         folder: What ``save_pretrained`` writes: config.json and safetensors files, one or several, with tensors under

@@ -86,7 +86,7 @@ class MoELayer:
         Under LoRA that is base plus delta; under FSDP2 a DTensor.
 
         Raises:
-            MoELayerError: It is sharded (FSDP1, DeepSpeed ZeRO-3) and not read inside of `whole`.
+            MoELayerError: It is sharded (FSDP1, DeepSpeed ZeRO-3) and not read inside `whole`.
         """
         weight = self.router_is.read()
         return weight.T if self.router_transposed else weight
@@ -95,7 +95,7 @@ class MoELayer:
         """L2 norm of each expert's router row now, ``(E,)`` float32 on the router's device; a collective under FSDP2.
 
         Raises:
-            MoELayerError: The router is sharded (FSDP1, DeepSpeed ZeRO-3) and not read inside of `whole`.
+            MoELayerError: The router is sharded (FSDP1, DeepSpeed ZeRO-3) and not read inside `whole`.
         """
         return router_row_norms(self.router_is.read(), num_experts=self.num_experts, transposed=self.router_transposed)
 

@@ -200,7 +200,7 @@ def test_a_weight_that_changes_before_its_backward_pass_is_an_error():
 
 
 class _Keeps(torch.autograd.Function):
-    """A product that keeps its weight on its own, as some kernels do."""
+    """A product that saves its weight by itself, as some kernels do."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -283,7 +283,7 @@ def test_a_plan_from_a_run_brings_its_curvature(tmp_path):
 
 def test_resume_in_the_middle_ends_bit_identical(tmp_path):
     saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=7, save_top_k=-1, filename="{step}")
-    same = IDS[:4].repeat(10, 1)  # a DataLoader begins anew when a run is resumed
+    same = IDS[:4].repeat(10, 1)  # a DataLoader starts over when a run is resumed
     whole = fit(tmp_path / "whole", anneal(), saver, data=same, enable_checkpointing=True)
     module = fit(tmp_path / "resumed", anneal(), data=same, ckpt_path=str(tmp_path / "saved" / "step=7.ckpt"))
     for (name, a), (_, b) in zip(whole.state_dict().items(), module.state_dict().items(), strict=True):

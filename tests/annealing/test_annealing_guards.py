@@ -234,7 +234,7 @@ def test_validation_counts_tokens_once_and_passes_over_empty_batches(tmp_path):
     assert losses
     assert all(0 < loss < 20 for loss in losses)
     for load in monitor.history.loads["validation"].values():
-        assert load[0].sum() == 4 * 12 * 2  # rows, tokens, experts a token: of validation_step alone
+        assert load[0].sum() == 4 * 12 * 2  # rows, tokens, experts per token: of validation_step alone
 
 
 def test_a_full_disk_at_the_end_costs_the_plan_and_not_the_model(tmp_path, monkeypatch):
@@ -301,7 +301,7 @@ def test_transformers_trainer_must_end_on_the_last_weights(tmp_path):
 
 
 def test_an_interrupted_trainer_leaves_no_old_grid_behind(tmp_path):
-    """transformers tells its callbacks nothing of an interruption."""
+    """transformers does not notify its callbacks of an interruption."""
 
     class Interrupt(Exception):
         pass

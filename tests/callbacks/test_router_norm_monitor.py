@@ -69,7 +69,7 @@ class Module(pl.LightningModule):
 
 
 class TwoOptimizers(Module):
-    """Manual optimization with two optimizers: global_step rises by two a batch."""
+    """Manual optimization with two optimizers: global_step rises by two per batch."""
 
     automatic_optimization = False
 
@@ -115,7 +115,7 @@ def test_records_plan_and_history(tmp_path):
     for row, step in enumerate(callback.history.steps[1:], start=1):
         torch.testing.assert_close(norms[row], module.norms[step])
 
-    # one call a record, at the optimizer step; nothing in the progress bar
+    # one call per record, at the optimizer step; nothing in the progress bar
     assert [step for step, _ in logger.records()] == [0, 2, 4, 5]
     metrics = logger.records()[-1][1]
     assert metrics["router_norm/layer_00/expert_003"] == pytest.approx(norms[-1, 3].item())
@@ -129,7 +129,7 @@ def test_records_plan_and_history(tmp_path):
     assert plan.baseline_step == 0
     assert plan.last_step == 5
 
-    # the file holds all that a plan with other bits needs, without the model
+    # the file holds everything that a plan with other bits needs, without the model
     saved = RouterNormHistory.load(tmp_path / "precision_plan.history.safetensors")
     again = allocate(history=saved, average_bits=2.5, bits=(2, 3), group_size=32)
     assert again == plan

@@ -1,4 +1,4 @@
-"""Curvature on the command line: found beside a history or a plan, or made of gradients of a checkpoint."""
+"""Curvature on the command line: found beside a history or a plan, or made from gradients of a checkpoint."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""AutoRound as a backend, where it is not installed: what is refused before it starts, and what its failure leaves.
+"""AutoRound as a backend, where it is not installed: what is refused before it starts, and what a failure leaves.
 
 `make test-exports` runs it.
 """

@@ -102,7 +102,7 @@ def test_rules_match_each_matrix_exactly_once_with_its_bits(family):
             name = place.module_of(expert)
             assert [width for expression, width in expressions if expression.match(name)] == [bits]
             assert not others.match(name)
-            assert not others.match(name.split(".", 3)[3])  # as a tool names it inside of a block
+            assert not others.match(name.split(".", 3)[3])  # as a tool names it inside a block
     if family == "mixtral":
         assert not others.match("model.layers.0.mlp.experts")  # an engine asks for it
     for name in ("model.layers.0.self_attn.q_proj", "mlp.gate", "lm_head", "model.layers.0.mlp.shared_expert.up_proj"):

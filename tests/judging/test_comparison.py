@@ -1,4 +1,4 @@
-"""The judge of methods: what it measures, what it says, and that it leaves the model alone."""
+"""The judge of methods: what it measures, what it reports, and that it leaves the model alone."""
 
 import copy
 import json

@@ -176,7 +176,7 @@ def test_an_interrupted_quantization_leaves_the_old_folder(tmp_path, mixtral, mo
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(tmp_path / "float", allocate(mixtral, group_size=32), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
-    assert len(list(tmp_path.glob(".out.*.partial"))) == 1  # to go on from
+    assert len(list(tmp_path.glob(".out.*.partial"))) == 1  # to resume from
     monkeypatch.undo()
     quantize_checkpoint(tmp_path / "float", allocate(mixtral, group_size=32), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != before

@@ -1,4 +1,4 @@
-"""Router norms of live layers: of the right rows, in float32, never of a shard; weights are recognised by them."""
+"""Router norms of live layers: of the right rows, in float32, never of a shard; weights are recognized by them."""
 
 import pytest
 import torch

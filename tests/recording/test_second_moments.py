@@ -79,7 +79,7 @@ def test_torchaos_and_bitsandbytes_states_are_read_where_they_are_installed():
 
 
 def test_rarely_used_experts_are_on_the_same_scale():
-    """Without a token an expert's parameters are skipped by Adam; a gradient of zero is not."""
+    """Adam skips the parameters of an expert without a token, but not a gradient of zero."""
     found = []
     for none in (True, False):
         model = build("switch_transformers")
