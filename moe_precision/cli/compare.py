@@ -144,7 +144,7 @@ def add_to(commands: Commands) -> None:
         help="what shares a width, for the methods that know costs (default: expert and expert+projection)",
     )
     command.add_argument(
-        "--random-draws", type=positive, default=40, help="from 39 on, differences show at 5 %% (default 40)"
+        "--random-draws", type=positive, default=40, help="39 or more can show a difference at 5 %% (default 40)"
     )
     command.add_argument("--max-batches", type=positive, help="validation batches of 16 rows (default: all)")
     command.add_argument(

@@ -87,7 +87,7 @@ def add_to(commands: Commands) -> None:
         help="weights the fit (default: x.curvature.safetensors beside the plan, if any)",
     )
     command.add_argument(
-        "--grid", metavar="FILE", help="of PrecisionAnneal (default: x.grid.safetensors beside the plan, if any)"
+        "--grid", metavar="FILE", help="PrecisionAnneal's grid (default: x.grid.safetensors beside the plan, if any)"
     )
     command.add_argument(
         "--workers",
@@ -99,7 +99,7 @@ def add_to(commands: Commands) -> None:
         "--max-shard-size",
         metavar="SIZE",
         default="250MB",
-        help="of a packed file; memory holds one, and a larger layer gets its own (default 250MB)",
+        help="size of a packed file; memory holds one, and a larger layer gets its own (default 250MB)",
     )
     command.add_argument(
         "--backend",

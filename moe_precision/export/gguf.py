@@ -24,7 +24,7 @@ _TYPES = (
 
 
 def gguf_type(bits: int, width: int) -> tuple[int, str, float]:
-    """The smallest type with at least as many bits whose blocks divide a row.
+    """The smallest type with at least ``bits`` bits whose blocks divide a row.
 
     Args:
         bits: Nominal bits of the plan.

@@ -15,7 +15,7 @@ def export(plan: PrecisionPlan) -> Exported:
     """For ``mlx_lm.convert(quant_predicate=...)`` and config.json's ``quantization``; paths are of mlx-lm's modules.
 
     Raises:
-        ExportError: Experts of a layer differ, MLX does not have the group size, or experts without gate, up and down.
+        ExportError: Experts of a layer differ, MLX does not have the group size, or there is no gate, up and down.
     """
     parts = {place.part for place in all_places(plan)}
     if parts != {"gate_proj", "up_proj", "down_proj"}:

@@ -1,6 +1,6 @@
 """Judging a model on text: mean loss and perplexity, overall and on the rarest target tokens.
 
-Average loss weights frequent tokens most; what quantization does to rare ones shows only in the tail.
+Average loss gives frequent tokens the most weight; what quantization does to rare ones shows only in the tail.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ class PrecisionPlan:
         """Checks that the plan was made for this model.
 
         Raises:
-            PlanError: The model type differs, a layer that is missing on either side, or another shape.
+            PlanError: The model type differs, a layer is missing on either side, or shapes differ.
             MoELayerError: The model has no Mixture-of-Experts layer.
         """
         found = {layer.name: layer.shape for layer in find_moe_layers(model, **self.patterns)}

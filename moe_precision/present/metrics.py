@@ -14,9 +14,9 @@ from ..recording.history import RouterNormHistory, aggregates
 def load_metrics(before: dict[str, Tensor], now: dict[str, Tensor], layers: Sequence[str]) -> dict[str, float]:
     """Tokens of the least, the median and the most loaded expert of each layer, in even shares.
 
-    before: Layer name -> ``(2, E)``, tokens and routing weight up to the last time that this was logged.
+    Args:
+        before: Layer name -> ``(2, E)``, tokens and routing weight up to the last time that this was logged.
         now: Layer name -> ``(2, E)``, the totals now.
-        now: Layer name -> ``(2, E)`` so far, now.
         layers: Names of all layers, in module order.
 
     Returns:

@@ -95,7 +95,7 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         }
 
     def warn_if_unweighted(self) -> None:
-        """Warns where the plan expects a fit that curvature weights, and no curvature is given."""
+        """Warns where the plan expects a fit weighted by curvature, and no curvature is given."""
         if self.plan.method == "curvature" and self.curvature is None and self.grid is None:
             warnings.warn(
                 "the plan was made by curvature, for a fit weighted by curvature: give curvature= (or --curvature), "

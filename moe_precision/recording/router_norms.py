@@ -54,7 +54,7 @@ def check_same_weights(
     """Checks by router norms that something was made from these weights, possibly in another dtype.
 
     Args:
-        expected: Layer name -> ``(E,)`` float32, when it was made.
+        expected: Layer name -> ``(E,)`` float32, from when it was made.
         found: Layer name -> ``(E,)`` of the weights at hand, any float dtype.
         what: What was made, for the message.
         error: Raised where norms differ by more than rounding to another dtype explains.

@@ -34,8 +34,8 @@ def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature
         optimizers: Optimizers that have taken a step; Lightning's or accelerate's wrappers are looked through.
 
     Raises:
-        CurvatureError: An expert weight has no second moment in any of them: it is of another kind, or the
-            experts are frozen, or its state is a flat shard (FSDP1, DeepSpeed).
+        CurvatureError: An expert weight has no second moment in any of them: the optimizer is of
+            another kind, the experts are frozen, or its state is a flat shard (FSDP1, DeepSpeed).
     """
     moments = _second_moments(optimizers)
 
@@ -46,8 +46,8 @@ def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature
             return None
         if not found or tuple(found[0].shape) != shape[:-1] or tuple(found[1].shape) != (*shape[:-2], shape[-1]):
             raise CurvatureError(
-                f"the optimizer has no second moment of shape {shape} for {weight.name!r}: it can be read from "
-                "Adam, AdamW and Adafactor whose state is whole. Are the experts frozen, the optimizer another one, or "
+                f"the optimizer has no second moment of shape {shape} for {weight.name!r}: curvature is read from "
+                "Adam, AdamW and Adafactor with whole state. Are the experts frozen, is this another optimizer, or is "
                 "its state in flat shards (FSDP1, DeepSpeed)? curvature_batches=N takes squared gradients instead"
             )
         return found
