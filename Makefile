@@ -1,17 +1,23 @@
 # make demo   train a small Mixtral, make its plan, quantize, reload, compare (minutes on two CPU cores)
-# make test   the whole test suite
+# make test   the whole test suite, on two cores; `make test WORKERS=8` takes more
+# make test-fast   the tests that take no time, under a minute
 # make lint   ruff and mypy
 # Each works on a fresh checkout: it first makes .venv and installs the exact versions in constraints.txt.
 
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint test-exports benchmarks evidence
+.PHONY: demo test test-fast lint test-exports benchmarks evidence
 demo: .venv/installed
 	$(BIN)/moe-precision demo --output runs/demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: .venv/installed
+	$(PYTEST) -m "not slow and not thorough"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -34,6 +40,7 @@ benchmarks: .venv/installed
 	$(BIN)/python -m benchmarks.annealing
 	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.layers
+	$(BIN)/python -m pytest -m thorough
 
 # Prints docs/evidence-tables.md and docs/annealing-tables.md. Takes hours.
 evidence: .venv/installed

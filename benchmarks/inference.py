@@ -1,5 +1,7 @@
 """Speed and memory of a quantized Mixtral against bfloat16 and against other quantizers, side by side.
 
+Long because it is one command: every peer, its process and the table in one file.
+
     pip install -e .[benchmarks]
     INSTALL_ONLY=1 tests/export/real_tools/run.sh autoround gptqmodel   # peers with their own pins
     python -m benchmarks.inference [--rows bf16 "ours, 2 and 3 bits"]

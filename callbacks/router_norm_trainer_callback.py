@@ -117,7 +117,8 @@ def _losses(model: Any, batches: Any) -> Iterator[Callable[[], Tensor | None]]:
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor | None:
         model.train()  # an evaluation may have run last
-        return model(**{key: value.to(device) for key, value in batch.items()}).loss
+        loss: Tensor | None = model(**{key: value.to(device) for key, value in batch.items()}).loss
+        return loss
 
     for batch in batches or ():
         yield partial(loss_of, batch)

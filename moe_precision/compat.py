@@ -35,7 +35,7 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return module._parameters
 
 
-def forward_pre_hooks(module: nn.Module) -> list[Callable]:
+def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks that run before a module's forward pass."""
     return list(module._forward_pre_hooks.values())
 
@@ -90,7 +90,8 @@ def has_int4_kernel() -> bool:
 
 def pack_int4(codes: Tensor) -> Tensor:
     """torch's form of codes ``(out, in)`` int32 from 0 to 15: uint8, two codes per byte, in an order of its own."""
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    found: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return found
 
 
 def multiply_int4(x: Tensor, packed: Tensor, group_size: int, scales_and_zeros: Tensor) -> Tensor:
@@ -102,7 +103,8 @@ def multiply_int4(x: Tensor, packed: Tensor, group_size: int, scales_and_zeros: 
         group_size: Weights that share a scale and a zero.
         scales_and_zeros: ``(in / group, out, 2)`` bfloat16.
     """
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scales_and_zeros)
+    found: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scales_and_zeros)
+    return found
 
 
 # -- transformers -----------------------------------------------------------------------------------------------------
@@ -120,7 +122,8 @@ def runs_through_experts_interface(experts: nn.Module) -> bool:
 
 def apply_gate(experts: Any, hidden: Tensor) -> Tensor:
     """Activation and gate of a module of fused experts, ``(tokens, 2 * neurons) -> (tokens, neurons)``."""
-    return experts._apply_gate(hidden)
+    found: Tensor = experts._apply_gate(hidden)
+    return found
 
 
 def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -134,7 +137,8 @@ def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     Returns:
         ``(rows, out)``.
     """
-    return _grouped_linear(x, weights, ends)
+    found: Tensor = _grouped_linear(x, weights, ends)
+    return found
 
 
 def mark_as_read(tensors: Iterable[Tensor]) -> None:
@@ -160,7 +164,8 @@ def may_be_unused(model: PreTrainedModel, name: str) -> bool:
 
 def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Patterns of the names of weights that loading keeps in another dtype than ``dtype`` -> that dtype."""
-    return model._get_dtype_plan(dtype)
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    return plan
 
 
 def model_of_config(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -193,7 +198,8 @@ def layer_classes(model: PreTrainedModel) -> set[str]:
 
 def available_adapters(layer: Any) -> set[str]:
     """Names of the adapters that a PEFT layer holds; active ones may be missing from it."""
-    return layer._get_available_adapters()
+    names: set[str] = layer._get_available_adapters()
+    return names
 
 
 def is_zero3_parameter(parameter: Tensor) -> bool:

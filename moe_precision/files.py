@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 @contextmanager
-def replaced_when_done(path: str | os.PathLike) -> Iterator[Path]:
+def replaced_when_done(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; renames it onto ``path`` if the block ends without an exception.
 
     Raises:
@@ -36,7 +36,7 @@ def replaced_when_done(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str]) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
     """Writes a safetensors file in one step.
 
     Raises:
@@ -49,7 +49,7 @@ def save_tensors(tensors: dict[str, Tensor], path: str | os.PathLike, metadata: 
             raise OSError(errno.EIO, str(error), os.fspath(path)) from error
 
 
-def check_writable(path: str | os.PathLike) -> None:
+def check_writable(path: str | os.PathLike[str]) -> None:
     """Makes the parent folder of ``path`` and tries a temporary file in it.
 
     Raises:

@@ -242,7 +242,8 @@ class CausalLM(pl.LightningModule):
             balance = load_balancing_loss(out.router_logits, self.model.config.num_experts_per_tok)
             loss = out.loss + self.model.config.router_aux_loss_coef * (balance - out.aux_loss)
         self.log("train_loss", loss, prog_bar=True)
-        return loss
+        total: Tensor = loss
+        return total
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch to the mean over tokens of the cross-entropy."""

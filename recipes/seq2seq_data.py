@@ -23,6 +23,8 @@ EXAMPLES_PER_CALL = 256
 
 Example = tuple[list[int], list[int]]  # token ids of the document and of the summary
 
+Batch = dict[str, Tensor]
+
 
 def random_span_mask(rows: int, length: int, generator: torch.Generator | None = None) -> Tensor:
     """Draw which tokens are noise: 15 % of each row, in spans of 3 tokens on average (T5, arXiv 1910.10683, 3.3.4).
@@ -201,7 +203,7 @@ class SummarizationDataModule(pl.LightningDataModule):
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         }
 
-    def _dataloader(self, split: str, generator: torch.Generator | None = None) -> DataLoader:
+    def _dataloader(self, split: str, generator: torch.Generator | None = None) -> DataLoader[Batch]:
         return DataLoader(
             self._examples[split],  # type: ignore[arg-type]  # a list is a map-style dataset
             batch_size=self.hparams["batch_size"],
@@ -212,11 +214,11 @@ class SummarizationDataModule(pl.LightningDataModule):
             collate_fn=self._collate,
         )
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Batch]:
         """Return the training examples in a seeded random order."""
         return self._dataloader("train", torch.Generator().manual_seed(self.hparams["seed"]))
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """Return the validation examples in a fixed order."""
         return self._dataloader("validation")
 

@@ -44,11 +44,13 @@ def training_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     The load-balancing loss is that of `load_balancing_loss`, with the config's own coefficient.
     """
     if not hasattr(model.config, "router_aux_loss_coef"):
-        return model(**batch, use_cache=False).loss
+        plain: Tensor = model(**batch, use_cache=False).loss
+        return plain
     out = model(**batch, use_cache=False, output_router_logits=True)
     balance = load_balancing_loss(out.encoder_router_logits, top_k=1) - out.encoder_aux_loss
     balance = balance + load_balancing_loss(out.decoder_router_logits, top_k=1) - out.decoder_aux_loss
-    return out.loss + model.config.router_aux_loss_coef * balance
+    loss: Tensor = out.loss + model.config.router_aux_loss_coef * balance
+    return loss
 
 
 def add_summaries(

@@ -7,6 +7,7 @@ file.
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -22,6 +23,8 @@ from moe_precision.recipes.corpus import STDLIB, load_text
 IGNORED = -100  # the label that transformers' losses leave out
 TOKENIZER_SAMPLE_CHARS = 3_000_000  # enough for a few thousand merges, and a second of work
 FILES_PER_CALL = 16
+
+Batch = dict[str, Tensor]
 
 
 def train_tokenizer(
@@ -178,7 +181,7 @@ class TextDataModule(pl.LightningDataModule):
         self.save_hyperparameters()
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.token_counts: Tensor | None = None
-        self._blocks: dict[str, StackDataset] = {}
+        self._blocks: dict[str, StackDataset[Any]] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Load, tokenize and pack both splits; a second call does nothing."""
@@ -205,7 +208,7 @@ class TextDataModule(pl.LightningDataModule):
             blocks[split] = StackDataset(input_ids=input_ids, labels=labels)  # type: ignore[arg-type]  # tensors do
         self._blocks = blocks
 
-    def _dataloader(self, split: str, generator: torch.Generator | None = None) -> DataLoader:
+    def _dataloader(self, split: str, generator: torch.Generator | None = None) -> DataLoader[Batch]:
         return DataLoader(
             self._blocks[split],
             batch_size=self.hparams["batch_size"],
@@ -215,10 +218,10 @@ class TextDataModule(pl.LightningDataModule):
             persistent_workers=self.hparams["num_workers"] > 0,
         )
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Batch]:
         """Return the training blocks in a seeded random order."""
         return self._dataloader("train", torch.Generator().manual_seed(self.hparams["seed"]))
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """Return the validation blocks in a fixed order."""
         return self._dataloader("validation")

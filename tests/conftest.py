@@ -2,6 +2,9 @@
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start have it too
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
@@ -9,6 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for GPUs run on the CPU
 
 import pytest
+import torch
+from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,7 +26,19 @@ def mixtral() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="session")
-def trained() -> tuple[PreTrainedModel, Tensor]:
-    """A small Mixtral after 200 steps on real text, and held-out blocks; do not change its weights for good."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Tensor]:
+    """A small Mixtral after 200 steps on real text, and held-out blocks; do not change its weights for good.
+
+    Of several pytest-xdist workers the first trains it, and the others read what it left.
+    """
     model = build("mixtral", vocab_size=256, num_hidden_layers=3, initializer_range=0.08)
-    return model, train_on_stdlib(model, 200)
+    base = tmp_path_factory.getbasetemp()
+    saved = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained.pt"
+    with FileLock(f"{saved}.lock"):
+        if saved.exists():
+            state, held_out = torch.load(saved)
+            model.load_state_dict(state)
+            return model, held_out
+        held_out = train_on_stdlib(model, 200)
+        torch.save((model.state_dict(), held_out), saved)
+    return model, held_out

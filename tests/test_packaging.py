@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 import moe_precision
 
@@ -52,6 +53,24 @@ def test_callbacks_and_recipes_are_never_top_level_packages():
     assert moe_precision.callbacks.RouterNormMonitor.__module__.startswith("moe_precision.")
     assert "callbacks" not in sys.modules
     assert "recipes" not in sys.modules
+
+
+def test_files_of_the_project_are_read_and_agree():
+    settings = [*sorted((ROOT / ".github").rglob("*.yml")), ROOT / ".pre-commit-config.yaml"]
+    assert len(settings) == 5
+    assert all(yaml.safe_load(file.read_text()) for file in settings)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == moe_precision.__version__.removesuffix(".dev0")
+
+
+def test_lowest_versions_are_the_lower_bounds():
+    project = (ROOT / "pyproject.toml").read_text()
+    bounds = dict(re.findall(r'^ *"([\w-]+)(?:\[\w+\])?>=([\d.]+)', project, re.M))
+    lowest = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints-lowest.txt").read_text(), re.M))
+    needed = re.findall(r'^ *"([\w-]+)', project.partition("dependencies = [")[2].partition("\n]")[0], re.M)
+    assert set(needed) <= lowest.keys()
+    for name, version in lowest.items():
+        assert re.fullmatch(rf"{re.escape(bounds[name])}(\.\d+)*", version), name
 
 
 def test_public_names_exist():

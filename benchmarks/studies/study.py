@@ -1,5 +1,7 @@
 """The study behind docs/evidence.md: four small models, several seeds, every allocator, two quantizers, one command.
 
+Long because everything that is measured on one trained model is one class.
+
     python -m benchmarks.studies.study --output runs/study --workers 2
     python -m benchmarks.studies.study --output runs/study --report
 
@@ -35,7 +37,7 @@ from moe_precision.judging.simulation import Bits, Matrix, SimulatedExperts
 from moe_precision.judging.statistics import rank_correlation
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.plans.beside import PlanFiles
-from moe_precision.plans.methods import METHODS
+from moe_precision.plans.methods import COST_METHODS, METHODS, ORDER_METHODS
 from moe_precision.plans.settings import PlanSettings
 from moe_precision.plans.widths import GRANULARITIES, stored_bits_per_weight
 from moe_precision.quantize.codec.fitting import quantize_matrix
@@ -43,7 +45,7 @@ from moe_precision.recording.curvature import Curvature
 from moe_precision.recording.gradients import curvature_of_losses
 from moe_precision.recording.history import RouterNormHistory
 
-ORDERS = ("router_norm", "norm_only", "final_norm", "max_variance", "load", "least_load", "reversed")
+ORDERS = tuple(method for method in ORDER_METHODS if method not in ("random", "uniform"))
 ZETAS = (1.5, 2.0, 5.0)  # in addition to the paper's 3, which is `router_norm`, and `norm_only`
 MAIN = [2, 3]
 
@@ -266,7 +268,7 @@ class Study:
             for seed in range(self.study["random_draws"] if equally_spaced else 0):
                 self.add(simulated, self._plan("random", budget, levels, seed=seed), "random", quantizer, levels)
             for method, found in chosen.items():
-                judged = method in ("weight_error", "curvature", "sensitivity")
+                judged = method in COST_METHODS
                 if not judged and equally_spaced and levels != MAIN:
                     continue
                 for granularity in GRANULARITIES if judged else GRANULARITIES[:2]:

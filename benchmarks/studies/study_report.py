@@ -1,4 +1,7 @@
-"""The tables of docs/evidence.md, from the results of study.py: means over seeds, 95 % intervals."""
+"""The tables of docs/evidence.md, from the results of study.py: means over seeds, 95 % intervals.
+
+Long because it prints all tables of one page.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -10,6 +13,7 @@ import numpy as np
 from benchmarks.studies.study import MAIN
 from moe_precision.judging.evaluation import BANDS
 from moe_precision.judging.statistics import Interval, mean_of_runs, ratio_of_runs
+from moe_precision.plans.methods import COST_METHODS
 
 OURS = "unbiased gain, curvature"
 RTN = "round to nearest"
@@ -101,7 +105,7 @@ def markdown_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def _label(method: str, granularity: str) -> str:
-    several = method in ("weight_error", "curvature", "sensitivity", *VARIANTS)
+    several = method in (*COST_METHODS, *VARIANTS)
     return f"{method}, {granularity}" if several else method
 
 

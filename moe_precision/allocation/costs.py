@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def _of_matrix(
     layer: str,
     projection: str,
     expert: int,
-    bar: tqdm,
+    bar: tqdm[Any],
 ) -> Tensor:
     bar.update()
     found = []

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from ..compat import storage_users
 
+_Kind = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]  # shape, strides
+
 
 class Buffers:
     """A pool of tensors by shape, strides, dtype and device."""
 
     def __init__(self) -> None:
-        self._free: dict[tuple, list[Tensor]] = {}
+        self._free: dict[_Kind, list[Tensor]] = {}
 
     def take(self, like: Tensor) -> Tensor:
         """An uninitialized tensor like another."""
@@ -30,5 +32,5 @@ class Buffers:
         return False
 
 
-def _kind(tensor: Tensor) -> tuple:
+def _kind(tensor: Tensor) -> _Kind:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device

@@ -60,7 +60,7 @@ class Checkpoint:
         torch.Size([8, 64])
     """
 
-    def __init__(self, folder: str | os.PathLike) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.files = weight_files(self.folder)
         self.tensors: dict[str, StoredTensor] = {}
@@ -99,7 +99,8 @@ class Checkpoint:
         Raises:
             CheckpointError: There is no tensor of this name.
         """
-        return self._handle(name).get_tensor(name)
+        found: Tensor = self._handle(name).get_tensor(name)
+        return found
 
     def slice(self, name: str) -> Any:
         """A safetensors slice: indexing it reads that part of a tensor, ``[...]`` all of it.
@@ -145,7 +146,8 @@ class Checkpoint:
         model_class = getattr(transformers, architectures[0], None) if architectures else None
         if model_class is None:
             raise CheckpointError(f"{str(self.folder)!r} names architectures {architectures}, which transformers lacks")
-        return model_class
+        found: type[PreTrainedModel] = model_class
+        return found
 
     def meta_model(self) -> PreTrainedModel:
         """A new float model on the meta device: names and shapes, no weight is allocated.
@@ -234,17 +236,21 @@ class Checkpoint:
         return 8 * in_bytes / weights
 
 
-def load_model(folder: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+def load_model(folder: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     """Loads a checkpoint with the class that its config names; keyword arguments go to ``from_pretrained``.
 
     Raises:
         CheckpointError: The folder is incomplete or damaged, or names a class that transformers does not have.
+
+    Example:
+        >>> load_model("checkpoint", dtype="float32").config.model_type
+        'mixtral'
     """
     return Checkpoint(folder).load(**kwargs)
 
 
 @contextmanager
-def opened(checkpoint: Checkpoint | str | os.PathLike) -> Iterator[Checkpoint]:
+def opened(checkpoint: Checkpoint | str | os.PathLike[str]) -> Iterator[Checkpoint]:
     """Yields an open checkpoint as it is; opens a folder, and closes it at the end of the block."""
     if isinstance(checkpoint, Checkpoint):
         yield checkpoint

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from .headers import CheckpointError
 
 
-def config_of(checkpoint: str | os.PathLike) -> PreTrainedConfig:
+def config_of(checkpoint: str | os.PathLike[str]) -> PreTrainedConfig:
     """The config of a checkpoint folder, or of a model on the Hub by its name, as transformers reads it."""
     return AutoConfig.from_pretrained(checkpoint)
 

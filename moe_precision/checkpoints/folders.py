@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _LOCK = ".lock"
 
 
-def check_quantizing(checkpoint: Checkpoint, out: str | os.PathLike, *sources: Any) -> None:
+def check_quantizing(checkpoint: Checkpoint, out: str | os.PathLike[str], *sources: Any) -> None:
     """Checks that a checkpoint is float, and that writing ``out`` destroys nothing that is read.
 
     Args:
@@ -42,7 +42,7 @@ def check_quantizing(checkpoint: Checkpoint, out: str | os.PathLike, *sources: A
 
 
 @contextmanager
-def folder_replaced_when_done(path: str | os.PathLike) -> Iterator[Path]:
+def folder_replaced_when_done(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary folder beside ``path``, which takes its place if the block ends without an exception.
 
     Raises:
@@ -59,7 +59,7 @@ def folder_replaced_when_done(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def resumable_folder(path: str | os.PathLike, job: str) -> Iterator[Path]:
+def resumable_folder(path: str | os.PathLike[str], job: str) -> Iterator[Path]:
     """Yields a hidden folder beside ``path``, which takes its place if the block ends without an exception.
 
     However the block ends early, finished files stay, and the next call for this job yields them again; only an empty

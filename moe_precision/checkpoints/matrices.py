@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..layers.moe_layers import MoELayer
-from .headers import CheckpointError
-from .sources import only_source, stacked_sources
-
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
+from .headers import CheckpointError, StoredTensor
+from .sources import Sources, only_source, stacked_sources
 
 
-def router_weight(checkpoint: Checkpoint, layer: MoELayer) -> Tensor:
+class StoredTensors(Protocol):
+    """What is needed of a `Checkpoint`."""
+
+    folder: Path
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def sources(self) -> Sources:
+        """Parameter of the model -> the tensors on disk that make it up."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by its name on disk."""
+
+    def slice(self, name: str) -> Any:
+        """A safetensors slice of one tensor."""
+
+
+def router_weight(checkpoint: StoredTensors, layer: MoELayer) -> Tensor:
     """The router's weight of a layer, ``(rows, d)`` with row ``e`` belonging to expert ``e``, in the stored dtype.
 
     Raises:
@@ -34,7 +49,7 @@ def router_weight(checkpoint: Checkpoint, layer: MoELayer) -> Tensor:
 
 
 def expert_matrices(
-    checkpoint: Checkpoint, layer: MoELayer, projection: str, neurons_alone: bool = False
+    checkpoint: StoredTensors, layer: MoELayer, projection: str, neurons_alone: bool = False
 ) -> Iterator[Tensor]:
     """Yields one matrix of every expert in order, ``(out, in)`` in the stored dtype, one in memory at a time.
 
@@ -59,7 +74,7 @@ def expert_matrices(
         yield matrix
 
 
-def _read(checkpoint: Checkpoint, layer: MoELayer, projection: str, neurons_alone: bool) -> Iterator[Tensor]:
+def _read(checkpoint: StoredTensors, layer: MoELayer, projection: str, neurons_alone: bool) -> Iterator[Tensor]:
     bank, sources = layer.banks[projection], checkpoint.sources
     parameter = bank.weights[0].name
     converted = [source for source in sources.get(parameter, []) if source.converter is not None]

@@ -26,7 +26,9 @@ TARGETS: dict[str, Callable[..., Exported]] = _SERVED | {
 }
 
 
-def export(plan: PrecisionPlan | dict[str, Any] | str | os.PathLike, to: str, engine: str | None = None) -> Exported:
+def export(
+    plan: PrecisionPlan | dict[str, Any] | str | os.PathLike[str], to: str, engine: str | None = None
+) -> Exported:
     """Converts a plan to another tool's config.
 
     Args:

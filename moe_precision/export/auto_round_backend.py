@@ -33,9 +33,9 @@ class AutoRoundError(MoEPrecisionError, ValueError):
 
 
 def quantize_with_auto_round(
-    checkpoint: str | os.PathLike,
-    plan: PrecisionPlan | str | os.PathLike,
-    out: str | os.PathLike,
+    checkpoint: str | os.PathLike[str],
+    plan: PrecisionPlan | str | os.PathLike[str],
+    out: str | os.PathLike[str],
     blocks: Sequence[Tensor] = (),
     iterations: int = 200,
 ) -> tuple[str, ...]:

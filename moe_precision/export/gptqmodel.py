@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from ..plans.plan import PrecisionPlan
 from .exported import GPTQ_OF_ENGINES, Exported, for_engine
@@ -16,7 +17,7 @@ def export(plan: PrecisionPlan, engine: str | None = None) -> Exported:
         ExportError: An engine that cannot serve the plan, or experts that no known rule unfuses.
     """
     plan, notes = for_engine(plan, engine, "GPTQModel", (2, 3, 4, 5, 6, 7, 8), "GPTQ", GPTQ_OF_ENGINES)
-    config: dict[str, dict] = {}
+    config: dict[str, dict[str, Any]] = {}
     for rule in rules(plan):
         # an engine matches the beginning of the name of a layer's experts, GPTQModel that of each module
         patterns = [f"^{layer}" for layer in rule.layers] if engine is not None else rule.modules[:1]

@@ -34,7 +34,7 @@ class _Stored:
     group_size: int | None
 
 
-def plan_of_checkpoint(folder: Checkpoint | str | os.PathLike) -> PrecisionPlan:
+def plan_of_checkpoint(folder: Checkpoint | str | os.PathLike[str]) -> PrecisionPlan:
     """The widths of a quantized checkpoint as a plan, to look at or to compare with another; no weight is read.
 
     Args:

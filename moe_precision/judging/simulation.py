@@ -24,7 +24,7 @@ Bits = Mapping[str, Mapping[str, Sequence[int]]]  # layer -> projection -> width
 Matrix = tuple[str, str, int]  # layer, projection, expert
 
 
-class SimulatedExperts(AbstractContextManager):
+class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
     """Puts quantized values into the expert weights of a live float model; on leaving, the float ones are back.
 
     Args:

@@ -30,4 +30,5 @@ def router_row_norms(weight: Tensor, *, num_experts: int, transposed: bool = Fal
     norms = torch.linalg.vector_norm(weight, dim=0 if transposed else 1, dtype=torch.float32)  # (rows,)
     if isinstance(norms, DTensor):
         norms = norms.full_tensor()
-    return norms if len(norms) == num_experts else norms[:num_experts]
+    found: Tensor = norms if len(norms) == num_experts else norms[:num_experts]
+    return found

@@ -66,7 +66,7 @@ def find_router(tree: Node, experts: Experts, others: list[str], pattern: str | 
     if count == 0:
         raise MoELayerError(f"the banks at {path!r} are flat: give router_pattern, whose rows tell how many experts")
     parts = path.split(".") if path else []
-    best: dict[tuple, list[tuple[Weight, Node]]] = {}  # rank, the lowest is the best
+    best: dict[tuple[int, ...], list[tuple[Weight, Node]]] = {}  # rank, the lowest is the best
     for climb in range(min(_MAX_CLIMB, len(parts)) + 1):
         root = tree.get(".".join(parts[: len(parts) - climb]))
         if climb and type(root.module).__name__ in _CONTAINERS:

@@ -55,8 +55,8 @@ class PlanSettings:
     Example:
         >>> PlanSettings(average_bits=2.5, bits=(2, 3)).levels
         (2, 3)
-        >>> PlanSettings(method="curvature", stored_bits=2.28, bits=(1, 2, 3, 4), group_size=64).nominal_bits()
-        1.99875
+        >>> PlanSettings(method="curvature", stored_bits=2.78125, bits=(1, 2, 3, 4), group_size=64).nominal_bits()
+        2.5
     """
 
     method: MethodName = "router_norm"

@@ -6,7 +6,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -35,7 +35,7 @@ def as_text(table: Table) -> str:
 
 def layers_table(layers: list[MoELayer]) -> Table:
     """What was found: one row for all layers that are alike, their indices in braces."""
-    alike: dict[tuple, list[list[str]]] = {}
+    alike: dict[tuple[Any, ...], list[list[str]]] = {}
     for layer in layers:
         router = layer.router.removeprefix(layer.name).lstrip(".")
         name, indices = re.sub(r"\d+", "{}", layer.name), re.findall(r"\d+", layer.name)

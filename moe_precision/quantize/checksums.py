@@ -50,7 +50,7 @@ def metadata(tensors: Mapping[str, Tensor], config: str, one_set: str | None = N
     return {_SUMS: sums, _CONFIG: config, _SET: one_set or xxhash.xxh3_64(sums.encode()).hexdigest()}
 
 
-def check_files(files: Iterable[str | os.PathLike], config: str) -> None:
+def check_files(files: Iterable[str | os.PathLike[str]], config: str) -> None:
     """Reads every tensor of a packed checkpoint, one at a time, and compares it with its checksum.
 
     Args:

@@ -56,8 +56,8 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         plan: PrecisionPlan | Document | str | os.PathLike[str],
         *,
         non_expert_bits: int | None = None,
-        curvature: Curvature | str | os.PathLike | None = None,
-        grid: Grid | str | os.PathLike | None = None,
+        curvature: Curvature | str | os.PathLike[str] | None = None,
+        grid: Grid | str | os.PathLike[str] | None = None,
         quant_method: str = QUANT_METHOD,  # config.json names it; never another
         format_version: int = FORMAT_VERSION,
     ) -> None:

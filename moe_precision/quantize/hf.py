@@ -95,7 +95,9 @@ class PlanHfQuantizer(HfQuantizer):
         replace_weight(model, self._waiting[name], self.plan.group_size, weight)
         del self._waiting[name]
 
-    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
         # A packed checkpoint holds the names of the module tree, so nothing is renamed, merged or split.
         return [] if self.pre_quantized else weight_conversions
 

@@ -26,8 +26,8 @@ def quantize_model(
     plan: PrecisionPlan | Document | str | os.PathLike[str],
     *,
     non_expert_bits: int | None = None,
-    curvature: Curvature | str | os.PathLike | None = None,
-    grid: Grid | str | os.PathLike | None = None,
+    curvature: Curvature | str | os.PathLike[str] | None = None,
+    grid: Grid | str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Quantizes a model in memory, in place, by a precision plan.
 

@@ -85,7 +85,8 @@ class PackedMatrices(nn.Module):
         """``x @ W.T`` for ``x`` ``(..., in)``; gradients flow to ``x``."""
         self._check(x)
         if x.requires_grad and torch.is_grad_enabled():
-            return _Product.apply(x, self, index)
+            found: Tensor = _Product.apply(x, self, index)
+            return found
         return self.product(index, x)
 
     def product(self, index: int, x: Tensor, training: bool = False) -> Tensor:

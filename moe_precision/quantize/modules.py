@@ -55,12 +55,14 @@ class PackedProjection(nn.Module):
     def weight(self, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float matrix of ``expert``, ``(out, in)``."""
         bucket, index = self._place[expert]
-        return self.get_submodule(bucket).weight(index, dtype)  # type: ignore[operator]
+        found: Tensor = self.get_submodule(bucket).weight(index, dtype)  # type: ignore[operator]
+        return found
 
     def linear(self, expert: int, x: Tensor) -> Tensor:
         """``x @ W.T`` with the matrix of ``expert``, ``x`` ``(tokens, in)``."""
         bucket, index = self._place[expert]
-        return self.get_submodule(bucket).linear(index, x)  # type: ignore[operator]
+        found: Tensor = self.get_submodule(bucket).linear(index, x)  # type: ignore[operator]
+        return found
 
     def forward(self, x: Tensor, starts: Tensor) -> Tensor:
         """Each row times the matrix of its expert.
@@ -112,7 +114,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in) -> (..., out)``."""
         y = self.packed.linear(0, x)
-        return y if self.bias is None else y + self.bias
+        found: Tensor = y if self.bias is None else y + self.bias
+        return found
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.packed.bits}"

@@ -42,6 +42,11 @@ class Curvature:
         rows: Layer name -> projection name -> ``(E, out)`` float32.
         columns: Layer name -> projection name -> ``(E, in)`` float32.
         router_norms: Layer name -> ``(E,)`` float32 when it was taken, which identify the weights that it belongs to.
+
+    Example:
+        >>> curvature = Curvature.load("precision_plan.curvature.safetensors")
+        >>> curvature.fit_weights("model.layers.0.mlp", "gate_up_proj", expert=0).shape
+        torch.Size([64])
     """
 
     layers: dict[str, LayerShape]

@@ -30,6 +30,10 @@ def router_norms(layers: list[MoELayer]) -> Tensor:
 
     Raises:
         MoELayerError: A router cannot be read whole, which would give a wrong norm.
+
+    Example:
+        >>> router_norms(find_moe_layers(model)).shape
+        torch.Size([16])
     """
     norms: list[Tensor] = []
     with torch.no_grad():

@@ -19,8 +19,8 @@ from moe_precision.cli.main import main
 from moe_precision.quantize.codec.fitting import quantize_matrix, quantize_on_grid
 from moe_precision.quantize.codec.grid import Grid, GridError
 from moe_precision.quantize.kernels import scaled
-from tests.callbacks.test_router_norm_monitor import MemoryLogger
 from tests.support.models import PlainMoE, build, logits
+from tests.support.trainers import MemoryLogger
 
 IDS = torch.randint(3, 128, (40, 12), generator=torch.Generator().manual_seed(0))
 

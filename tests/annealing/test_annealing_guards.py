@@ -21,8 +21,8 @@ from tests.annealing.test_annealing import IDS, Language, Validated, anneal, fit
 from tests.annealing.test_annealing_trainer import ITEMS
 from tests.annealing.test_annealing_trainer import anneal as trainer_anneal
 from tests.annealing.test_annealing_trainer import train as train_with_trainer
-from tests.callbacks.test_router_norm_monitor import MemoryLogger
 from tests.support.models import DECODER, PlainMoE, build, logits
+from tests.support.trainers import MemoryLogger
 
 
 def hooked(model, bits=1):
@@ -34,7 +34,7 @@ def hooked(model, bits=1):
 
 
 def test_a_model_compiled_before_is_compiled_anew():
-    model = build("mixtral")
+    model = build("mixtral", num_hidden_layers=1)
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         before = compiled(input_ids=IDS[:2]).logits

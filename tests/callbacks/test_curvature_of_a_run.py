@@ -9,7 +9,7 @@ from pytorch_lightning import Callback
 from moe_precision import PrecisionPlan, allocate, find_moe_layers
 from moe_precision.recording.curvature import Curvature
 from moe_precision.recording.gradients import curvature_of_losses
-from tests.callbacks.test_router_norm_monitor import Module, TwoOptimizers, data, monitor, trainer
+from tests.support.trainers import Module, TwoOptimizers, data, monitor, trainer
 
 
 def test_the_callback_writes_it_and_its_plan_is_that_of_the_file(tmp_path):

@@ -1,24 +1,14 @@
 """FSDP1 keeps flat shards: norms and variances are read unit by unit, or not at all."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.support import fsdp1_run
+from tests.support.processes import finish, start
 
 
 def test_norms_under_raw_fsdp1(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.support.fsdp1_run", str(tmp_path)]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], cwd=ROOT, env=environment, stderr=subprocess.PIPE) for rank in (0, 1)
-    ]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=180)
-        assert rank.returncode == 0, errors.decode()[-3000:]
+    logs = [tmp_path / f"rank_{rank}.txt" for rank in (0, 1)]
+    finish(*(start(fsdp1_run.main, str(tmp_path), rank, log=logs[rank]) for rank in (0, 1)), logs=logs)
     for rank in (0, 1):
         saved = torch.load(tmp_path / f"result_{rank}.pt")
         expected, results = saved["expected"], saved["results"]

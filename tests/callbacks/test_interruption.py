@@ -13,14 +13,26 @@ from moe_precision import PrecisionPlan, RouterNormHistory
 from moe_precision.callbacks import SavePretrained
 from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.cli.main import main
-from tests.callbacks.test_router_norm_monitor import Module, data, monitor, trainer
 from tests.support.interrupted_run import compare
 from tests.support.models import build
+from tests.support.processes import finish, start
+from tests.support.trainers import Module, data, monitor, trainer
 
 
 def test_kill_and_resume_give_the_same_history_and_plan():
     """Two random moments here; ``python -m tests.support.interrupted_run --points 30`` takes more."""
     assert len(compare(points=2, seed=1)) == 2
+
+
+@pytest.fixture
+def python_handlers():
+    """The handlers that Python sets itself, also where this process was started with signals ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Stopped(Module):
@@ -39,7 +51,7 @@ class Stopped(Module):
 @pytest.mark.parametrize(
     ("signal_number", "error"), [(signal.SIGINT, (SystemExit, KeyboardInterrupt)), (signal.SIGTERM, SIGTERMException)]
 )
-def test_a_signal_leaves_a_history_that_makes_a_plan(signal_number, error, tmp_path, capsys):
+def test_a_signal_leaves_a_history_that_makes_a_plan(signal_number, error, tmp_path, capsys, python_handlers):
     with pytest.raises(error):
         trainer(tmp_path, monitor()).fit(Stopped(signal_number), data(40))
     saved = tmp_path / "precision_plan.history.safetensors"
@@ -51,6 +63,27 @@ def test_a_signal_leaves_a_history_that_makes_a_plan(signal_number, error, tmp_p
     plan = PrecisionPlan.load(tmp_path / "later.json")
     assert plan.notes["max_variance"] == "not measured"
     assert plan.last_step >= 4
+
+
+def run_with_signals_ignored(folder):
+    """Two runs in a process as a shell starts it in the background, or ``nohup``: one gets SIGINT, one SIGTERM."""
+    ignored = dict.fromkeys((signal.SIGINT, signal.SIGTERM), signal.SIG_IGN)
+    for number, handler in ignored.items():
+        signal.signal(number, handler)
+    trainer(folder / "interrupted", monitor()).fit(Stopped(signal.SIGINT), data(12))
+    assert {number: signal.getsignal(number) for number in ignored} == ignored
+    with pytest.raises(SIGTERMException):
+        trainer(folder / "terminated", monitor()).fit(Stopped(signal.SIGTERM), data(40))
+    assert {number: signal.getsignal(number) for number in ignored} == ignored
+
+
+def test_where_signals_are_ignored(tmp_path):
+    """SIGINT does nothing and the run ends with its plan; Lightning handles SIGTERM all the same."""
+    log = tmp_path / "log.txt"
+    finish(start(run_with_signals_ignored, tmp_path, log=log), logs=[log])
+    assert PrecisionPlan.load(tmp_path / "interrupted" / "precision_plan.json").last_step == 12
+    assert not (tmp_path / "terminated" / "precision_plan.json").exists()
+    assert RouterNormHistory.load(tmp_path / "terminated" / "precision_plan.history.safetensors").steps[:3] == [0, 2, 4]
 
 
 def test_max_time_exports(tmp_path):

@@ -1,8 +1,6 @@
 """DDP and FSDP2 on two CPU processes give the plans and the checkpoint of one process: no hook waits for lost ranks."""
 
-import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
@@ -13,20 +11,31 @@ from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.quantize.codec.grid import Grid
 from moe_precision.recording.curvature import Curvature
 from tests.cli.test_cli import TEXT
-
-ROOT = Path(__file__).parents[2]
+from tests.support import two_process_run
+from tests.support.processes import finish, start
 
 
 def run(folder: Path, strategy: str) -> tuple[RouterNormHistory, PrecisionPlan, dict]:
     (folder / "text.txt").write_text(TEXT)
-    subprocess.run(
-        [sys.executable, "-m", "tests.support.two_process_run", str(folder), str(folder / "text.txt"), strategy],
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=300,
-        capture_output=True,
-    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    world = 1 if strategy == "auto" else 2
+    # as torchrun starts them
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "GROUP_RANK": "0"}
+    logs = [folder / f"rank_{rank}.txt" for rank in range(world)]
+    ranks = [
+        start(
+            two_process_run.main,
+            str(folder),
+            strategy,
+            log=log,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            **({"TORCHELASTIC_RUN_ID": "test", **common} if world > 1 else {}),
+        )
+        for rank, log in enumerate(logs)
+    ]
+    finish(*ranks, logs=logs)
     history = RouterNormHistory.load(folder / "precision_plan.history.safetensors")
     return history, PrecisionPlan.load(folder / "precision_plan.json"), load_model(folder / "checkpoint").state_dict()
 

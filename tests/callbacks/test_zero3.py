@@ -1,45 +1,24 @@
-"""DeepSpeed ZeRO-3 itself, on two CPU processes; tests/test_wrappers.py has a stand-in for where it is not installed.
-
-DS_BUILD_OPS=0 pip install deepspeed && pytest tests/test_zero3.py
-"""
+"""DeepSpeed ZeRO-3 itself, on two CPU processes; layers/test_wrappers.py has a stand-in for it."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.support import zero3_run
+from tests.support.processes import finish, start
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_norms_under_zero3(tmp_path):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29541",
-        "WORLD_SIZE": "2",
-    }
-    command = [sys.executable, "-m", "tests.support.zero3_run", str(tmp_path)]
+    # DeepSpeed asks for an address and a port; the processes meet in a file
+    environment = {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "2"}
+    logs = [tmp_path / f"rank_{rank}.txt" for rank in (0, 1)]
     ranks = [
-        subprocess.Popen(
-            [*command, str(rank)],
-            cwd=ROOT,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.STDOUT,
-            stdout=subprocess.PIPE,
-        )
+        start(zero3_run.main, str(tmp_path), rank, log=logs[rank], RANK=str(rank), LOCAL_RANK=str(rank), **environment)
         for rank in (0, 1)
     ]
-    for rank in ranks:
-        output, _ = rank.communicate(timeout=180)
-        assert rank.returncode == 0, output.decode()[-3000:]
+    finish(*ranks, logs=logs)
     for rank in (0, 1):
         for result in torch.load(tmp_path / f"result_{rank}.pt").values():
             assert "is a shard" in result["outside"]

@@ -76,7 +76,7 @@ def test_files_are_opened_when_they_are_read_and_once(saved):
     assert open_files(folder) == []
     checkpoint.read(first[0])  # opens it again
     assert open_files(folder) == [checkpoint.files[0].name]
-    allocate(folder, method="weight_error", average_bits=2, bits=(2,), group_size=64)
+    allocate(folder, method="weight_error", average_bits=2.5, group_size=64)
     assert open_files(folder) == [checkpoint.files[0].name]
     checkpoint.close()
     assert open_files(folder) == []

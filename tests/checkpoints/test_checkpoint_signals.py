@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_precision import HistoryError, PrecisionPlan, allocate, find_moe_layers
+from moe_precision import HistoryError, PrecisionPlan, RouterNormHistory, allocate, find_moe_layers
 from moe_precision.allocation.costs import expert_costs
 from moe_precision.allocation.weights import LiveWeights, StoredWeights
 from moe_precision.checkpoints import Checkpoint, CheckpointError, StreamingError
 from moe_precision.cli.main import main
+from moe_precision.recording.router_norms import router_norms
 from tests.support.model_zoo import build_tiny
 from tests.support.models import build
 
@@ -85,7 +86,9 @@ def test_module_names_on_disk(tmp_path):
 def two_checkpoints(tmp_path):
     model = build("mixtral")
     model.save_pretrained(tmp_path / "base", max_shard_size="100KB")
-    before = measured(model)
+    layers = find_moe_layers(model)
+    before = RouterNormHistory.of(layers, "mixtral")
+    before.record(0, router_norms(layers))
     with torch.no_grad():
         for layer in find_moe_layers(model):
             layer.router_weight().mul_(torch.linspace(0.5, 2, 8)[torch.randperm(8)].unsqueeze(1))
@@ -111,7 +114,6 @@ def test_a_plan_from_two_checkpoints(two_checkpoints, capsys):
 
 def test_a_history_and_the_final_checkpoint(two_checkpoints):
     model, before, folder = two_checkpoints
-    before.max_variance = {}
     before.save(folder / "run.history.safetensors")
     out = folder / "plan.json"
     arguments = ["plan", str(folder / "run.history.safetensors"), "--final", str(folder / "tuned")]

@@ -40,7 +40,7 @@ def known(trained):
     history = RouterNormHistory.of(layers, "mixtral")
     history.record(0, router_norms(layers) * (1 + 0.1 * torch.rand(24, generator=torch.Generator().manual_seed(0))))
     history.record(200, router_norms(layers))
-    batches = [{"input_ids": rows, "labels": rows} for rows in held_out.split(32)]
+    batches = [{"input_ids": rows, "labels": rows} for rows in held_out.split(16)]
     return model, batches, torch.bincount(held_out.flatten(), minlength=256), history
 
 
@@ -226,7 +226,7 @@ def test_documents_end_with_their_last_token(known):
 def test_no_target_is_an_error(known):
     model, batches, counts, _ = known
     with pytest.raises(ValueError, match="no target tokens"):
-        Judge(model, [{"input_ids": batches[0]["input_ids"], "labels": torch.full((32, 128), -100)}], counts)
+        Judge(model, [{"input_ids": batches[0]["input_ids"], "labels": torch.full((16, 128), -100)}], counts)
     with pytest.raises(ValueError, match="no batch to judge on"):
         Judge(model, [], counts)
     with pytest.raises(ValueError, match="token_counts has 3 entries"):

@@ -17,7 +17,6 @@ from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.quantize.checksums import DamagedCheckpointError, check_files
 from tests.support.models import build
 
-MUTATIONS = 2000
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 2, "vocab_size": 16, "num_hidden_layers": 1}
 
 
@@ -70,14 +69,15 @@ def mutate(data: bytes, random_: random.Random) -> bytes:
     )
 
 
-def test_random_damage(packed, monkeypatch):
+@pytest.mark.parametrize("mutations", [200, pytest.param(2000, marks=pytest.mark.thorough)])
+def test_random_damage(mutations, packed):
     """Header, index and tensors; what loads is bit-identical."""
     folder, content, expected = packed
     random_ = random.Random(0)
     logging.disable_progress_bar()
     errors, kinds = 0, set()
     try:
-        for number in range(MUTATIONS):
+        for number in range(mutations):
             name = random_.choice(sorted(content))
             data = content[name]
             header = 8 + int.from_bytes(data[:8], "little") if name.endswith(".safetensors") else len(data)
@@ -100,7 +100,7 @@ def test_random_damage(packed, monkeypatch):
                 assert torch.equal(loaded[key], tensor), (number, name, key)
     finally:
         logging.enable_progress_bar()
-    assert errors > MUTATIONS / 2
+    assert errors > mutations / 2
     of_transformers = {"UnicodeDecodeError", "JSONDecodeError", "KeyError"}  # it reads the index before we are asked
     assert kinds <= {"DamagedCheckpointError", "CheckpointError", "QuantizationError"} | of_transformers, kinds
 

@@ -1,6 +1,7 @@
 """The kernel in C++: how it is compiled and checked, on which CPUs, and products that are hard to get right."""
 
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,12 @@ def no_library(monkeypatch, tmp_path):
     native.library.cache_clear()
 
 
+@pytest.fixture
+def unoptimized(monkeypatch):
+    """A compiler that is done in a second, for tests of everything but the code that it makes."""
+    monkeypatch.setattr(compiler, "_FLAGS", ["-O0" if flag == "-O3" else flag for flag in compiler._FLAGS])
+
+
 @pytest.mark.parametrize(
     ("compiler_is", "reason"),
     [("", "no C"), ("no-such-compiler", "no C"), ("false", "exit status 1"), ("true", "No such file")],
@@ -34,7 +41,7 @@ def test_without_a_compiler_one_is_told(compiler_is, reason, no_library, monkeyp
     assert kernels.choose(kernels.Request("cpu", torch.float32, False, 2, 64, 256, 128)) is None
 
 
-def test_a_kernel_that_miscalculates_is_not_taken(no_library, monkeypatch, tmp_path):
+def test_a_kernel_that_miscalculates_is_not_taken(no_library, unoptimized, monkeypatch, tmp_path):
     wrong = tmp_path / "native.cpp"
     text = native._SOURCE.read_text()
     assert text.count("(112 << 23)") == 1
@@ -44,14 +51,30 @@ def test_a_kernel_that_miscalculates_is_not_taken(no_library, monkeypatch, tmp_p
         assert native.library() is None
 
 
-def test_the_library_is_made_once(no_library, monkeypatch):
+def test_the_library_is_made_once(no_library, unoptimized, monkeypatch):
     assert native.library() is not None
-    (made,) = no_library.iterdir()
+    (made,) = no_library.glob("*.so")
     native.library.cache_clear()
     run = compiler._run
     monkeypatch.setattr(compiler, "_run", lambda command: run(command) if "-E" in command else pytest.fail("compiled"))
     assert native.library() is not None
-    assert list(no_library.iterdir()) == [made]
+    assert list(no_library.glob("*.so")) == [made]
+
+
+def test_of_several_processes_one_compiles(no_library, unoptimized, monkeypatch):
+    """Threads here: each has its own lock on the file, as processes have."""
+    run, compiled = compiler._run, []
+
+    def count(command):
+        if "-E" not in command:
+            compiled.append(command)
+        return run(command)
+
+    monkeypatch.setattr(compiler, "_run", count)
+    with ThreadPoolExecutor(4) as pool:
+        libraries = list(pool.map(compiler.compiled, [native._SOURCE] * 4))
+    assert len(compiled) == 1
+    assert len({library._name for library in libraries}) == 1
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other names of CPUs")
@@ -108,9 +131,9 @@ def test_scales_that_are_no_numbers_stay_so(dtype, monkeypatch):
         assert not matrices.linear(0, torch.randn(3, 192).to(dtype)).isfinite().any()
 
 
-def test_a_damaged_library_is_made_anew(no_library):
+def test_a_damaged_library_is_made_anew(no_library, unoptimized):
     assert native.library() is not None
-    (made,) = no_library.iterdir()
+    (made,) = no_library.glob("*.so")
     content = made.read_bytes()
     for damaged in (b"", content[: len(content) // 2]):
         made.unlink()  # the one in use stays as it is
@@ -129,8 +152,8 @@ def test_without_a_home(monkeypatch):
     native.library.cache_clear()
 
 
-def test_a_compiler_with_arguments(no_library, monkeypatch):
-    monkeypatch.setenv("CXX", "g++ -O1")
+def test_a_compiler_with_arguments(no_library, unoptimized, monkeypatch):
+    monkeypatch.setenv("CXX", "g++ -g0")
     assert native.library() is not None
 
 

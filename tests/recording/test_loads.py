@@ -12,8 +12,8 @@ from moe_precision import AllocationError, RouterNormHistory, allocate, find_moe
 from moe_precision.recording.loads import LoadCounter, _routing, count_loads
 from moe_precision.recording.router_norms import router_norms
 from moe_precision.recording.signals import expert_load
-from tests.callbacks.test_router_norm_monitor import MemoryLogger, Module, data, monitor, trainer
 from tests.support.models import CONFIGS, PlainMoE, build
+from tests.support.trainers import MemoryLogger, Module, data, monitor, trainer
 
 
 def ids(rows=2, length=9, seed=1):

@@ -1,6 +1,4 @@
-"""Reads norms and variances of a model that raw FSDP1 has sharded over two CPU processes; started by test_fsdp1.py."""
-
-import sys
+"""Reads norms and variances of a model that raw FSDP1 has sharded over two CPU processes; see test_fsdp1.py."""
 
 import torch
 from torch import nn
@@ -22,7 +20,6 @@ def measured(model: nn.Module) -> dict:
 
 
 def main(folder: str, rank: int) -> None:
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     expected = measured(build("mixtral"))
     results = {}
@@ -46,7 +43,3 @@ def main(folder: str, rank: int) -> None:
             results[case + " still sharded"] = local < sum(p.numel() for p in build("mixtral").parameters())
     torch.save({"expected": expected, "results": results}, f"{folder}/result_{rank}.pt")
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))

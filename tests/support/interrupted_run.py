@@ -6,12 +6,10 @@ python -m tests.support.interrupted_run --points 30
 from __future__ import annotations
 
 import argparse
-import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -22,24 +20,25 @@ from torch.utils.data import DataLoader
 from moe_precision import RouterNormHistory
 from moe_precision.callbacks import RouterNormMonitor
 from tests.support.models import build
+from tests.support.processes import finish, start
 
-ROOT = Path(__file__).parents[2]
 STEPS = 60
-STARTED, ENDED = "training started", "training ended"
+STARTED, ENDED = "started.txt", "ended.txt"
 
 
 class Module(pl.LightningModule):
     """A small Mixtral whose batches depend only on the step, so that a resumed run sees the same data."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
+        self.folder = folder
         self.model = build("mixtral", hidden_size=32, intermediate_size=32).train()
 
     def on_train_start(self) -> None:
-        print(STARTED, flush=True)
+        (self.folder / STARTED).touch()
 
     def on_train_end(self) -> None:
-        print(ENDED, flush=True)
+        (self.folder / ENDED).touch()
 
     def training_step(self, batch: torch.Tensor) -> torch.Tensor:
         ids = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(self.global_step))
@@ -51,7 +50,6 @@ class Module(pl.LightningModule):
 
 def train(folder: Path) -> None:
     """Trains to the end, from the newest checkpoint in the folder if there is one."""
-    torch.set_num_threads(1)
     checkpoints = sorted(folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
     pl.Trainer(
         default_root_dir=folder,
@@ -67,23 +65,18 @@ def train(folder: Path) -> None:
             RouterNormMonitor(group_size=32),
             ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1),
         ],
-    ).fit(Module(), DataLoader(range(25)), ckpt_path=checkpoints[-1] if checkpoints else None)
+    ).fit(Module(folder), DataLoader(range(25)), ckpt_path=checkpoints[-1] if checkpoints else None)
 
 
-def _start(folder: Path) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.support.interrupted_run", "--train", str(folder)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+def _start(folder: Path) -> BaseProcess:
+    return start(train, folder, log=folder / "log.txt")
 
 
-def _until(line: str, process: subprocess.Popen) -> None:
-    assert process.stdout is not None
-    for printed in process.stdout:
-        if line in printed:
-            return
-    raise RuntimeError(f"the run never printed {line!r}, exit status {process.wait()}")
+def _until(file: Path, process: BaseProcess) -> None:
+    while not file.exists():
+        if not process.is_alive():
+            raise RuntimeError(f"no {file.name}, exit code {process.exitcode}: {file.with_name('log.txt').read_text()}")
+        time.sleep(0.001)
 
 
 def _outcome(folder: Path) -> tuple[list[int], torch.Tensor, bytes]:
@@ -106,27 +99,27 @@ def compare(points: int, seed: int = 0) -> list[int]:
         reference = Path(base, "reference")
         reference.mkdir()
         process = _start(reference)
-        _until(STARTED, process)
+        _until(reference / STARTED, process)
         begin = time.perf_counter()
-        _until(ENDED, process)
+        _until(reference / ENDED, process)
         length = time.perf_counter() - begin
-        assert process.wait() == 0
+        finish(process, logs=[reference / "log.txt"])
         steps, norms, plan = _outcome(reference)
         assert steps == list(range(0, STEPS + 1, 4)), steps
         while len(resumed_from) < points:
             folder = Path(base, f"run{len(resumed_from)}")
             folder.mkdir(exist_ok=True)
             process = _start(folder)
-            _until(STARTED, process)
+            _until(folder / STARTED, process)
             time.sleep(draw.uniform(0, length))
             process.kill()
-            if process.wait() == 0 or (folder / "precision_plan.json").exists():
+            process.join()
+            if process.exitcode == 0 or (folder / "precision_plan.json").exists():
                 for file in folder.iterdir():  # it was quicker than the reference and done already: draw again
                     file.unlink()
                 continue
             written = [int(path.stem.removeprefix("step=")) for path in folder.glob("step=*.ckpt")]
-            process = _start(folder)
-            assert process.wait() == 0
+            finish(_start(folder), logs=[folder / "log.txt"])
             again, again_norms, again_plan = _outcome(folder)
             assert again == steps, (again, steps)
             assert torch.equal(again_norms, norms)
@@ -138,11 +131,7 @@ def compare(points: int, seed: int = 0) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=30, help="how many runs to interrupt (default 30)")
-    parser.add_argument("--train", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.train:
-        train(Path(options.train))
-        return
     resumed_from = compare(options.points)
     print(f"{len(resumed_from)} runs killed, resumed from steps {sorted(resumed_from)} of {STEPS}:")
     print("every history has the steps and norms, and every plan the bytes, of the run that was left alone")

@@ -45,6 +45,7 @@ SIZES: dict[str, Any] = {  # whatever config has the key gets the value
     **dict.fromkeys(("num_attention_heads", "num_heads", "n_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("head_dim", "d_kv", "kv_channels", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 16),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 16),  # sequences are padded to it
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
     **dict.fromkeys(("num_experts_per_tok", "n_group", "num_key_value_heads", "depth"), 2),
     **dict.fromkeys(("topk_group", "first_k_dense_replace", "bos_token_id"), 1),

@@ -1,9 +1,6 @@
-"""A short run with both callbacks, on one process or on two; started by test_two_processes.py as a script."""
-
-import sys
+"""A short run with both callbacks, on one process or on two; see test_two_processes.py."""
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
 
 from moe_precision.callbacks import PrecisionAnneal, RouterNormMonitor, SavePretrained
@@ -11,12 +8,11 @@ from moe_precision.recipes import CausalLM, TextDataModule
 from tests.support.models import CONFIGS
 
 
-def main(folder: str, text: str, strategy: str) -> None:
-    torch.set_num_threads(1)
+def main(folder: str, strategy: str) -> None:
     pl.seed_everything(0)
     config = {"model_type": "mixtral", **CONFIGS["mixtral"]}
     module = CausalLM(config=config, learning_rate=1e-2, warmup_steps=1)
-    data = TextDataModule(dataset=text, vocab_size=300, sequence_length=32, batch_size=4)
+    data = TextDataModule(dataset=f"{folder}/text.txt", vocab_size=300, sequence_length=32, batch_size=4)
     fsdp2 = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     pl.Trainer(
         default_root_dir=folder,
@@ -33,7 +29,3 @@ def main(folder: str, text: str, strategy: str) -> None:
         enable_checkpointing=False,
         callbacks=[RouterNormMonitor(group_size=64), PrecisionAnneal(start=2, group_size=64), SavePretrained()],
     ).fit(module, data)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3])

@@ -174,7 +174,8 @@ def codes_on_grid(weight: Tensor, bits: int, scale: Tensor, offset: Tensor, out:
 
 
 def _mean_product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a, b).div_(a.shape[1]).unsqueeze(1)  # (N, 1)
+    found: Tensor = torch.linalg.vecdot(a, b).div_(a.shape[1]).unsqueeze(1)  # (N, 1)
+    return found
 
 
 def _round(groups: Tensor, scale: Tensor, offset: Tensor, top: int) -> Tensor:

@@ -94,7 +94,8 @@ def _blocks(values: Tensor) -> Tensor:
     flat = values.flatten(-2)
     missing = -flat.shape[-1] % BLOCK
     flat = torch.cat([flat, flat[..., -1:].expand(*flat.shape[:-1], missing)], dim=-1) if missing else flat
-    return flat.unflatten(-1, (-1, BLOCK))
+    found: Tensor = flat.unflatten(-1, (-1, BLOCK))
+    return found
 
 
 def _values(blocks: Tensor, shape: torch.Size) -> Tensor:

@@ -12,6 +12,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from filelock import FileLock
+
 _FLAGS = ["-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
 _SECONDS = 300  # until a compiler counts as hung
 
@@ -22,7 +24,8 @@ def compiled(source: Path) -> ctypes.CDLL:
     """The library that a C++ file gives, from the cache if this compiler made it from this source for this kind of CPU.
 
     The compiler is ``$CXX``, or ``c++``. The cache is ``$XDG_CACHE_HOME/moe_precision``, by default in ``~/.cache``. It
-    may be shared by machines of different kinds. A library's hash is in its name: a damaged one is compiled again.
+    may be shared by machines of different kinds. A library's hash is in its name: a damaged one is compiled again. If
+    several processes need one at the same time, the first compiles it and the others wait.
 
     Raises:
         OSError: There is no compiler, it fails, its library cannot be loaded, or the cache cannot be written to.
@@ -36,18 +39,30 @@ def compiled(source: Path) -> ctypes.CDLL:
     said = _run([*wanted, *_FLAGS, "-###", "-E", "-x", "c++", os.devnull]).splitlines()
     meaning = [line for line in said if "cc1" in line or " version " in line]
     key = _hash("\n".join(meaning).encode() + source.read_bytes())
-    cache = _cache()
-    for library in cache.glob(f"{source.stem}-{key}-*.so"):
-        if library.stem.endswith(_hash(library.read_bytes())):
-            return ctypes.CDLL(str(library))
-    log.info("compiling %s with %s: a few seconds, once on this machine", source.name, " ".join(wanted))
-    cache.mkdir(parents=True, exist_ok=True)
+    cache, name = _cache(), f"{source.stem}-{key}"
+    library = _cached(cache, name)
+    if library is None:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{name}.lock", timeout=_SECONDS):
+            library = _cached(cache, name) or _made(wanted, source, cache, name)
+    return ctypes.CDLL(str(library))
+
+
+def _cached(cache: Path, name: str) -> Path | None:
+    """The library of a name, if it is there and undamaged."""
+    libraries = cache.glob(f"{name}-*.so")
+    return next((one for one in libraries if one.stem.endswith(_hash(one.read_bytes()))), None)
+
+
+def _made(compiler: list[str], source: Path, cache: Path, name: str) -> Path:
+    """Compiles a file into the cache."""
+    log.info("compiling %s with %s: a few seconds, once on this machine", source.name, " ".join(compiler))
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         made = Path(folder, "made.so")
-        _run([*wanted, *_FLAGS, "-o", str(made), os.path.abspath(source)])
-        library = cache / f"{source.stem}-{key}-{_hash(made.read_bytes())}.so"
+        _run([*compiler, *_FLAGS, "-o", str(made), os.path.abspath(source)])
+        library = cache / f"{name}-{_hash(made.read_bytes())}.so"
         made.replace(library)
-    return ctypes.CDLL(str(library))
+    return library
 
 
 def _cache() -> Path:

@@ -78,7 +78,8 @@ class Native(Kernel):
         words = _rows(self.words[index])  # (out, in / group, words)
         shifts = torch.tensor(_shifts(self.bits), dtype=torch.int32, device="cpu")
         codes = (words.unsqueeze(-1) >> shifts) & (2**self.bits - 1)
-        return codes.flatten(-2)[..., : self.group_size].to(torch.uint8).reshape(self.out, self.inp)
+        found: Tensor = codes.flatten(-2)[..., : self.group_size].to(torch.uint8).reshape(self.out, self.inp)
+        return found
 
 
 def to_words(codes: Tensor, bits: int, group_size: int, lanes: int) -> Tensor:
@@ -196,7 +197,8 @@ def _shifts(bits: int) -> list[int]:
 
 def _lanes(rows: Tensor, lanes: int) -> Tensor:
     """``(out, ...)`` -> ``(out / lanes, ..., lanes)``."""
-    return rows.unflatten(0, (-1, lanes)).movedim(1, -1).contiguous()
+    found: Tensor = rows.unflatten(0, (-1, lanes)).movedim(1, -1).contiguous()
+    return found
 
 
 def _rows(lanes: Tensor) -> Tensor:

@@ -28,13 +28,13 @@ _WRITTEN_HERE = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.
 
 
 def quantize_checkpoint(
-    checkpoint: Checkpoint | str | os.PathLike,
-    plan: PrecisionPlan | str | os.PathLike,
-    out: str | os.PathLike,
+    checkpoint: Checkpoint | str | os.PathLike[str],
+    plan: PrecisionPlan | str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     non_expert_bits: int | None = None,
-    curvature: Curvature | str | os.PathLike | None = None,
-    grid: Grid | str | os.PathLike | None = None,
+    curvature: Curvature | str | os.PathLike[str] | None = None,
+    grid: Grid | str | os.PathLike[str] | None = None,
     workers: int = 1,
     max_shard_size: int | str = "250MB",
 ) -> None:
@@ -57,6 +57,11 @@ def quantize_checkpoint(
     Raises:
         CheckpointError: The checkpoint is incomplete, or packed already, or a weight cannot be converted or packed.
         PlanError: The plan is for another model.
+
+    Example:
+        >>> quantize_checkpoint("checkpoint", "precision_plan.json", "packed")
+        >>> load_model("packed").is_quantized
+        True
     """
     settings: Settings = {
         "plan": plan,
