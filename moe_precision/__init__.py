@@ -1,4 +1,4 @@
-"""Mixed-precision plans for Mixture-of-Experts models, read off training itself.
+"""Mixed-precision plans for Mixture-of-Experts models, derived from training itself.
 
 A callback records the L2 norm of every expert's router row during training and writes a precision plan at the end; a
 quantize step turns plan and weights into a smaller model. Importing this package registers the quantizer with

@@ -59,7 +59,7 @@ NAMES = frozenset(FILES)
 
 
 def absolute(node: ast.ImportFrom, module: str) -> str | None:
-    """The dotted name after ``from``, without ``moe_precision``; None where it is outside of the package."""
+    """The dotted name after ``from``, without ``moe_precision``; None where it is outside the package."""
     if not node.level:
         inside = node.module is not None and (node.module + ".").startswith(PACKAGE + ".")
         return node.module.removeprefix(PACKAGE).removeprefix(".") if inside and node.module else None

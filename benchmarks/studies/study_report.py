@@ -1,4 +1,4 @@
-"""The tables of docs/evidence.md, from the results that study.py has left: means over seeds, 95 % intervals.
+"""The tables of docs/evidence.md, from the results of study.py: means over seeds, 95 % intervals.
 
 Long because it prints all tables of one page.
 """
@@ -47,11 +47,11 @@ Printed by `python -m benchmarks.studies.study --report`; [evidence.md](evidence
 means over seeds ± half of the 95 % interval, or ratios with their interval.
 """
 
-Runs = list[dict[str, Any]]  # the results of one model, a seed each
+Runs = list[dict[str, Any]]  # the results of one model, one per seed
 
 
 def load(study: dict[str, Any], root: Path) -> dict[str, Runs]:
-    """Results by model, those that are there."""
+    """Results by model, as far as they exist."""
     found = {}
     for name in study["models"]:
         paths = sorted((root / name).glob("seed_*/result.json"))
@@ -69,7 +69,7 @@ def values(
     quantizer: str = OURS,
     key: str = "mean",
 ) -> list[float]:
-    """Of each seed the increase of the loss; the mean over its draws where there are several."""
+    """For each seed, the increase of the loss; the mean over its draws where there are several."""
     found = []
     for run in runs:
         of_run = [
@@ -94,7 +94,7 @@ def between(interval: Interval) -> str:
 
 
 def of_runs(numbers: Sequence[float], digits: int = 4) -> str:
-    """Mean of a number a seed ± half of its interval; a dash where there is none."""
+    """Mean of one number per seed ± half of its interval; a dash where there is none."""
     return plain(mean_of_runs(numbers), digits) if numbers else "-"
 
 

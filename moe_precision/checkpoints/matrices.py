@@ -35,7 +35,7 @@ def router_weight(checkpoint: StoredTensors, layer: MoELayer) -> Tensor:
     """The router's weight of a layer, ``(rows, d)`` with row ``e`` belonging to expert ``e``, in the stored dtype.
 
     Raises:
-        CheckpointError: It is missing, or of another shape than the model of config.json has.
+        CheckpointError: It is missing, or its shape differs from that in the model of config.json.
         StreamingError: It is converted on loading.
     """
     name = only_source(layer.router, checkpoint.sources)
@@ -57,10 +57,10 @@ def expert_matrices(
         checkpoint: Where they are.
         layer: One of ``checkpoint.layers()``.
         projection: Which matrix.
-        neurons_alone: Of the first projection the rows of the hidden neurons alone, ``(neurons, in)``.
+        neurons_alone: Only the rows of the hidden neurons, for the first projection, ``(neurons, in)``.
 
     Raises:
-        CheckpointError: A tensor is missing, or of another shape than the model of config.json has.
+        CheckpointError: A tensor is missing, or its shape differs from that in the model of config.json.
         StreamingError: transformers converts these tensors by more than renaming, stacking and joining.
     """
     whole = torch.empty(layer.banks[projection].shape, device="meta")
@@ -85,7 +85,7 @@ def _read(checkpoint: StoredTensors, layer: MoELayer, projection: str, neurons_a
             yield parts[0] if len(parts) == 1 else torch.cat(parts)
         return
     stored = [only_source(weight.name, sources) for weight in bank.weights]
-    if len(stored) > 1:  # a tensor for each expert
+    if len(stored) > 1:  # one tensor per expert
         matrices: Iterator[Tensor] = (checkpoint.read(name) for name in stored)
     else:
         (name,) = stored

@@ -1,7 +1,7 @@
 """The whole way in one command: train a small Mixtral, make its plan, quantize, reload, compare.
 
-Every row of the table is a folder that was written to disk and loaded again with ``from_pretrained``. Controls stand
-beside the plan: the same counts of bits in random and in reversed order, and what curvature chooses for as many bits.
+Every row of the table is a folder that was written to disk and loaded again with ``from_pretrained``. Beside the plan
+there are controls: the same counts of bits in random and in reversed order, and what curvature chooses for that budget.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
     Returns:
         The rows of the table.
     """
-    disable_progress_bar()  # transformers', one for each of many small loads and saves
+    disable_progress_bar()  # transformers' own, one for each of many small loads and saves
     output.mkdir(parents=True, exist_ok=True)
     recipe = files("moe_precision.recipes").joinpath("pretrain_mixtral.yaml").read_text(encoding="utf-8")
     config = output / "recipe.yaml"
@@ -114,7 +114,7 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
         f"stored bits: bytes of all expert tensors in the file, per expert weight. Losses in nats over "
         f"{rows[0].evaluation.tokens} validation tokens;\n"
         "rare: the tenth of them seen least in training. random: one draw. curvature: least predicted loss by the\n"
-        "optimizer's second moments, over all layers at once; all rows are fitted by them.\n\n"
+        "optimizer's second moments, over all layers at once; they weight the fit of all rows.\n\n"
         f"In {output}: precision_plan.json, precision_plan.{{history,curvature}}.safetensors, router_norms.png,\n"
         "results.json, "
         "checkpoint/ (float), quantized-*/ (packed), checkpoints/ (to resume), wandb/ (offline run)"

@@ -27,8 +27,8 @@ def add_to(commands: Commands) -> None:
         commands,
         "evaluate",
         run,
-        "Loss and perplexity of a float or packed checkpoint, mean and on the rarest tenth of target tokens, in blocks "
-        "of 256 tokens (the demo's are of 128, so its figures differ).",
+        "Loss and perplexity of a float or packed checkpoint, overall and on the rarest tenth of target tokens, in "
+        "blocks of 256 tokens (the demo uses blocks of 128, so its numbers differ).",
         "moe-precision evaluate runs/demo/quantized-plan --max-batches 20",
     )
     command.add_argument("checkpoint", help="checkpoint folder that holds its tokenizer")

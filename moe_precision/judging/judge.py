@@ -18,10 +18,10 @@ class Judge:
     """Held-out text, and the losses of the float model on it: what all quantized models are compared with.
 
     Args:
-        model: The float model; later calls look at whatever it is then.
+        model: The float model; later calls evaluate it as it is then.
         batches: Held-out batches with labels.
         token_counts: ``(vocab,)``, how often each token occurs in training.
-        end_of_text: Token that ends a document, where batches are one packed text in order; None if every row is one.
+        end_of_text: Token that ends a document, where batches are one packed text in order; None if each row is one.
 
     Attributes:
         counts: Tokens by document and band, ``(documents, 3)`` float64.
@@ -61,7 +61,7 @@ class Judge:
         return self._by_cell(document_losses(self._model, self._batches)[0] - self._losses)
 
     def mean(self, sums: Tensor, band: str | None = None) -> Interval:
-        """Mean increase a token, over all tokens or in a band, with its interval over documents."""
+        """Mean increase per token, over all tokens or in a band, with its interval over documents."""
         return mean_increase(sums, self.counts, self._resamples, band)
 
     def worst_decile(self, sums: Tensor) -> float:

@@ -125,7 +125,7 @@ def test_the_packed_model_is_the_one_that_training_ended_on(changes, tmp_path, c
     assert plan.average_bits <= 2.0
     paths = [str(tmp_path / name) for name in ("checkpoint", "annealed_plan.json", "out")]
     assert main(["quantize", *paths]) == 0
-    assert "on which training has ended" in capsys.readouterr().out
+    assert "which training ended on" in capsys.readouterr().out
     torch.testing.assert_close(logits(load_model(tmp_path / "out")), keep.logits, atol=1e-5, rtol=1e-4)
 
 
@@ -202,7 +202,7 @@ def test_a_weight_that_changes_before_its_backward_pass_is_an_error():
 
 
 class _Keeps(torch.autograd.Function):
-    """A product that keeps its weight on its own, as some kernels do."""
+    """A product that saves its weight by itself, as some kernels do."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -287,7 +287,7 @@ def test_a_plan_from_a_run_brings_its_curvature(tmp_path):
 @pytest.mark.slow
 def test_resume_in_the_middle_ends_bit_identical(tmp_path):
     saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=7, save_top_k=-1, filename="{step}")
-    same = IDS[:4].repeat(10, 1)  # a DataLoader begins anew when a run is resumed
+    same = IDS[:4].repeat(10, 1)  # a DataLoader starts over when a run is resumed
     whole = fit(tmp_path / "whole", anneal(), saver, data=same, enable_checkpointing=True)
     module = fit(tmp_path / "resumed", anneal(), data=same, ckpt_path=str(tmp_path / "saved" / "step=7.ckpt"))
     for (name, a), (_, b) in zip(whole.state_dict().items(), module.state_dict().items(), strict=True):
@@ -361,7 +361,7 @@ def test_a_grid_of_other_weights_is_refused(tmp_path):
     plan, grid = tmp_path / "annealed_plan.json", tmp_path / "annealed_plan.grid.safetensors"
     with torch.no_grad():
         module.model.model.layers[0].mlp.gate.weight.mul_(1.1)
-    with pytest.raises(GridError, match="the grid is of other weights"):
+    with pytest.raises(GridError, match="the grid belongs to other weights"):
         quantize_model(module.model, plan, grid=grid)
 
 
@@ -443,7 +443,7 @@ def test_bad_input_stops_the_run(module, callbacks, error, message, tmp_path):
     [
         ({"start": 1.5}, "a whole step"),
         ({"method": "sensitivity"}, "needs measured costs"),
-        ({"average_bits": 5.0}, "outside of the levels"),
+        ({"average_bits": 5.0}, "outside the levels"),
         ({"export_to": "plan.txt"}, "must end in .json"),
     ],
 )

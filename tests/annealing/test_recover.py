@@ -1,4 +1,4 @@
-"""recipes/recover.yaml: a finished checkpoint is fine-tuned on its plan, all of it or the routers alone."""
+"""recipes/recover.yaml: a finished checkpoint is fine-tuned on its plan, all of it or only the routers."""
 
 import copy
 import shutil

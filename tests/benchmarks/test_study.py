@@ -1,4 +1,4 @@
-"""The study and the theory recipe, small: what they measure is right, and an interrupted study goes on."""
+"""The study and the theory recipe, small: what they measure is right, and an interrupted study resumes."""
 
 import json
 import math

@@ -85,7 +85,7 @@ def test_the_extra_batches_leave_the_model_as_it_was(tmp_path):
 
     module = Normed()
     callback = monitor(curvature_batches=100)
-    with pytest.warns(UserWarning, match="there are 6 batches to take gradients of"):
+    with pytest.warns(UserWarning, match="only 6 batches to take gradients on"):
         trainer(tmp_path, callback).fit(module, data())
     assert callback.curvature is not None
     assert module.norm.num_batches_tracked == 5  # of training alone

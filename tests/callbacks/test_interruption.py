@@ -1,4 +1,4 @@
-"""Runs that end otherwise than planned: killed, stopped, out of time, on a full disk."""
+"""Runs that end unexpectedly: killed, stopped, out of time, on a full disk."""
 
 import os
 import resource

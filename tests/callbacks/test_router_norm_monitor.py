@@ -26,7 +26,7 @@ def test_records_plan_and_history(tmp_path):
     for row, step in enumerate(callback.history.steps[1:], start=1):
         torch.testing.assert_close(norms[row], module.norms[step])
 
-    # one call a record, at the optimizer step; nothing in the progress bar
+    # one call per record, at the optimizer step; nothing in the progress bar
     assert [step for step, _ in logger.records()] == [0, 2, 4, 5]
     metrics = logger.records()[-1][1]
     assert metrics["router_norm/layer_00/expert_003"] == pytest.approx(norms[-1, 3].item())
@@ -40,7 +40,7 @@ def test_records_plan_and_history(tmp_path):
     assert plan.baseline_step == 0
     assert plan.last_step == 5
 
-    # the file holds all that a plan with other bits needs, without the model
+    # the file holds everything that a plan with other bits needs, without the model
     saved = RouterNormHistory.load(tmp_path / "precision_plan.history.safetensors")
     again = allocate(history=saved, average_bits=2.5, bits=(2, 3), group_size=32)
     assert again == plan
@@ -218,7 +218,7 @@ def test_a_frozen_router_is_said(tmp_path):
 
 def test_weight_averaging_behind_the_monitor_is_said(tmp_path):
     for averaging in (WeightAveraging(), StochasticWeightAveraging(swa_lrs=1e-2)):
-        with pytest.warns(UserWarning, match="WeightAveraging comes later.*Put RouterNormMonitor behind it"):
+        with pytest.warns(UserWarning, match="WeightAveraging comes later.*Put RouterNormMonitor after it"):
             trainer(tmp_path, monitor(), averaging).fit(Module(), data(2))
     for batches in (5, 6):  # without and with a record of the last step before it is averaged
         callback, module, logger = monitor(), Module(), MemoryLogger()
@@ -293,7 +293,7 @@ def test_names_are_the_checkpoints(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"average_bits": 1.5}, "outside of the levels"),
+        ({"average_bits": 1.5}, "outside the levels"),
         ({"bits": (1, 2, 4), "average_bits": 2}, "equally spaced"),
         ({"bits": (2, 12)}, "bits must be 1 to 8, or 16"),
         ({"method": "magic"}, "unknown method 'magic'"),

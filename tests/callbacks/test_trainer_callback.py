@@ -40,7 +40,7 @@ def train(folder, callback, steps=6, resume=None, restored=True, evaluation=Fals
 
 
 class Same(pl.LightningModule):
-    """The same model, data and optimizer under Lightning."""
+    """The model, data and optimizer of these tests under Lightning."""
 
     def __init__(self):
         super().__init__()
@@ -122,7 +122,7 @@ def test_accumulation_counts_optimizer_steps(tmp_path):
     train(tmp_path, callback, 3, gradient_accumulation_steps=4)
     assert callback.history.steps == [0, 2, 3]
     for load in callback.history.loads["training"].values():
-        assert load[0].sum() == 3 * 4 * 2 * 12 * 2  # steps, micro-batches, rows, tokens, experts a token
+        assert load[0].sum() == 3 * 4 * 2 * 12 * 2  # steps, micro-batches, rows, tokens, experts per token
 
 
 def test_gradients_of_more_batches_after_an_evaluation(tmp_path):
@@ -200,5 +200,5 @@ def test_curves_in_wandb(tmp_path, monkeypatch):
 
 
 def test_bad_arguments():
-    with pytest.raises(AllocationError, match="outside of the levels"):
+    with pytest.raises(AllocationError, match="outside the levels"):
         RouterNormTrainerCallback(average_bits=5, bits=(2, 3))

@@ -27,12 +27,12 @@ def stored(folder):
 
 
 LAYOUTS = {
-    "mixtral": "an expert a tensor, w1 w2 w3, other module names",
+    "mixtral": "one tensor per expert, w1 w2 w3, other module names",
     "deepseek_v3": "gate_proj, up_proj, down_proj",
     "gpt_oss": "fused, transposed, gate and up interleaved",
     "granitemoe": "fused, renamed",
     "dbrx": "flat banks",
-    "switch_transformers": "a module an expert",
+    "switch_transformers": "one module per expert",
     "nemotron_h": "no gate",
     "longcat_flash": "null experts",
     "diffusion_gemma": "stored once for encoder and decoder",
@@ -217,7 +217,7 @@ def test_checkpoints_of_different_shapes(two_checkpoints):
 
 
 def test_conversions_that_cannot_be_followed(tmp_path, capsys):
-    """inkling2 stores gate and up interleaved: said by name, and the command loads the model instead."""
+    """inkling2 stores gate and up interleaved: the error names it, and the command loads the model instead."""
     model = build_tiny("inkling2_text")
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(StreamingError, match=r"gate_up_proj' is converted by \['Interleave'\]"):

@@ -1,4 +1,4 @@
-"""Curvature on the command line: found beside a history or a plan, or made of gradients of a checkpoint."""
+"""Curvature on the command line: found beside a history or a plan, or made from gradients of a checkpoint."""
 
 import copy
 
@@ -49,7 +49,7 @@ def test_plan_and_quantize_with_curvature(tmp_path, capsys):
     assert plan.granularity in ("layer", "layer+projection")
     assert 2.5 < plan.stored_bits <= 3.0
     assert main(["quantize", str(tmp_path / "model"), str(tmp_path / "plan.json"), str(tmp_path / "out")]) == 0
-    assert "weighs the fit by" in capsys.readouterr().out
+    assert "weights the fit by" in capsys.readouterr().out
     packed = load_model(tmp_path / "out")
     torch.testing.assert_close(logits(packed), logits(quantize_model(copy.deepcopy(model), plan, curvature=curvature)))
     assert not torch.equal(logits(packed), logits(quantize_model(copy.deepcopy(model), plan)))
@@ -73,7 +73,7 @@ def test_the_plan_command_takes_gradients_of_a_checkpoint(tmp_path, capsys):
     assert main([*arguments[:-1], str(tmp_path / "other.json"), "--curvature", "x.safetensors"]) == 2
     assert "give one" in capsys.readouterr().err
     # what is wrong with the plan is reported before gradients are taken, and nothing is replaced
-    for wrong, message in (("--average-bits", "outside of the levels"), ("--group-size", "does not divide")):
+    for wrong, message in (("--average-bits", "outside the levels"), ("--group-size", "does not divide")):
         bad = [*arguments[:-1], str(tmp_path / "bad.json"), wrong, "9" if wrong == "--average-bits" else "48"]
         assert main(bad) == 2
         assert message in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_older_cpus(cpu, no_library, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_product_depends_on_nothing_else(dtype, monkeypatch):
-    """Not on the other tokens, and not on the number of threads."""
+    """Products depend neither on other tokens nor on the number of threads."""
     use(monkeypatch, Native)
     matrices, x = bucket(3, 64), torch.randn(37, 192).to(dtype)
     expected, threads = matrices.linear(0, x), torch.get_num_threads()
@@ -111,7 +111,7 @@ def test_a_product_depends_on_nothing_else(dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_large_activation_that_meets_code_0(dtype, monkeypatch):
-    """What a code is taken for in bfloat16 must not drown the others."""
+    """The bfloat16 form of one code must not drown the others."""
     use(monkeypatch, Native)
     matrices, x = bucket(2, 64), torch.randn(3, 192)
     codes = torch.randint(0, 4, (2, 48, 192), dtype=torch.uint8)

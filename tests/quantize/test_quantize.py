@@ -129,7 +129,7 @@ def test_file_bytes_are_what_the_plan_says(family, tmp_path):
     written = Checkpoint(tmp_path / "packed")
     codes = sum(tensor.nbytes for name, tensor in written.tensors.items() if name.endswith(".codes"))
     weights = sum(layer.shape.expert_size * 8 for layer in plan.layers.values())
-    assert 8 * codes / weights == plan.average_bits  # dense: 3 bits cost 3
+    assert 8 * codes / weights == plan.average_bits  # dense: 3-bit codes cost exactly 3 bits
     sentinels = 32 * (4 if family == "mixtral" else 2 * 8 * 2) / weights
     assert written.stored_bits_per_expert_weight(plan) == pytest.approx(plan.stored_bits + sentinels)
     assert packed.get_memory_footprint() < model.get_memory_footprint() / 2

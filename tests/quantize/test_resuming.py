@@ -1,4 +1,4 @@
-"""Whatever ends `quantize_checkpoint` early, its finished shards stay, and the same call continues from them."""
+"""However `quantize_checkpoint` ends early, its finished shards stay, and the same call resumes from them."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_a_killed_run_goes_on(saved, tmp_path, monkeypatch):
 
 
 def finished(folder):
-    """Shards that a run has left beside its destination, with what changes when a file is written again."""
+    """Shards that a run left beside its destination, with what changes when a file is written again."""
     (partial,) = folder.glob(".out.*.partial")
     return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in partial.glob("model-*.safetensors")}
 
@@ -130,7 +130,7 @@ quantize_checkpoint(*sys.argv[1:4], max_shard_size=1)
 
 @pytest.mark.slow
 def test_no_space_midway(saved, tmp_path):
-    """The first shards fit, a later one does not: nothing appears at the destination, and a larger disk goes on."""
+    """The first shards fit, a later one does not: nothing appears at the destination, and a larger disk resumes it."""
     _, plan, source, out = saved
     quantize_checkpoint(source, plan, out, max_shard_size=1)
     before = contents(out)

@@ -50,7 +50,7 @@ def test_shards_hold_whole_layers_up_to_a_size(saved):
     layers: dict[str, set] = {file: set() for file in index["weight_map"].values()}
     for name, file in index["weight_map"].items():
         layers[file] |= set(name.split(".")[2:3]) if ".layers." in name else set()
-    assert sorted(map(len, layers.values())) == [0, 0, 0, 1, 1, 1, 1]  # embeddings, norm and head alone
+    assert sorted(map(len, layers.values())) == [0, 0, 0, 1, 1, 1, 1]  # embeddings, norm and head on their own
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_a_checkpoint_that_lacks_a_weight(victim, tmp_path):
 
 
 def test_wrong_shapes_are_found_before_any_packing(saved, tmp_path, monkeypatch):
-    """A lost or a cut weight of the last layer, where packing the others takes hours."""
+    """A lost or truncated weight of the last layer, when packing the others takes hours."""
     model, plan, source, out = saved
     monkeypatch.setattr(Packer, "write", lambda *_: pytest.fail("has packed"))
     model.save_pretrained(source.with_name("one"))
@@ -220,7 +220,7 @@ quantize_checkpoint(*sys.argv[1:4], max_shard_size="20MB")
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
 def test_a_checkpoint_larger_than_memory(tmp_path):
-    """Four times the memory that the process may take beyond its imports: 2 layers of 25 MB in float, and some."""
+    """Four times the memory that the process may take beyond its imports: 2 layers of 25 MB in float, and a margin."""
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": 16, "num_hidden_layers": 24}
     model = build("mixtral", **sizes).bfloat16()
     plan = allocate(model, method="uniform", average_bits=2, bits=(2,), group_size=128)

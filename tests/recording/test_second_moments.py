@@ -70,7 +70,7 @@ def test_states_in_eight_bits_are_read(module):
 
 
 def test_rarely_used_experts_are_on_the_same_scale():
-    """Without a token an expert's parameters are skipped by Adam; a gradient of zero is not."""
+    """Adam skips the parameters of an expert without a token, but not a gradient of zero."""
     found = []
     for none in (True, False):
         model = build("switch_transformers")

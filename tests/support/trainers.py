@@ -59,7 +59,7 @@ class Module(pl.LightningModule):
 
 
 class TwoOptimizers(Module):
-    """Manual optimization with two optimizers: global_step rises by two a batch."""
+    """Manual optimization with two optimizers: global_step rises by two per batch."""
 
     automatic_optimization = False
 
