@@ -3,7 +3,7 @@
 # Where two match one module, one would expect the first or the last in the file to win, or the
 # narrower. In compressed-tensors 0.20.1 the one that sorts first as a string wins, whatever the order:
 # "re:.*experts\.3\." beats "re:.*experts\.[0-9]+\." and loses to "re:.*down_proj", since a digit
-# sorts before "[" and "d" before "e". The only message, "Could not match", does not tell: it names
+# sorts before "[" and "d" before "e". The only message, "Could not match", does not help: it names
 # a pattern for coming second in the file, also when that pattern won. So an expert can get another
 # width than the config seems to say; give mixed widths by full names, or let no two patterns overlap.
 set -u
