@@ -96,7 +96,7 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
 
     def warn_if_unweighted(self) -> None:
         """Warns where the plan expects a fit that curvature weighs, and no curvature is given."""
-        if self.plan.method == "curvature" and self.curvature is None and self.grid is None:
+        if self.plan.method in ("curvature", "shuffled_curvature") and self.curvature is None and self.grid is None:
             warnings.warn(
                 "the plan was made by curvature, for a fit that curvature weighs: give curvature= (or --curvature), "
                 "the file beside the run's plan; the fit is unweighted now",
