@@ -51,7 +51,7 @@ class PrecisionAnneal(PlanAnnealer, Callback):
             width.
         granularity: What shares a width: ``expert``; for methods that know costs also ``expert+projection``, ``layer``
             or ``layer+projection``.
-        seed: For ``method="random"``.
+        seed: For ``method="random"`` and ``"shuffled_curvature"``.
         zeta: Factor of the paper's reorder rule.
         router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by
             structure; see `find_moe_layers`.

@@ -82,8 +82,9 @@ class Study:
         key = (quantizer, *(width for layer in bits.values() for widths in layer.values() for width in widths))
         if key not in self._seen:
             simulated.apply(bits)
-            sums = self.judge.increase()
+            sums, divergence = self.judge.measure()
             self._seen[key] = {"mean": self.judge.mean(sums).value, "worst": self.judge.worst_decile(sums)}
+            self._seen[key] |= {"kl": divergence.kl, "kl_99": divergence.kl_99, "top1": divergence.top1}
             self._seen[key] |= {band: self.judge.mean(sums, band).value for band in BANDS}
         return self._seen[key]
 

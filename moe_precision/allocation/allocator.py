@@ -57,7 +57,7 @@ def allocate(
             from. The change is measured from its first record up to the model if there is one, else up to its last
             record. Without a history the final norm replaces the change and the plan says ``"baseline": "none"``: its
             ranking then assumes equal norms at the start.
-        curvature: For ``method="curvature"``: `Curvature` or the path of its file.
+        curvature: For ``method="curvature"`` and its control: `Curvature` or the path of its file.
         method: A key of `METHODS`, except ``sensitivity``.
         average_bits: Budget in nominal bits per expert weight; 2.5 if no budget is given.
         stored_bits: Budget with scales and offsets included, instead of ``average_bits``.
@@ -65,7 +65,7 @@ def allocate(
         bits: Levels to choose from; any number of them for a method that knows costs.
         group_size: Weights that share a scale and an offset, along the input dimension.
         granularity: What shares a width; all but ``expert`` need a method that knows costs.
-        seed: For ``method="random"``.
+        seed: For ``method="random"`` and ``"shuffled_curvature"``.
         zeta: Factor of the paper's reorder rule.
         router_pattern: As in `find_moe_layers`, where ``model`` needs it; a history brings its own.
         expert_pattern: Names the experts' weights, as in `find_moe_layers`.
@@ -164,7 +164,9 @@ def _check_sources(
             f"method {settings.method!r} measures what each width costs: give the model or its checkpoint"
         )
     if "curvature" in method.reads and curvature is None:
-        raise AllocationError("method 'curvature' needs curvature, which RouterNormMonitor writes beside the plan")
+        raise AllocationError(
+            f"method {settings.method!r} needs curvature, which RouterNormMonitor writes beside the plan"
+        )
     if model is None and history is None:
         raise AllocationError("allocate needs a model, a history, or both")
 

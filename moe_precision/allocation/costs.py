@@ -110,6 +110,23 @@ def cost_of(
     return float(curvature_cost(weight, quantized, rows, columns))
 
 
+def shuffled_costs(costs: Costs, seed: int) -> Costs:
+    """The same costs, given to other experts: within each layer, whole experts change places at random.
+
+    A control of costs: what it loses against them shows that they are the right experts' costs.
+
+    Args:
+        costs: For each layer and projection ``(E, widths)`` float64.
+        seed: Of the permutations, one for each layer.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found: Costs = {}
+    for layer, projections in costs.items():
+        order = torch.randperm(len(next(iter(projections.values()))), generator=generator)
+        found[layer] = {name: of[order] for name, of in projections.items()}
+    return found
+
+
 def weight_error(weight: Tensor, quantized: Tensor) -> Tensor:
     """Squared error of a quantized matrix, ``sum (Q - W)**2``.
 

@@ -16,7 +16,7 @@ from ..plans.methods import reads
 from ..plans.notes import PlanNotes
 from ..plans.plan import PrecisionPlan
 from ..plans.settings import AllocationError, PlanSettings
-from .costs import Costs
+from .costs import Costs, shuffled_costs
 from .knapsack import least_cost_bits
 from .orders import ORDERS, LayerSignals, bits_from_order
 from .snapshot import Snapshot
@@ -37,7 +37,7 @@ def plan_from_signals(
         settings: What is asked.
         final: The trained model.
         baseline: The start of training; its loads are used where ``final`` has none. None if it is not known.
-        costs: What each level costs, for a method that knows costs.
+        costs: What each level costs, for a method that knows costs; ``shuffled_curvature`` shuffles curvature's.
         notes: What was found already.
 
     Raises:
@@ -102,6 +102,8 @@ def _by_cost(
     """The widths of least total cost, from one knapsack over all layers."""
     if costs is None:
         raise AllocationError(f"method {settings.method!r} needs what each width costs")
+    if settings.method == "shuffled_curvature":
+        costs = shuffled_costs(costs, settings.seed)
     least = least_cost_bits(final.layers, costs, settings)
     notes |= {"predicted_cost": _rounded(least.cost), "gap": _rounded(least.gap)}
     if least.indifferent:

@@ -22,7 +22,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..allocation.allocator import allocate, make_plan
 from ..checkpoints.checkpoint import Checkpoint
-from ..judging.evaluation import Evaluation, evaluate
+from ..judging.divergence import Divergence
+from ..judging.evaluation import Evaluation, summarize_losses
+from ..judging.reference import Reference
 from ..plans.beside import PlanFiles
 from ..plans.methods import MethodName
 from ..plans.plan import PrecisionPlan
@@ -42,13 +44,14 @@ _FOLDER_NAME = re.compile(r"[^a-z0-9]+")
 
 @dataclass(frozen=True)
 class Row:
-    """One model of the table; ``nominal_bits`` is None for the float model."""
+    """One model of the table; ``nominal_bits`` and ``divergence`` are None for the float model."""
 
     model: str
     nominal_bits: float | None
     stored_bits: float
     file_mb: float
     evaluation: Evaluation
+    divergence: Divergence | None
 
 
 def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
@@ -91,6 +94,7 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
     plans["curvature, 1 to 4 bits"] = make_plan(finer, checkpoint, history, curvature)
 
     rows = []
+    reference: Reference | None = None  # the first row, the float model's
     for name, chosen in plans.items():
         folder = checkpoint
         if chosen is not None:
@@ -98,14 +102,20 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
             quantize_checkpoint(checkpoint, chosen, folder, curvature=curvature)
         written = Checkpoint(folder)
         model = written.load(dtype=torch.float32)  # float32 activations: compares weights, not rounding
-        result = evaluate(model, data.val_dataloader(), data.token_counts, f"Evaluating {name}")
+        if reference is None:
+            reference = Reference(model, data.val_dataloader(), name=f"Evaluating {name}")
+            losses, divergence = reference.losses, None
+        else:
+            measured = reference.measure(model, f"Evaluating {name}")
+            losses, divergence = measured.losses, measured.divergence
         rows.append(
             Row(
                 model=name,
                 nominal_bits=None if chosen is None else chosen.average_bits,
                 stored_bits=written.stored_bits_per_expert_weight(plan),
                 file_mb=sum(file.stat().st_size for file in written.files) / 1e6,
-                evaluation=result,
+                evaluation=summarize_losses(losses, reference.targets, data.token_counts),
+                divergence=divergence,
             )
         )
     (output / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
@@ -113,8 +123,10 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
     print(
         f"stored bits: bytes of all expert tensors in the file, per expert weight. Losses in nats over "
         f"{rows[0].evaluation.tokens} validation tokens;\n"
-        "rare: the tenth of them seen least in training. random: one draw. curvature: least predicted loss by the\n"
-        "optimizer's second moments, over all layers at once; they weight the fit of all rows.\n\n"
+        "rare: the tenth of them seen least in training. KL: divergence from the float model's predictions, mean nats\n"
+        "per token; top-1: how often both find the same token most likely. random: one draw.\n"
+        "curvature: least predicted loss by the optimizer's second moments, over all layers at once; they weight the\n"
+        "fit of all rows.\n\n"
         f"In {output}: precision_plan.json, precision_plan.{{history,curvature}}.safetensors, router_norms.png,\n"
         "results.json, "
         "checkpoint/ (float), quantized-*/ (packed), checkpoints/ (to resume), wandb/ (offline run)"
@@ -133,15 +145,16 @@ def _moved(node: Any, folder: str) -> Any:
 
 def _table(rows: list[Row]) -> Table:
     table = Table(box=box.MARKDOWN)
-    columns = ("model", "nominal bits", "stored bits", "file MB", "loss", "perplexity", "rare loss", "rare perplexity")
-    for column in columns:
+    sizes = ("nominal bits", "stored bits", "file MB")
+    for column in ("model", *sizes, "KL", "top-1", "loss", "perplexity", "rare loss", "rare perplexity"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in rows:
-        e = row.evaluation
+        e, d = row.evaluation, row.divergence
         nominal = "-" if row.nominal_bits is None else f"{row.nominal_bits:.2f}"
         sizes = (nominal, f"{row.stored_bits:.2f}", f"{row.file_mb:.2f}")
         losses = (f"{e.loss:.4f}", f"{e.perplexity:.3f}", f"{e.rare_loss:.4f}", f"{e.rare_perplexity:.1f}")
-        table.add_row(row.model, *sizes, *losses)
+        distance = ("-", "-") if d is None else (f"{d.kl:.5f}", f"{d.top1:.1%}")
+        table.add_row(row.model, *sizes, *distance, *losses)
     return table
 
 

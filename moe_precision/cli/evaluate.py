@@ -1,24 +1,67 @@
-"""``moe-precision evaluate``: loss and perplexity of a checkpoint on held-out text."""
+"""``moe-precision evaluate``: loss and perplexity of a checkpoint on held-out text, and its distance from another."""
 
 from __future__ import annotations
 
 import argparse
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from ..checkpoints.checkpoint import load_model
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.headers import CheckpointError
 from .options import Commands, add_command, add_dataset, data_of, positive
 
 
 def run(options: argparse.Namespace) -> None:
     """Evaluates the checkpoint and prints a table."""
-    from ..judging.evaluation import evaluate
+    from ..judging.divergence import measure
+    from ..judging.evaluation import evaluate, summarize_losses
     from ..present.tables import evaluation_table, show
 
-    model = load_model(options.checkpoint, **({} if options.dtype == "auto" else {"dtype": options.dtype}))
+    kwargs = {} if options.dtype == "auto" else {"dtype": options.dtype}
+    with Checkpoint(options.checkpoint) as checkpoint:
+        if options.reference is not None:
+            with Checkpoint(options.reference) as reference:
+                _check_comparable(checkpoint, reference)
+                float_model, float_name = reference.load(**kwargs), f"{reference.name} (reference)"
+        model, name = checkpoint.load(**kwargs), checkpoint.name
     data = data_of(options, options.checkpoint, model)
     batches = list(islice(data.val_dataloader(), options.max_batches))
-    show(evaluation_table({Path(options.checkpoint).name: evaluate(model, batches, data.token_counts)}))
+    if options.reference is None:
+        show(evaluation_table({name: evaluate(model, batches, data.token_counts)}))
+        return
+    found = measure(float_model, model, batches, "Evaluating beside the reference")
+    by_loss = {float_name: found.float_losses, name: found.losses}
+    results = {of: summarize_losses(losses, found.targets, data.token_counts) for of, losses in by_loss.items()}
+    show(evaluation_table(results, {name: found.divergence}))
+
+
+def _check_comparable(checkpoint: Checkpoint, reference: Checkpoint) -> None:
+    """Raises `CheckpointError` unless predictions of the two are about the same tokens."""
+    if reference.is_quantized:
+        raise CheckpointError(f"--reference {str(reference.folder)!r} is quantized; give the float checkpoint")
+    one, other = checkpoint.config, reference.config
+    for what, first, second in (
+        ("model types", one.model_type, other.model_type),
+        ("vocabularies", *(config.get_text_config().vocab_size for config in (one, other))),
+        ("tokenizers", _tokens(checkpoint.folder), _tokens(reference.folder)),
+    ):
+        if first is not None and second is not None and first != second:
+            shown = f" ({first} and {second})" if what != "tokenizers" else ""
+            raise CheckpointError(
+                f"{str(checkpoint.folder)!r} and --reference {str(reference.folder)!r} have different {what}{shown}: "
+                "give the float checkpoint that it was made from"
+            )
+
+
+def _tokens(folder: Any) -> dict[str, int] | None:
+    """Token -> index, by the tokenizer in a checkpoint folder; None if there is none."""
+    from moe_precision.recipes.text_data import load_tokenizer
+
+    if not any(Path(folder).glob("tokenizer*")):
+        return None
+    tokens: dict[str, int] = load_tokenizer(str(folder)).get_vocab()
+    return tokens
 
 
 def add_to(commands: Commands) -> None:
@@ -28,10 +71,15 @@ def add_to(commands: Commands) -> None:
         "evaluate",
         run,
         "Loss and perplexity of a float or packed checkpoint, overall and on the rarest tenth of target tokens, in "
-        "blocks of 256 tokens (the demo uses blocks of 128, so its numbers differ).",
-        "moe-precision evaluate runs/demo/quantized-plan --max-batches 20",
+        "blocks of 256 tokens (the demo uses blocks of 128, so its numbers differ). With --reference also how far it "
+        "is from the float model: KL divergence (mean, 99th and 99.9th percentile over tokens), the share of tokens "
+        "with the same most likely next token, and the share that goes to the same experts in every layer.",
+        "moe-precision evaluate runs/demo/quantized-plan --reference runs/demo/checkpoint --max-batches 20",
     )
     command.add_argument("checkpoint", help="checkpoint folder that holds its tokenizer")
+    command.add_argument(
+        "--reference", metavar="FLOAT", help="the float checkpoint that it was made from; both are loaded"
+    )
     add_dataset(command)
     command.add_argument("--max-batches", type=positive, help="use at most this many validation batches of 16")
     command.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32 or bfloat16")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from ..plans.methods import METHODS, MethodName
+from ..plans.methods import METHODS, SEEDED, MethodName
 from ..plans.settings import DEFAULT_AVERAGE_BITS, ZETA, PlanSettings
 from ..plans.widths import GRANULARITIES
 
@@ -74,7 +74,7 @@ def add_plan_settings(command: Parser, methods: tuple[MethodName, ...]) -> None:
         choices=list(GRANULARITIES),
         help="what shares a width (default expert; the others for methods that know costs)",
     )
-    command.add_argument("--seed", type=int, default=0, help="for --method random")
+    command.add_argument("--seed", type=int, default=0, help=f"for --method {' and '.join(SEEDED)}")
     command.add_argument("--zeta", type=float, default=ZETA, help="factor of the paper's reorder rule (default 3)")
     command.add_argument("--router-pattern", metavar="REGEX", help="names the routers' weights; see find_moe_layers")
     command.add_argument("--expert-pattern", metavar="REGEX", help="names the experts' weights; see find_moe_layers")

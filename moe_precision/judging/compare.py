@@ -1,4 +1,7 @@
-"""Judges allocation methods on one model: every method at every budget, at equal stored bits, by held-out loss."""
+"""Judges allocation methods on one model: every method at every budget, at equal stored bits, by held-out loss.
+
+KL to the float model stands beside the loss: it is less noisy, and says how far the predictions have moved.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from ..allocation.planning import plan_from_signals
 from ..allocation.snapshot import Snapshot
 from ..allocation.weights import LiveWeights
 from ..layers.patterns import Patterns
-from ..plans.methods import ALL_METHODS, METHODS, MethodName
+from ..plans.methods import ALL_METHODS, METHODS, MethodName, reads
 from ..plans.plan import PrecisionPlan
 from ..plans.settings import AllocationError, PlanSettings, check_levels
 from ..plans.widths import GRANULARITIES, Granularity
@@ -23,10 +26,13 @@ from ..recording.curvature import Curvature
 from ..recording.history import RouterNormHistory
 from ..recording.loads import count_loads
 from .comparison import Comparison, Row
+from .correlations import correlations
+from .divergence import Divergence
 from .evaluation import BANDS, document_losses
 from .judge import Judge
 from .simulation import SimulatedExperts
-from .statistics import rank_correlation
+
+SHUFFLES = 5  # draws of shuffled_curvature, for each granularity; as many as of random would take most of the time
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class _Known:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Plans that make one row: one, or all random draws."""
+    """Plans that make one row: one, or all draws of a method that draws."""
 
     method: MethodName
     granularity: Granularity
@@ -86,8 +92,9 @@ def compare(
         bits: Levels. The paper's rule takes up to three, equally spaced.
         group_size: Weights that share a scale and an offset.
         granularities: For the methods that know costs.
-        random_draws: Seeds of ``random``; 39 or more can show a difference at 5 %, two-sided.
-        task: A metric of the quantized model, such as ROUGE; larger is better. For random order, the first draw's.
+        random_draws: Seeds of ``random``; 39 or more can show a difference at 5 %, two-sided. ``shuffled_curvature``
+            takes the first `SHUFFLES` of them.
+        task: A metric of the quantized model, such as ROUGE; larger is better. For several draws, the first one's.
         task_name: Its name.
         end_of_text: Token that ends a document, where batches are one packed text in order; None if each row is one.
 
@@ -110,7 +117,7 @@ def compare(
     if curvature is not None:
         curvature.check_layers(final.layers)
         curvature.check_router_norms(final.router_norms)
-    judge = Judge(model, batches, token_counts, end_of_text)
+    judge = Judge(model, batches, token_counts, end_of_text, weights.layers)
     known = _Known(final, baseline, levels, group_size, random_draws)
     rows: list[Row] = []
     skipped: list[str] = []
@@ -121,15 +128,15 @@ def compare(
         with tqdm(total=sum(len(e.plans) for e in entries), desc="comparing", unit="plan", disable=None) as progress:
             for entry in entries:
                 for plans in [[plan] for plan in entry.plans] if entry.method == "uniform" else [entry.plans]:
-                    sums: list[Tensor] = []
+                    found: list[tuple[Tensor, Divergence]] = []
                     tasks: list[float] = []
                     for plan in plans:
                         simulated.apply({name: layer.projection_bits for name, layer in plan.layers.items()})
-                        sums.append(judge.increase())
+                        found.append(judge.measure())
                         if task is not None and not tasks:
                             tasks.append(task(model))
                         progress.update()
-                    rows.append(_row(entry, plans[0], sums, tasks[0] if tasks else None, judge))
+                    rows.append(_row(entry, plans[0], found, tasks[0] if tasks else None, judge))
     return Comparison(
         model_type=final.model_type,
         levels=levels,
@@ -138,7 +145,7 @@ def compare(
         task_name=task_name,
         task=float_task,
         rows=rows,
-        correlations=_correlations(known, costs) if "sensitivity" in costs else {},
+        correlations=correlations(final, baseline, costs) if "sensitivity" in costs else {},
         counts=judge.counts,
         skipped=skipped,
     )
@@ -179,7 +186,7 @@ def _entries(
     entries = []
     for method in (one for one in methods if not METHODS[one].knows_costs or one in costs):
         for asked in [None] if method == "uniform" else [*budgets]:
-            for granularity in granularities if METHODS[method].knows_costs else (GRANULARITIES[0],):
+            for granularity in _granularities(method, granularities):
                 try:
                     plans = _plans(known, method, granularity, asked, costs.get(method))
                 except AllocationError as error:
@@ -189,10 +196,17 @@ def _entries(
     return entries
 
 
+def _granularities(method: MethodName, asked: Sequence[Granularity]) -> Sequence[Granularity]:
+    """Those that make a difference to a method: shuffled experts of a layer cost together what they did."""
+    if method == "shuffled_curvature":
+        return [granularity for granularity in asked if granularity.startswith("expert")]
+    return asked if METHODS[method].knows_costs else GRANULARITIES[:1]
+
+
 def _plans(
     known: _Known, method: MethodName, granularity: Granularity, budget: float | None, costs: Costs | None
 ) -> list[PrecisionPlan]:
-    """The plan of a method, all draws of ``random``, or ``uniform`` at every level."""
+    """The plan of a method, all draws of one that draws, or ``uniform`` at every level."""
 
     def plan(average_bits: float, seed: int = 0) -> PrecisionPlan:
         settings = PlanSettings(
@@ -207,13 +221,17 @@ def _plans(
 
     if budget is None:
         return [plan(level) for level in known.levels]
-    return [plan(budget, seed) for seed in range(known.random_draws if method == "random" else 1)]
+    draws = {"random": known.random_draws, "shuffled_curvature": min(SHUFFLES, known.random_draws)}.get(method, 1)
+    return [plan(budget, seed) for seed in range(draws)]
 
 
-def _row(entry: _Entry, plan: PrecisionPlan, sums: list[Tensor], task: float | None, judge: Judge) -> Row:
+def _row(
+    entry: _Entry, plan: PrecisionPlan, found: list[tuple[Tensor, Divergence]], task: float | None, judge: Judge
+) -> Row:
+    sums = [one for one, _ in found]
     mean = torch.stack(sums).mean(0)
     tokens, rare = judge.counts.sum(), judge.counts[:, BANDS.index("rare")].sum()
-    random = entry.method == "random"
+    draws = sums if METHODS[entry.method].seeded else []
     return Row(
         entry.method,
         entry.granularity,
@@ -223,11 +241,12 @@ def _row(entry: _Entry, plan: PrecisionPlan, sums: list[Tensor], task: float | N
         mean=judge.mean(mean),
         bands={band: judge.mean(mean, band) for band in BANDS},
         worst_decile=judge.worst_decile(mean),
+        divergence=Divergence.mean_of([one for _, one in found]),
         task=task,
         plan=plan,
         sums=mean,
-        draws=[float(one.sum() / tokens) for one in sums] if random else [],
-        rare_draws=[float(one[:, BANDS.index("rare")].sum() / rare) for one in sums] if random else [],
+        draws=[float(one.sum() / tokens) for one in draws],
+        rare_draws=[float(one[:, BANDS.index("rare")].sum() / rare) for one in draws],
     )
 
 
@@ -244,42 +263,15 @@ def _all_costs(
     found: dict[str, Costs] = {}
     if "weight_error" in methods:
         found["weight_error"] = simulated.costs(levels, None)
-    if "curvature" in methods and curvature is None:
-        skipped.append("curvature: no curvature is given")
-    elif "curvature" in methods:
-        found["curvature"] = simulated.costs(levels, curvature)
+    for method in (one for one in methods if reads(one, "curvature")):
+        if curvature is None:
+            skipped.append(f"{method}: no curvature is given")
+        else:
+            found[method] = found.get("curvature") or simulated.costs(levels, curvature)
     if "sensitivity" in methods and not calibration:
         skipped.append("sensitivity: no calibration batches are given")
     elif "sensitivity" in methods:
         found["sensitivity"] = simulated.sensitivity(
             levels, lambda: float(document_losses(model, calibration)[0].double().mean())
         )
-    return found
-
-
-def _correlations(known: _Known, costs: dict[str, Costs]) -> dict[str, dict[str, float]]:
-    """Correlation of every signal with the measured sensitivity at the lowest level, by layer and over all experts."""
-    final, baseline = known.final, known.baseline
-
-    def at_lowest(method: str) -> dict[str, Tensor]:
-        return {name: sum(of[:, 0] for of in found.values()) for name, found in costs[method].items()}  # type: ignore[misc]
-
-    signals: dict[str, dict[str, Tensor]] = {}
-    if baseline is not None:
-        first = baseline.router_norms
-        signals["router_norm_change"] = {name: first[name] - norm for name, norm in final.router_norms.items()}
-    signals["final_router_norm"] = {name: -norm for name, norm in final.router_norms.items()}
-    signals["max_variance"] = dict(final.max_variance)
-    loads = final.loads if baseline is None else baseline.loads or final.loads
-    if len(loads) == len(final.layers):
-        signals["expert_load"] = {name: load[0] for name, load in loads.items()}
-        if not any(load[1].isnan().any() for load in loads.values()):
-            signals["routing_weight"] = {name: load[1] for name, load in loads.items()}
-    signals |= {method: at_lowest(method) for method in ("weight_error", "curvature") if method in costs}
-    reference = at_lowest("sensitivity")
-    found = {}
-    for signal, by_layer in signals.items():
-        together = [torch.cat([of[name].double() for name in reference]) for of in (by_layer, reference)]
-        found[signal] = {"all": rank_correlation(*together)}
-        found[signal] |= {name: rank_correlation(by_layer[name], reference[name]) for name in reference}
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor
 from ..plans.methods import METHODS, MethodName
 from ..plans.plan import PrecisionPlan
 from ..plans.widths import Granularity
+from .divergence import Divergence
 from .judge import mean_increase
 from .statistics import Interval, resample_documents
 
 
 @dataclass(frozen=True)
 class Row:
-    """One plan, or the mean of all random draws, by the increase of the loss over the float model (nats per token).
+    """One plan, or the mean of several draws, by the increase of the loss over the float model (nats per token).
 
     Attributes:
         method: Name of the allocator.
@@ -30,8 +31,9 @@ class Row:
         mean: Over all target tokens, with an interval over documents.
         bands: The mean by frequency of the target token; keys of `BANDS`.
         worst_decile: Mean over the tenth of the documents that lose most.
+        divergence: How far its predictions are from the float model's.
         task: Task metric, or None.
-        draws: Mean increase of each random draw, and `rare_draws` on the rare band; empty for other methods.
+        draws: Mean increase of each draw of a method that draws, and `rare_draws` on the rare band; else empty.
         plan: The plan (of the first draw).
         sums: Summed increase by document and band, ``(documents, 3)`` float64.
     """
@@ -44,6 +46,7 @@ class Row:
     mean: Interval
     bands: dict[str, Interval]
     worst_decile: float
+    divergence: Divergence
     task: float | None
     plan: PrecisionPlan = field(repr=False)
     sums: Tensor = field(repr=False)
@@ -121,6 +124,7 @@ class Comparison:
                 "increase": _interval(row.mean),
                 "increase_by_band": {band: _interval(value) for band, value in row.bands.items()},
                 "increase_worst_decile_of_documents": row.worst_decile,
+                "divergence": asdict(row.divergence),
                 "task": row.task,
                 "draws": row.draws,
                 "rare_draws": row.rare_draws,

@@ -45,27 +45,41 @@ class Evaluation:
         return math.exp(self.rare_loss)
 
 
-def token_losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of every target token of a batch.
+def target_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of every target token of a batch.
 
     Args:
         model: A causal or a sequence-to-sequence language model.
         batch: ``input_ids`` and ``labels`` ``(B, T)``; labels of -100 are left out. A causal model predicts the next
-            label, so its first label has no loss.
+            label, so its first label has no logits.
+
+    Returns:
+        Logits ``(N, vocab)`` float32, their target tokens ``(N,)`` int64 and which labels they predict, ``(B, T)`` bool
+        with ``N`` of them true.
+    """
+    batch = {key: value.to(model.device) for key, value in batch.items()}
+    labels = batch["labels"]  # (B, T)
+    kept = labels != -100
+    if model.config.is_encoder_decoder:
+        logits = model(**batch).logits[kept]
+    else:
+        kept[:, 0] = False
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[:, :-1][kept[:, 1:]]
+    return logits.float(), labels[kept], kept
+
+
+def token_losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of every target token of a batch.
+
+    Args:
+        model: As in `target_logits`.
+        batch: As in `target_logits`.
 
     Returns:
         Losses ``(N,)`` float32, their target tokens ``(N,)`` int64 and the rows they are in ``(N,)`` int64.
     """
-    batch = {key: value.to(model.device) for key, value in batch.items()}
-    labels = batch["labels"]  # (B, T)
-    if model.config.is_encoder_decoder:
-        logits = model(**batch).logits
-    else:
-        logits = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[:, :-1]
-        labels = labels[:, 1:]
-    kept = labels != -100
-    targets = labels[kept]
-    return F.cross_entropy(logits[kept].float(), targets, reduction="none"), targets, kept.nonzero()[:, 0]
+    logits, targets, kept = target_logits(model, batch)
+    return F.cross_entropy(logits, targets, reduction="none"), targets, kept.nonzero()[:, 0]
 
 
 def summarize_losses(losses: Tensor, targets: Tensor, token_counts: Tensor) -> Evaluation:

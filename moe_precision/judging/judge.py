@@ -1,27 +1,32 @@
-"""Held-out text and the float model's losses on it: what every quantized model is compared with."""
+"""Held-out text and what the float model says on it: what every quantized model is compared with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .evaluation import BANDS, document_losses, frequency_bands
+from ..layers.moe_layers import MoELayer
+from .divergence import Divergence
+from .evaluation import BANDS, frequency_bands
+from .reference import KEPT_BYTES, Reference
 from .statistics import Interval, bootstrap, resample_documents
 
 WORST_SHARE = 0.1  # of the documents
 
 
 class Judge:
-    """Held-out text, and the losses of the float model on it: what all quantized models are compared with.
+    """Held-out text, and what the float model says on it: what all quantized models are compared with.
 
     Args:
         model: The float model; later calls evaluate it as it is then.
         batches: Held-out batches with labels.
         token_counts: ``(vocab,)``, how often each token occurs in training.
         end_of_text: Token that ends a document, where batches are one packed text in order; None if each row is one.
+        layers: The model's Mixture-of-Experts layers, where they are known.
+        kept_bytes: Bound of the float model's log-probabilities, as in `Reference`.
 
     Attributes:
         counts: Tokens by document and band, ``(documents, 3)`` float64.
@@ -34,11 +39,11 @@ class Judge:
         batches: Iterable[dict[str, Tensor]],
         token_counts: Tensor,
         end_of_text: int | None = None,
+        layers: Sequence[MoELayer] | None = None,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
-        self._model, self._batches = model, list(batches)
-        self._losses, targets, documents = document_losses(model, self._batches)
-        if len(targets) == 0:
-            raise ValueError("no target tokens: every label is -100")
+        self._model, self._reference = model, Reference(model, batches, layers, kept_bytes)
+        losses, targets, documents = self._reference.losses, self._reference.targets, self._reference.documents
         if int(targets.max()) >= len(token_counts):
             raise ValueError(f"token_counts has {len(token_counts)} entries, a target is token {int(targets.max())}")
         if end_of_text is not None:
@@ -47,18 +52,24 @@ class Judge:
         bands = frequency_bands(targets, token_counts)
         self._cells = documents * len(BANDS) + bands
         self._shape = (int(documents.max()) + 1, len(BANDS))
-        self.counts = self._by_cell(torch.ones_like(self._losses))
+        self.counts = self._by_cell(torch.ones_like(losses))
         self._resamples = resample_documents(len(self.counts))
-        self.loss = {"all": float(self._losses.double().mean())}
-        self.loss |= {band: float(self._losses[bands == i].double().mean()) for i, band in enumerate(BANDS)}
+        self.loss = {"all": float(losses.double().mean())}
+        self.loss |= {band: float(losses[bands == i].double().mean()) for i, band in enumerate(BANDS)}
 
     def _by_cell(self, values: Tensor) -> Tensor:
         sums = torch.zeros(self._shape[0] * self._shape[1], dtype=torch.float64)
         return sums.index_add_(0, self._cells, values.double()).view(self._shape)
 
-    def increase(self) -> Tensor:
-        """Loss of the model as it is now minus that of the float model, summed by document and band."""
-        return self._by_cell(document_losses(self._model, self._batches)[0] - self._losses)
+    def measure(self) -> tuple[Tensor, Divergence]:
+        """The model as it is now against the float model that it was, in one pass over the batches.
+
+        Returns:
+            Its loss minus that of the float model, summed by document and band, ``(documents, 3)`` float64, and how far
+            its predictions are from the float model's.
+        """
+        found = self._reference.measure(self._model)
+        return self._by_cell(found.losses - found.float_losses), found.divergence
 
     def mean(self, sums: Tensor, band: str | None = None) -> Interval:
         """Mean increase per token, over all tokens or in a band, with its interval over documents."""

@@ -34,6 +34,9 @@ def verdict(comparison: Comparison) -> list[str]:
             few = f", though {len(comparison.counts)} documents are few" * (len(comparison.counts) < FEW_DOCUMENTS)
             sure = few if gain.high < 0 else ", which is within the noise"
             text += f", {gain} against the router-norm order{sure}; on rare tokens {rare_gain}"
+        text += f"; its KL to the float model is {best.divergence.kl:.5f}"
+        if paper is not None and best is not paper:
+            text += f", that of the router-norm order {paper.divergence.kl:.5f}"
         parts.append(text)
         lines.append(f"At {budget:g} bits on this model " + "; ".join(parts) + ".")
     if comparison.correlations:

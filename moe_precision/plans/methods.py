@@ -21,6 +21,7 @@ MethodName = Literal[
     "uniform",
     "weight_error",
     "curvature",
+    "shuffled_curvature",
     "sensitivity",
 ]
 Signal = Literal["norm_change", "final_norm", "max_variance", "load", "weights", "curvature", "calibration"]
@@ -39,6 +40,7 @@ class Method:
             an order by norm also works without variances. Either is noted in the plan.
         source: Where the rule comes from.
         control: A yardstick, not a method to use: never the winner of a comparison.
+        seeded: It draws by the settings' seed; a comparison takes the mean over several draws.
         knows_costs: It knows what each width costs each expert and solves one knapsack over all layers; else it orders
             the experts of each layer, and the paper's rule turns the order into widths.
     """
@@ -48,6 +50,7 @@ class Method:
     reads: frozenset[Signal]
     source: str
     control: bool = False
+    seeded: bool = False
     knows_costs: bool = False
 
 
@@ -84,7 +87,7 @@ METHODS: dict[MethodName, Method] = {
             source="control of router_norm",
             control=True,
         ),
-        _method("random", "a random order", source="control of every order", control=True),
+        _method("random", "a random order", source="control of every order", control=True, seeded=True),
         _method("uniform", "one width for all experts", source="control of every plan", control=True),
         _method("weight_error", "least squared error of the weights", "weights", source="own", knows_costs=True),
         _method(
@@ -93,6 +96,16 @@ METHODS: dict[MethodName, Method] = {
             "weights",
             "curvature",
             source="own; the diagonal of the empirical Fisher matrix, as in optimal brain damage (LeCun et al., 1989)",
+            knows_costs=True,
+        ),
+        _method(
+            "shuffled_curvature",
+            "costs of curvature, given to the wrong experts of the layer",
+            "weights",
+            "curvature",
+            source="control of curvature",
+            control=True,
+            seeded=True,
             knows_costs=True,
         ),
         _method(
@@ -109,9 +122,10 @@ ALL_METHODS: tuple[MethodName, ...] = tuple(METHODS)
 ORDER_METHODS: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if not m.knows_costs)
 COST_METHODS: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if m.knows_costs)
 PLAN_METHODS: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if "calibration" not in m.reads)
+SEEDED: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if m.seeded)
 CONTROLS: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if m.control)
 
 
 def reads(method: str, *signals: Signal) -> bool:
-    """Whether a method reads any of these signals."""
-    return not METHODS[method].reads.isdisjoint(signals)  # type: ignore[index]
+    """Whether a method reads any of these signals; False for a method that is not in the registry."""
+    return any(not known.reads.isdisjoint(signals) for known in METHODS.values() if known.name == method)

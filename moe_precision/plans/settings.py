@@ -43,7 +43,7 @@ class PlanSettings:
         group_size: Weights along the input dimension that share a scale and an offset; a multiple of 8.
         granularity: What shares a width: ``expert``, ``expert+projection``, ``layer`` or ``layer+projection``; all but
             ``expert`` need a method that knows costs.
-        seed: For ``method="random"``.
+        seed: For ``method="random"`` and ``"shuffled_curvature"``.
         zeta: Factor of the paper's reorder rule: how many times larger a variance must be to overtake.
         router_pattern: Regular expression that names the routers' weights, as in `find_moe_layers`.
         expert_pattern: Regular expression that names the experts' weights, as in `find_moe_layers`.
@@ -214,7 +214,7 @@ class PlanSettings:
         optional = {key: getattr(self, key) for key in (*BUDGETS, *PATTERNS)}
         found: dict[str, Any] = {key: value for key, value in optional.items() if value is not None}
         found |= {"bits": list(self.levels), "granularity": self.granularity}
-        if self.method == "random":
+        if METHODS[self.method].seeded:
             found["seed"] = self.seed
         if not self.knows_costs and reads(self.method, "max_variance") and self.method != "max_variance":
             found["zeta"] = self.zeta

@@ -17,6 +17,7 @@ from ..plans.plan import PrecisionPlan
 
 if TYPE_CHECKING:
     from ..judging.comparison import Comparison
+    from ..judging.divergence import Divergence
     from ..judging.evaluation import Evaluation
 
 
@@ -100,26 +101,42 @@ def _plan_title(plan: PrecisionPlan) -> str:
     )
 
 
-def evaluation_table(results: dict[str, Evaluation]) -> Table:
-    """One row per model: loss and perplexity, overall and on the rarest tenth of the target tokens."""
+def evaluation_table(results: dict[str, Evaluation], divergences: dict[str, Divergence] | None = None) -> Table:
+    """One row per model: loss and perplexity, overall and on the rarest tenth of the target tokens.
+
+    Args:
+        results: By the model's name.
+        divergences: Of the models that were measured against a float model; adds their columns.
+    """
+
     table = Table(box=box.MARKDOWN)
-    for column in ("model", "loss", "perplexity", "loss, rarest 10 %", "perplexity, rarest 10 %", "tokens"):
+    columns = ["model", "loss", "perplexity", "loss, rarest 10 %", "perplexity, rarest 10 %", "tokens"]
+    columns += [] if divergences is None else ["KL to float", "KL, 99 %", "KL, 99.9 %", "top-1", "same experts"]
+    for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, r in results.items():
-        cells = (f"{r.loss:.4f}", f"{r.perplexity:.3f}", f"{r.rare_loss:.4f}", f"{r.rare_perplexity:.2f}")
-        table.add_row(name, *cells, str(r.tokens))
+        cells = [f"{r.loss:.4f}", f"{r.perplexity:.3f}", f"{r.rare_loss:.4f}", f"{r.rare_perplexity:.2f}"]
+        cells.append(str(r.tokens))
+        if divergences is not None and name in divergences:
+            d = divergences[name]
+            cells += [f"{d.kl:.5f}", f"{d.kl_99:.4f}", f"{d.kl_999:.4f}", f"{d.top1:.1%}"]
+            cells.append("-" if d.same_experts is None else f"{d.same_experts:.1%}")
+        table.add_row(name, *cells, *["-"] * (len(columns) - len(cells) - 1))
     return table
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """One row per method and budget: stored bits, and the loss increase with intervals, overall and in the tail."""
+    """One row per method and budget: stored bits, the loss increase with intervals, overall and in the tail, and KL."""
+    every = {row.divergence.every for row in comparison.rows} - {1}
     title = (
         f"{comparison.model_type}, float loss {comparison.loss['all']:.4f} (rare {comparison.loss['rare']:.4f}), "
         f"{int(comparison.counts.sum())} tokens of {len(comparison.counts)} documents, levels {comparison.levels}, "
-        f"group {comparison.group_size}; increase in nats per token, with 95 % intervals over documents"
+        f"group {comparison.group_size}; increase in nats per token, with 95 % intervals over documents; KL to the "
+        "float model and top-1 agreement with it" + "".join(f" on one in {k} of the tokens" for k in every)
     )
     table = Table(title=title, box=box.MARKDOWN, title_justify="left")
-    columns = ["method", "bits", "stored bits", "loss", "frequent half", "rarest tenth", "worst tenth of documents"]
+    columns = ["method", "bits", "stored bits", "loss", "KL", "top-1"]
+    columns += ["frequent half", "rarest tenth", "worst tenth of documents"]
     columns += [comparison.task_name] if comparison.task_name else []
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right")
@@ -127,6 +144,7 @@ def comparison_table(comparison: Comparison) -> Table:
     for row in [*brackets, *(row for budget in comparison.budgets for row in comparison.at(budget))]:
         name = f"{row.name} ({len(row.draws)} draws)" if row.draws else row.name
         cells = [name, f"{row.average_bits:.3g}", f"{row.stored_bits:.3f}", str(row.mean)]
+        cells += [f"{row.divergence.kl:.5f}", f"{row.divergence.top1:.1%}"]
         cells += [str(row.bands["frequent"]), str(row.bands["rare"]), f"{row.worst_decile:.4f}"]
         cells += ["-" if row.task is None else f"{row.task:.4f}"] if comparison.task_name else []
         table.add_row(*cells)

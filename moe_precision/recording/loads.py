@@ -48,7 +48,7 @@ class LoadCounter:
     @torch.no_grad()
     def count(self, training: bool, given: tuple[Any, ...], layer: MoELayer) -> None:
         """Counts one call of all experts of a layer, from their arguments."""
-        found = _routing(given, layer.num_experts)
+        found = routing(given, layer.num_experts)
         if found is not None:
             self._add(training, layer, expert_load(*found, layer.num_experts))
 
@@ -139,10 +139,16 @@ def count_loads(model: nn.Module, batches: Iterable[dict[str, Tensor]], **patter
         counter.close()
 
 
-def _routing(given: tuple[Any, ...], num_experts: int) -> tuple[Tensor, Tensor | None] | None:
-    """From the arguments of experts: the chosen indices ``(N, K)`` and, if there, their weights of the same shape.
+def routing(given: tuple[Any, ...], num_experts: int) -> tuple[Tensor, Tensor | None] | None:
+    """The routing in a call of all experts of a layer.
 
-    None where no argument is certain to be that: counts per expert, a padding mask or positions are not.
+    Args:
+        given: Positional and keyword arguments of the call.
+        num_experts: Number of experts of the layer.
+
+    Returns:
+        Chosen indices ``(N, K)`` (``num_experts`` for none) and, if there, their weights of the same shape. None where
+        no argument is certain to be that: counts per expert, a padding mask or positions are not.
     """
     tensors = [x for x in given if isinstance(x, Tensor)]
     hidden = next((x for x in tensors if x.is_floating_point() and x.ndim >= 2), None)  # (..., d)

@@ -1,6 +1,7 @@
 """Every command as a user types it, and user errors as one line with exit status 2."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -100,6 +101,47 @@ def test_quantize_and_evaluate(run, capsys):
     assert main(["evaluate", str(out), "--dataset", str(run / "text.txt"), "--max-batches", "2"]) == 0
     row = capsys.readouterr().out.splitlines()
     assert any(line.startswith("| packed") for line in row)
+
+
+def test_evaluate_against_the_float_checkpoint(run, capsys):
+    out, data = run / "packed", ["--dataset", str(run / "text.txt"), "--max-batches", "2"]
+    size = load_model(run / "checkpoint").config.vocab_size
+    build("mixtral", vocab_size=size, initializer_range=0.2).save_pretrained(run / "checkpoint")  # surer of its tokens
+    assert main(["quantize", str(run / "checkpoint"), str(run / "plan.json"), str(out)]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(out), "--reference", str(run / "checkpoint"), *data]) == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    head = next(line for line in lines if "model" in line)
+    rows = {line[0]: dict(zip(head, line, strict=True)) for line in lines if len(line) == len(head)}
+    assert head[-5:] == ["KL to float", "KL, 99 %", "KL, 99.9 %", "top-1", "same experts"]
+    assert {rows["checkpoint (reference)"][column] for column in head[-5:]} == {"-"}
+    packed = rows["packed"]
+    assert 0 < float(packed["KL to float"]) < float(packed["KL, 99 %"]) <= float(packed["KL, 99.9 %"])
+    assert 0 < float(packed["same experts"].rstrip("%")) <= 100
+    assert main(["evaluate", str(run / "checkpoint"), "--reference", str(run / "checkpoint"), *data]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert [cell.strip() for cell in last.split("|")[-6:-1]] == ["0.00000", "0.0000", "0.0000", "100.0%", "100.0%"]
+
+
+def test_evaluate_refuses_a_reference_that_the_model_was_not_made_of(run, capsys):
+    checkpoint, data = str(run / "checkpoint"), ["--dataset", str(run / "text.txt")]
+    main(["quantize", checkpoint, str(run / "plan.json"), str(run / "packed")])
+    build("olmoe", vocab_size=300).save_pretrained(run / "type")
+    build("mixtral", vocab_size=301).save_pretrained(run / "size")
+    shutil.copytree(run / "checkpoint", run / "tokens")
+    train_tokenizer(["A quite different text, where other pairs of bytes are frequent. " * 9], 300).save_pretrained(
+        run / "tokens"
+    )
+    for name, message in {
+        "packed": "is quantized; give the float checkpoint",
+        "type": "have different model types (mixtral and olmoe): give the float checkpoint that it was made from",
+        "size": "and 301): give",
+        "tokens": "have different tokenizers: give",
+        "nowhere": "no checkpoint folder",
+    }.items():
+        capsys.readouterr()
+        assert main(["evaluate", checkpoint, "--reference", str(run / name), *data]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_command_in_a_refusal_makes_a_plan_that_is_taken(run, capsys, monkeypatch):

@@ -76,6 +76,12 @@ def test_table(demo):
         assert row["evaluation"]["loss"] < 8  # untrained: ln(2048) = 7.6
         line = next(line for line in printed.splitlines() if line.startswith(f"| {name} "))
         assert f"{row['evaluation']['loss']:.4f}" in line
+        if name == "float":
+            assert row["divergence"] is None
+        else:
+            assert f"| {row['divergence']['kl']:.5f} | {row['divergence']['top1']:.1%} |" in line
+            assert row["divergence"]["tokens"] == row["evaluation"]["tokens"]
+    assert 0 < rows["uniform 3 bits"]["divergence"]["kl"] < rows["uniform 2 bits"]["divergence"]["kl"]
 
 
 @pytest.mark.slow

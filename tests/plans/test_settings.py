@@ -51,9 +51,10 @@ def test_the_command_line_has_an_option_for_each():
 def test_the_registry_is_the_one_list_of_methods():
     assert get_args(methods.MethodName) == methods.ALL_METHODS == tuple(methods.METHODS)
     assert set(ORDERS) == set(methods.ORDER_METHODS)
-    assert set(methods.COST_METHODS) == {"weight_error", "curvature", "sensitivity"}
+    assert set(methods.COST_METHODS) == {"weight_error", "curvature", "shuffled_curvature", "sensitivity"}
     assert set(methods.ALL_METHODS) - set(methods.PLAN_METHODS) == {"sensitivity"}
-    assert set(methods.CONTROLS) == {"uniform", "random", "reversed", "least_load"}
+    assert set(methods.CONTROLS) == {"uniform", "random", "reversed", "least_load", "shuffled_curvature"}
+    assert set(methods.SEEDED) == {"random", "shuffled_curvature"}
     assert set().union(*(m.reads for m in methods.METHODS.values())) == set(get_args(methods.Signal))
     assert all(m.source and m.summary for m in methods.METHODS.values())
 
