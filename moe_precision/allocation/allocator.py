@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 from torch import nn
 
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint, opened
 from ..layers.patterns import Patterns
 from ..plans.methods import METHODS, MethodName
 from ..plans.notes import PlanNotes
@@ -24,8 +24,8 @@ from .planning import plan_from_signals
 from .snapshot import Snapshot
 from .weights import LiveWeights, StoredWeights, Weights
 
-Model = nn.Module | str | os.PathLike[str]
-History = RouterNormHistory | str | os.PathLike[str]
+Model = nn.Module | Checkpoint | str | os.PathLike[str]
+History = RouterNormHistory | Checkpoint | str | os.PathLike[str]
 
 
 def allocate(
@@ -111,11 +111,11 @@ def make_plan(
     """`allocate` for settings that were checked already."""
     _check_sources(settings, model, history, curvature)
     method, notes = METHODS[settings.method], PlanNotes()
-    with ExitStack() as opened:
+    with ExitStack() as stack:
         recorded: RouterNormHistory | None = None
         baseline: Snapshot | None = None
-        if isinstance(history, str | os.PathLike) and os.path.isdir(history):
-            initial = opened.enter_context(Checkpoint(history))
+        if isinstance(history, Checkpoint) or (isinstance(history, str | os.PathLike) and os.path.isdir(history)):
+            initial = stack.enter_context(opened(history))
             notes["initial"] = initial.name
             baseline = StoredWeights(initial, settings.patterns).snapshot(variance=False)
         elif history is not None:
@@ -127,7 +127,7 @@ def make_plan(
             if isinstance(model, nn.Module):
                 weights = LiveWeights(model, patterns)
             else:
-                trained = opened.enter_context(Checkpoint(model))
+                trained = stack.enter_context(opened(model))
                 notes["final"] = trained.name
                 weights = StoredWeights(trained, patterns)
             final = weights.snapshot(variance="max_variance" in method.reads)

@@ -62,16 +62,17 @@ class Checkpoint:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        self.files = weight_files(self.folder)
+        self._path = Path(os.path.abspath(folder))  # whatever the working directory is later
+        self.files = [self._path / file.name for file in weight_files(self.folder)]
         self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
             self.tensors |= header(file)
-        self.quantization = quantization_of(self.folder)
+        self.quantization = quantization_of(self._path)
         self._handles: dict[Path, Any] = {}
         self._opened = ExitStack()
 
     def __reduce__(self) -> tuple[type[Checkpoint], tuple[Path]]:
-        return Checkpoint, (self.folder,)
+        return Checkpoint, (self._path,)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -113,7 +114,7 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """The folder's own name."""
-        return Path(os.path.abspath(self.folder)).name
+        return self._path.name
 
     @property
     def nbytes(self) -> int:
@@ -128,7 +129,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> PreTrainedConfig:
         """config.json as transformers reads it."""
-        return config_of(self.folder)
+        return config_of(self._path)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -216,7 +217,7 @@ class Checkpoint:
         Raises:
             CheckpointError: transformers does not have that class.
         """
-        return self.model_class().from_pretrained(self.folder, **kwargs)
+        return self.model_class().from_pretrained(self._path, **kwargs)
 
     def stored_bits_per_expert_weight(self, plan: PrecisionPlan) -> float:
         """Bits that a routed expert's weight takes, measured from the bytes of the files.
@@ -236,7 +237,7 @@ class Checkpoint:
         return 8 * in_bytes / weights
 
 
-def load_model(folder: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+def load_model(folder: Checkpoint | str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     """Loads a checkpoint with the class that its config names; keyword arguments go to ``from_pretrained``.
 
     Raises:
@@ -246,7 +247,8 @@ def load_model(folder: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel
         >>> load_model("checkpoint", dtype="float32").config.model_type
         'mixtral'
     """
-    return Checkpoint(folder).load(**kwargs)
+    with opened(folder) as checkpoint:
+        return checkpoint.load(**kwargs)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from importlib.resources import files
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .options import Commands, add_command
+
+_BARE_NAME = re.compile(r"[\w-]+(?:\.yaml)?$")
 
 
 def train(arguments: Sequence[str]) -> Any:
@@ -39,15 +42,16 @@ def with_packaged_recipes(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def _recipe(name: str) -> str:
-    if Path(name).is_file():
-        return name
+def _recipe(value: str) -> str:
+    """The path of a packaged recipe for its bare name; a path, or a config written out, is left to LightningCLI."""
+    if not _BARE_NAME.match(value) or Path(value).is_file():
+        return value
     folder = Path(str(files("moe_precision.recipes")))
-    path = folder / Path(name).with_suffix(".yaml").name
+    path = folder / f"{value.removesuffix('.yaml')}.yaml"
     if path.is_file():
         return str(path)
     known = ", ".join(sorted(one.stem for one in folder.glob("*.yaml")))
-    raise FileNotFoundError(f"--config {name!r}: no such file, and not one of the packaged recipes: {known}")
+    raise FileNotFoundError(f"--config {value!r}: no such file, and not one of the packaged recipes: {known}")
 
 
 def add_to(commands: Commands) -> None:

@@ -28,6 +28,7 @@ from .options import Commands, add_command, add_dataset, add_plan_settings, data
 
 def run(options: argparse.Namespace) -> None:
     """Makes the plan, writes it, and prints it."""
+    PlanFiles.of(options.output)  # ends in .json, so that the files beside it are found
     if Path(options.output).exists():
         raise FileExistsError(f"{options.output!r} exists; name another file with -o")
     check_writable(options.output)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .banks import Bank, Experts, with_count
 from .experts import find_experts, not_understood
 from .module_tree import MoELayerError, Node, Weight, module_tree, numbered_children, root_model, whole
-from .orientation import oriented
+from .orientation import maps_back, oriented
 from .patterns import check_pattern, experts_by_pattern
 from .router_rows import router_row_norms
 from .routers import NoRouter, Router, find_router, product_keys
@@ -124,14 +124,18 @@ class MoELayer:
 
     @property
     def first(self) -> str:
-        """Name of the projection whose rows are the experts' hidden neurons: the first that takes the layer's input."""
-        reading = [name for name, (_, inp) in self.projections.items() if inp == self.width]
-        return (reading or list(self.projections))[0]
+        """Name of the projection whose rows are the experts' hidden neurons.
+
+        The first that takes the layer's input; where neurons are as many as the layer is wide, not the one whose name
+        shows that it maps back (``down_proj``).
+        """
+        reading = [name for name, (_, inp) in self.projections.items() if inp == self.width] or list(self.projections)
+        return next((name for name in reading if not maps_back(name)), reading[0])
 
     def neurons(self, weight: Tensor) -> Tensor:
         """The gate's rows alone of a matrix of `first` where gate and up are one matrix, ``(neurons, in)``."""
-        shapes = list(self.projections.values())
-        if not (self.fused and len(shapes) == 2 and shapes[0][0] == 2 * shapes[1][1]):
+        others = [shape for name, shape in self.projections.items() if name != self.first]
+        if not (self.fused and len(others) == 1 and self.projections[self.first][0] == 2 * others[0][1]):
             return weight
         if getattr(self.container(), "is_concatenated", True):
             return weight[: weight.shape[0] // 2]  # [gate; up]

@@ -19,6 +19,11 @@ _MAPS_BACK = re.compile(
 )
 
 
+def maps_back(name: str) -> bool:
+    """Whether the name of a projection says that it maps back to the layer's width (``w2``, ``down_proj``, ...)."""
+    return bool(_MAPS_BACK.search(name))
+
+
 def oriented(experts: Experts, width: int) -> dict[str, Bank]:
     """The banks of some experts, each with the orientation in which it is stored.
 
@@ -36,10 +41,24 @@ def oriented(experts: Experts, width: int) -> dict[str, Bank]:
 
 
 def _fused(experts: Experts, width: int) -> set[str]:
-    """All or none of the banks: transformers' modules have a flag, else the first one reads the layer's input."""
-    out, inp = next(iter(experts.banks.values())).shape
-    transposed = getattr(experts.node.module, "is_transposed", out == width and inp != width)
-    return set(experts.banks) if transposed else set()
+    """Names of the banks that are stored ``(in, out)``.
+
+    transformers' modules have a flag for all banks. Else the name of the bank that maps back to the layer's width and
+    the shapes decide, whatever the order of registration; a square matrix goes with the others. Without such a name,
+    the first bank reads the layer's input and all banks are stored alike.
+    """
+    shapes = {name: bank.shape for name, bank in experts.banks.items()}  # (rows, columns) of one expert, as stored
+    back = {name for name in shapes if maps_back(name)}
+    flag = getattr(experts.node.module, "is_transposed", None)
+    if flag is None and len(back) != 1:
+        rows, columns = next(iter(shapes.values()))
+        flag = rows == width and columns != width
+    if flag is not None:
+        return set(shapes) if flag else set()
+    telling = {name: shape for name, shape in shapes.items() if shape[0] != shape[1] and width in shape}
+    turned = {name for name, (rows, _) in telling.items() if (rows == width) != (name in back)}
+    square = set(shapes) - set(telling)
+    return turned | square if telling and turned == set(telling) else turned
 
 
 def _flat(experts: Experts, width: int) -> set[str]:
@@ -49,7 +68,7 @@ def _flat(experts: Experts, width: int) -> set[str]:
     only the rows are as many as the layer is wide.
     """
     shapes = {name: bank.shape for name, bank in experts.banks.items()}  # (rows, columns) of one expert
-    back = {name for name in shapes if _MAPS_BACK.search(name)}
+    back = {name for name in shapes if maps_back(name)}
     alone = len(shapes) == 1 and len(set(*shapes.values())) == 2  # a sole matrix reads the layer's input
     if (len(back) != 1 and not alone) or any(width not in shape for shape in shapes.values()):
         raise MoELayerError(

@@ -71,14 +71,17 @@ class PlanFiles:
 
 
 def existing(kind: Kind, path: str | os.PathLike[str] | None) -> Path | None:
-    """A file of this kind beside a plan or a history; None if there is none, or ``path`` is no plan.
+    """A file of this kind beside a plan or a history; None if there is none, or no plan.
 
-    A plan that a user names may have a suffix other than ``.json``: then nothing is beside it.
+    Raises:
+        ValueError: ``path`` names a plan that does not end in ``.json``, beside which nothing can be found.
     """
     if path is None:
         return None
     try:
         found = PlanFiles.of(path).path(kind)
     except ValueError:
-        return None
+        if Path(path).suffix == ".safetensors":  # a history under a name of its own
+            return None
+        raise
     return found if found.is_file() else None

@@ -69,6 +69,9 @@ def validate(data: Any, source: str) -> None:
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(data))
     if error is not None:
         raise PlanError(f"{source} is not valid at {error.json_path}: {error.message}")
+    given = [key for key in ("average_bits", "stored_bits", "expert_gib") if key in (data["settings"] or {})]
+    if len(given) > 1:
+        raise PlanError(f"{source} states {' and '.join(given)} in its settings, which are {len(given)} budgets")
     for name, layer in data["layers"].items():
         _check_layer(name, layer, data["group_size"], source)
 
@@ -80,6 +83,8 @@ def _check_layer(name: str, layer: Document, group_size: int, source: str) -> No
         lists["order"] = layer["order"]
     lists |= layer.get("router_norms", {}) | layer.get("signals", {})
     for projection, by_width in layer.get("costs", {}).items():
+        if projection not in layer["projections"]:
+            raise PlanError(f"{source}: layer {name!r} has costs of {projection!r}, which is not one of its matrices")
         lists |= {f"costs of {projection} at {bits} bits": values for bits, values in by_width.items()}
     for key, values in lists.items():
         if len(values) != experts:

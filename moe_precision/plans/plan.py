@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from ..version import __version__
 from . import document
 from .layer_plan import LayerPlan
 from .notes import PlanNotes
-from .settings import PlanSettings
+from .settings import PlanSettings, whole_number
 from .widths import Granularity, PlanError, check_widths, stored_bits_per_weight
 
 Bits = Mapping[str, Sequence[int] | Mapping[str, Sequence[int]]]  # layer -> widths, or projection -> widths
@@ -103,7 +104,9 @@ class PrecisionPlan:
     def widths_only(self) -> PrecisionPlan:
         """The plan without signals, costs and norms: what a quantized model's config.json has to hold."""
         return replace(
-            self, layers={n: LayerPlan(p.shape, p.projection_bits) for n, p in self.layers.items()}, notes=PlanNotes()
+            self,
+            layers={n: LayerPlan(p.shape, copy.deepcopy(p.projection_bits)) for n, p in self.layers.items()},
+            notes=PlanNotes(),
         )
 
     def with_bits(self, bits: Bits) -> PrecisionPlan:
@@ -124,7 +127,7 @@ class PrecisionPlan:
             >>> plan.with_bits({"model.layers.0.mlp": [4, 2, 2, 2, 2, 2, 2, 4]}).average_bits
             2.25
         """
-        layers = dict(self.layers)
+        layers = copy.deepcopy(self.layers)  # so that editing one plan never changes another
         for name, given in bits.items():
             if name not in layers:
                 raise PlanError(f"the plan has no layer {name!r}; it has {', '.join(layers)}")
@@ -133,14 +136,14 @@ class PrecisionPlan:
             unknown = [projection for projection in by_projection if projection not in layer.projection_bits]
             if unknown:
                 raise PlanError(f"layer {name!r} has no {unknown[0]!r}; it has {', '.join(layer.projection_bits)}")
-            for projection, widths in by_projection.items():
+            changed = {projection: _widths(name, projection, widths) for projection, widths in by_projection.items()}
+            for projection, widths in changed.items():
                 if len(widths) != layer.shape.num_experts:
                     raise PlanError(
                         f"layer {name!r} has {layer.shape.num_experts} experts, got {len(widths)} widths of "
                         f"{projection!r}"
                     )
                 check_widths(widths)
-            changed = {projection: list(widths) for projection, widths in by_projection.items()}
             layers[name] = replace(layer, projection_bits=layer.projection_bits | changed)
         return replace(self, layers=layers, notes=cast(PlanNotes, {**self.notes, "edited": True}))
 
@@ -188,7 +191,7 @@ class PrecisionPlan:
 
     def to_dict(self) -> document.Document:
         """The plan as the file holds it."""
-        return {
+        found: document.Document = {
             "format": document.FORMAT,
             "format_version": document.FORMAT_VERSION,
             "created_by": self.created_by,
@@ -204,6 +207,7 @@ class PrecisionPlan:
             "last_step": self.last_step,
             "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
         }
+        return copy.deepcopy(found)
 
     @classmethod
     def from_dict(cls, data: Any, source: str = "the plan") -> PrecisionPlan:
@@ -220,7 +224,7 @@ class PrecisionPlan:
             group_size=group_size,
             method=method,
             settings=None if settings is None else PlanSettings.recorded(settings, method, group_size),
-            notes=data["notes"],
+            notes=copy.deepcopy(data["notes"]),
             baseline_step=None if data["baseline"] == "none" else data["baseline"]["step"],
             last_step=data["last_step"],
             created_by=dict(data["created_by"]),
@@ -248,6 +252,12 @@ class PrecisionPlan:
             PlanError: The file is truncated, of an unknown version, or breaks a rule of docs/plan-format.md.
         """
         return cls.from_dict(document.read(path), repr(os.fspath(path)))
+
+
+def _widths(layer: str, projection: str, widths: Any) -> list[int]:
+    if isinstance(widths, str) or not hasattr(widths, "__iter__"):
+        raise PlanError(f"layer {layer!r}: expected one width per expert for {projection!r}, got {widths!r}")
+    return [whole_number(f"bits of {projection}", bits) for bits in widths]
 
 
 def as_plan(plan: PrecisionPlan | document.Document | str | os.PathLike[str]) -> PrecisionPlan:

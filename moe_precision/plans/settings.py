@@ -74,15 +74,13 @@ class PlanSettings:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise AllocationError(f"unknown method {self.method!r}, expected one of {', '.join(ALL_METHODS)}")
+        self._coerce()
         given = {key: getattr(self, key) for key in BUDGETS if getattr(self, key) is not None}
         if len(given) > 1:
             several = " and ".join(f"{key}={value}" for key, value in given.items())
             raise AllocationError(f"{several} are {len(given)} budgets; give one")
         if not given:
             object.__setattr__(self, "average_bits", DEFAULT_AVERAGE_BITS)
-        if isinstance(self.bits, int) or not self.bits:
-            raise AllocationError(f"bits must list the levels to choose from, as in (2, 3); got {self.bits!r}")
-        object.__setattr__(self, "bits", tuple(sorted(set(self.bits))))
         for name in ("router_pattern", "expert_pattern"):
             check_pattern(name, getattr(self, name))
         if self.granularity not in GRANULARITIES:
@@ -98,8 +96,22 @@ class PlanSettings:
             raise AllocationError(f"zeta must be positive, got {self.zeta}")
         self._check_budget()
 
+    def _coerce(self) -> None:
+        """Plain Python numbers instead of numpy's and torch's, so that what is checked is what is saved."""
+        if isinstance(self.bits, str | int) or not hasattr(self.bits, "__iter__"):
+            raise AllocationError(f"bits must list the levels to choose from, as in (2, 3); got {self.bits!r}")
+        plain: dict[str, Any] = {"bits": tuple(sorted({whole_number("bits", bits) for bits in self.bits}))}
+        plain |= {key: whole_number(key, getattr(self, key)) for key in ("group_size", "seed")}
+        numbers = [key for key in (*BUDGETS, "zeta") if getattr(self, key) is not None]
+        plain |= {key: finite_number(key, getattr(self, key)) for key in numbers}
+        for key, value in plain.items():
+            object.__setattr__(self, key, value)
+        if not self.bits:
+            raise AllocationError("bits must list the levels to choose from, as in (2, 3); got none")
+
     def _check_budget(self) -> None:
         levels = self.levels
+        object.__setattr__(self, "bits", levels)  # of ``uniform`` its width alone
         check_widths(levels)
         if self.average_bits is not None:
             (check_levels if self.knows_costs else check_budget)(self.average_bits, levels)
@@ -112,7 +124,7 @@ class PlanSettings:
     @property
     def knows_costs(self) -> bool:
         """Whether the method knows what each width costs, and solves one knapsack over all layers."""
-        return METHODS[self.method].knows_costs
+        return self.method in COST_METHODS
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -214,7 +226,7 @@ class PlanSettings:
         optional = {key: getattr(self, key) for key in (*BUDGETS, *PATTERNS)}
         found: dict[str, Any] = {key: value for key, value in optional.items() if value is not None}
         found |= {"bits": list(self.levels), "granularity": self.granularity}
-        if METHODS[self.method].seeded:
+        if (known := METHODS.get(self.method)) is not None and known.seeded:
             found["seed"] = self.seed
         if not self.knows_costs and reads(self.method, "max_variance") and self.method != "max_variance":
             found["zeta"] = self.zeta
@@ -239,6 +251,37 @@ class PlanSettings:
 
 BUDGETS = ("average_bits", "stored_bits", "expert_gib")
 PATTERNS = ("router_pattern", "expert_pattern")
+
+
+def whole_number(name: str, value: Any) -> int:
+    """A whole number as Python's int; numpy's and torch's are taken, and floats without a fraction.
+
+    Raises:
+        AllocationError: It is something else.
+    """
+    try:
+        number = float(value)
+        found = int(number)
+    except (TypeError, ValueError, OverflowError):
+        raise AllocationError(f"{name}={value!r}: expected a whole number") from None
+    if isinstance(value, bool | str) or number != found:
+        raise AllocationError(f"{name}={value!r}: expected a whole number")
+    return found
+
+
+def finite_number(name: str, value: Any) -> float:
+    """A finite number as Python's int or float.
+
+    Raises:
+        AllocationError: It is something else.
+    """
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise AllocationError(f"{name}={value!r}: expected a number") from None
+    if isinstance(value, bool | str) or not math.isfinite(found):
+        raise AllocationError(f"{name}={value!r}: expected a finite number")
+    return value if type(value) in (int, float) else found
 
 
 def expert_weights(layers: Iterable[LayerShape]) -> int:

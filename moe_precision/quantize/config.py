@@ -22,7 +22,7 @@ from ..recording.curvature import Curvature, as_curvature
 from .codec.grid import Grid
 
 QUANT_METHOD = "moe_precision"
-FORMAT_VERSION = 2  # of the packed checkpoint: docs/checkpoint-format.md; 1 had no checksums and no version field
+FORMAT_VERSION = 3  # of the packed checkpoint: docs/checkpoint-format.md; 1 had no checksums and no version field
 
 
 class QuantizationError(MoEPrecisionError, ValueError):

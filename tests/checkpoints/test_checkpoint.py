@@ -213,3 +213,22 @@ def test_a_config_is_read_in_one_place():
     assert len(files) > 80
     reading = [file.name for file in files if "AutoConfig.from_pretrained(" in file.read_text(encoding="utf-8")]
     assert reading == ["config.py"]
+
+
+def test_the_working_directory_may_change(saved, monkeypatch, tmp_path):
+    _, folder = saved
+    monkeypatch.chdir(folder.parent)
+    with Checkpoint(folder.name) as checkpoint:
+        monkeypatch.chdir(tmp_path)
+        assert checkpoint.layers()[0].num_experts == 8
+        assert checkpoint.read(next(iter(checkpoint.tensors))).numel() > 0
+        assert checkpoint.load().config.model_type == "mixtral"
+        assert checkpoint.name == folder.name
+
+
+def test_an_open_checkpoint_serves_everywhere(saved):
+    _, folder = saved
+    how = {"method": "weight_error", "group_size": 64}
+    with Checkpoint(folder) as checkpoint:
+        assert allocate(checkpoint, checkpoint, **how).diff(allocate(folder, folder, **how)) == []
+        assert load_model(checkpoint).config.model_type == "mixtral"

@@ -8,6 +8,7 @@ import torch
 
 from moe_precision import PrecisionPlan, RouterNormHistory, allocate
 from moe_precision.checkpoints.checkpoint import load_model
+from moe_precision.cli.fit import with_packaged_recipes
 from moe_precision.cli.main import main
 from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.recipes.text_data import train_tokenizer
@@ -178,3 +179,22 @@ def test_user_errors(arguments, message, run, capsys):
     assert message in error
     assert not (run / "out").exists()
     assert not (run / "out.json").exists()
+
+
+def test_packaged_recipes_are_found_by_their_bare_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pretrain_mixtral", "pretrain_mixtral.yaml"):
+        for arguments in (["--config", name], [f"--config={name}"], ["-c", name]):
+            assert with_packaged_recipes(arguments)[-1].endswith("recipes/pretrain_mixtral.yaml")
+    with pytest.raises(FileNotFoundError, match=r"not one of the packaged recipes: .*pretrain_mixtral"):
+        with_packaged_recipes(["--config", "pretrain_mixtrall"])
+    # another path, or a config written out, is never replaced by a recipe
+    for value in ("typo/pretrain_mixtral.yaml", "pretrain_mixtral.json", '{"seed_everything": 1}', ""):
+        assert with_packaged_recipes(["--config", value]) == ["--config", value]
+    (tmp_path / "recover.yaml").write_text("seed_everything: 1")
+    assert with_packaged_recipes(["--config", "recover.yaml"]) == ["--config", "recover.yaml"]  # a file comes first
+
+
+def test_a_plan_must_be_found_again_with_the_files_beside_it(tmp_path, capsys):
+    assert main(["plan", "x.history.safetensors", "-o", str(tmp_path / "plan")]) == 2
+    assert "expected the path of a plan, which ends in .json" in capsys.readouterr().err

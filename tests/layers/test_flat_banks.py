@@ -142,3 +142,31 @@ def test_a_group_marks_other_layouts_too():
     (layer,) = find_moe_layers(layer_of(own), **patterns)
     torch.testing.assert_close(layer.expert_weights(3)["w1"], own.w1_3)
     torch.testing.assert_close(layer.expert_weights(3)["w2"], own.w2_3.T)
+
+
+class Fused(nn.Module):
+    """3-D banks in some order of registration, stored ``(out, in)`` or ``(in, out)``, each with a name that tells."""
+
+    def __init__(self, order, neurons, stored):
+        super().__init__()
+        shapes = {"gate_up_proj": (2 * neurons, WIDTH), "down_proj": (WIDTH, neurons)}
+        for name in order:
+            out, inp = shapes[name]
+            self.register_parameter(name, bank(EXPERTS, *((inp, out) if stored == "(in, out)" else (out, inp))))
+
+
+@pytest.mark.parametrize("order", [("gate_up_proj", "down_proj"), ("down_proj", "gate_up_proj")])
+@pytest.mark.parametrize("stored", ["(out, in)", "(in, out)"])
+@pytest.mark.parametrize("neurons", [64, WIDTH])
+def test_fused_banks_are_oriented_whatever_comes_first(order, stored, neurons):
+    experts = Fused(order, neurons, stored)
+    model = Holder(mlp=Holder(experts=experts, router=nn.Linear(WIDTH, EXPERTS, bias=False)))
+    (layer,) = find_moe_layers(model)
+    assert layer.projections == {
+        name: {"gate_up_proj": (2 * neurons, WIDTH), "down_proj": (WIDTH, neurons)}[name] for name in order
+    }
+    assert layer.first == "gate_up_proj"
+    for name in order:
+        stored_bank = experts.get_parameter(name)[1]
+        expected = stored_bank.T if stored == "(in, out)" else stored_bank
+        assert torch.equal(layer.expert_weights(1)[name], expected)

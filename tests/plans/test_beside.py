@@ -37,5 +37,7 @@ def test_what_exists(tmp_path):
     assert existing("curvature", plan) == tmp_path / "x.curvature.safetensors"
     assert existing("curvature", str(tmp_path / "x.history.safetensors")) == tmp_path / "x.curvature.safetensors"
     assert existing("grid", plan) is None
-    assert existing("curvature", tmp_path / "x") is None  # a plan or a history of another name has nothing beside it
+    assert existing("curvature", tmp_path / "norms.safetensors") is None  # a history under a name of its own
+    with pytest.raises(ValueError, match=r"expected the path of a plan, which ends in \.json"):
+        existing("grid", tmp_path / "x")  # else the grid beside it would be passed over in silence
     assert existing("curvature", None) is None

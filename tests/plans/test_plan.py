@@ -3,9 +3,10 @@
 import json
 
 import jsonschema
+import numpy as np
 import pytest
 
-from moe_precision import PlanError, PrecisionPlan, allocate
+from moe_precision import AllocationError, PlanError, PrecisionPlan, allocate
 from moe_precision.plans.document import schema
 from tests.support.models import PlainMoE, build
 
@@ -60,9 +61,25 @@ def test_with_bits(plan, path):
         ({LAYER: [2] * 7}, "has 8 experts, got 7 widths of 'gate_up_proj'"),
         ({LAYER: {"up": [2] * 8}}, "has no 'up'; it has gate_up_proj, down_proj"),
         ({LAYER: [9] * 8}, "bits must be 1 to 8"),
+        ({LAYER: 5}, "expected one width per expert for 'gate_up_proj', got 5"),
+        ({LAYER: [True] * 8}, "bits of gate_up_proj=True: expected a whole number"),
     ):
-        with pytest.raises(PlanError, match=message):
+        with pytest.raises((PlanError, AllocationError), match=message):
             plan.with_bits(bits)
+    numpy = plan.with_bits({LAYER: np.full(8, 4)})
+    numpy.save(path)
+    assert PrecisionPlan.load(path) == numpy
+
+
+def test_plans_share_nothing_that_can_be_edited(plan):
+    before = json.dumps(plan.to_dict())
+    other = plan.with_bits({LAYER: {"gate_up_proj": [4] * 8}})
+    written, read = plan.to_dict(), PrecisionPlan.from_dict(plan.to_dict())
+    for layers in (other.layers, read.layers, plan.widths_only().layers):
+        for layer in layers.values():
+            layer.projection_bits["down_proj"][0] = 8
+    written["layers"][LAYER]["projections"]["down_proj"]["bits"][0] = 8
+    assert json.dumps(plan.to_dict()) == before
 
 
 def test_projections_weigh_by_their_size(plan):
@@ -120,6 +137,11 @@ def set_bits(data, value, projection="down_proj"):
         (lambda d: d["layers"][LAYER].update(order=[0] * 8), "does not name each of its 8 experts once"),
         (lambda d: d.update(granularity="layer"), "states granularity 'layer', its bits are 'expert'"),
         (lambda d: d.update(baseline="zero"), r"at \$\.baseline"),
+        (
+            lambda d: d["settings"].update(stored_bits=3),
+            "average_bits and stored_bits in its settings",
+        ),
+        (lambda d: d["layers"][LAYER].update(costs={"x": {"2": [0] * 8}}), "costs of 'x', which is not one of its mat"),
     ],
 )
 def test_invalid_content(path, change, message):

@@ -1,10 +1,13 @@
 """What can be asked of a plan: checked once, and taken by everything that makes plans under the same names."""
 
 import inspect
+import json
 from dataclasses import fields
 from typing import get_args
 
+import numpy as np
 import pytest
+import torch
 
 from moe_precision import AllocationError, PlanError, allocate
 from moe_precision.allocation.orders import ORDERS
@@ -118,3 +121,45 @@ def test_only_compare_measures_sensitivities():
 def test_settings_of_a_later_release_are_read():
     read = PlanSettings.recorded({"bits": [2, 3], "granularity": "row", "new": 1}, "of_tomorrow", 64)
     assert (read.method, read.levels, read.granularity) == ("of_tomorrow", (2, 3), "row")
+    assert read.to_dict() == {"bits": [2, 3], "granularity": "row"}
+    assert not read.knows_costs
+
+
+def test_numbers_of_numpy_and_torch_become_pythons():
+    settings = PlanSettings(
+        bits=np.array([3, 2]),
+        average_bits=np.float32(2.5),
+        group_size=np.int64(64),
+        seed=torch.tensor(3),
+        zeta=np.float64(2),
+    )
+    assert settings == PlanSettings(bits=(2, 3), average_bits=2.5, group_size=64, seed=3, zeta=2.0)
+    assert json.loads(json.dumps(settings.to_dict())) == settings.to_dict()
+    assert PlanSettings(bits=range(2, 4)) == PlanSettings(bits=(2.0, 3.0)) == PlanSettings()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"bits": (True, 2)}, r"bits=True: expected a whole number"),
+        ({"bits": "23"}, "must list the levels"),
+        ({"bits": (2.5, 3)}, r"bits=2.5: expected a whole number"),
+        ({"bits": ()}, "got none"),
+        ({"average_bits": True}, "average_bits=True: expected a finite number"),
+        ({"stored_bits": float("nan")}, "stored_bits=nan: expected a finite number"),
+        ({"expert_gib": float("inf")}, "expert_gib=inf: expected a finite number"),
+        ({"average_bits": "2.5"}, "average_bits='2.5': expected a finite number"),
+        ({"seed": None}, "seed=None: expected a whole number"),
+        ({"group_size": 32.5}, "group_size=32.5: expected a whole number"),
+        ({"zeta": float("inf")}, "zeta=inf: expected a finite number"),
+    ],
+)
+def test_what_is_no_number(given, message):
+    with pytest.raises(AllocationError, match=message):
+        PlanSettings(**given)
+
+
+def test_uniform_settings_are_those_that_a_file_gives_back():
+    settings = PlanSettings(method="uniform", average_bits=2)
+    assert settings.bits == (2,)
+    assert PlanSettings.recorded(settings.to_dict(), "uniform", settings.group_size) == settings

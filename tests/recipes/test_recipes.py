@@ -345,7 +345,7 @@ def test_shipped_yaml_builds(file: Path, tmp_path: Path, monkeypatch: pytest.Mon
     widths = [config[key] for key in ("hidden_size", "intermediate_size", "d_model", "d_ff") if key in config]
     ours = ("RouterNormMonitor", "PrecisionAnneal")
     (callback,) = [c for c in cli.trainer.callbacks if type(c).__name__ in ours]
-    assert all(width % callback.group_size == 0 for width in widths)
+    assert all(width % callback.settings.group_size == 0 for width in widths)
     assert type(cli.trainer.logger).__name__ == "WandbLogger"
 
 

@@ -30,7 +30,7 @@ class GridError(MoEPrecisionError, ValueError):
     """A grid that is damaged, or belongs to another plan or to other weights."""
 
 
-_FILE = TensorFile("moe-precision-grid", 1, GridError, "grid")
+_FILE = TensorFile("moe-precision-grid", 2, GridError, "grid")  # 1 held a plan of format 1
 
 
 @dataclass
