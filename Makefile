@@ -13,10 +13,10 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-r
 demo: .venv/installed
 	$(BIN)/moe-precision demo --output runs/demo
 
-test: .venv/installed
+test: .venv/peers
 	$(PYTEST)
 
-test-fast: .venv/installed
+test-fast: .venv/peers
 	$(PYTEST) -m "not slow and not thorough"
 
 lint: .venv/installed
@@ -54,4 +54,9 @@ evidence: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt -e .[dev]
+	touch $@
+
+# Apart from the rest, because importing transformers imports torchao, which prints warnings on a CPU.
+.venv/peers: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e .[dev,peers]
 	touch $@

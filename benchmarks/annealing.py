@@ -2,9 +2,9 @@
 
     python -m benchmarks.annealing
 
-The recipe's model with its batch, and a layer of Mixtral's shape at half its width: time for each weight does not
-depend on the width but on the tokens that an expert gets. Steps on and off the grid alternate; memory is measured in a
-process each.
+Runs the recipe's model with its batch, and a layer of Mixtral's shape at half its width: time per weight depends not on
+the width but on the tokens that an expert gets. Steps on and off the grid alternate; memory is measured in a process of
+its own for each.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def recipe() -> tuple[nn.Module, Callable[[], Tensor], int]:
 def block(
     dtype: torch.dtype = torch.float32, count: int = 1, tokens: int = TOKENS
 ) -> tuple[nn.Module, Callable[[], Tensor], int]:
-    """MoE layers of Mixtral's shape at half its width, one after the other, and a loss on so many tokens."""
+    """MoE layers of Mixtral's shape at half its width, one after the other, and a loss on a number of tokens."""
     config = MixtralConfig(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, experts_implementation="grouped_mm")
     layers = nn.ModuleList(MixtralSparseMoeBlock(config) for _ in range(count)).to(dtype).train()
     for parameter in layers.parameters():
         nn.init.normal_(parameter, std=0.02)
-    x = torch.randn(1, tokens, HIDDEN, dtype=dtype, requires_grad=True)  # as what layers below give
+    x = torch.randn(1, tokens, HIDDEN, dtype=dtype, requires_grad=True)  # as the layers below would give
 
     def loss() -> Tensor:
         hidden = x
@@ -81,15 +81,15 @@ def pairs(model: nn.Module, loss: Callable[[], Tensor], group_size: int, rounds:
 
 
 def peak(on: bool, count: int = 4) -> None:
-    """Prints by how many bytes this process grows at most in steps of several layers, after their gradients exist."""
-    model, loss, group_size = block(count=count, tokens=64)  # few: weights are what is measured
+    """Prints the most bytes by which this process grows in steps of several layers, after their gradients exist."""
+    model, loss, group_size = block(count=count, tokens=64)  # few, since weights are to be measured
     layers = find_moe_layers(model)
     plan = allocate(model, method="uniform", average_bits=2, group_size=group_size)
     grid = Grid.fit(layers, plan) if on else None
     loss().backward()
     before = _resident("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew
+        file.write("5")  # resets the peak
     if grid is not None:
         GridHooks(layers, grid)
     for _ in range(2):

@@ -2,9 +2,9 @@
 
     python -m benchmarks.checkpoint_plan
 
-Generates two sharded Mixtral-shaped checkpoints of several GB. A plan from them reads both checkpoints' routers, and of
-the second the gate matrix of every expert. Each is timed in turn with a loop that reads exactly those tensors and does
-nothing else, with the files dropped from the page cache before each round, and again with them in it.
+Generates two sharded Mixtral-shaped checkpoints of several GB. A plan from them reads the routers of both, and the gate
+matrix of every expert of the second. Each plan is timed in turn with a loop that only reads exactly those tensors, with
+the files dropped from the page cache before each round, and again with them in it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROUNDS = 5
 
 
 def write_checkpoint(folder: Path, seed: int, experts_from: Path | None = None) -> None:
-    """A shard a layer and one for the rest; experts are linked from another checkpoint if there is one."""
+    """One shard per layer and one for the rest; experts are linked from another checkpoint if there is one."""
     folder.mkdir()
     config = MixtralConfig(
         hidden_size=WIDTH,
@@ -81,7 +81,7 @@ def read_the_same_bytes(initial: Path, final: Path) -> int:
 
 
 def drop_from_cache(*folders: Path) -> None:
-    """Tells the kernel to forget the files' pages."""
+    """Makes the kernel drop the files' pages."""
     for folder in folders:
         for file in folder.glob("*.safetensors"):
             descriptor = os.open(file, os.O_RDONLY)
@@ -91,7 +91,7 @@ def drop_from_cache(*folders: Path) -> None:
 
 
 def peak(code: str, *arguments: str) -> int:
-    """Peak resident bytes of a process of its own."""
+    """Peak resident bytes of a separate process."""
     code += "\nprint(open('/proc/self/status').read())"
     done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
     return 1024 * int(done.stdout.split("VmHWM:")[1].split()[0])

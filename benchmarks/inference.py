@@ -1,13 +1,15 @@
 """Speed and memory of a quantized Mixtral against bfloat16 and against other quantizers, side by side.
 
+Long because it is one command: every peer, its process and the table in one file.
+
     pip install -e .[benchmarks]
     INSTALL_ONLY=1 tests/export/real_tools/run.sh autoround gptqmodel   # peers with their own pins
     python -m benchmarks.inference [--rows bf16 "ours, 2 and 3 bits"]
 
 One generated model, whose experts are 805 MB in bfloat16, is quantized by each tool (round to nearest where it needs no
-data, which does not change speed), saved, and loaded again in a process of its own. There the model runs one token
+data, which does not change speed), saved, and loaded again in a separate process. There the model runs one token
 (decode, batch 1) and 32 tokens (prefill), with one thread and with two. The bfloat16 model is measured first and last:
-how far the two are apart is the noise of the machine.
+the difference between the two is the noise of the machine.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ PYTHON = {"AutoRound": ".venv-exports/autoround/bin/python", "GPTQModel": ".venv
 
 
 def make(folder: Path) -> None:
-    """The bfloat16 model, a tokenizer, which some tools want, and a plan for each set of widths."""
+    """The bfloat16 model, a tokenizer, which some tools need, and a plan for each set of widths."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     from moe_precision import allocate
@@ -129,7 +131,7 @@ def load_gptqmodel(folder: Path, widths: str) -> Any:
 
 
 def unfused(folder: Path) -> Any:
-    """The bfloat16 model with an ``nn.Linear`` a matrix, for tools that quantize nothing else."""
+    """The bfloat16 model with one ``nn.Linear`` per matrix, for tools that quantize nothing else."""
     model = load_bf16(folder, "")
     for layer in model.model.layers:
         layer.mlp.experts = Unfused(layer.mlp.experts)
@@ -210,7 +212,7 @@ ROWS = {  # way -> widths that it is measured at
 }
 
 
-# -- in a process of its own ------------------------------------------------------------------------------------------
+# -- in a separate process ------------------------------------------------------------------------------------------
 
 
 def memory() -> tuple[int, int]:
@@ -238,7 +240,7 @@ def held_bytes(module: torch.nn.Module) -> int:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor, or of those inside of a subclass."""
+    """Bytes of a tensor, or of those inside a subclass."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.nbytes
     return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
@@ -277,7 +279,7 @@ def quantize(way: str, widths: str, source: Path, folder: Path) -> dict[str, Any
 
 
 def in_process(way: str, *arguments: str) -> dict[str, Any]:
-    """What a process of the tool's own Python prints last."""
+    """The last line that a process with the tool's own Python prints."""
     python = PYTHON.get(way, sys.executable)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2", "TOKENIZERS_PARALLELISM": "false"}
     command = [python, "-m", "benchmarks.inference", "--in-process", way, *arguments]
@@ -332,7 +334,8 @@ def _print(
                 cells.append(f"{1e3 * row[key]:.1f}{ratio}")
         print("| " + " | ".join(cells) + " |")
     print(
-        "\n| quantized by | s | GB of bfloat16 experts a minute and core | peak MB beyond imports |\n|---|---|---|---|"
+        "\n| quantized by | s | GB of bfloat16 experts per minute and core | peak MB beyond imports |\n"
+        "|---|---|---|---|"
     )
     for name, done in quantizing:
         print(f"| {name} | {done['seconds']:.1f} | {30 * float_gb / done['seconds']:.2f} | {done['peak'] / 1e6:.0f} |")

@@ -2,9 +2,9 @@
 
     python -m benchmarks.layers
 
-Mixtral's layer (8 experts of 4096 x 14336, top 2) and one of 128 experts (2048 x 768, top 8), experts of 2 and 3 bits
-by turns. Decode is one token and eight, prefill 2048. The bandwidth is that of reading the bytes of every expert that
-has a token, in each form, and its share of what a copy reaches on the same device.
+Mixtral's layer (8 experts of 4096 x 14336, top 2) and one of 128 experts (2048 x 768, top 8), with experts of 2 and 3
+bits in turn. Decode is one token and eight, prefill 2048. The bandwidth is that of reading the bytes of every expert
+that has a token, in each form; the last column is its share of what a copy reaches on the same device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from moe_precision import allocate, quantize_model
 from moe_precision.quantize.modules import kernels_of
 
-LAYERS = {  # hidden size, intermediate size, experts, experts a token
+LAYERS = {  # hidden size, intermediate size, experts, experts per token
     "Mixtral": (4096, 14336, 8, 2),
     "128 experts": (2048, 768, 128, 8),
 }
@@ -35,7 +35,7 @@ def seconds(experts: torch.nn.Module, *inputs: torch.Tensor) -> float:
 
 
 def copy_bandwidth(device: str, size: int) -> float:
-    """Bytes a second that a copy reads and writes."""
+    """Bytes per second that a copy reads and writes."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     timer = Timer("target.copy_(source)", globals={"source": source, "target": target})

@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory
 
-Generates a Mixtral checkpoint with random weights, does each in a process of its own and reads that process's peak.
-What the libraries take before any weight is read is measured the same way and left out.
+Generates a Mixtral checkpoint with random weights, does each in a separate process and reads that process's peak. What
+the libraries take before any weight is read is measured the same way and subtracted.
 """
 
 from __future__ import annotations

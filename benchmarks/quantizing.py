@@ -1,6 +1,6 @@
 """Our fit against HQQ: time on one large matrix, and the loss of the demo's model with all experts at one width.
 
-What 8-bit scales cost is shown beside float16 scales, and for groups that share a block with a larger one.
+The cost of 8-bit scales is shown against float16 scales, and for groups that share a block with a larger one.
 
     pip install -e .[benchmarks]
     python -m benchmarks.quantizing [--run runs/demo]
@@ -46,7 +46,7 @@ def ours(weight: Tensor, bits: int, group_size: int) -> Tensor:
 
 
 def ours_float16(weight: Tensor, bits: int, group_size: int) -> Tensor:
-    """The same with a float16 scale and offset for each group, 32 bits in the place of 18."""
+    """Our quantized weight with a float16 scale and offset per group, 32 bits instead of 18."""
     with patch.object(fitting, "stored_scales", lambda scale, offset, _: (scale.half(), offset.half())):
         return ours(weight, bits, group_size)
 
@@ -66,7 +66,7 @@ def speed() -> None:
 
 
 def uneven() -> None:
-    """Prints the relative error of groups whose neighbour in a block of stored scales is larger."""
+    """Prints the relative error of groups whose neighbor in a block of stored scales is larger."""
     print("\nrelative error of Gaussian groups of 64 beside one that is larger\n")
     print("| times as large | 2 bits | 4 bits | 8 bits |\n|---|---|---|---|")
     for times in (1, 10, 100):
@@ -78,7 +78,7 @@ def uneven() -> None:
 
 @torch.no_grad()
 def loss(run: Path) -> None:
-    """Prints the increase of the demo model's loss when all experts are quantized."""
+    """Prints the increase in the demo model's loss when all experts are quantized."""
     from moe_precision.recipes import TextDataModule
 
     plan = PrecisionPlan.load(run / "precision_plan.json")

@@ -1,4 +1,4 @@
-"""What recording costs: one record against one vector_norm over the same bytes, and a record a step in the recipe.
+"""What recording costs: one record against one vector_norm over the same bytes, and one record per step in the recipe.
 
 python -m benchmarks.recording
 """
@@ -80,7 +80,7 @@ def one_record() -> None:
         ours, one, rows = medians(record, one_norm, row_norms, rounds=200, flush=flush)
         print(f"| {name} | {ours:.2f} | {one:.2f} | {ours / one:.2f} | {rows:.2f} | {ours / rows:.2f} |")
     (each,) = medians(naive, rounds=20)
-    print(f"\na norm and an .item() for each expert instead: {each:.1f} ms")
+    print(f"\ninstead, one norm and one .item() per expert: {each:.1f} ms")
 
 
 def a_record_every_step() -> None:

@@ -1,4 +1,4 @@
-"""What watching 64 layers of 256 experts costs over a month: time, bytes in checkpoints, bytes logged.
+"""What recording 64 layers of 256 experts costs over a month: time, bytes in checkpoints, bytes logged.
 
 python -m benchmarks.scaling
 """
@@ -76,7 +76,7 @@ def main() -> None:
     for experts, what in ((False, "aggregates"), (True, "every expert")):
         spent, size, keys = logged(watched, experts)
         share = 1e-3 * spent / (EVERY * SECONDS_A_STEP)
-        print(f"W&B, {what}: {keys} keys, {spent:.1f} ms and {size / 1e6:.3f} MB a record, ", end="")
+        print(f"W&B, {what}: {keys} keys, {spent:.1f} ms and {size / 1e6:.3f} MB per record, ", end="")
         print(f"{size * records / 1e9:.2f} GB in the month, {share:.6%} of the run's time")
 
 

@@ -1,4 +1,4 @@
-"""Callbacks for Lightning and for transformers' Trainer, one a file."""
+"""Callbacks for Lightning and for transformers' Trainer, one per file."""
 
 from moe_precision.callbacks.precision_anneal import PrecisionAnneal
 from moe_precision.callbacks.precision_anneal_trainer_callback import PrecisionAnnealTrainerCallback

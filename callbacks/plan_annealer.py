@@ -19,9 +19,8 @@ from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.layers.patterns import Patterns
 from moe_precision.plans.beside import existing
-from moe_precision.plans.document import Document
 from moe_precision.plans.methods import MethodName, reads
-from moe_precision.plans.plan import PrecisionPlan, as_plan, model_type_of
+from moe_precision.plans.plan import as_plan, model_type_of
 from moe_precision.plans.settings import ZETA, PlanSettings
 from moe_precision.plans.widths import Granularity
 from moe_precision.quantize.codec.grid import Grid
@@ -36,13 +35,13 @@ _RESCUE = "callback.plan.save(path) and callback.grid.save(path) write them else
 
 
 class PlanAnnealer:
-    """What a callback inherits beside its trainer's own base class; arguments as in `PrecisionAnneal`.
+    """What a callback inherits in addition to its trainer's base class; arguments as in `PrecisionAnneal`.
 
     Fitting, counting and settling are collectives under FSDP2: `_before_step`, `_after_step`, `_metrics` and `_finish`
     are called on all ranks.
 
     Attributes:
-        settings: What is asked of a plan that is made at ``start``.
+        settings: What is asked for, if the plan is made at ``start``.
         plan: The plan, once it is known.
         grid: The grid, once annealing has begun.
     """
@@ -51,7 +50,7 @@ class PlanAnnealer:
         self,
         *,
         start: float = 0.9,
-        plan: str | os.PathLike[str] | PrecisionPlan | Document | None = None,
+        plan: Any = None,  # with PrecisionPlan here, jsonargparse would read the file and lose its path
         method: MethodName = "curvature",
         average_bits: float | None = None,
         stored_bits: float | None = None,
@@ -104,10 +103,10 @@ class PlanAnnealer:
         self._files.prepare(folder)
 
     def _check(self, model: nn.Module, step: int, total: float, history: RouterNormHistory | None) -> None:
-        """All that can be wrong, before the first step; goes on with the grid where a checkpoint has brought one.
+        """Checks everything before the first step; continues with the grid if a checkpoint brought one.
 
         Args:
-            model: The model, or what is around it.
+            model: The model, or a wrapper around it.
             step: Where training starts.
             total: Where it ends.
             history: Of the callback that records router norms, if there is one.
@@ -130,7 +129,7 @@ class PlanAnnealer:
             raise AnnealError(f"start={self.start} is step {self._first_step} of {total}: nothing is left to anneal")
         if self.plan is None and reads(self.settings.method, "curvature") and self._first_step == 0:
             raise AnnealError(
-                "with start=0 the optimizer has no second moments to make a plan of: give the plan of an earlier run "
+                "with start=0 the optimizer has no second moments to make a plan from: give the plan of an earlier run "
                 "(plan=...), another method, or a later start"
             )
         if self._uses_file():
@@ -146,14 +145,14 @@ class PlanAnnealer:
             )
         if self.grid is not None:  # resumed in the middle
             if self._given is not None and (changed := self._given.diff(self.grid.plan)):
-                raise AnnealError(f"the checkpoint was annealed on another plan than the given one: {changed[0]}")
+                raise AnnealError(f"the checkpoint was annealed on a plan other than the given one: {changed[0]}")
             self._hooks, self._began_at = GridHooks(layers, self.grid), step
 
     def _patterns(self) -> Patterns:
         return self.settings.patterns if self.plan is None else self.plan.patterns
 
     def _uses_file(self) -> bool:
-        """Whether the curvature beside the plan is of the weights that annealing begins with."""
+        """Whether the curvature beside the plan belongs to the weights that annealing begins with."""
         return self._first_step == 0 and self.grid is None and self._beside is not None and self._beside.is_file()
 
     def _begin(self, model: nn.Module, optimizers: Iterable[Any], history: RouterNormHistory | None, step: int) -> None:
@@ -172,7 +171,7 @@ class PlanAnnealer:
     _recorder = "RouterNormMonitor"
 
     def _curvature(self, layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature | None:
-        """The optimizer's second moments, or before it has any the file beside a plan that was given."""
+        """The optimizer's second moments, or before it has any, the file beside a plan that was given."""
         try:
             return curvature_of(layers, optimizers)
         except CurvatureError as error:
@@ -203,7 +202,7 @@ class PlanAnnealer:
             self._before = self._hooks.codes()
 
     def _check_moments(self, model: nn.Module, optimizers: Iterable[Any]) -> None:
-        """After one step: whether the optimizer keeps what the plan will be made of."""
+        """After one step: checks that the optimizer keeps what the plan will be made from."""
         self._checked = True
         if self.plan is None and reads(self.settings.method, "curvature"):
             try:
@@ -214,13 +213,13 @@ class PlanAnnealer:
                 ) from error
 
     def _after_step(self, step: int) -> None:
-        """After the first annealed step: whether every layer has gone through the grid."""
+        """After the first annealed step: checks that every layer has gone through the grid."""
         if self._hooks is not None and not self._used and step > self._began_at:
             self._hooks.check_used()
             self._used = True
 
     def _metrics(self) -> dict[str, float]:
-        """What to log of a step."""
+        """What to log for a step."""
         metrics = {"anneal/active": float(self._hooks is not None)}
         if self._hooks is not None and self._before:
             pairs = list(zip(self._before, self._hooks.codes(), strict=True))
@@ -231,7 +230,7 @@ class PlanAnnealer:
 
     @torch.no_grad()
     def _validate(self, model: nn.Module, batch: Any) -> None:
-        """Adds a batch to the losses on and off the grid, if it is the arguments of a transformers model."""
+        """Adds a batch to the losses on and off the grid, if it holds the arguments of a transformers model."""
         model = root_model(model)
         known = isinstance(model, PreTrainedModel) and isinstance(batch, Mapping) and "labels" in batch
         if self._hooks is None or not known:
@@ -250,7 +249,7 @@ class PlanAnnealer:
         self._losses = sums if self._losses is None else self._losses + sums
 
     def _validated(self, sums: Tensor | None) -> dict[str, float]:
-        """The mean losses of a validation, of all ranks' sums."""
+        """The mean losses of a validation run, from the sums of all ranks."""
         self._losses = None
         if sums is None:
             return {}
@@ -265,7 +264,7 @@ class PlanAnnealer:
         if self._hooks is None or self.grid is None or self.plan is None:
             rank_zero_warn(
                 f"{type(self).__name__}: training ended at step {step}, before annealing began at {self._first_step}: "
-                "the weights are on no grid, and no plan is written"
+                "the weights are not on a grid, and no plan is written"
             )
             return
         self._hooks.settle()
@@ -279,7 +278,7 @@ class PlanAnnealer:
             )
 
     def close(self) -> None:
-        """Gives the model its float weights back, where training was interrupted; a second call does nothing."""
+        """Gives the model its float weights back after an interruption; a second call does nothing."""
         if self._hooks is not None:
             self._hooks.close()
             self._hooks = None

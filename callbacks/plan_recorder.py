@@ -38,12 +38,12 @@ EXPERT_KEYS = 4096  # more curves than this are left out unless asked for: W&B s
 
 
 class PlanRecorder:
-    """What a callback inherits beside its trainer's own base class; arguments as in `RouterNormMonitor`.
+    """What a callback inherits in addition to its trainer's base class; arguments as in `RouterNormMonitor`.
 
     Reading is a collective under FSDP and ZeRO-3: `_start`, `_record` and `_finish` are called on all ranks.
 
     Attributes:
-        settings: What is asked of the plan.
+        settings: What is asked for.
         history: The recorded norms.
         curvature: Means of the optimizer's second moments, once training has ended, if it has any.
         plan: The plan, once training has ended.
@@ -102,7 +102,7 @@ class PlanRecorder:
 
         Args:
             folder: What ``export_to`` is relative to.
-            anew: Training starts at step 0, so that what another run has recorded does not count.
+            anew: Training starts at step 0, so what another run recorded does not count.
         """
         self._layers, self._warned = [], False
         self._stop_counting()
@@ -112,7 +112,7 @@ class PlanRecorder:
         self._files.prepare(folder)
 
     def _start(self, model: nn.Module, step: int) -> bool:
-        """Finds the layers, says what was found, and takes the baseline unless a checkpoint has brought one.
+        """Finds the layers, reports what was found, and takes the baseline unless a checkpoint brought one.
 
         Returns:
             Whether a record was taken.
@@ -124,7 +124,7 @@ class PlanRecorder:
         rank_zero_info(f"{type(self).__name__}: recording\n{as_text(layers_table(self._layers))}")
         if fresh.caveats:
             rank_zero_warn(f"{type(self).__name__}: {caveat_text(fresh.caveats)}.")
-        if self.history.steps and self.history.steps[-1] <= step:  # else it is of a run before this one
+        if self.history.steps and self.history.steps[-1] <= step:  # else it is from an earlier run
             if list(self.history.layers.items()) != list(fresh.layers.items()):
                 raise HistoryError(
                     f"the checkpoint's router norms are of layers {list(self.history.layers)}, this model has "
@@ -140,7 +140,7 @@ class PlanRecorder:
             rank_zero_warn(
                 f"{type(self).__name__}: training resumes at step {step} from a checkpoint without router norms for "
                 f"export_to={self.export_to!r}. The change is measured from here, not from the start of training; "
-                f'the plan will say "baseline": {{"step": {step}}}.'
+                f'the plan will have "baseline": {{"step": {step}}}.'
             )
         recorded = self._record(step)
         self._start_counting()
@@ -160,17 +160,17 @@ class PlanRecorder:
             self.history.add_load(self._counter.take(training=True))
 
     def _count_validation(self) -> None:
-        """Keeps what experts received in the validation that has just ended; a collective."""
+        """Keeps what experts received in the validation run that has just ended; a collective."""
         if self._counter is not None and (loads := self._counter.take(training=False)):
             self.history.loads["validation"] = loads
 
     def _check_restored(self, step: int, dtypes: list[str]) -> None:
-        """A resumed run whose routers are not those of the checkpoint would go on with a wrong model."""
+        """Raises if the routers of a resumed run are not the checkpoint's: it would train the wrong model."""
         if self.history.steps[-1] != step:
             return
         recorded = torch.cat(list(self.history.last.values()))
         now = router_norms(self._layers).to("cpu")
-        tolerance = 1e-5 if self.history.dtypes == dtypes else 1e-2  # a float32 run may go on in bfloat16
+        tolerance = 1e-5 if self.history.dtypes == dtypes else 1e-2  # a float32 run may resume in bfloat16
         if not torch.allclose(now, recorded, rtol=tolerance, atol=0, equal_nan=True):
             difference = float(((now - recorded).abs() / recorded.clamp(min=1e-30)).max())
             raise HistoryError(
@@ -182,7 +182,7 @@ class PlanRecorder:
     def _due(self, step: int, default_every: int) -> bool:
         """Whether a multiple of the interval was crossed since the last record.
 
-        Crossed, not hit: with two optimizers Lightning's ``global_step`` rises by two a batch.
+        Crossed, not hit: with two optimizers Lightning's ``global_step`` rises by two per batch.
         """
         every = self.every_n_steps or default_every
         return bool(every) and step // every > self.history.steps[-1] // every
@@ -195,11 +195,11 @@ class PlanRecorder:
         self.history.record(step, router_norms(self._layers))
         if not self._warned and (broken := self.history.not_finite(last_only=True)):
             self._warned = True
-            rank_zero_warn(f"{type(self).__name__}: {broken}. Has training diverged? No plan can be made of this.")
+            rank_zero_warn(f"{type(self).__name__}: {broken}. Has training diverged? No plan can be made from these.")
         return True
 
     def _record_final(self, step: int) -> bool:
-        """The last record, of the weights as they are now, also where this step was recorded before they changed.
+        """Takes the last record, of the weights as they are now, even if this step was recorded before they changed.
 
         Returns:
             Whether there is something new to log.
@@ -216,7 +216,7 @@ class PlanRecorder:
         return True
 
     def _metrics(self) -> dict[str, float]:
-        """The last record for a logger, experts included up to `EXPERT_KEYS` of them."""
+        """The last record for a logger, with up to `EXPERT_KEYS` experts one by one."""
         experts = sum(layer.num_experts for layer in self._layers)
         metrics = self.history.metrics(experts <= EXPERT_KEYS if self.log_experts is None else self.log_experts)
         before, self._logged_load = self._logged_load, dict(self.history.loads.get("training", {}))
@@ -226,14 +226,14 @@ class PlanRecorder:
     def _finish(
         self, writes: bool, optimizers: Sequence[Any], losses: Iterable[Callable[[], torch.Tensor | None]] = ()
     ) -> PrecisionPlan | None:
-        """History, curvature and plan; returns the plan if it was written.
+        """Writes history, curvature and plan; returns the plan if it was written.
 
         A full disk does not stop the run, whose other callbacks may still save the model: see `RunFiles`.
 
         Args:
             writes: Whether this rank writes files.
-            optimizers: That have trained the experts, for their second moments.
-            losses: Losses of training batches, for squared gradients in their place if `curvature_batches` is given.
+            optimizers: Those that trained the experts, for their second moments.
+            losses: Losses of training batches, for squared gradients instead if `curvature_batches` is given.
         """
         self._stop_counting()
         if len(self.history.steps) < 2:
@@ -245,7 +245,7 @@ class PlanRecorder:
         self.history.measure_variance(self._layers)
         self.curvature = self._curvature(optimizers, losses)
         if writes:
-            self._files.paths.curvature.unlink(missing_ok=True)  # of an earlier run
+            self._files.paths.curvature.unlink(missing_ok=True)  # from an earlier run
             if self.curvature is not None:
                 self._files.write(self.curvature.save, self._files.paths.curvature)
         try:
@@ -284,7 +284,7 @@ class PlanRecorder:
                 with left_as_it_is(self._model):
                     taken = list(islice(losses, self.curvature_batches))
                     if len(taken) < self.curvature_batches:
-                        rank_zero_warn(f"{type(self).__name__}: there are {len(taken)} batches to take gradients of.")
+                        rank_zero_warn(f"{type(self).__name__}: only {len(taken)} batches to take gradients on.")
                     return curvature_of_losses(self._layers, taken)
             return curvature_of(self._layers, optimizers)
         except CurvatureError as error:

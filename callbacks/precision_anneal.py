@@ -1,4 +1,4 @@
-"""The Lightning callback that lets training end on a plan: the last steps go through the quantization grid."""
+"""The Lightning callback that ends training on a plan: the last steps go through the quantization grid."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ class PrecisionAnneal(PlanAnnealer, Callback):
     At ``start`` the plan is made, if none is given, and scales and offsets are fixed. From then on forward passes use
     the nearest weights on that grid and gradients go straight through to the float weights, which the optimizer keeps.
     When training ends the float weights are moved onto the grid, and plan and grid are written: ``moe-precision
-    quantize`` packs exactly the codes that training ended on. Put it in front of `SavePretrained`.
+    quantize`` packs exactly the codes that training ended on. List it before `SavePretrained`.
 
     =========================  =====================================================================
     Logged key                 Value, at ``step=trainer.global_step``
     =========================  =====================================================================
     ``anneal/active``          1 from ``start`` on, 0 before
-    ``anneal/flips``           share of codes that the step changed, of a sample of each matrix
+    ``anneal/flips``           share of codes that the step changed, in a sample of each matrix
     ``anneal/val_loss``        loss of the transformers model on the validation batches, on the grid
-    ``anneal/val_loss_float``  the same of the float weights that the optimizer keeps, same step
+    ``anneal/val_loss_float``  the same with the float weights that the optimizer keeps, same step
     =========================  =====================================================================
 
-    The two losses take two more forward passes of every validation batch, and are there where a batch is the keyword
-    arguments of a transformers model, labels among them.
+    The two losses take two more forward passes of every validation batch. They are logged if a batch holds the keyword
+    arguments of a transformers model, labels included.
 
     Args:
         start: When to begin: a share of ``max_steps`` below 1, or a step.
-        plan: A `PrecisionPlan`, its dict or its path; None makes one at ``start``. The curvature file beside a path
-            weighs the fit of the grid where the optimizer has no second moments yet (``start=0``).
+        plan: A `PrecisionPlan` or its path; None makes one at ``start``. The curvature file beside a path
+            weights the fit of the grid where the optimizer has no second moments yet (``start=0``).
         method: How widths are chosen, if no plan is given; a method that reads router norms needs
             `RouterNormMonitor` in the Trainer. ``router_norm`` is the paper's rule; ``curvature`` minimizes the
             predicted increase of the loss. ``moe-precision plan --help`` lists all of them.
@@ -65,7 +65,7 @@ class PrecisionAnneal(PlanAnnealer, Callback):
 
     Raises:
         ValueError: At construction if method, levels and average do not go together; when training starts if the plan
-            is of another model, ``start`` is not before the end, an expert weight is frozen or behind an adapter, or
+            is for another model, ``start`` is not before the end, an expert weight is frozen or behind an adapter, or
             weights are averaged.
 
     Example:
@@ -85,19 +85,17 @@ class PrecisionAnneal(PlanAnnealer, Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
                 raise AnnealError(
-                    f"{type(callback).__name__} averages weights of several steps, which are on no grid: leave it out, "
-                    "or average first and anneal the average afterwards"
+                    f"{type(callback).__name__} averages weights of several steps, which are not on a grid: leave it "
+                    "out, or average first and anneal the average afterwards"
                 )
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks[: callbacks.index(self)]:
             if isinstance(callback, SavePretrained):
-                raise AnnealError(
-                    "SavePretrained saves the weights before they are on the grid: put it behind this one"
-                )
+                raise AnnealError("SavePretrained saves the weights before they are on the grid: put it after this one")
         for callback in callbacks[callbacks.index(self) + 1 :]:
             if isinstance(callback, RouterNormMonitor):
                 raise AnnealError(
-                    "RouterNormMonitor would make its plan of weights that are on the grid: put it in front of this one"
+                    "RouterNormMonitor would make its plan from weights that are on the grid: put it before this one"
                 )
         # A checkpoint is restored after setup, and nothing is written in a fast_dev_run.
         folder = None if trainer.fast_dev_run else trainer.default_root_dir  # type: ignore[attr-defined]
@@ -178,6 +176,6 @@ class PrecisionAnneal(PlanAnnealer, Callback):
 
 
 def _history(trainer: Trainer) -> RouterNormHistory | None:
-    """What `RouterNormMonitor` has recorded in this run, if it is in the Trainer."""
+    """What `RouterNormMonitor` recorded in this run, if the Trainer has one."""
     monitors = [c for c in trainer.callbacks if isinstance(c, RouterNormMonitor)]  # type: ignore[attr-defined]
     return monitors[0].history if monitors else None

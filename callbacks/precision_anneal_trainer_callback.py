@@ -1,4 +1,4 @@
-"""The same for transformers' Trainer: the last steps go through the quantization grid of a precision plan."""
+"""The callback that ends training on a plan, for transformers' Trainer: the last steps go through its grid."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
     From ``start`` on every forward pass uses the quantized expert weights. When training ends the model's weights are
     on the grid: ``trainer.save_model(folder)`` afterwards, and ``moe-precision quantize folder annealed_plan.json out``
     packs exactly the codes that training ended on. The grid is part of every checkpoint, so that
-    ``resume_from_checkpoint`` goes on with it. With ``report_to="wandb"`` its curves stand beside the Trainer's own;
+    ``resume_from_checkpoint`` continues with it. With ``report_to="wandb"`` its curves appear beside the Trainer's own;
     the losses of an evaluation, on the grid and off it, take two more forward passes.
 
     Args:
@@ -61,7 +61,7 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
         if args.load_best_model_at_end:
             raise AnnealError(
                 "load_best_model_at_end brings back weights of an earlier step, not those that ended on the grid: "
-                "leave it out"
+                "leave this option out"
             )
         if args.n_gpu > 1:
             raise AnnealError(
@@ -75,7 +75,7 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
                 self.grid.check_router_norms(self._norms(model), f"grid {saved}")
             except GridError as error:
                 raise GridError(f"{error} {NOT_RESTORED}") from error
-            rank_zero_info(f"PrecisionAnnealTrainerCallback: goes on with the grid of {saved}")
+            rank_zero_info(f"PrecisionAnnealTrainerCallback: continues with the grid of {saved}")
         history = None if self._history_of is None else self._history_of.history
         self._check(model, state.global_step, state.max_steps, history)
 

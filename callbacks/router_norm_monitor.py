@@ -1,4 +1,4 @@
-"""The Lightning callback that watches each expert's router row and writes a precision plan when training ends."""
+"""The Lightning callback that records each expert's router norm and writes a precision plan when training ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RouterNormMonitor(PlanRecorder, Callback):
     """Logs the L2 norm of each expert's router weights and exports a precision plan at the end of training.
 
     The norms are read when training starts (the baseline), every ``every_n_steps`` optimizer steps, and when it ends.
-    They travel with the checkpoint, baseline included, so that an interrupted run goes on where it was. The plan ranks
+    Checkpoints hold them, baseline included, so an interrupted run resumes with all its records. The plan ranks
     experts by how much their router norm changed (arXiv 2604.06515).
 
     ========================================  ======================================================================
@@ -29,8 +29,8 @@ class RouterNormMonitor(PlanRecorder, Callback):
     ``router_norm/layer_03/{min,median,max}`` the same over the layer's experts
     ``router_norm_change/layer_03/{...}``     min, median and max of the change since the baseline
     ``expert_load/layer_03/{min,median,max}`` tokens of the least, median and most loaded expert since the last record,
-                                              in even shares: 1 is as many as if all got the same
-    ``plan/changed``                          share of experts whose bits the last record has changed: 0 once settled
+                                              1 is an equal share of the tokens
+    ``plan/changed``                          share of experts whose bits the last record changed: 0 once settled
     ========================================  ======================================================================
 
     Args:
@@ -54,8 +54,8 @@ class RouterNormMonitor(PlanRecorder, Callback):
         export_to: Path of the plan, relative to the Trainer's ``default_root_dir``. The recorded norms are written
             beside it: ``precision_plan.history.safetensors``. It also names the callback's state in checkpoints: keep
             it when you resume.
-        log_experts: Log a curve for each expert, not only the aggregates; None does up to 4,096 experts. The plan and
-            the history have all of them in any case.
+        log_experts: Log a curve for each expert, not only the aggregates; None does for up to 4,096 experts. The plan
+            and the history always have all of them.
         curvature_batches: Take the curvature from squared gradients of this many more training batches, after the last
             step and at its weights; None reads the optimizer's second moments, which costs nothing. For optimizers
             that have none (SGD, Muon, Lion).
@@ -66,9 +66,9 @@ class RouterNormMonitor(PlanRecorder, Callback):
 
     Raises:
         ValueError: At construction if method, levels and average do not go together; when training starts if the model
-            has no experts or the group size does not divide.
+            has no experts or the group size does not divide an input width.
         OSError: In ``setup``, if ``export_to`` cannot be written; in ``on_fit_end``, if it could not be written after
-            all (a full disk), when all other callbacks have done their work.
+            all (a full disk), after all other callbacks have done their work.
 
     Example:
         >>> monitor = RouterNormMonitor(average_bits=2.5, bits=(2, 3), export_to="precision_plan.json")
@@ -90,14 +90,14 @@ class RouterNormMonitor(PlanRecorder, Callback):
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
                 rank_zero_warn(
                     f"RouterNormMonitor: {type(callback).__name__} comes later in the list of callbacks and changes "
-                    "the weights after the last norms are read. Put RouterNormMonitor behind it."
+                    "the weights after the last norms are read. Put RouterNormMonitor after it."
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.curvature_batches is not None and not pl_module.automatic_optimization:
             raise ValueError(
                 f"curvature_batches={self.curvature_batches} needs automatic optimization: this module steps its own "
-                "optimizers, so that its loss cannot be had without a step"
+                "optimizers, so its loss cannot be computed without a step"
             )
         # strategy.model: FSDP1's root unit is around the LightningModule
         if self._start(trainer.strategy.model or pl_module, trainer.global_step):
@@ -155,7 +155,7 @@ def _losses(trainer: Trainer, pl_module: LightningModule) -> Iterator[Callable[[
 
     def loss_of(batch: Any, index: int) -> Tensor | None:
         batch = strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-        hook, pl_module._current_fx_name = pl_module._current_fx_name, "training_step"  # where self.log is allowed
+        hook, pl_module._current_fx_name = pl_module._current_fx_name, "training_step"  # in which self.log is allowed
         try:
             output = strategy.training_step(batch, index)
         finally:

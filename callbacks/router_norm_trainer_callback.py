@@ -1,4 +1,4 @@
-"""The same for transformers' Trainer: router norms during training, a precision plan at the end."""
+"""The callback that records router norms for transformers' Trainer, and writes a precision plan when training ends."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _STATE = "router_norms.safetensors"
 class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
     """Records the L2 norm of each expert's router weights under ``transformers.Trainer`` and exports a precision plan.
 
-    What `RouterNormMonitor` is for Lightning, with the same history and the same plan for the same weights. A record is
-    taken with every checkpoint and written into its folder, so that ``resume_from_checkpoint`` goes on with the
-    original baseline, and a run whose routers were not restored stops with an error. The norms are looked for in
-    ``output_dir/checkpoint-N`` and in ``TrainingArguments.resume_from_checkpoint``: to go on in another folder, name
-    the checkpoint there too. With ``report_to="wandb"`` the curves stand beside the Trainer's own, over
-    ``train/global_step``; other trackers cannot be reached from a callback, and the history file has all of it.
+    Works as `RouterNormMonitor` does for Lightning, and gives equal histories and plans for equal weights. A record is
+    taken with every checkpoint and written into its folder, so ``resume_from_checkpoint`` continues with the original
+    baseline, and a run whose routers were not restored stops with an error. The norms are looked for in
+    ``output_dir/checkpoint-N`` and in ``TrainingArguments.resume_from_checkpoint``: to resume in another folder, name
+    the checkpoint there too. With ``report_to="wandb"`` the curves appear beside the Trainer's own, over
+    ``train/global_step``; a callback cannot reach other trackers, but the history file holds everything.
 
     Args:
         method: How widths are chosen. ``router_norm`` is the paper's rule; ``curvature`` minimizes the
@@ -47,12 +47,11 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         expert_pattern: Regular expression that names the experts' weights.
         every_n_steps: Optimizer steps between records; None takes ``logging_steps``.
         export_to: Path of the plan, relative to ``output_dir``; the history is written beside it.
-        log_experts: Log a curve for each expert, not only the aggregates; None does up to 4,096 experts. The plan and
-            the history have all of them in any case.
+        log_experts: Log a curve for each expert, not only the aggregates; None does for up to 4,096 experts. The plan
+            and the history always have all of them.
         curvature_batches: Take the curvature from squared gradients of this many more training batches, after the last
             step and at its weights; None reads the optimizer's second moments, which costs nothing. For optimizers
-            that have none (SGD, Muon, Lion). On one
-            process.
+            that have none (SGD, Muon, Lion). On a single process only.
 
     Attributes:
         history: The recorded norms.
@@ -76,7 +75,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         if saved is not None:
             self.history = RouterNormHistory.load(saved)
             self.history.max_variance = {}
-            rank_zero_info(f"RouterNormTrainerCallback: goes on with the router norms of {saved}")
+            rank_zero_info(f"RouterNormTrainerCallback: continues with the router norms of {saved}")
         if self._start(model, state.global_step):
             self._log(state)
 
@@ -100,7 +99,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
             self._log(state)
         optimizers = [kwargs["optimizer"]] if kwargs.get("optimizer") is not None else []
         losses: Iterator[Callable[[], Tensor | None]] = iter(())
-        if args.world_size == 1:  # else the model is inside of DDP or FSDP, where a callback cannot reach
+        if args.world_size == 1:  # else the model is inside DDP or FSDP, where a callback cannot reach
             losses = _losses(kwargs["model"], kwargs.get("train_dataloader"))
         plan = self._finish(state.is_world_process_zero, optimizers, losses)
         if plan is not None and (run := current_run()) is not None:
@@ -117,7 +116,7 @@ def _losses(model: Any, batches: Any) -> Iterator[Callable[[], Tensor | None]]:
     device = next(model.parameters()).device
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor | None:
-        model.train()  # an evaluation may have come last
+        model.train()  # an evaluation may have run last
         loss: Tensor | None = model(**{key: value.to(device) for key, value in batch.items()}).loss
         return loss
 
@@ -131,7 +130,7 @@ def state_file(args: TrainingArguments, state: TrainerState, name: str) -> Path:
 
 
 def saved_file(args: TrainingArguments, state: TrainerState, name: str) -> Path | None:
-    """That file in the checkpoint from which training resumes; None if it is not there, or training starts."""
+    """Path of that file in the checkpoint from which training resumes; None if it is not there, or training starts."""
     if state.global_step == 0:
         return None
     places = [state_file(args, state, name)]

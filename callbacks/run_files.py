@@ -15,12 +15,12 @@ class RunFiles:
     """A plan and the files beside it.
 
     A full disk does not stop the run, whose other callbacks may still save the model: `write` warns and remembers the
-    error, and `raise_error` raises it when all of them have done their work.
+    error, and `raise_error` raises it after all of them have done their work.
 
     Args:
         export_to: Path of the plan, relative to the folder of the run.
         owner: Name of the callback, for messages.
-        rescue: What a user can still do when a file could not be written, a sentence.
+        rescue: A sentence that says what a user can still do when a file could not be written.
 
     Raises:
         ValueError: ``export_to`` does not end in ``.json``.

@@ -49,7 +49,7 @@ class SavePretrained(Callback):
             return
         if any(hasattr(module, "base_layer") or hasattr(module, "modules_to_save") for module in model.modules()):
             raise ValueError(
-                "SavePretrained: the model holds PEFT adapters, whose names no checkpoint of the base model has. Merge "
+                "SavePretrained: the model holds PEFT adapters, whose names are not those of the base model. Merge "
                 "them (model.merge_and_unload()) and call save_pretrained, then quantize that checkpoint"
             )
         # Whole tensors on the CPU of rank 0, under every strategy; a collective, so on all ranks.

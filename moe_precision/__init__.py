@@ -1,4 +1,4 @@
-"""Mixed-precision plans for Mixture-of-Experts models, read off training itself.
+"""Mixed-precision plans for Mixture-of-Experts models, derived from training itself.
 
 A callback records the L2 norm of every expert's router row during training and writes a precision plan at the end; a
 quantize step turns plan and weights into a smaller model. Importing this package registers the quantizer with
@@ -7,32 +7,44 @@ transformers, so that packed checkpoints load with ``from_pretrained``.
 
 from .allocation.allocator import allocate
 from .allocation.orders import bits_from_order, rank_experts
+from .checkpoints import Checkpoint, CheckpointError, StreamingError, load_model
 from .errors import MoEPrecisionError
-from .layers.module_tree import MoELayerError
-from .layers.moe_layers import MoELayer, find_moe_layers
+from .layers import MoELayer, MoELayerError, find_moe_layers
 from .plans.plan import PrecisionPlan
-from .plans.settings import AllocationError
+from .plans.settings import AllocationError, PlanSettings
 from .plans.widths import PlanError
 from .quantize import PlanQuantizationConfig, QuantizationError, UnsupportedLayoutError, quantize_model
+from .quantize.writer import quantize_checkpoint
+from .recording.curvature import Curvature, CurvatureError
 from .recording.history import HistoryError, RouterNormHistory
+from .recording.router_norms import router_norms
 from .version import __version__
 
 __all__ = [
     "AllocationError",
+    "Checkpoint",
+    "CheckpointError",
+    "Curvature",
+    "CurvatureError",
     "HistoryError",
     "MoELayer",
     "MoELayerError",
     "MoEPrecisionError",
     "PlanError",
     "PlanQuantizationConfig",
+    "PlanSettings",
     "PrecisionPlan",
     "QuantizationError",
     "RouterNormHistory",
+    "StreamingError",
     "UnsupportedLayoutError",
     "__version__",
     "allocate",
     "bits_from_order",
     "find_moe_layers",
+    "load_model",
+    "quantize_checkpoint",
     "quantize_model",
     "rank_experts",
+    "router_norms",
 ]

@@ -1,4 +1,4 @@
-"""Private names of torch, transformers and PEFT that this package leans on, each behind a name that says what for.
+"""Private names of torch, transformers and PEFT that this package relies on, each behind a name that says what it does.
 
 No public API offers what they do. Each has a test in `tests/test_compat.py` or `tests/test_compat_transformers.py`, so
 that a release that changes one of them fails there first, by name.
@@ -41,12 +41,12 @@ def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether a module is a convolution, whose 3-D weight is no bank of experts."""
+    """Whether a module is a convolution, whose 3-D weight is not a bank of experts."""
     return isinstance(module, nn.modules.conv._ConvNd)
 
 
 def forget_compiled_code() -> None:
-    """Makes torch.compile compile anew: compiled code does not see hooks that come or go."""
+    """Makes torch.compile compile again: compiled code does not see hooks that come or go."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 
@@ -66,17 +66,17 @@ def storage_users(tensor: Tensor) -> int:
 
 
 def in_backward_pass() -> bool:
-    """Whether this code runs inside of a backward pass: a forward pass here repeats an earlier one (checkpointing)."""
+    """Whether this code runs inside a backward pass: a forward pass here repeats an earlier one (checkpointing)."""
     return torch._C._current_graph_task_id() != -1
 
 
 def run_first_in_backward(node: Node) -> None:
-    """Makes a backward pass run a node as soon as its gradient is complete, before all others that wait."""
+    """Makes a backward pass run a node as soon as its gradient is complete, before all others that are waiting."""
     node._set_sequence_nr(2**63 - 1)  # type: ignore[attr-defined]
 
 
 def saved_tensors_hooks_are_set() -> bool:
-    """Whether hooks handle what forward passes keep now: activation checkpointing and offloading do so."""
+    """Whether hooks currently handle what forward passes keep: activation checkpointing and offloading do so."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
@@ -89,7 +89,7 @@ def has_int4_kernel() -> bool:
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """torch's form of codes ``(out, in)`` int32 from 0 to 15: uint8, two codes a byte, in an order of its own."""
+    """torch's form of codes ``(out, in)`` int32 from 0 to 15: uint8, two codes per byte, in an order of its own."""
     found: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     return found
 
@@ -169,7 +169,7 @@ def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dt
 
 
 def model_of_config(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A new model of a class and in the dtype of its config, which calling the class does not give."""
+    """A new model of a class in the dtype of its config, which calling the class ignores."""
     return model_class._from_config(config)
 
 

@@ -1,4 +1,4 @@
-"""Writing single files so that a reader never meets half of one: a temporary name in the same folder, then one rename.
+"""Writing single files so that a reader never sees half of one: a temporary name in the same folder, then one rename.
 
 Whole folders of a checkpoint are replaced by `checkpoints.folders`.
 """
@@ -45,7 +45,7 @@ def save_tensors(tensors: dict[str, Tensor], path: str | os.PathLike[str], metad
     with replaced_when_done(path) as temporary:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
-        except SafetensorError as error:  # its form of a full disk
+        except SafetensorError as error:  # how it reports a full disk
             raise OSError(errno.EIO, str(error), os.fspath(path)) from error
 
 

@@ -1,6 +1,7 @@
 """Small data and model modules that the YAML recipes name, and a text corpus that needs no download.
 
-They are examples to run and to copy; the rest of the library depends on none of them.
+They are examples to run and to copy. Commands that read text (`evaluate`, `compare`, ...) do so through the data
+modules; nothing else in the package depends on them.
 """
 
 from moe_precision.recipes.causal_lm import CausalLM

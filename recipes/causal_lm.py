@@ -1,6 +1,6 @@
 """A causal language model as a LightningModule: a transformers model, its loss, AdamW and a cosine schedule.
 
-The transformers model is the attribute `model`. The router's load-balancing loss is part of training and never of
+The transformers model is the attribute `model`. The router's load-balancing loss is part of the training loss, never of
 `val_loss`.
 """
 
@@ -57,8 +57,8 @@ def optimizer_and_schedule(
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int) -> Tensor:
     """Return Switch's load-balancing loss (arXiv 2101.03961, equations 4-6), the mean over the layers.
 
-    transformers' own puts the tokens of all layers together first, so it is content when an expert that no token uses
-    in one layer is overused in another.
+    transformers' own pools the tokens of all layers first, so an expert that no token uses in one layer and that is
+    overused in another goes unnoticed.
 
     Args:
         router_logits: For each layer, (..., E).
@@ -88,9 +88,9 @@ def shard_layers(model: PreTrainedModel, device_mesh: Any) -> None:
 
 
 def reach_all_experts(model: PreTrainedModel) -> None:
-    """Give experts that got no token a gradient of zero, for models with a module an expert (Switch, NLLB).
+    """Give experts that got no token a gradient of zero, for models with one module per expert (Switch, NLLB).
 
-    Without it processes disagree about which gradients exist, and DDP and FSDP2 wait for one another for ever.
+    Without it processes disagree about which gradients exist, and DDP and FSDP2 wait for each other forever.
     """
 
     def add_nothing(module: nn.Module, args: Any, output: Any) -> Any:
@@ -109,7 +109,7 @@ def check_config_or_checkpoint(config: dict[str, Any] | None, checkpoint: str | 
     if (config is None) == (checkpoint is None):
         raise ValueError(
             f"got config={config!r} and checkpoint={checkpoint!r}, expected exactly one: a config for a new model, or "
-            "a checkpoint to go on from (in YAML, set the other to null)"
+            "a checkpoint to start from (in YAML, set the other to null)"
         )
     if config is not None and "model_type" not in config:
         raise ValueError(f"config has the keys {sorted(config)}, expected 'model_type' among them, such as 'mixtral'")
@@ -144,7 +144,7 @@ def load_checkpoint(auto_class: Any, checkpoint: str, plan: str | None) -> PreTr
     if plan is None:
         return auto_class.from_pretrained(checkpoint, dtype=dtype)
     if getattr(config_of(checkpoint), "quantization_config", None) is not None:
-        raise ValueError(f"the checkpoint {checkpoint!r} is quantized already: give the float one that {plan!r} is of")
+        raise ValueError(f"the checkpoint {checkpoint!r} is quantized already: give the float one that {plan!r} is for")
     config = PlanQuantizationConfig(plan, curvature=existing("curvature", plan))
     model = auto_class.from_pretrained(checkpoint, dtype=dtype, quantization_config=config)
     model.requires_grad_(False)
@@ -178,7 +178,7 @@ def new_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pr
 class CausalLM(pl.LightningModule):
     """Train a transformers causal language model, from random weights or from a checkpoint.
 
-    Logs `train_loss` (with the router's load-balancing loss), `val_loss` (cross-entropy alone, nats a token) and
+    Logs `train_loss` (with the router's load-balancing loss), `val_loss` (cross-entropy alone, nats per token) and
     `val_perplexity`.
 
     Args:
@@ -194,7 +194,7 @@ class CausalLM(pl.LightningModule):
 
     Raises:
         ValueError: Not exactly one of `config` and `checkpoint` is given, `config` has no `model_type`, or `train` does
-            not go with the others.
+            not fit the other arguments.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class CausalLM(pl.LightningModule):
         if not hasattr(self.model.config, "router_aux_loss_coef"):
             loss = self.model(**batch, use_cache=False).loss  # ()
         else:
-            # Asked for in the call and not in the config: a saved config with it would put it into every later loss.
+            # Requested in the call, not in the config: a saved config with it would put it into every later loss.
             out = self.model(**batch, use_cache=False, output_router_logits=True)
             balance = load_balancing_loss(out.router_logits, self.model.config.num_experts_per_tok)
             loss = out.loss + self.model.config.router_aux_loss_coef * (balance - out.aux_loss)

@@ -50,7 +50,7 @@ def python_stdlib() -> DatasetDict:
     """Read the source of the running Python's standard library, without its tests.
 
     Returns:
-        Splits `train` and `validation` with the columns `path` (relative to the library) and `text`, one row a file,
+        Splits `train` and `validation` with the columns `path` (relative to the library) and `text`, one row per file,
         about 600 files and 10 million characters.
 
     Raises:
@@ -128,7 +128,7 @@ def load_text(dataset: str, dataset_config: str | None = None, text_column: str 
     """Load running text.
 
     Args:
-        dataset: `"python-stdlib"`; or a local file, folder or glob of UTF-8 text, one row a file, split by file (a
+        dataset: `"python-stdlib"`; or a local file, folder or glob of UTF-8 text, one row per file, split by file (a
             single file by position: its last tenth is the validation split); or a name for `datasets.load_dataset`.
         dataset_config: The configuration's name, for a `datasets` name only.
         text_column: The column that holds the text, for a `datasets` name only.
@@ -157,7 +157,7 @@ def functions_with_summaries(source: str) -> list[tuple[str, str]]:
 
     Returns:
         Pairs of a function's source, dedented and without its docstring, and the docstring's first line. Functions
-        whose body is nothing but the docstring, or stands on the docstring's own lines, are left out; so is everything
+        whose body is nothing but the docstring, or shares the docstring's lines, are left out; so is everything
         in a file that does not parse.
     """
     try:

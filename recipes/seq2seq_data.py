@@ -45,7 +45,7 @@ def random_span_mask(rows: int, length: int, generator: torch.Generator | None =
     noise_lengths = _random_segments(rows, noise, spans, generator)  # (B, S)
     ends = torch.stack([kept_lengths, noise_lengths], dim=2).flatten(1).cumsum(1)  # (B, 2 S)
     positions = torch.arange(length).expand(rows, -1).contiguous()  # (B, T)
-    return torch.searchsorted(ends, positions, right=True) % 2 == 1  # segments take turns: kept, noise, kept, …
+    return torch.searchsorted(ends, positions, right=True) % 2 == 1  # segments alternate: kept, noise, kept, …
 
 
 def _random_segments(rows: int, items: int, segments: int, generator: torch.Generator | None) -> Tensor:
@@ -103,12 +103,12 @@ class SummarizationDataModule(pl.LightningDataModule):
         tokenizer: Path or name of a pretrained tokenizer with the sentinels <extra_id_0> to <extra_id_99>. None trains
             a byte-level BPE on the training split.
         vocab_size: Size of the tokenizer that is trained here, sentinels included; ignored where one is given.
-        max_source_length: Longer documents are cut to so many tokens.
-        max_target_length: Longer summaries are cut to so many tokens.
+        max_source_length: Longer documents are cut to this many tokens.
+        max_target_length: Longer summaries are cut to this many tokens.
         batch_size: Documents in a batch, on each device.
         num_workers: Processes of each DataLoader. The examples are in memory, so 0 is fast.
-        max_train_examples: Use only so many training documents, a seeded sample. None uses all.
-        max_val_examples: The same for validation.
+        max_train_examples: Use at most this many training documents, a seeded sample. None uses all.
+        max_val_examples: At most this many validation documents, likewise.
         seed: Order of the examples and of the training batches.
 
     Raises:

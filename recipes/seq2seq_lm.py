@@ -1,7 +1,7 @@
 """A Switch Transformer as a LightningModule: pretrained by span corruption if need be, then trained to summarize.
 
 The Trainer's own fit is the summarization. The pretraining is a nested Trainer in `prepare_data`, so that whatever
-watches the fit sees the summarization alone; its result stays in the run's folder and is used again.
+watches the fit sees only the summarization; its result stays in the run's folder and is reused.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ SETTINGS_FILE = "pretraining.json"
 
 
 def training_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Return the cross-entropy, () in nats a token, plus a mixture's router z-loss and load-balancing loss.
+    """Return the cross-entropy, () in nats per token, plus a mixture's router z-loss and load-balancing loss.
 
     The load-balancing loss is that of `load_balancing_loss`, with the config's own coefficient.
     """
@@ -94,7 +94,7 @@ class SpanCorruption(pl.LightningModule):
         self.optimizer_args = (learning_rate, weight_decay, (0.9, 0.95), warmup_steps)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Corrupt the blocks anew and return the loss of restoring them."""
+        """Corrupt the blocks and return the loss of restoring them."""
         mask = random_span_mask(*batch.shape).to(batch.device)  # (B, T)
         inputs, labels = corrupt_spans(batch, mask, self.sentinel_ids, self.model.config.eos_token_id)
         loss = training_loss(self.model, {"input_ids": inputs, "labels": labels})
@@ -112,7 +112,7 @@ class Seq2SeqLM(pl.LightningModule):
     A new model (`config`) is first pretrained by span corruption on the data module's training text and left in
     `pretrained` under the Trainer's default_root_dir, where a later run with the same settings finds it. On several
     nodes that folder must be one that all of them see. Logs `train_loss` (with the routers' losses), `val_loss`
-    (cross-entropy alone, nats a token) and the F-measures `val_rouge1`, `val_rouge2`, `val_rougeL`.
+    (cross-entropy alone, nats per token) and the F-measures `val_rouge1`, `val_rouge2`, `val_rougeL`.
 
     Args:
         config: A new model: keyword arguments of `AutoConfig.for_model`, `model_type` among them. The vocabulary's size
@@ -132,7 +132,7 @@ class Seq2SeqLM(pl.LightningModule):
 
     Raises:
         ValueError: Not exactly one of `config` and `checkpoint` is given, `config` has no `model_type`, or `train` does
-            not go with the others.
+            not fit the other arguments.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class Seq2SeqLM(pl.LightningModule):
         unfinished.rename(folder)
 
     def _pretraining_settings(self, data: SummarizationDataModule) -> str:
-        """Return, as JSON, all that the pretrained model depends on; a model with other settings is not used again."""
+        """Return, as JSON, all that the pretrained model depends on; a model with other settings is not reused."""
         own = {"config", "weight_decay", "warmup_steps", *(key for key in self.hparams if key.startswith("pretrain_"))}
         text = ("dataset", "dataset_config", "document_column", "seed")
         vocabulary = json.dumps(data_tokenizer(self).get_vocab(), sort_keys=True)

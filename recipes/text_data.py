@@ -35,7 +35,7 @@ def train_tokenizer(
     Args:
         texts: Training texts; the first `TOKENIZER_SAMPLE_CHARS` characters are used.
         vocab_size: Number of tokens, the special ones included; small texts may give fewer.
-        extra_tokens: Special tokens beside `<pad>` (id 0) and `<eos>` (id 1).
+        extra_tokens: Special tokens in addition to `<pad>` (id 0) and `<eos>` (id 1).
 
     Returns:
         A tokenizer that knows every byte, so it needs no unknown token. It adds no special token on its own.
@@ -80,7 +80,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         PreTrainedTokenizerFast.from_pretrained(path) if folder_has_fast else AutoTokenizer.from_pretrained(path)
     )
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer {path!r} has no eos token; give one that has, the recipes end every text with it")
+        raise ValueError(f"tokenizer {path!r} has no eos token; give one that has: the recipes end every text with it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -94,8 +94,8 @@ def tokenize(
     Args:
         texts: The texts, in the order of the row.
         tokenizer: Must have an eos token.
-        max_tokens: Stop once there are so many tokens; the row is cut there. None keeps all.
-        desc: What the progress bar says.
+        max_tokens: Stop once there are this many tokens; the row is cut there. None keeps all.
+        desc: Label of the progress bar.
 
     Returns:
         int64, (tokens,).
@@ -120,7 +120,7 @@ def pack(tokens: Tensor, sequence_length: int, pad_token_id: int) -> tuple[Tenso
 
     Args:
         tokens: int64, (tokens,).
-        sequence_length: Tokens a block.
+        sequence_length: Tokens per block.
         pad_token_id: Fills the last block.
 
     Returns:
@@ -155,8 +155,8 @@ class TextDataModule(pl.LightningDataModule):
         sequence_length: Tokens in a block.
         batch_size: Blocks in a batch, on each device.
         num_workers: Processes of each DataLoader. The blocks are in memory, so 0 is fast.
-        max_train_tokens: Use only so many tokens of the training split, a seeded sample of its texts. None uses all.
-        max_val_tokens: The same for the validation split.
+        max_train_tokens: Use at most this many tokens of the training split, sampled by the seed. None uses all.
+        max_val_tokens: At most this many tokens of the validation split, likewise.
         seed: Order of the texts and of the training batches.
 
     Raises:

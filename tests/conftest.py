@@ -20,6 +20,13 @@ from transformers import PreTrainedModel
 from tests.support.models import build, train_on_stdlib
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever needs the trained model is slow."""
+    for item in items:
+        if "trained" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def mixtral() -> PreTrainedModel:
     return build("mixtral")

@@ -38,28 +38,7 @@ FORBIDDEN = {
     ("plans", "quantize"),
     ("recording", "quantize"),
 }  # whatever happens to the order
-KNOWN = {  # (module, imported module): arrows against the order or in a circle that are still there; it only shrinks
-    ("checkpoints.reading", "allocation.costs"),
-    ("checkpoints.reading", "recording.curvature"),
-    ("checkpoints.reading", "recording.router_norms"),
-    ("checkpoints.reading", "recording.signals"),
-}
 LONGEST, LONGEST_TEST = 300, 500  # lines
-KNOWN_LONG = {  # files above it without a reason that are still there; it only shrinks
-    "benchmarks/inference.py",
-    "benchmarks/studies/study.py",
-    "benchmarks/studies/study_report.py",
-    "callbacks/plan_recorder.py",
-    "moe_precision/layers/experts.py",
-    "moe_precision/quantize/hf.py",
-    "moe_precision/quantize/modules.py",
-    "moe_precision/quantize/writer.py",
-    "moe_precision/recording/curvature.py",
-    "moe_precision/recording/router_norms.py",
-    "tests/callbacks/test_router_norm_monitor.py",
-    "tests/quantize/test_kernels.py",
-    "tests/recording/test_curvature.py",
-}
 
 
 def files() -> dict[str, Path]:
@@ -80,7 +59,7 @@ NAMES = frozenset(FILES)
 
 
 def absolute(node: ast.ImportFrom, module: str) -> str | None:
-    """The dotted name after ``from``, without ``moe_precision``; None where it is outside of the package."""
+    """The dotted name after ``from``, without ``moe_precision``; None where it is outside the package."""
     if not node.level:
         inside = node.module is not None and (node.module + ".").startswith(PACKAGE + ".")
         return node.module.removeprefix(PACKAGE).removeprefix(".") if inside and node.module else None
@@ -131,13 +110,12 @@ def test_every_part_has_its_place():
 
 def test_imports_follow_the_data():
     arrows = {(one, other) for one, all_ in IMPORTS.items() for other in all_}
-    new = sorted(f"{one} imports {other}" for one, other in arrows - KNOWN if wrong(one, other))
+    new = sorted(f"{one} imports {other}" for one, other in arrows if wrong(one, other))
     assert not new, "against the order of tests/test_architecture.py:\n" + "\n".join(new)
-    assert arrows >= KNOWN, f"gone, so take them out of KNOWN: {sorted(KNOWN - arrows)}"
 
 
 def test_no_import_cycle():
-    known = {module: {other for other in all_ if (module, other) not in KNOWN} for module, all_ in IMPORTS.items()}
+    known = IMPORTS
     try:
         TopologicalSorter(known).prepare()
     except CycleError as error:
@@ -188,8 +166,7 @@ def test_files_stay_short():
         for path in [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.cpp")]:
             if too_long(path.read_text(encoding="utf-8"), LONGEST_TEST if folder == "tests" else LONGEST):
                 long.add(path.relative_to(ROOT).as_posix())
-    assert not long - KNOWN_LONG, f"split, or a line 'Long because ...' at the head: {sorted(long - KNOWN_LONG)}"
-    assert long >= KNOWN_LONG, f"short now, so take them out of KNOWN_LONG: {sorted(KNOWN_LONG - long)}"
+    assert not long, f"split, or a line 'Long because ...' at the head: {sorted(long)}"
 
 
 def test_a_reason_for_a_long_file_is_read():

@@ -1,4 +1,4 @@
-"""What this package relies on in private names of torch: a test each, by its name."""
+"""What this package relies on in private names of torch: one test each, by its name."""
 
 import re
 import weakref

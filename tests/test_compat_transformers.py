@@ -1,4 +1,4 @@
-"""What this package relies on in private names of transformers, PEFT and DeepSpeed: a test each, by its name."""
+"""What this package relies on in private names of transformers, PEFT and DeepSpeed: one test each, by its name."""
 
 from types import SimpleNamespace
 

@@ -21,7 +21,7 @@ class Parsed(BaseException):
 
 @pytest.fixture
 def only_parsed(monkeypatch):
-    """`main` and LightningCLI stop where they would begin to work."""
+    """`main` and LightningCLI stop where their work would begin."""
     for parser, method in ((argparse.ArgumentParser, "parse_args"), (LightningCLI, "parse_arguments")):
         parse = getattr(parser, method)
 
@@ -30,7 +30,7 @@ def only_parsed(monkeypatch):
             raise Parsed
 
         monkeypatch.setattr(parser, method, parse_and_stop)
-    monkeypatch.setattr("sys.argv", ["pytest"])  # LightningCLI warns where there are arguments beside its own
+    monkeypatch.setattr("sys.argv", ["pytest"])  # LightningCLI warns where there are arguments other than its own
     monkeypatch.chdir(ROOT)  # `--config recipes/...`
 
 

@@ -1,4 +1,4 @@
-"""Every block of Python in the README and docs runs, in the order of its page and in one folder a page.
+"""Every block of Python in the README and docs runs, in the order of its page and in one folder per page.
 
 What readers bring themselves stands in `given`: a module, data, a finished run. A block that cannot run has a comment
 before it that says why: ``<!-- not run: needs a GPU -->``.

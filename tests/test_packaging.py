@@ -17,6 +17,7 @@ import moe_precision
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_recipe_and_schema(tmp_path):
     source = tmp_path / "source"  # a copy, so that nothing is left behind in the checkout
     source.mkdir()
@@ -79,11 +80,11 @@ def test_public_names_exist():
 
 DISTRIBUTIONS = {"yaml": "pyyaml", "auto_round_kernel": "auto-round-lib"}  # others have the name of the import
 OF_THE_USERS_RUN = {"bitsandbytes", "deepspeed"}  # imported where the user's own run has imported them before
-LAZY_MODULES = {"triton_grouped.py"}  # imported inside of functions alone
+LAZY_MODULES = {"triton_grouped.py"}  # imported only inside functions
 
 
 def imported(tree: ast.AST, lazy: bool) -> Iterator[tuple[str, bool]]:
-    """Every imported top-level name of other projects, and whether only a function that runs imports it."""
+    """Every imported top-level name of other projects, and whether only functions import it, when they run."""
     for node in ast.iter_child_nodes(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.level == 0:

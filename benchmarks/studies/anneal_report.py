@@ -1,4 +1,4 @@
-"""The tables of docs/annealing-tables.md, from what anneal_study.py has left."""
+"""The tables of docs/annealing-tables.md, from the results of anneal_study.py."""
 
 import json
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ are nats per token, means over seeds ± half of the 95 % interval; *rare* is the
 in training.
 """
 
-Runs = list[dict[str, Any]]  # the results of one model, a seed each
+Runs = list[dict[str, Any]]  # the results of one model, one per seed
 
 
 def load(study: dict[str, Any], root: Path) -> dict[str, Runs]:
-    """Results by model, those that are there."""
+    """Results by model, as far as they exist."""
     found = {}
     for name in study["annealing"]["models"]:
         paths = sorted((root / name).glob("seed_*/annealing.json"))
@@ -31,7 +31,7 @@ def load(study: dict[str, Any], root: Path) -> dict[str, Runs]:
 
 
 def increases(runs: Runs, key: str, float_key: str, band: str = "mean") -> list[float]:
-    """Of each seed the loss of a result over that of the float model after as many steps."""
+    """For each seed, the loss of a result minus that of the float model after as many steps."""
     return [run[key][band] - run[float_key][band] for run in runs if key in run and float_key in run]
 
 

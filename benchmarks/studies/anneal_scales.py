@@ -1,4 +1,4 @@
-"""Other ways with the scales while training anneals, for comparison: `PrecisionAnneal` fixes them at its start."""
+"""Other treatments of the scales during annealing, for comparison: `PrecisionAnneal` fixes them at its start."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ _BETAS = (0.9, 0.95)
 
 
 class RefittedScales(PrecisionAnneal):
-    """Fits scales and offsets anew to the float weights, every ``refit_every`` steps."""
+    """Refits scales and offsets to the float weights, every ``refit_every`` steps."""
 
     def __init__(self, refit_every: int = 10, **settings: Any) -> None:
         super().__init__(**settings)
@@ -54,7 +54,7 @@ class LearnedScales(PrecisionAnneal):
             scale.grad, offset.grad = gradients
             self._learned.append((place, scale, offset))
             hook = self._watch(place, (scale, offset), gradients)
-            place.module.register_forward_pre_hook(hook)  # behind the grid's own
+            place.module.register_forward_pre_hook(hook)  # after the grid's own
         values = [tensor for _, *pair in self._learned for tensor in pair]
         self._adam = torch.optim.Adam(values, betas=_BETAS)
 

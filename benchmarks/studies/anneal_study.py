@@ -3,9 +3,9 @@
     python -m benchmarks.studies.anneal_study --output runs/anneal --workers 2
     python -m benchmarks.studies.anneal_study --output runs/anneal --report
 
-Trains what `annealing` in study.yaml says, keeps whole checkpoints shortly before the end, and takes the last
-steps of each in every way. All of them, the float control too, go on from the same checkpoint over the same batches.
-Every result is kept, so that an interrupted study goes on where it was.
+Trains what `annealing` in study.yaml says, keeps whole checkpoints shortly before the end, and takes the last steps of
+each in every way. All of them, the float control too, continue from the same checkpoint over the same batches. Every
+result is kept, so an interrupted study resumes where it stopped.
 """
 
 import json
@@ -49,7 +49,7 @@ BEST: Setting = {"method": "curvature", "granularity": "expert+projection"}
 
 
 class RoutersOnly(PrecisionAnneal):
-    """Quantizes the experts at ``start`` and trains nothing but routers from then on."""
+    """Quantizes the experts at ``start`` and trains only routers from then on."""
 
     def _begin(self, model: nn.Module, *args: Any) -> None:
         super()._begin(model, *args)
@@ -61,7 +61,7 @@ class RoutersOnly(PrecisionAnneal):
             layer.router_weight().requires_grad_(True)
 
     def _after_step(self, step: int) -> None:
-        """The experts go through no grid: they are on it."""
+        """The experts do not go through a grid: they are on it."""
 
 
 class AnnealStudy:
@@ -86,7 +86,7 @@ class AnnealStudy:
         self.results: dict[str, Any] = json.loads(self._file.read_text("utf-8")) if self._file.is_file() else {}
 
     def steps(self, share: float) -> int:
-        """Steps that a share of all steps is."""
+        """The number of steps in a share of all steps."""
         return round(share * self.model["max_steps"])
 
     def losses(self, model: Any) -> dict[str, float]:
@@ -116,7 +116,7 @@ class AnnealStudy:
                 temporary.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
 
     def annealed(self, share: float, callback: type[PrecisionAnneal] = PrecisionAnneal, **settings: Any) -> Any:
-        """Losses of a run whose last share is annealed, or finished in the manner of another callback."""
+        """Losses of a run whose last share is annealed, or finished with another callback."""
         settings = {"bits": self.settings["bits"], "group_size": self.model["group_size"], **settings}
         anneal = callback(start=self.starts[share], **settings)
         model = self.finish(share, self.monitor(), anneal)
@@ -124,11 +124,11 @@ class AnnealStudy:
         return self.losses(model) | {"stored_bits": anneal.plan.stored_bits}
 
     def monitor(self) -> RouterNormMonitor:
-        """Records router norms, whose history is in the checkpoints."""
+        """The callback that records router norms, with its history in the checkpoints."""
         return monitor_of(self.study, self.name)
 
     def run(self) -> None:
-        """Everything."""
+        """Runs everything."""
         self.afterwards()
         for key, losses_of in self.jobs():
             self.once(key, losses_of)
@@ -182,11 +182,11 @@ class AnnealStudy:
     def recovered(
         self, steps: int, budget: float | None = None, callback: type[PrecisionAnneal] | None = PrecisionAnneal
     ) -> dict[str, float]:
-        """Losses after more steps from the finished model, as recipes/recover.yaml takes them.
+        """Losses after more steps from the finished model, as in recipes/recover.yaml.
 
         Args:
             steps: How many; 0 for none.
-            budget: Average bits of the plan, made of the finished model; None stays in float.
+            budget: Average bits of the plan, made from the finished model; None stays in float.
             callback: How the steps are taken; None takes float steps and quantizes afterwards.
         """
         checkpoint, run = self.folder / "checkpoint", PlanFiles.of(self.folder / "precision_plan.json")
@@ -248,7 +248,7 @@ class AnnealStudy:
 
 
 def measure(study: Setting, name: str, seed: int, root: Path) -> str:
-    """Everything of one model and seed; return what was done."""
+    """Do everything for one model and seed; return what was done."""
     AnnealStudy(study, name, seed, root).run()
     return f"{name} {seed}: done"
 

@@ -1,4 +1,4 @@
-"""Other ways to quantize a matrix than ours, for comparison: each gives codes, scales and offsets as ours does."""
+"""Other ways to quantize a matrix, for comparison: each gives codes, scales and offsets as ours does."""
 
 from importlib.util import find_spec
 
@@ -34,7 +34,7 @@ def least_squares(
 def hqq(
     weight: Tensor, bits: int, group_size: int, column_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """HQQ with its default optimisation (``pip install moe-precision[benchmarks]``)."""
+    """HQQ with its default optimization (``pip install moe-precision[benchmarks]``)."""
     from hqq.core.quantize import Quantizer as HQQ
 
     source = weight.float().contiguous()

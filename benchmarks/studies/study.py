@@ -1,10 +1,12 @@
 """The study behind docs/evidence.md: four small models, several seeds, every allocator, two quantizers, one command.
 
+Long because everything that is measured on one trained model is one class.
+
     python -m benchmarks.studies.study --output runs/study --workers 2
     python -m benchmarks.studies.study --output runs/study --report
 
-The first trains and compares what study.yaml says, which takes hours on CPU cores; every model and result is a
-file, so that an interrupted study goes on where it was. The second prints the tables of what is there.
+The first trains and compares what study.yaml lists, which takes hours on CPU cores; every model and result is a
+file, so an interrupted study resumes where it stopped. The second prints the tables of the results that exist.
 """
 
 import json
@@ -35,7 +37,7 @@ from moe_precision.judging.simulation import Bits, Matrix, SimulatedExperts
 from moe_precision.judging.statistics import rank_correlation
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.plans.beside import PlanFiles
-from moe_precision.plans.methods import METHODS
+from moe_precision.plans.methods import COST_METHODS, METHODS, ORDER_METHODS
 from moe_precision.plans.settings import PlanSettings
 from moe_precision.plans.widths import GRANULARITIES, stored_bits_per_weight
 from moe_precision.quantize.codec.fitting import quantize_matrix
@@ -43,13 +45,13 @@ from moe_precision.recording.curvature import Curvature
 from moe_precision.recording.gradients import curvature_of_losses
 from moe_precision.recording.history import RouterNormHistory
 
-ORDERS = ("router_norm", "norm_only", "final_norm", "max_variance", "load", "least_load", "reversed")
-ZETAS = (1.5, 2.0, 5.0)  # beside the paper's 3, which is `router_norm`, and `norm_only`
+ORDERS = tuple(method for method in ORDER_METHODS if method not in ("random", "uniform"))
+ZETAS = (1.5, 2.0, 5.0)  # in addition to the paper's 3, which is `router_norm`, and `norm_only`
 MAIN = [2, 3]
 
 
 class Study:
-    """One trained model and all that is measured on it.
+    """One trained model and everything that is measured on it.
 
     Args:
         study: The settings.
@@ -76,7 +78,7 @@ class Study:
         self.results: list[Setting] = []
 
     def score(self, simulated: SimulatedExperts, bits: Bits, quantizer: str) -> dict[str, float]:
-        """Increase of the held-out loss with some widths, in all and by band; the same widths are measured once."""
+        """Increase of the held-out loss with some widths, overall and by band; equal widths are measured only once."""
         key = (quantizer, *(width for layer in bits.values() for widths in layer.values() for width in widths))
         if key not in self._seen:
             simulated.apply(bits)
@@ -92,11 +94,11 @@ class Study:
         self.results.append(
             {
                 "method": method,
-                "granularity": plan.settings.get("granularity", "expert"),
+                "granularity": plan.settings.granularity,
                 "quantizer": quantizer,
                 "levels": levels,
-                "budget": plan.settings["average_bits"],
-                "seed": plan.settings.get("seed"),
+                "budget": plan.settings.average_bits,
+                "seed": plan.settings.seed if plan.method == "random" else None,
                 "stored_bits": plan.stored_bits,
             }
             | self.score(simulated, bits, quantizer)
@@ -136,9 +138,9 @@ class Study:
     def gradient_costs(self, simulated: SimulatedExperts, levels: Sequence[int]) -> dict[str, Costs]:
         """Costs by gradients of training batches at the final weights, which an optimizer does not keep.
 
-        ``squared_gradients`` is curvature from batches as large as training's, ``tail`` the same of the loss on the
-        rarest tenth of targets alone, and ``fisher`` is ``1/2 E (g . error)**2`` with the gradient ``g`` of a row: the
-        whole empirical Fisher matrix of each expert matrix and not its diagonal alone.
+        ``squared_gradients`` is curvature from batches as large as training's, ``tail`` is curvature of the loss on the
+        rarest tenth of targets only, and ``fisher`` is ``1/2 E (g . error)**2`` with the gradient ``g`` of a row: the
+        whole empirical Fisher matrix of each expert matrix and not just its diagonal.
         """
         with torch.no_grad():
             targets = [token_losses(self.model, batch)[1] for batch in self.gradient_batches]
@@ -213,7 +215,7 @@ class Study:
         }
 
     def allocators(self) -> None:
-        """Every allocator at every combination under our quantizer, the main ones under round to nearest too."""
+        """Scores every allocator at every combination with our quantizer, the main ones with round to nearest too."""
         every = sorted({level for combination in self.study["combinations"] for level in combination["bits"]})
         name = "unbiased gain, curvature"
         with SimulatedExperts(self.layers, every, self.group_size, self.curvature) as simulated:
@@ -241,7 +243,7 @@ class Study:
             self._combination(simulated, costs, MAIN, "round to nearest", MAIN, [2.25, 2.5])
 
     def _plan(self, method: str, budget: float, levels: list[int], costs: Costs | None = None, **more: Any) -> Any:
-        known = method if method in METHODS else "sensitivity"  # a variant: another method's way with other costs
+        known = method if method in METHODS else "sensitivity"  # a variant: another method's choice with other costs
         settings = PlanSettings(method=known, average_bits=budget, bits=levels, group_size=self.group_size, **more)
         return plan_from_signals(settings, self.final, self.baseline, costs)
 
@@ -267,7 +269,7 @@ class Study:
             for seed in range(self.study["random_draws"] if equally_spaced else 0):
                 self.add(simulated, self._plan("random", budget, levels, seed=seed), "random", quantizer, levels)
             for method, found in chosen.items():
-                judged = method in ("weight_error", "curvature", "sensitivity")
+                judged = method in COST_METHODS
                 if not judged and equally_spaced and levels != MAIN:
                     continue
                 for granularity in GRANULARITIES if judged else GRANULARITIES[:2]:
@@ -277,7 +279,7 @@ class Study:
     def _correlations(
         self, costs: dict[str, Costs], by_band: dict[str, Costs], levels: Sequence[int]
     ) -> dict[str, dict[str, float]]:
-        """Spearman's correlation of every signal with the sensitivity of experts at 2 bits, in all and by band."""
+        """Spearman's correlation of every signal with the sensitivity of experts at 2 bits, overall and by band."""
         column = list(levels).index(2)
 
         def of_experts(found: Costs, at: int) -> dict[str, Tensor]:
@@ -361,7 +363,7 @@ class Study:
         return bits
 
     def settling(self) -> list[Setting]:
-        """At every record: Kendall's tau of the changes with the last ones, and the share of other bits at 2.5."""
+        """At every record: Kendall's tau of the changes with the last ones, and the share of differing bits at 2.5."""
         last = self.history.changes()
 
         def bits_at(record: int) -> dict[str, list[int]]:
@@ -383,7 +385,7 @@ class Study:
 
 
 def measure(study: Setting, name: str, seed: int, root: Path) -> str:
-    """Everything of one model and seed, unless its result is there; return what was done."""
+    """Do everything for one model and seed, unless its result exists; return what was done."""
     result = folder_of(name, seed, root) / "result.json"
     if result.is_file():
         return f"{name} {seed}: found"

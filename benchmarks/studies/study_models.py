@@ -1,4 +1,4 @@
-"""The models of the studies: trained with the callback, a folder a model and seed, from the settings in study.yaml."""
+"""The models of the studies: trained with the callback by the settings in study.yaml, one folder per model and seed."""
 
 import argparse
 import copy
@@ -28,13 +28,13 @@ Setting = dict[str, Any]
 
 
 def settings_of(path: Path | None) -> Setting:
-    """The study's settings: of a file, or the ones that come with the package."""
+    """The study's settings, from a file or the ones in this folder."""
     text = Path(__file__).with_name("study.yaml") if path is None else path
     return yaml.safe_load(text.read_text(encoding="utf-8"))
 
 
 def language_reference(folder: Path) -> str:
-    """Write the language reference that ``help()`` prints, a file a topic, and return the folder."""
+    """Write the language reference that ``help()`` prints, one file per topic, and return the folder."""
     from pydoc_data.topics import topics
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def data_of(study: Setting, name: str, seed: int, root: Path) -> Any:
 
 
 def folder_of(name: str, seed: int, root: Path) -> Path:
-    """Where everything of one model and seed is kept."""
+    """The folder of one model and seed."""
     return root / name / f"seed_{seed}"
 
 
@@ -74,14 +74,14 @@ class _SaveAt(pl.Callback):
 
 
 def checkpoint_at(folder: Path, step: int) -> Path:
-    """The whole checkpoint that `train` has left at a step."""
+    """The whole checkpoint that `train` saved at a step."""
     return folder / f"step_{step}.ckpt"
 
 
 def trainer_of(
     study: Setting, name: str, folder: Path, callbacks: Sequence[pl.Callback], max_steps: int | None = None
 ) -> pl.Trainer:
-    """A quiet Trainer with a model's number of steps, or another one."""
+    """A quiet Trainer with a model's number of steps, or another number."""
     return pl.Trainer(
         default_root_dir=str(folder),
         max_steps=study["models"][name]["max_steps"] if max_steps is None else max_steps,
@@ -112,14 +112,14 @@ def monitor_of(study: Setting, name: str) -> RouterNormMonitor:
 
 
 def train(study: Setting, name: str, seed: int, root: Path, save_at: Sequence[int] = ()) -> Any:
-    """Train one model with the callback, unless its files are there; return its data module.
+    """Train one model with the callback, unless its files exist; return its data module.
 
     Args:
         study: The settings.
         name: The model's key in them.
         seed: Its seed.
         root: Folder of the study.
-        save_at: Steps at which `checkpoint_at` is left.
+        save_at: Steps at which to save what `checkpoint_at` returns.
     """
     model, folder = study["models"][name], folder_of(name, seed, root)
     if "from" in model:
@@ -146,7 +146,7 @@ def rows_of(batches: Iterable[Batch], count: int, size: int = 1) -> Iterator[Bat
 
 
 def merged(batches: Iterable[Batch], rows: int = 64) -> list[Batch]:
-    """Batches of the same shape joined up to so many rows, which are evaluated faster."""
+    """Batches of the same shape joined up to a number of rows, which are evaluated faster."""
     found: list[Batch] = []
     for batch in batches:
         last = found[-1] if found else {}
@@ -169,11 +169,11 @@ def run(
     """The command line of a study: measures every model and seed in worker processes, or prints the tables.
 
     Args:
-        arguments: Of the command; None for those of the process.
+        arguments: Those of the command; None for the process's own.
         description: What ``--help`` begins with.
         output: Folder, unless another is named.
         models_of: The models of the settings.
-        measure: Measures a model with a seed into a folder and says what was done; a function of a module.
+        measure: Measures a model with a seed into a folder and returns what was done; a module-level function.
         report: The tables of a folder.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -183,7 +183,7 @@ def run(
     parser.add_argument("--seeds", nargs="+", type=int, help="only these")
     parser.add_argument("--workers", type=int, default=1, help="processes, of --threads threads each (default 1)")
     parser.add_argument("--threads", type=int, default=1, help="default 1")
-    parser.add_argument("--report", action="store_true", help="print the tables of what is there")
+    parser.add_argument("--report", action="store_true", help="print the tables of the results that exist")
     options = parser.parse_args(arguments)
     study = settings_of(options.config)
     if options.report:
@@ -198,7 +198,7 @@ def run(
 
 
 def _quiet(threads: int) -> None:
-    """What a worker process sets once."""
+    """Sets up a worker process, once."""
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)

@@ -1,4 +1,7 @@
-"""The tables of docs/evidence.md, from the results that study.py has left: means over seeds, 95 % intervals."""
+"""The tables of docs/evidence.md, from the results of study.py: means over seeds, 95 % intervals.
+
+Long because it prints all tables of one page.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -10,6 +13,7 @@ import numpy as np
 from benchmarks.studies.study import MAIN
 from moe_precision.judging.evaluation import BANDS
 from moe_precision.judging.statistics import Interval, mean_of_runs, ratio_of_runs
+from moe_precision.plans.methods import COST_METHODS
 
 OURS = "unbiased gain, curvature"
 RTN = "round to nearest"
@@ -43,11 +47,11 @@ Printed by `python -m benchmarks.studies.study --report`; [evidence.md](evidence
 means over seeds ± half of the 95 % interval, or ratios with their interval.
 """
 
-Runs = list[dict[str, Any]]  # the results of one model, a seed each
+Runs = list[dict[str, Any]]  # the results of one model, one per seed
 
 
 def load(study: dict[str, Any], root: Path) -> dict[str, Runs]:
-    """Results by model, those that are there."""
+    """Results by model, as far as they exist."""
     found = {}
     for name in study["models"]:
         paths = sorted((root / name).glob("seed_*/result.json"))
@@ -65,7 +69,7 @@ def values(
     quantizer: str = OURS,
     key: str = "mean",
 ) -> list[float]:
-    """Of each seed the increase of the loss; the mean over its draws where there are several."""
+    """For each seed, the increase of the loss; the mean over its draws where there are several."""
     found = []
     for run in runs:
         of_run = [
@@ -90,7 +94,7 @@ def between(interval: Interval) -> str:
 
 
 def of_runs(numbers: Sequence[float], digits: int = 4) -> str:
-    """Mean of a number a seed ± half of its interval; a dash where there is none."""
+    """Mean of one number per seed ± half of its interval; a dash where there is none."""
     return plain(mean_of_runs(numbers), digits) if numbers else "-"
 
 
@@ -101,7 +105,7 @@ def markdown_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def _label(method: str, granularity: str) -> str:
-    several = method in ("weight_error", "curvature", "sensitivity", *VARIANTS)
+    several = method in (*COST_METHODS, *VARIANTS)
     return f"{method}, {granularity}" if several else method
 
 

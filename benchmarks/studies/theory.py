@@ -3,10 +3,10 @@
     python -m benchmarks.studies.theory --output runs/theory
 
 Two classes; a sample is a set of tokens of which one is relevant: one of two tokens of its class, a frequent and a rare
-one. A two-layer mixture of experts with expert-choice routing learns to tell the classes by SGD on the hinge loss; each
-expert starts aligned to one relevant token. The moment the data is learned, experts of rare tokens have changed their
-router's norm least; trained on long past it, the difference fades. Whether they also need the most bits depends on the
-quantizer. Under a minute on CPU.
+one. A two-layer mixture of experts with expert-choice routing learns to distinguish the classes by SGD on the hinge
+loss; each expert starts aligned to one relevant token. At the moment when the data is learned, experts of rare tokens
+have changed their router's norm least; with much longer training, the difference fades. Whether they also need the most
+bits depends on the quantizer. Takes under a minute on a CPU.
 """
 
 import argparse
@@ -77,7 +77,7 @@ class Mixture:
         return (self.signs * (gates * hidden).sum(-1)).sum(-1)
 
     def quantized(self, rare_bits: int, frequent_bits: int, quantizer: Quantizer) -> "Mixture":
-        """The same with experts quantized, one group a neuron; the router is left alone."""
+        """This mixture with experts quantized, one group per neuron; the router is left alone."""
         bits = [rare_bits if rare else frequent_bits for rare in self.rare]
         pairs = zip(self.experts, bits, strict=True)
         experts = [scaled(*quantizer(expert.detach(), width, WIDTH, None)) for expert, width in pairs]
@@ -86,12 +86,12 @@ class Mixture:
 
 @dataclass
 class Moment:
-    """What is seen at one moment of training.
+    """Measurements at one moment of training.
 
     Attributes:
         step: SGD steps taken.
         auc: Chance that an expert of a frequent token has changed its router norm more than one of a rare token.
-        errors: Quantizer and plan -> share of the test samples, as many of each relevant token, that are told wrongly.
+        errors: Quantizer and plan -> share of misclassified test samples, as many of each relevant token.
     """
 
     step: int
@@ -104,7 +104,7 @@ class Run:
     """One seed.
 
     Attributes:
-        learned: When no test sample was told wrongly for the first time.
+        learned: When all test samples were classified correctly for the first time.
         later: After `LONGER` times as many steps.
         steps: Of the curve.
         changes: Change of every router norm at these steps, ``(steps, E)``.
@@ -136,7 +136,7 @@ def sample(vocabulary: Tensor, relevant: Tensor, generator: torch.Generator) -> 
 
 
 def run(seed: int, rare_share: float) -> Run:
-    """Train until learned, and on.
+    """Train until learned, and beyond.
 
     Raises:
         RuntimeError: The data is not learned within `MOST_STEPS`.
@@ -189,7 +189,7 @@ def run(seed: int, rare_share: float) -> Run:
 
 
 def plot(first: Run, rare_share: float) -> Figure:
-    """Change of every router norm of one run, frequent and rare experts apart."""
+    """Change of every router norm of one run, frequent and rare experts separately."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axis = figure.subplots()
     for expert, rare in enumerate(first.rare):
@@ -224,7 +224,7 @@ def table(runs: Sequence[Run]) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the seeds, print the table, and leave a plot and all figures in the folder."""
+    """Run the seeds, print the table, and leave a plot and all numbers in the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/theory"), help="folder (default runs/theory)")
     parser.add_argument("--rare-share", type=float, default=0.1, help="of the samples, below 1/4 (default 0.1)")

@@ -1,1 +1,1 @@
-"""From what is known of each expert and a budget to a precision plan."""
+"""Makes a precision plan from what is known of each expert and a budget."""

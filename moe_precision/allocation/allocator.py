@@ -1,4 +1,4 @@
-"""From what is known of a model's experts and what is asked to a precision plan.
+"""Makes a precision plan from what is known of a model's experts and the settings that were asked for.
 
 `orders` has the paper's rule and the controls, `knapsack` the methods that know what each width costs.
 """
@@ -71,7 +71,7 @@ def allocate(
         expert_pattern: Names the experts' weights, as in `find_moe_layers`.
 
     Returns:
-        The plan. What it rests on and a reader must know is in its notes, and is warned about.
+        The plan. Its notes hold the assumptions that a reader must know, and each of them is warned about.
 
     Raises:
         AllocationError: Levels, budget or method are out of range, or a norm is not finite.

@@ -33,7 +33,7 @@ def expert_costs(
         layers: As found by `find_moe_layers`, with weights.
         widths: Candidate widths; 16 costs nothing.
         group_size: Weights that share a scale and an offset.
-        curvature: Weighs the fit and the errors, so that costs are in proportion to the predicted increase of the
+        curvature: Weights the fit and the errors, so that costs are in proportion to the predicted increase of the
             loss; None gives squared weight errors.
 
     Raises:
@@ -58,7 +58,7 @@ def costs_of_matrices(
     group_size: int,
     curvature: Curvature | None,
 ) -> Costs:
-    """`expert_costs` of matrices wherever they are: ``read`` gives those of a layer's projection, expert by expert."""
+    """Computes `expert_costs` of matrices wherever they are: ``read`` yields those of a layer's projection in order."""
     costs: Costs = {}
     total = sum(len(layer.banks) * layer.num_experts for layer in layers)
     with torch.no_grad(), tqdm(total=total, desc="costs", unit="matrix", disable=None) as bar:
@@ -144,8 +144,8 @@ def curvature_cost(weight: Tensor, quantized: Tensor, rows: Tensor, columns: Ten
     """What quantizing a matrix costs by a second-order expansion of the loss: ``1/2 sum v (Q - W)**2``.
 
     ``v``, Adam's bias-corrected second moment, stands for the diagonal of the Hessian (the empirical Fisher matrix) and
-    is taken as ``rows[i] * columns[j] / mean(v)``. Gradients are means over a batch, so that costs are too small by a
-    factor of about the number of tokens in it: the same for all matrices of a run, they compare and add up.
+    is taken as ``rows[i] * columns[j] / mean(v)``. Gradients are means over a batch, so costs are too small by a factor
+    of about the number of tokens in it. All matrices of a run share this factor, so costs can be compared and added.
 
     Args:
         weight: ``(out, in)``.

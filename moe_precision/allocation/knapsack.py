@@ -26,7 +26,7 @@ class Choice:
     Attributes:
         index: Index of the choice of each unit, ``(units,)``.
         cost: Its total cost.
-        gap: How far the cost may be above the best possible one, as a share of it; 0 where it is proven to be the best.
+        gap: How far the cost may be above the best possible one, as a share of it; 0 where it is proven optimal.
     """
 
     index: np.ndarray
@@ -76,12 +76,12 @@ def choose(costs: np.ndarray, sizes: np.ndarray, budget: int) -> Choice:
 
 
 def greedy(costs: np.ndarray, sizes: np.ndarray, budget: int) -> Choice:
-    """The same along the lower convex hull of each unit, steepest step first; its gap is that to the relaxed problem.
+    """Chooses along the lower convex hull of each unit, steepest step first; the gap is to the relaxed problem.
 
-    Args as in `choose`.
+    Arguments as in `choose`.
     """
     index = sizes.argmin(axis=1)
-    steps: list[tuple[float, int, int, int]] = []  # (cost saved a bit, unit, from, to)
+    steps: list[tuple[float, int, int, int]] = []  # (cost saved per bit, unit, from, to)
     for unit in range(len(costs)):
         current = int(index[unit])
         while True:
@@ -152,7 +152,7 @@ def least_cost_bits(layers: Mapping[str, LayerShape], costs: Costs, settings: Pl
         raise AllocationError("a cost is not finite: the weights or the curvature are damaged")
     alike = unit_costs.max(axis=1) == unit_costs.min(axis=1)  # experts that never had a gradient
     if alike.all():
-        raise AllocationError("no width costs more than another for any expert: there is nothing to choose by")
+        raise AllocationError("all widths cost the same for every expert: there is nothing to choose by")
     asked = settings.nominal_bits(layers) if stored_bits is None else stored_bits
     try:
         choice = _choose_where_it_matters(unit_costs, sizes, alike, int(exact(asked) * total))
@@ -166,7 +166,7 @@ def least_cost_bits(layers: Mapping[str, LayerShape], costs: Costs, settings: Pl
 
 
 def _choose_where_it_matters(costs: np.ndarray, sizes: np.ndarray, alike: np.ndarray, budget: int) -> Choice:
-    """`choose` for units that differ; the others get their smallest size, and in their order what is left over."""
+    """`choose` for units that differ; the others get their smallest size, and then, in order, what is left over."""
     index = sizes.argmin(axis=1)
     rest = budget - int(sizes[alike].min(axis=1).sum() if alike.any() else 0)
     choice = choose(costs[~alike], sizes[~alike], rest)

@@ -110,7 +110,7 @@ def _by_cost(
         notes["without_gradient"] = least.indifferent
         warnings.warn(
             f"for {least.indifferent} of the choices all widths cost the same, as for experts that never had a "
-            "gradient: they get the lowest width, and what others leave over; the plan notes it",
+            "gradient: they get the lowest width, and any bits that others leave over; the plan notes it",
             stacklevel=_STACKLEVEL,
         )
     plans = {}
@@ -127,7 +127,7 @@ def _by_cost(
 
 @dataclass(frozen=True)
 class _Reservation:
-    """Something that an order by router norms rests on, and that a reader of the plan must know."""
+    """An assumption behind an order by router norms, which a reader of the plan must know."""
 
     key: str
     value: Any

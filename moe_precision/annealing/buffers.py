@@ -17,7 +17,7 @@ class Buffers:
         self._free: dict[_Kind, list[Tensor]] = {}
 
     def take(self, like: Tensor) -> Tensor:
-        """An uninitialized tensor like another one."""
+        """An uninitialized tensor like another."""
         free = self._free.get(_kind(like), [])
         if free:
             return free.pop()
@@ -25,7 +25,7 @@ class Buffers:
             return torch.empty_like(like, requires_grad=False)
 
     def give(self, buffer: Tensor) -> bool:
-        """Back, for the next one, unless another tensor still shares its memory; returns whether it was taken."""
+        """Takes a tensor back for reuse, unless another still shares its memory; returns whether it did."""
         if storage_users(buffer) == 1:
             self._free.setdefault(_kind(buffer), []).append(buffer)
             return True

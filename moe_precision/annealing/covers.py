@@ -20,7 +20,7 @@ from ..quantize.codec.fitting import codes_on_grid
 from ..quantize.codec.grid import on_grid
 from .buffers import Buffers
 
-_CODES_COUNTED = 1 << 16  # of each parameter, about: enough for a share that a curve can show
+_CODES_COUNTED = 1 << 16  # about this many of each parameter: enough for a share shown as a curve
 
 
 class AnnealError(MoEPrecisionError, ValueError):
@@ -50,13 +50,13 @@ class Place:
         return weight
 
     def quantized(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        """On the grid, in the layout of the parameter; into ``out`` if it is given."""
+        """The weight on the grid, in the layout of the parameter; written into ``out`` if it is given."""
         out = torch.empty_like(weight) if out is None else out
         on_grid(self._bank(weight), self.bits, self.scale, self.offset, self._bank(out))
         return out
 
     def codes(self) -> Tensor:
-        """Codes that the weight has now, uint8, of evenly spaced rows; a collective under FSDP2."""
+        """The weight's codes now, uint8, of evenly spaced rows; a collective under FSDP2."""
         bank = self._bank(self._whole())
         step = -(-bank.numel() // _CODES_COUNTED)
         parts = [
@@ -101,7 +101,7 @@ class QuantizedAgain:
         return self._made[place]
 
     def forget(self) -> None:
-        """The float weights may have changed."""
+        """Drops all quantized weights: the float ones may have changed."""
         while self._made:
             self._buffers.give(self._made.popitem()[1])
 
@@ -142,14 +142,14 @@ class Cover:
         self._handles: list[Any] = []
 
     def attach(self) -> None:
-        """Puts the hooks on."""
+        """Installs the hooks."""
         self._handles = [
             self._module.register_forward_pre_hook(self._cover),
             self._module.register_forward_hook(self._uncover, always_call=True),
         ]
 
     def close(self) -> None:
-        """Takes the hooks off, and gives the module its float weights back in the middle of a forward pass too."""
+        """Removes the hooks and gives the module its float weights back, even in the middle of a forward pass."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -159,7 +159,7 @@ class Cover:
         if self.lifted:
             return
         self._again.forget()
-        # checkpointing and offloading have hooks of their own: what they keep must not be used again
+        # checkpointing and offloading have hooks of their own: what they keep must not be reused
         reused = not torch.is_grad_enabled() or not saved_tensors_hooks_are_set()
         for place in self.places:
             weight = place.weight()
@@ -200,7 +200,7 @@ class Cover:
         return Saved(weight, version_of(weight), place, (tensor.shape, tensor.stride(), tensor.storage_offset()))
 
     def _unpack(self, saved: Saved) -> Tensor:
-        if version_of(saved.tensor) != saved.version:  # autograd itself does not look behind such hooks
+        if version_of(saved.tensor) != saved.version:  # autograd itself does not check behind such hooks
             what = "a tensor" if saved.place is None else f"the expert weight {saved.place.name!r}"
             raise RuntimeError(
                 f"{what} that the backward pass of {self.places[0].layer!r} needs has been modified by an inplace "

@@ -40,7 +40,7 @@ def check_trainable(layers: list[MoELayer]) -> None:
 
 
 def uncover(layers: list[MoELayer]) -> None:
-    """Takes off the hooks of a run that was interrupted, if there are any."""
+    """Removes the hooks that an interrupted run left, if any."""
     for layer in layers:
         for bank in layer.banks.values():
             for weight in bank.weights:
@@ -53,7 +53,7 @@ class GridHooks:
     """Puts every expert weight on a grid during forward passes, until it is closed.
 
     Args:
-        layers: As found by `find_moe_layers`; fused banks or a module an expert.
+        layers: As found by `find_moe_layers`; fused banks or one module per expert.
         grid: Their grid.
 
     Raises:
@@ -94,20 +94,20 @@ class GridHooks:
         forget_compiled_code()
 
     def close(self) -> None:
-        """Takes the hooks off; a second call does nothing."""
+        """Removes the hooks; a second call does nothing."""
         for cover in self._covers:
             cover.close()
         forget_compiled_code()
 
     def check_used(self) -> None:
-        """Raises `AnnealError` if a projection of a layer has got no gradient, or a wrong one, through the grid."""
+        """Raises `AnnealError` if a projection of a layer has no gradient, or a wrong one, through the grid."""
         used = {(place.layer, place.projection) for place in self._places if place.gradients and not place.lost}
         for place in self._places:
             if (place.layer, place.projection) not in used:
                 raise AnnealError(
                     f"no expert of {place.layer!r} has learned through its quantized {place.projection!r}: the layer "
                     "took no part in the step, reads the weights without calling the modules that own them, or uses "
-                    "gradient checkpointing inside of them; such layers cannot be annealed"
+                    "gradient checkpointing inside them; such layers cannot be annealed"
                 )
 
     @contextmanager
@@ -123,7 +123,7 @@ class GridHooks:
 
     @torch.no_grad()
     def codes(self) -> list[Tensor]:
-        """Codes that the weights have now, uint8, for counting how many change: of evenly spaced rows of every matrix.
+        """The weights' codes now, uint8, for counting how many change: of evenly spaced rows of every matrix.
 
         A collective under FSDP2.
         """

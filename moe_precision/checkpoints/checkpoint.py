@@ -38,7 +38,7 @@ class Checkpoint:
     """A checkpoint folder, checked when it is made: config.json is there, and all weight files are there and intact.
 
     Files are opened when a tensor is first read, each once, and read without mapping them; `close`, or the end of a
-    ``with`` block, closes them. A pickled one is opened anew where it is unpickled.
+    ``with`` block, closes them. A pickled one is opened again where it is unpickled.
 
     Args:
         folder: What ``save_pretrained`` writes: config.json and safetensors files, one or several, with tensors under
@@ -97,7 +97,7 @@ class Checkpoint:
         """One tensor by its name on disk.
 
         Raises:
-            CheckpointError: There is none of this name.
+            CheckpointError: There is no tensor of this name.
         """
         found: Tensor = self._handle(name).get_tensor(name)
         return found
@@ -132,7 +132,7 @@ class Checkpoint:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Of config.json, else of the first floating tensor, as transformers takes it."""
+        """The dtype in config.json, else that of the first floating tensor, as transformers chooses it."""
         stored = (_DTYPES[tensor.dtype] for tensor in self.tensors.values() if tensor.dtype in _DTYPES)
         return self.config.dtype or next(stored, torch.float32)
 
@@ -191,7 +191,7 @@ class Checkpoint:
         """The router's weight of a layer, ``(rows, d)`` with row ``e`` belonging to expert ``e``, in the stored dtype.
 
         Raises:
-            CheckpointError: It is missing, or of another shape than the model of config.json has.
+            CheckpointError: It is missing, or its shape differs from that in the model of config.json.
             StreamingError: It is converted on loading.
         """
         return router_weight(self, layer)
@@ -202,10 +202,10 @@ class Checkpoint:
         Args:
             layer: One of `layers`.
             projection: Which matrix.
-            neurons_alone: Of the first projection the rows of the hidden neurons alone, ``(neurons, in)``.
+            neurons_alone: Only the rows of the hidden neurons, for the first projection, ``(neurons, in)``.
 
         Raises:
-            CheckpointError: A tensor is missing, or of another shape than the model of config.json has.
+            CheckpointError: A tensor is missing, or its shape differs from that in the model of config.json.
             StreamingError: transformers converts these tensors by more than renaming, stacking and joining.
         """
         return expert_matrices(self, layer, projection, neurons_alone)
@@ -241,13 +241,17 @@ def load_model(folder: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel
 
     Raises:
         CheckpointError: The folder is incomplete or damaged, or names a class that transformers does not have.
+
+    Example:
+        >>> load_model("checkpoint", dtype="float32").config.model_type
+        'mixtral'
     """
     return Checkpoint(folder).load(**kwargs)
 
 
 @contextmanager
 def opened(checkpoint: Checkpoint | str | os.PathLike[str]) -> Iterator[Checkpoint]:
-    """Yields a checkpoint that is open already as it is; opens a folder, and closes it at the end of the block."""
+    """Yields an open checkpoint as it is; opens a folder, and closes it at the end of the block."""
     if isinstance(checkpoint, Checkpoint):
         yield checkpoint
         return

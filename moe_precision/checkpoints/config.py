@@ -18,7 +18,7 @@ def config_of(checkpoint: str | os.PathLike[str]) -> PreTrainedConfig:
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """The ``quantization_config`` in a folder's config.json, or in the text model of it; None for a float checkpoint.
+    """The ``quantization_config`` in a folder's config.json, or in its text model's part; None for a float checkpoint.
 
     Raises:
         CheckpointError: config.json is damaged.

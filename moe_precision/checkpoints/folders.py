@@ -22,15 +22,15 @@ _LOCK = ".lock"
 
 
 def check_quantizing(checkpoint: Checkpoint, out: str | os.PathLike[str], *sources: Any) -> None:
-    """Checks that a checkpoint is float, and that writing ``out`` takes nothing away that is read.
+    """Checks that a checkpoint is float, and that writing ``out`` destroys nothing that is read.
 
     Args:
         checkpoint: The float checkpoint.
         out: Folder that will be written, or replaced.
-        sources: Whatever else is read; those that are paths are looked at.
+        sources: Whatever else is read; only paths are checked.
 
     Raises:
-        CheckpointError: The checkpoint is quantized already, or ``out`` lies in what is read or the other way round.
+        CheckpointError: The checkpoint is quantized already, or ``out`` lies in what is read or contains it.
     """
     if checkpoint.is_quantized:
         raise CheckpointError(f"{str(checkpoint.folder)!r} is quantized already; quantize the float checkpoint instead")
@@ -62,17 +62,17 @@ def folder_replaced_when_done(path: str | os.PathLike[str]) -> Iterator[Path]:
 def resumable_folder(path: str | os.PathLike[str], job: str) -> Iterator[Path]:
     """Yields a hidden folder beside ``path``, which takes its place if the block ends without an exception.
 
-    Whatever ends the block early, the files that are finished stay and are yielded again to the next call for this
-    job; only an empty folder is removed. So check all input before entering: an error that will come again each time is
-    best raised while there is nothing to keep. Entering removes what other jobs for ``path`` have left.
+    However the block ends early, finished files stay, and the next call for this job yields them again; only an empty
+    folder is removed. So check all input before entering: an error that would recur every time is best raised while
+    there is nothing to keep. Entering removes what other jobs for ``path`` left behind.
 
     Args:
         path: Where the folder goes when it is complete.
-        job: What is made, and of what: a hash, which is in the name of the folder.
+        job: A hash of what is made and from what; part of the folder's name.
 
     Raises:
         FileExistsError: ``path`` is a folder that holds something other than a checkpoint, a mount point, or a file.
-        BlockingIOError: Another process is at the same job.
+        BlockingIOError: Another process is working on the same job.
     """
     path = Path(path).resolve()
     _check_replaceable(path)
@@ -110,10 +110,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _check_replaceable(path: Path) -> None:
     if os.path.ismount(path):
-        raise FileExistsError(f"{str(path)!r} is a mount point, which cannot be replaced; name a folder inside of it")
+        raise FileExistsError(f"{str(path)!r} is a mount point, which cannot be replaced; name a folder inside it")
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file()):
         raise FileExistsError(
-            f"{str(path)!r} exists and is no checkpoint folder; choose another one, nothing is replaced"
+            f"{str(path)!r} exists and is not a checkpoint folder; nothing was replaced, choose another one"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
 

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint hold, by their headers alone: are all there and intact, and which tensor is where."""
+"""What the files of a checkpoint hold, by their headers alone: whether all are intact, and which tensor is where."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def weight_files(folder: Path) -> list[Path]:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{str(folder)!r} has no config.json; expected what save_pretrained writes")
     index = folder / "model.safetensors.index.json"
-    if not index.is_file() or (folder / "model.safetensors").is_file():  # as transformers: an old index is ignored
+    if not index.is_file() or (folder / "model.safetensors").is_file():  # as in transformers: an old index is ignored
         return [folder / "model.safetensors"]
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         return [folder / name for name in sorted(names)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # no UTF-8, no JSON, no map of names
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not UTF-8, not JSON, not a map of names
         raise CheckpointError(f"{str(index)!r} is damaged: {error}") from error
 
 

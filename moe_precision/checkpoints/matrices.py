@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..layers.moe_layers import MoELayer
-from .headers import CheckpointError
-from .sources import only_source, stacked_sources
-
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
+from .headers import CheckpointError, StoredTensor
+from .sources import Sources, only_source, stacked_sources
 
 
-def router_weight(checkpoint: Checkpoint, layer: MoELayer) -> Tensor:
+class StoredTensors(Protocol):
+    """What is needed of a `Checkpoint`."""
+
+    folder: Path
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def sources(self) -> Sources:
+        """Parameter of the model -> the tensors on disk that make it up."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by its name on disk."""
+
+    def slice(self, name: str) -> Any:
+        """A safetensors slice of one tensor."""
+
+
+def router_weight(checkpoint: StoredTensors, layer: MoELayer) -> Tensor:
     """The router's weight of a layer, ``(rows, d)`` with row ``e`` belonging to expert ``e``, in the stored dtype.
 
     Raises:
-        CheckpointError: It is missing, or of another shape than the model of config.json has.
+        CheckpointError: It is missing, or its shape differs from that in the model of config.json.
         StreamingError: It is converted on loading.
     """
     name = only_source(layer.router, checkpoint.sources)
@@ -34,7 +49,7 @@ def router_weight(checkpoint: Checkpoint, layer: MoELayer) -> Tensor:
 
 
 def expert_matrices(
-    checkpoint: Checkpoint, layer: MoELayer, projection: str, neurons_alone: bool = False
+    checkpoint: StoredTensors, layer: MoELayer, projection: str, neurons_alone: bool = False
 ) -> Iterator[Tensor]:
     """Yields one matrix of every expert in order, ``(out, in)`` in the stored dtype, one in memory at a time.
 
@@ -42,10 +57,10 @@ def expert_matrices(
         checkpoint: Where they are.
         layer: One of ``checkpoint.layers()``.
         projection: Which matrix.
-        neurons_alone: Of the first projection the rows of the hidden neurons alone, ``(neurons, in)``.
+        neurons_alone: Only the rows of the hidden neurons, for the first projection, ``(neurons, in)``.
 
     Raises:
-        CheckpointError: A tensor is missing, or of another shape than the model of config.json has.
+        CheckpointError: A tensor is missing, or its shape differs from that in the model of config.json.
         StreamingError: transformers converts these tensors by more than renaming, stacking and joining.
     """
     whole = torch.empty(layer.banks[projection].shape, device="meta")
@@ -59,7 +74,7 @@ def expert_matrices(
         yield matrix
 
 
-def _read(checkpoint: Checkpoint, layer: MoELayer, projection: str, neurons_alone: bool) -> Iterator[Tensor]:
+def _read(checkpoint: StoredTensors, layer: MoELayer, projection: str, neurons_alone: bool) -> Iterator[Tensor]:
     bank, sources = layer.banks[projection], checkpoint.sources
     parameter = bank.weights[0].name
     converted = [source for source in sources.get(parameter, []) if source.converter is not None]
@@ -70,7 +85,7 @@ def _read(checkpoint: Checkpoint, layer: MoELayer, projection: str, neurons_alon
             yield parts[0] if len(parts) == 1 else torch.cat(parts)
         return
     stored = [only_source(weight.name, sources) for weight in bank.weights]
-    if len(stored) > 1:  # a tensor for each expert
+    if len(stored) > 1:  # one tensor per expert
         matrices: Iterator[Tensor] = (checkpoint.read(name) for name in stored)
     else:
         (name,) = stored

@@ -53,7 +53,7 @@ Sources = dict[str, list[Source]]  # parameter -> what it is made of
 def sources_of(model: PreTrainedModel, names: Iterable[str]) -> Sources:
     """Parameter of the model -> the tensors on disk that make it up, in transformers' order.
 
-    Tensors that are no parameter of the model stand under the name that they would have.
+    Tensors that are not parameters of the model are listed under the name that they would have.
 
     Args:
         model: The float model, on any device.
@@ -86,7 +86,7 @@ def with_aliases(model: PreTrainedModel, sources: Sources) -> Sources:
 
 
 def only_source(parameter: str, sources: Mapping[str, list[Source]]) -> str:
-    """Name of the tensor on disk that is a parameter as it stands, renamed at most.
+    """Name of the tensor on disk that is a parameter unchanged, renamed at most.
 
     Raises:
         CheckpointError: There is none.
@@ -101,7 +101,7 @@ def only_source(parameter: str, sources: Mapping[str, list[Source]]) -> str:
 
 
 def stacked_sources(parameter: str, sources: Sequence[Source], slices: int) -> list[tuple[str, ...]]:
-    """For each slice of a 3-D parameter the names of the tensors on disk that are joined into it, gate before up.
+    """For each slice of a 3-D parameter, the names of the tensors on disk that are joined into it, gate before up.
 
     Args:
         parameter: Its name.
@@ -109,7 +109,7 @@ def stacked_sources(parameter: str, sources: Sequence[Source], slices: int) -> l
         slices: Size of its first dimension.
 
     Raises:
-        StreamingError: transformers does something other than to stack, and to join two stacks.
+        StreamingError: transformers does something other than stacking, or joining two stacks.
         CheckpointError: There are not as many tensors as slices.
     """
     converter = sources[0].converter

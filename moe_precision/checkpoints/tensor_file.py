@@ -1,7 +1,7 @@
 """The one format of files that hold named tensors: safetensors whose metadata states a format, a version and JSON.
 
-History, curvature and grid are each one `TensorFile`. Every way in which such a file can be damaged ends in the error
-of the kind that it should have held.
+History, curvature and grid are each one `TensorFile`. However such a file is damaged, reading it raises the error of
+its own kind.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class TensorFile:
 
         Raises:
             FileNotFoundError: No such file.
-            Exception: `error`, where it is truncated, no safetensors file, or of another format or version.
+            Exception: `error`, where it is truncated, not a safetensors file, or of another format or version.
         """
         name = os.fspath(path)
         if not os.path.isfile(path):
@@ -99,13 +99,13 @@ class Contents:
     metadata: dict[str, str]
 
     def damaged(self, reason: str) -> Exception:
-        """The error to raise for a file whose parts do not make up what it states to be."""
+        """The error to raise for a file whose contents do not match what it claims to be."""
         return self.file.error(
             f"{self.path!r} is not an intact {self.file.what} file: {reason}. Copy it again, or make it again"
         )
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """One tensor, checked to be of a shape if one is given."""
+        """One tensor; its shape is checked if one is given."""
         if name not in self.tensors:
             raise self.damaged(f"it has no tensor {name!r}")
         found = self.tensors[name]

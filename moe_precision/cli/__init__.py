@@ -1,4 +1,4 @@
-"""The command line, ``moe-precision COMMAND``: one file a command."""
+"""The command line, ``moe-precision COMMAND``: one file per command."""
 
 from .main import main
 

@@ -1,4 +1,4 @@
-"""``moe-precision compare``: every method on one's own model, at equal stored bits, with a verdict in words."""
+"""``moe-precision compare``: every method on your own model, at equal stored bits, with a verdict in words."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     if options.write_plan is not None:
         winner = found.winner(options.average_bits[0])
         if winner is None:
-            raise AllocationError("no method could be compared, there is no winner to write")
+            raise AllocationError("no method could be compared, so there is no winner to write")
         if curvature is not None:
             curvature.save(PlanFiles.of(options.write_plan).curvature)
         winner.plan.save(options.write_plan)
@@ -84,7 +84,7 @@ def _checked_outputs(options: argparse.Namespace) -> list[str]:
         if Path(options.write_plan).suffix != ".json":
             raise ValueError(f"--write-plan must end in .json, got {options.write_plan!r}")
         if all(METHODS[method].control for method in options.methods):
-            raise ValueError(f"--write-plan writes the winner, and {', '.join(options.methods)} are controls")
+            raise ValueError(f"--write-plan writes the winner, but {', '.join(options.methods)} are controls")
     if options.plot is not None and Path(options.plot).suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--plot must end in .png, .pdf or .svg, got {options.plot!r}")
     beside_plan = [] if options.write_plan is None else [str(PlanFiles.of(options.write_plan).curvature)]
@@ -121,15 +121,15 @@ def add_to(commands: Commands) -> None:
         commands,
         "compare",
         run,
-        "Judge every method on your own model: each at each budget, at equal stored bits, by the loss on held-out "
-        "text, with intervals, random draws and the tail; says in plain words which plan to use, and can write it.",
+        "Judge every method on your own model, at each budget and equal stored bits, by the loss on held-out text, "
+        "with intervals, random draws and the tail. Says in plain words which plan to use, and can write it.",
         "moe-precision compare runs/demo/checkpoint runs/demo/precision_plan.history.safetensors --group-size 64 "
         "--max-batches 8 --write-plan best.json",
     )
     command.add_argument("checkpoint", help="folder of the trained float checkpoint, with its tokenizer")
     command.add_argument("history", nargs="?", help="x.history.safetensors of its training; without it, final norms")
     command.add_argument(
-        "--curvature", metavar="FILE", help="x.curvature.safetensors (default: the one beside the history, if there)"
+        "--curvature", metavar="FILE", help="x.curvature.safetensors (default: the one beside the history, if any)"
     )
     command.add_argument(
         "--methods", nargs="+", default=list(ALL_METHODS), choices=list(ALL_METHODS), help="default: all of them"
@@ -141,10 +141,10 @@ def add_to(commands: Commands) -> None:
         nargs="+",
         default=["expert", "expert+projection"],
         choices=list(GRANULARITIES),
-        help="of the methods that know costs (default: expert and expert+projection)",
+        help="what shares a width, for the methods that know costs (default: expert and expert+projection)",
     )
     command.add_argument(
-        "--random-draws", type=positive, default=40, help="39 can show a difference at 5 %% (default 40)"
+        "--random-draws", type=positive, default=40, help="39 or more can show a difference at 5 %% (default 40)"
     )
     command.add_argument("--max-batches", type=positive, help="validation batches of 16 rows (default: all)")
     command.add_argument(
@@ -158,6 +158,6 @@ def add_to(commands: Commands) -> None:
         "--rouge-examples", type=count, default=32, help="documents to summarize, sequence-to-sequence (default 32)"
     )
     add_dataset(command)
-    command.add_argument("-o", "--output", metavar="JSON", help="write all figures")
-    command.add_argument("--plot", metavar="PNG", help="draw them")
+    command.add_argument("-o", "--output", metavar="JSON", help="write all numbers")
+    command.add_argument("--plot", metavar="PNG", help="plot them")
     command.add_argument("--write-plan", metavar="PLAN", help="write the winner's plan (and curvature beside it)")

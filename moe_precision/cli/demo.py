@@ -1,7 +1,7 @@
 """The whole way in one command: train a small Mixtral, make its plan, quantize, reload, compare.
 
-Every row of the table is a folder that was written to disk and loaded again with ``from_pretrained``. Controls stand
-beside the plan: the same counts of bits in random and in reversed order, and what curvature chooses for as many bits.
+Every row of the table is a folder that was written to disk and loaded again with ``from_pretrained``. Beside the plan
+there are controls: the same counts of bits in random and in reversed order, and what curvature chooses for that budget.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
     Returns:
         The rows of the table.
     """
-    disable_progress_bar()  # transformers', one for each of many small loads and saves
+    disable_progress_bar()  # transformers' own, one for each of many small loads and saves
     output.mkdir(parents=True, exist_ok=True)
     recipe = files("moe_precision.recipes").joinpath("pretrain_mixtral.yaml").read_text(encoding="utf-8")
     config = output / "recipe.yaml"
@@ -125,8 +125,8 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
         f"{rows[0].evaluation.tokens} validation tokens;\n"
         "rare: the tenth of them seen least in training. KL: divergence from the float model's predictions, mean nats\n"
         "per token; top-1: how often both find the same token most likely. random: one draw.\n"
-        "curvature: least predicted loss by the optimizer's second moments, over all layers at once; all rows are\n"
-        "fitted by them.\n\n"
+        "curvature: least predicted loss by the optimizer's second moments, over all layers at once; they weight the\n"
+        "fit of all rows.\n\n"
         f"In {output}: precision_plan.json, precision_plan.{{history,curvature}}.safetensors, router_norms.png,\n"
         "results.json, "
         "checkpoint/ (float), quantized-*/ (packed), checkpoints/ (to resume), wandb/ (offline run)"

@@ -1,4 +1,4 @@
-"""``moe-precision fit``: trains a recipe, a file or the name of one that comes with the package."""
+"""``moe-precision fit``: trains a recipe, given as a file or by the name of one in the package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def with_packaged_recipes(arguments: Sequence[str]) -> list[str]:
     A file of that name comes first. ``pretrain_mixtral`` and ``pretrain_mixtral.yaml`` are the same recipe.
 
     Raises:
-        FileNotFoundError: Neither a file nor a recipe of the package.
+        FileNotFoundError: The name is neither a file nor a recipe of the package.
     """
     found = list(arguments)
     for index, argument in enumerate(found):

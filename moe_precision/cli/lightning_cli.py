@@ -39,10 +39,10 @@ class FitCLI(LightningCLI):
             self._routers_only(config, anneals)
 
     def _routers_only(self, config: Any, anneals: list[Any]) -> None:
-        """The plan goes from the callback, which is left out, to the model."""
+        """Moves the plan from the callback, which is left out, to the model."""
         plans = [anneal.init_args.plan for anneal in anneals if anneal.init_args.plan is not None]
         if not plans:
-            raise ValueError("--train routers packs experts by a plan that is there: give --plan")
+            raise ValueError("--train routers packs experts by an existing plan: give --plan")
         arguments = config.model.init_args if "init_args" in config.model else config.model
         if "train" not in arguments:
             raise ValueError(

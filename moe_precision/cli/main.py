@@ -31,8 +31,8 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all commands; ``fit``'s own options are LightningCLI's."""
     found = argparse.ArgumentParser(
         prog="moe-precision",
-        description="Mixed-precision plans for Mixture-of-Experts models, read off training itself.",
-        epilog="moe-precision COMMAND --help explains a command by an example.",
+        description="Mixed-precision plans for Mixture-of-Experts models, derived from training itself.",
+        epilog="moe-precision COMMAND --help explains a command, with an example.",
     )
     found.add_argument("--version", action="version", version=__version__)
     commands = found.add_subparsers(dest="command", required=True, metavar="COMMAND")

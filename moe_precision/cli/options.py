@@ -39,7 +39,7 @@ def add_command(
 
 
 def add_dataset(command: Parser) -> None:
-    """``--dataset`` and ``--dataset-config``."""
+    """Adds ``--dataset`` and ``--dataset-config``."""
     command.add_argument(
         "--dataset",
         default="python-stdlib",
@@ -49,13 +49,13 @@ def add_dataset(command: Parser) -> None:
 
 
 def add_levels(command: Parser) -> None:
-    """``--bits`` and ``--group-size``."""
+    """Adds ``--bits`` and ``--group-size``."""
     command.add_argument("--bits", type=int, nargs="+", default=[2, 3], help="levels to choose from (default 2 3)")
     command.add_argument("--group-size", type=int, default=128, help="weights that share a scale (default 128)")
 
 
 def add_plan_settings(command: Parser, methods: tuple[MethodName, ...]) -> None:
-    """All options of `PlanSettings`, under their own names."""
+    """Adds all options of `PlanSettings`, under their own names."""
     listed = "; ".join(f"{name}: {METHODS[name].summary}" for name in methods)
     command.add_argument(
         "--method", default="router_norm", choices=methods, metavar="METHOD", help=f"{listed} (default router_norm)"
@@ -75,13 +75,13 @@ def add_plan_settings(command: Parser, methods: tuple[MethodName, ...]) -> None:
         help="what shares a width (default expert; the others for methods that know costs)",
     )
     command.add_argument("--seed", type=int, default=0, help=f"for --method {' and '.join(SEEDED)}")
-    command.add_argument("--zeta", type=float, default=ZETA, help="of the paper's reorder rule (default 3)")
+    command.add_argument("--zeta", type=float, default=ZETA, help="factor of the paper's reorder rule (default 3)")
     command.add_argument("--router-pattern", metavar="REGEX", help="names the routers' weights; see find_moe_layers")
     command.add_argument("--expert-pattern", metavar="REGEX", help="names the experts' weights; see find_moe_layers")
 
 
 def settings_of(options: argparse.Namespace) -> PlanSettings:
-    """What `add_plan_settings` read."""
+    """The settings that a command with `add_plan_settings` was given."""
     known = {one.name for one in fields(PlanSettings)}
     return PlanSettings(**{key: value for key, value in vars(options).items() if key in known})
 

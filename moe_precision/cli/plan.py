@@ -64,7 +64,7 @@ def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, Curvature | 
     made = None
     if options.curvature_batches is not None:
         if final is None:
-            raise ValueError("--curvature-batches takes gradients of the trained model: give its checkpoint")
+            raise ValueError("--curvature-batches takes gradients on the trained model: give its checkpoint")
         made = curvature = _curvature_by_batches(options, settings, final, source)
     history = source if source is not None else initial
     try:
@@ -79,9 +79,9 @@ def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, Curvature | 
 def _curvature_by_batches(
     options: argparse.Namespace, settings: PlanSettings, checkpoint: str, history: str | None
 ) -> Curvature:
-    """Squared gradients of a checkpoint on training batches, after all that can be wrong with the plan is checked."""
+    """Squared gradients of a checkpoint on training batches, after all checks of the plan."""
     if options.curvature is not None:
-        raise ValueError("--curvature and --curvature-batches are two sources of one thing; give one")
+        raise ValueError("--curvature and --curvature-batches are two sources of the same values; give one")
     patterns = settings.patterns
     if not patterns and history is not None:
         patterns = RouterNormHistory.load(history).patterns
@@ -101,8 +101,8 @@ def add_to(commands: Commands) -> None:
         commands,
         "plan",
         run,
-        "Make a plan without training: with other bits from the norms that a run recorded, or from two checkpoints, "
-        "before and after a fine-tuning that was not recorded. Checkpoints are read tensor by tensor.",
+        "Make a plan without training again: with other bits from the norms that a run recorded, or from two "
+        "checkpoints, before and after a fine-tuning that was not recorded. Checkpoints are read tensor by tensor.",
         "moe-precision plan runs/demo/precision_plan.history.safetensors --average-bits 2.25 --bits 2 3 "
         "--group-size 64 -o plan_2.25.json\n"
         "  moe-precision plan --initial base-model --final finetuned-model -o plan.json",
@@ -111,17 +111,17 @@ def add_to(commands: Commands) -> None:
         "source",
         nargs="?",
         help="the history beside a plan (x.history.safetensors), or a checkpoint folder: without a history, experts "
-        "are ranked by their final norms and the plan says so",
+        "are ranked by their final norms and the plan notes it",
     )
     command.add_argument("--initial", metavar="FOLDER", help="the checkpoint that training started from")
     command.add_argument(
-        "--final", metavar="FOLDER", help="the trained checkpoint; with a history, its last norms and variances"
+        "--final", metavar="FOLDER", help="the trained checkpoint; with a history, gives last norms and variances"
     )
     add_plan_settings(command, PLAN_METHODS)
     command.add_argument(
         "--curvature",
         metavar="FILE",
-        help="x.curvature.safetensors, for --method curvature (default: the one beside the history, if there)",
+        help="x.curvature.safetensors, for --method curvature (default: the one beside the history, if any)",
     )
     command.add_argument(
         "--curvature-batches",

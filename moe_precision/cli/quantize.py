@@ -17,7 +17,7 @@ from .options import Commands, add_command, add_dataset, data_of, positive
 
 
 def run(options: argparse.Namespace) -> None:
-    """Quantizes the checkpoint and prints what came of it."""
+    """Quantizes the checkpoint and prints the result."""
     plan = PrecisionPlan.load(options.plan)
     check_writable(Path(options.out).parent / "config.json")
     if options.backend == "auto-round":
@@ -26,11 +26,11 @@ def run(options: argparse.Namespace) -> None:
     curvature = options.curvature or existing("curvature", options.plan)
     grid = options.grid or existing("grid", options.plan)
     if grid is not None:
-        print(f"takes scales and offsets from {grid}, on which training has ended")
+        print(f"takes scales and offsets from {grid}, which training ended on")
     elif curvature is not None:
-        print(f"weighs the fit by {curvature}")
+        print(f"weights the fit by {curvature}")
     else:
-        print("no curvature file: errors of all columns count alike")
+        print("no curvature file: errors in all columns count equally")
     quantize_checkpoint(
         options.checkpoint,
         plan,
@@ -53,7 +53,7 @@ def _quantize_with_auto_round(options: argparse.Namespace, plan: PrecisionPlan) 
     ours = {"--curvature": options.curvature, "--grid": options.grid, "--non-expert-bits": options.non_expert_bits}
     given = [name for name, value in ours.items() if value is not None]
     if given:
-        raise ValueError(f"{', '.join(given)}: not with --backend auto-round, which fits the weights itself")
+        raise ValueError(f"{', '.join(given)} cannot be used with --backend auto-round, which fits the weights itself")
     blocks: list[Any] = []
     if options.iterations:
         model = Checkpoint(options.checkpoint).meta_model()
@@ -71,7 +71,7 @@ def add_to(commands: Commands) -> None:
         commands,
         "quantize",
         run,
-        "Quantize a float checkpoint by a plan, a shard at a time, so that the model may be larger than memory; OUT "
+        "Quantize a float checkpoint by a plan, one shard at a time, so that the model may be larger than memory; OUT "
         "loads with from_pretrained after `import moe_precision`. An interrupted run resumes when it is started again.",
         "moe-precision quantize runs/demo/checkpoint runs/demo/precision_plan.json runs/demo/quantized",
     )
@@ -84,22 +84,22 @@ def add_to(commands: Commands) -> None:
     command.add_argument(
         "--curvature",
         metavar="FILE",
-        help="weighs the fit (default: x.curvature.safetensors beside the plan, if there)",
+        help="weights the fit (default: x.curvature.safetensors beside the plan, if any)",
     )
     command.add_argument(
-        "--grid", metavar="FILE", help="of PrecisionAnneal (default: x.grid.safetensors beside the plan, if there)"
+        "--grid", metavar="FILE", help="PrecisionAnneal's grid (default: x.grid.safetensors beside the plan, if any)"
     )
     command.add_argument(
         "--workers",
         type=positive,
         default=1,
-        help="processes that pack layers side by side; each holds one (default 1)",
+        help="processes that pack layers side by side; each holds one layer (default 1)",
     )
     command.add_argument(
         "--max-shard-size",
         metavar="SIZE",
         default="250MB",
-        help="of a packed file; memory holds one, and a larger layer has its own (default 250MB)",
+        help="size of a packed file; memory holds one, and a larger layer gets its own (default 250MB)",
     )
     command.add_argument(
         "--backend",
@@ -112,7 +112,7 @@ def add_to(commands: Commands) -> None:
         "--iterations",
         type=int,
         default=200,
-        help="of AutoRound's tuning per decoder layer; 0 rounds to the nearest, without text (default 200)",
+        help="steps of AutoRound's tuning per decoder layer; 0 rounds to the nearest, without text (default 200)",
     )
     command.add_argument(
         "--samples", type=positive, default=128, help="blocks of 256 training tokens to tune on (default 128)"

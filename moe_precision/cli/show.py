@@ -1,4 +1,4 @@
-"""``moe-precision show``: the bits of every expert, of a plan or of a quantized checkpoint."""
+"""``moe-precision show``: the bits of every expert in a plan or a quantized checkpoint."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def add_to(commands: Commands) -> None:
         commands,
         "show",
         run,
-        "Print the bits of every expert as a table, of a plan or of a checkpoint that AutoRound, GPTQModel, "
-        "llm-compressor or moe-precision quantized, or where two of them differ.",
+        "Print the bits of every expert as a table, from a plan or from a checkpoint that AutoRound, GPTQModel, "
+        "llm-compressor or moe-precision quantized; with --diff, print where two of them differ.",
         "moe-precision show runs/demo/precision_plan.json --diff plan_2.25.json\n"
         "  moe-precision show runs/demo/quantized-plan",
     )
     command.add_argument("plan", help="a plan's JSON file, or the folder of a quantized checkpoint")
-    command.add_argument("--diff", metavar="OTHER", help="another of either: print the experts whose bits differ")
+    command.add_argument("--diff", metavar="OTHER", help="a second plan or checkpoint: print where bits differ")

@@ -1,4 +1,4 @@
-"""A precision plan as another quantizer's own config; one file a target, and all names in `names`."""
+"""A precision plan as another quantizer's own config; one file per target, and all names in `names`."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ TARGETS: dict[str, Callable[..., Exported]] = _SERVED | {
 def export(
     plan: PrecisionPlan | dict[str, Any] | str | os.PathLike[str], to: str, engine: str | None = None
 ) -> Exported:
-    """Says a plan in another tool's words.
+    """Converts a plan to another tool's config.
 
     Args:
         plan: A plan, its dict, or the path of its file.
         to: A key of `TARGETS`.
-        engine: ``vllm`` or ``sglang``, of targets that write checkpoints for them: the export is one that the engine
-            serves.
+        engine: ``vllm`` or ``sglang``, for targets whose checkpoints these engines serve: makes an export that the
+            engine accepts.
 
     Returns:
         The config, its text, the plan as the target carries it out, and what a user has to know.
@@ -55,5 +55,5 @@ def export(
     if to in _SERVED:
         return _SERVED[to](plan, engine)
     if engine is not None:
-        raise ExportError(f"engine={engine!r} goes with {', '.join(_SERVED)}; {to} has formats of its own")
+        raise ExportError(f"engine={engine!r} works with {', '.join(_SERVED)}; {to} has formats of its own")
     return TARGETS[to](plan)

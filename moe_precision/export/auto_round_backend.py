@@ -1,7 +1,7 @@
 """A second quantizer behind the same plan: AutoRound, which tunes the rounding of weights on text.
 
 AutoRound patches transformers for its whole process (a float Mixtral that is loaded after it has random experts), so it
-runs in one of its own, which is this file as a module. What it writes is a checkpoint of its own kind.
+runs in a process of its own, with this file as the main module. What it writes is a checkpoint in its own format.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def quantize_with_auto_round(
     Args:
         checkpoint: Folder of a float checkpoint with its tokenizer.
         plan: A plan, or the path of its file.
-        out: Folder to write, in AutoRound's format; it appears in one step, when its bits have been read again.
+        out: Folder to write, in AutoRound's format; it appears in one step, once its bits have been read back.
         blocks: Text to tune on: token ids, each ``(tokens,)`` int64, all of one length.
         iterations: Steps of AutoRound's tuning for each decoder layer; 0 rounds to the nearest and needs no text.
 
@@ -55,7 +55,7 @@ def quantize_with_auto_round(
         AutoRoundError: AutoRound is missing, failed, or wrote other bits than the plan's.
         PlanError: The plan is for another model.
         ExportError: Experts that nothing is known to unfuse.
-        CheckpointError: The checkpoint is incomplete, or quantized already, or lies where ``out`` would take its place.
+        CheckpointError: The checkpoint is incomplete, or quantized already, or ``out`` would replace it.
     """
     if find_spec("auto_round") is None:
         raise AutoRoundError("AutoRound is not installed: pip install 'moe-precision[auto-round]'")
@@ -91,7 +91,7 @@ def quantize_with_auto_round(
 
 
 def _lift(folder: Path) -> None:
-    """AutoRound may write into a folder of the one that it is given."""
+    """Moves the checkpoint up to the folder that AutoRound was given: it may write into one inside it."""
     found = list(folder.glob("**/config.json"))
     if len(found) != 1:
         raise AutoRoundError(f"AutoRound wrote no checkpoint, or several: {[str(p) for p in found]}")
@@ -101,7 +101,7 @@ def _lift(folder: Path) -> None:
 
 
 def _run(checkpoint: str, out: str, given: str, group_size: int, iterations: int) -> None:
-    """In a process of its own."""
+    """Runs AutoRound; called in a process of its own."""
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -116,7 +116,7 @@ def _run(checkpoint: str, out: str, given: str, group_size: int, iterations: int
     rounder = AutoRound(
         model,
         AutoTokenizer.from_pretrained(checkpoint),
-        bits=4,  # of what is not named, which is nothing
+        bits=4,  # for what is not named, which is nothing
         group_size=group_size,
         layer_config=json.loads(Path(given, _LAYER_CONFIG).read_text(encoding="utf-8")),
         device_map="auto" if torch.cuda.is_available() else "cpu",

@@ -13,7 +13,7 @@ def export(plan: PrecisionPlan, engine: str | None = None) -> Exported:
     """For ``AutoRound(model, tokenizer, layer_config=...)``; names are those after AutoRound has unfused the experts.
 
     Raises:
-        ExportError: An engine that cannot serve the plan, or experts that nothing is known to unfuse.
+        ExportError: An engine that cannot serve the plan, or experts that no known rule unfuses.
     """
     plan, notes = for_engine(plan, engine, "AutoRound", (2, 3, 4, 5, 6, 7, 8), "GPTQ", GPTQ_OF_ENGINES)
     config = {}

@@ -1,4 +1,4 @@
-"""What an export is, and what every target checks first: does it have these widths, can experts of a layer differ."""
+"""What an export is, and what every target checks first: its widths, and whether experts of a layer may differ."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class ExportError(MoEPrecisionError, ValueError):
 
 @dataclass(frozen=True)
 class Exported:
-    """A plan in another tool's words.
+    """A plan as another tool's config.
 
     Attributes:
         config: The tool's own config as plain Python: what its API takes.
-        text: The same as its file holds it.
+        text: The config as its file holds it.
         plan: The plan as the target carries it out, after rounding widths that it does not have.
-        notes: What a user has to know, a sentence each: what was rounded, what is left to the tool.
+        notes: What a user has to know, one sentence each: what was rounded, what is left to the tool.
     """
 
     config: Any
@@ -40,11 +40,11 @@ def with_widths(plan: PrecisionPlan, have: Sequence[int], target: str) -> tuple[
 
     Args:
         plan: Any plan.
-        have: The target's widths, rising; 16 for matrices that are left alone is always among them.
+        have: The target's widths, ascending; 16 for matrices that are left alone is always among them.
         target: What to call the target in the note.
 
     Returns:
-        The plan to carry out, and a note for each width that was rounded; none where all are there.
+        The plan to carry out, and a note for each width that was rounded; none if it has them all.
     """
     return rounded(plan, lambda bits, layer, projection: next(b for b in (*have, 16) if b >= bits), target)
 
@@ -99,7 +99,7 @@ def check_granularity(plan: PrecisionPlan, finest: str, reason: str) -> None:
 def for_engine(
     plan: PrecisionPlan, engine: str | None, tool: str, have: Sequence[int], packing: str, served: Sequence[int]
 ) -> tuple[PrecisionPlan, list[str]]:
-    """`with_widths` of a tool, or of an inference engine that serves its checkpoints, in which a layer has one format.
+    """`with_widths` for a tool, or for an inference engine that serves its checkpoints with one format per layer.
 
     Args:
         plan: Any plan.

@@ -1,4 +1,4 @@
-"""llama.cpp's ``--tensor-type-file``: a GGUF type for each tensor of experts, one tensor a layer and projection."""
+"""llama.cpp's ``--tensor-type-file``: a GGUF type for each tensor of experts, one per layer and projection."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..plans.plan import PrecisionPlan
 from .exported import Exported, check_granularity, rounded
 from .names import all_places, gguf_tensor
 
-# nominal bits, type, weights a block, bits a weight takes with its share of the block's scales; ggml-common.h
+# nominal bits, type, weights per block, bits that a weight takes with its share of the block's scales; ggml-common.h
 _TYPES = (
     (1, "q1_0", 128, 1.125),
     (2, "q2_k", 256, 2.625),
@@ -24,7 +24,7 @@ _TYPES = (
 
 
 def gguf_type(bits: int, width: int) -> tuple[int, str, float]:
-    """The smallest type with at least so many bits whose blocks divide a row.
+    """The smallest type with at least ``bits`` bits whose blocks divide a row.
 
     Args:
         bits: Nominal bits of the plan.
@@ -40,7 +40,7 @@ def export(plan: PrecisionPlan) -> Exported:
     """For ``llama-quantize --tensor-type-file FILE in.gguf out.gguf Q8_0``.
 
     Raises:
-        ExportError: Experts of a layer differ, or the model is none that llama.cpp has.
+        ExportError: Experts of a layer differ, or llama.cpp does not have the model.
     """
     check_granularity(
         plan, "layer+projection", "GGUF keeps a matrix of all experts of a layer in one tensor of one type"
@@ -62,7 +62,7 @@ def export(plan: PrecisionPlan) -> Exported:
             stored += gguf_type(layer.projection_bits[projection][0], inp)[2] * size
             weights += size
     notes.append(
-        f"GGUF stores {stored / weights:.4g} bits an expert weight, in blocks of its own: group_size has no say"
+        f"GGUF stores {stored / weights:.4g} bits per expert weight, in blocks of its own: group_size has no effect"
     )
     notes.append(
         "every other tensor gets llama-quantize's last argument; it ignores this list if that is F16, BF16 or F32"

@@ -14,7 +14,7 @@ def export(plan: PrecisionPlan, engine: str | None = None) -> Exported:
     """For ``GPTQConfig(dynamic=...)`` or ``RTNConfig(dynamic=...)``; whatever the plan does not name is left alone.
 
     Raises:
-        ExportError: An engine that cannot serve the plan, or experts that nothing is known to unfuse.
+        ExportError: An engine that cannot serve the plan, or experts that no known rule unfuses.
     """
     plan, notes = for_engine(plan, engine, "GPTQModel", (2, 3, 4, 5, 6, 7, 8), "GPTQ", GPTQ_OF_ENGINES)
     config: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""llm-compressor's recipe, whose ``config_groups`` are those of compressed-tensors: a group a width."""
+"""llm-compressor's recipe, whose ``config_groups`` are those of compressed-tensors: one group per width."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def export(plan: PrecisionPlan, engine: str | None = None) -> Exported:
     Weights are asymmetric, which costs less at few bits; for an engine they are symmetric, as its kernels want them.
 
     Raises:
-        ExportError: An engine that cannot serve the plan, or experts that nothing is known to unfuse.
+        ExportError: An engine that cannot serve the plan, or experts that no known rule unfuses.
     """
     have = (1, 2, 3, 4, 5, 6, 7, 8)
     plan, notes = for_engine(plan, engine, "llm-compressor", have, "compressed-tensors", _OF_AN_ENGINE)

@@ -15,7 +15,7 @@ def export(plan: PrecisionPlan) -> Exported:
     """For ``mlx_lm.convert(quant_predicate=...)`` and config.json's ``quantization``; paths are of mlx-lm's modules.
 
     Raises:
-        ExportError: Experts of a layer differ, MLX does not have the group size, or no decoder of gate, up and down.
+        ExportError: Experts of a layer differ, MLX does not have the group size, or there is no gate, up and down.
     """
     parts = {place.part for place in all_places(plan)}
     if parts != {"gate_proj", "up_proj", "down_proj"}:
@@ -23,7 +23,7 @@ def export(plan: PrecisionPlan) -> Exported:
     check_granularity(plan, "layer+projection", "MLX keeps a matrix of all experts of a layer in one tensor")
     if plan.group_size not in _GROUP_SIZES:
         raise ExportError(
-            f"MLX has groups of {_GROUP_SIZES}, the plan of {plan.group_size}; make it with --group-size 64"
+            f"MLX has groups of {_GROUP_SIZES}, the plan has {plan.group_size}; make it with --group-size 64"
         )
     plan, notes = with_widths(plan, (1, 2, 3, 4, 5, 6, 8), "MLX")
     settings = {"group_size": plan.group_size, "mode": "affine"}

@@ -15,7 +15,7 @@ def export(plan: PrecisionPlan) -> Exported:
     """For ``mtq.quantize(model, config, forward_loop)``; whatever the plan does not name is left alone.
 
     Raises:
-        ExportError: Experts that nothing is known to unfuse.
+        ExportError: Experts that no known rule unfuses.
     """
     plan, notes = with_widths(plan, (2, 3, 4, 5, 6, 7, 8), "ModelOpt")
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]

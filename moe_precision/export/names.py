@@ -1,7 +1,7 @@
 """Where an expert's matrices are under the names of other tools; nothing else here knows them.
 
 Three spellings of one matrix: the module after *unfusing*, which every quantizer of single experts does to a fused
-layer (``model.layers.0.mlp.experts.3.gate_proj``); the name on the Hub, which transformers' conversion mapping tells
+layer (``model.layers.0.mlp.experts.3.gate_proj``); the name on the Hub, which transformers' conversion mapping gives
 (``model.layers.0.block_sparse_moe.experts.3.w1``); and the tensor of all experts in GGUF and MLX
 (``blk.0.ffn_gate_exps``, ``model.layers.0.block_sparse_moe.switch_mlp.gate_proj``).
 """
@@ -38,9 +38,9 @@ class Place:
         layer: Name of the layer in the plan.
         projection: Name of the matrix in the plan; gate and up share one where they are joined.
         part: Its own name after unfusing: ``gate_proj``, ``up_proj``, ``down_proj``, ``wi``, ...
-        module: Path of the module after unfusing, with ``{expert}`` in the place of the index.
-        hub: The same on the Hub; without ``{expert}`` where all experts are one tensor there too.
-        mixed: Containers as on the Hub, matrices as after unfusing: so transformers saves an unfused model.
+        module: Path of the module after unfusing, with ``{expert}`` in place of the index.
+        hub: Path of the module on the Hub; without ``{expert}`` where all experts are one tensor there too.
+        mixed: Containers as on the Hub, matrices as after unfusing: this is how transformers saves an unfused model.
         fused: Name of the parameter that holds all experts in the model, empty where each has a module.
     """
 
@@ -72,7 +72,7 @@ def places(layer: str, shape: LayerShape, model_type: str) -> list[Place]:
     """The matrices of a layer's experts in the order of the forward pass, gate and up apart.
 
     Raises:
-        ExportError: A plan that does not say where its experts are, or a layout that nothing is known to unfuse.
+        ExportError: A plan that does not say where its experts are, or a layout that no known rule unfuses.
     """
     if not shape.experts:
         raise ExportError(
@@ -112,7 +112,7 @@ class Rule:
     Attributes:
         bits: The width.
         modules: Regular expressions of the modules' whole names: after unfusing, and on the Hub if that differs.
-        layers: The same for the module that holds all experts of the layer.
+        layers: Regular expressions for the module that holds all experts of the layer.
     """
 
     bits: int
@@ -141,7 +141,7 @@ def rules(plan: PrecisionPlan) -> list[Rule]:
 
 
 def all_but_experts(plan: PrecisionPlan) -> str:
-    """A regular expression for modules outside of the experts, by whole names and by names inside of a block."""
+    """A regular expression for modules outside the experts, by whole names and by names inside a block."""
     experts: dict[str, None] = {}
     for place in all_places(plan):
         for path in (place.module, place.hub):
@@ -174,7 +174,7 @@ def block(layer: str) -> int:
     """
     numbers = [part for part in layer.split(".") if part.isdigit()]
     if len(numbers) != 1 or re.search(r"(^|\.)(encoder|decoder)\.", layer):
-        raise ExportError(f"layer {layer!r} is no block of a decoder-only model, which this target wants")
+        raise ExportError(f"layer {layer!r} is not a block of a decoder-only model, which this target needs")
     return int(numbers[0])
 
 

@@ -1,4 +1,4 @@
-"""The other way: the bits of every expert, read out of a checkpoint that this or another quantizer wrote.
+"""Reads the bits of every expert out of a checkpoint that this or another quantizer wrote.
 
 Shapes of packed tensors decide, not what a config says: a config can name experts that were never quantized.
 """
@@ -64,7 +64,7 @@ def _plan_of(checkpoint: Checkpoint) -> PrecisionPlan:
         return replace(plan, notes=_read_from(checkpoint, {plan.group_size}))
     if method not in (*_GPTQ, _COMPRESSED_TENSORS):
         raise CheckpointError(
-            f"{name} was quantized by {method!r}; read are {', '.join((*_GPTQ, _COMPRESSED_TENSORS))} and "
+            f"{name} was quantized by {method!r}; supported are {', '.join((*_GPTQ, _COMPRESSED_TENSORS))} and "
             f"{QUANT_METHOD}"
         )
     layers, model_type = checkpoint.layers(), checkpoint.model_type
@@ -89,19 +89,19 @@ def _plan_of(checkpoint: Checkpoint) -> PrecisionPlan:
 
 
 def _widths_of(quantization: dict[str, Any]) -> list[int]:
-    """The integer widths that compressed-tensors' config groups name, rising."""
+    """The integer widths that compressed-tensors' config groups name, ascending."""
     groups = (quantization.get("config_groups") or {}).values()
     weights = [group.get("weights") or {} for group in groups]
     return sorted({of_group["num_bits"] for of_group in weights if of_group.get("type") == "int"})
 
 
 def _dense(bits: int, inp: int) -> int:
-    """Words of a row of ``inp`` codes without a gap."""
+    """Words per row of ``inp`` codes without a gap."""
     return math.ceil(inp * bits / 32)
 
 
 def _loose(bits: int, inp: int) -> int:
-    """Words of a row where a code never goes over the end of a word, as compressed-tensors once packed."""
+    """Words per row where no code crosses the end of a word, as compressed-tensors once packed."""
     return math.ceil(inp / (32 // bits))
 
 
@@ -149,7 +149,7 @@ def _stored(place: Place, expert: int, shape: LayerShape, stores: _Stores) -> _S
         if (packed := tensors.get(f"{name}.weight_packed")) is not None:
             return _compressed(name, packed, stores, out, inp)
         if (weight := tensors.get(f"{name}.weight")) is not None:
-            if weight.dtype == "I8" and weight.shape == (out, inp) and stores.named == [8]:  # a byte says nothing else
+            if weight.dtype == "I8" and weight.shape == (out, inp) and stores.named == [8]:  # bytes show no width
                 return _Stored(8, _group_size(name, f"{name}.weight_scale", 1, tensors, inp))
             _check(weight.dtype in _FLOAT and weight.shape == (out, inp), name, weight, (out, inp))
             return _Stored(16, None)
@@ -177,7 +177,7 @@ def _gptq(name: str, packed: StoredTensor, tensors: dict[str, StoredTensor], out
 def _compressed(name: str, packed: StoredTensor, stores: _Stores, out: int, inp: int) -> _Stored:
     """``weight_packed`` is ``(out, words)`` int32; the config's groups say which widths are meant.
 
-    With empty ends 7 and 8 bits take as many words: the smaller is taken, which then differs from what `_dense` reads.
+    With empty ends 7 and 8 bits fill the same number of words: the smaller is taken, which differs from `_dense`'s.
     """
     rows, words = packed.shape if len(packed.shape) == 2 else (0, 0)
     fitting = [bits for bits in stores.named if words == stores.words(bits, inp)]

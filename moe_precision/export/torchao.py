@@ -15,7 +15,7 @@ def export(plan: PrecisionPlan) -> Exported:
     """For ``TorchAoConfig.from_dict``; whatever the plan does not name is left alone.
 
     Raises:
-        ExportError: Fused experts at other widths than 8 and 16, or that differ within a layer.
+        ExportError: Fused experts at widths other than 8 and 16, or that differ within a layer.
     """
     notes = []
     config: dict[str, Any] = {}
@@ -23,12 +23,12 @@ def export(plan: PrecisionPlan) -> Exported:
     if fused:
         check_granularity(plan, "layer+projection", "torchao quantizes a fused matrix of all experts as one tensor")
         notes.append('fused experts run with from_pretrained(..., experts_implementation="eager") only')
-        notes.append("8 bits of fused experts have a scale a row: group_size has no say there")
+        notes.append("fused experts at 8 bits have one scale per row: group_size has no effect there")
         for parameter, place in fused.items():
             bits = plan.layers[place.layer].projection_bits[place.projection][0]
             if bits not in (8, 16):
                 raise ExportError(
-                    f"torchao has 8 bits for fused experts, {parameter!r} has {bits} in the plan; make one with "
+                    f"torchao has only 8 bits for fused experts, {parameter!r} has {bits} in the plan; make one with "
                     "--bits 8 16, or export to another target"
                 )
             if bits == 8:

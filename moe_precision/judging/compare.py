@@ -85,22 +85,22 @@ def compare(
         token_counts: ``(vocab,)``, how often each token occurs in training.
         history: Recorded norms and loads of its training.
         curvature: For ``curvature`` and the fit.
-        calibration: Batches on which ``sensitivity`` is measured, not those it is judged on. Without them it is left
-            out. Loads are counted on them if the history has none.
+        calibration: Batches on which ``sensitivity`` is measured, other than those that methods are judged on. Without
+            them it is left out. Loads are counted on them if the history has none.
         methods: Names of allocation methods.
         budgets: Nominal bits; at one group size, equal nominal bits are equal stored bits.
         bits: Levels. The paper's rule takes up to three, equally spaced.
         group_size: Weights that share a scale and an offset.
         granularities: For the methods that know costs.
-        random_draws: Seeds of ``random``; 39 or more can show a difference at 5 %, both ways. ``shuffled_curvature``
+        random_draws: Seeds of ``random``; 39 or more can show a difference at 5 %, two-sided. ``shuffled_curvature``
             takes the first `SHUFFLES` of them.
-        task: A metric of the quantized model, such as ROUGE; larger is better. Of several draws the first one's.
-        task_name: What it is called.
-        end_of_text: Token that ends a document, where batches are one packed text in order; None if every row is one.
+        task: A metric of the quantized model, such as ROUGE; larger is better. For several draws, the first one's.
+        task_name: Its name.
+        end_of_text: Token that ends a document, where batches are one packed text in order; None if each row is one.
 
     Raises:
-        AllocationError: An unknown method, granularity, or a budget outside of the levels.
-        PlanError: The group size does not divide.
+        AllocationError: An unknown method, granularity, or a budget outside the levels.
+        PlanError: The group size does not divide an expert's input width.
         HistoryError: The history is of another model.
     """
     levels = sorted(set(bits))
@@ -158,7 +158,7 @@ def _check(
     levels: Sequence[int],
     random_draws: int,
 ) -> None:
-    """Raises `AllocationError` for what no method could be compared with, before any work."""
+    """Raises `AllocationError` for settings that make a comparison impossible, before any work."""
     for name, given in (("methods", methods), ("budgets", budgets), ("granularities", granularities)):
         if not given:
             raise AllocationError(f"{name} is empty: nothing to compare")
@@ -259,7 +259,7 @@ def _all_costs(
     calibration: Sequence[dict[str, Tensor]],
     skipped: list[str],
 ) -> dict[str, Costs]:
-    """What each width costs by every method that knows."""
+    """What each width costs according to every method that knows costs."""
     found: dict[str, Costs] = {}
     if "weight_error" in methods:
         found["weight_error"] = simulated.costs(levels, None)

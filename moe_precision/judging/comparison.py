@@ -20,16 +20,16 @@ from .statistics import Interval, resample_documents
 
 @dataclass(frozen=True)
 class Row:
-    """One plan, or the mean of several draws, by the increase of the loss over the float model (nats a token).
+    """One plan, or the mean of several draws, by the increase of the loss over the float model (nats per token).
 
     Attributes:
         method: Name of the allocator.
         granularity: What shares a width.
-        asked_bits: The budget, nominal bits; None for ``uniform``, whose rows stand beside every budget.
+        asked_bits: The budget, nominal bits; None for ``uniform``, whose rows are shown with every budget.
         average_bits: What the plan reaches, nominal.
-        stored_bits: The same with scales and offsets.
+        stored_bits: What the plan reaches, scales and offsets included.
         mean: Over all target tokens, with an interval over documents.
-        bands: The same by frequency of the target token; keys of `BANDS`.
+        bands: The mean by frequency of the target token; keys of `BANDS`.
         worst_decile: Mean over the tenth of the documents that lose most.
         divergence: How far its predictions are from the float model's.
         task: Task metric, or None.
@@ -92,7 +92,7 @@ class Comparison:
 
     @property
     def budgets(self) -> list[float]:
-        """Budgets in nominal bits, rising."""
+        """Budgets in nominal bits, ascending."""
         return sorted({row.asked_bits for row in self.rows if row.asked_bits is not None})
 
     def at(self, budget: float) -> list[Row]:

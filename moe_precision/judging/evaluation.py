@@ -1,6 +1,6 @@
-"""Judging a model on text: mean loss and perplexity, and the same on the rarest target tokens.
+"""Judging a model on text: mean loss and perplexity, overall and on the rarest target tokens.
 
-Average loss weighs frequent tokens most; what quantization does to rare ones shows only in the tail.
+Average loss gives frequent tokens the most weight; what quantization does to rare ones shows only in the tail.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BANDS = ("frequent", "middle", "rare")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses in nats a token.
+    """Losses in nats per token.
 
     Attributes:
         loss: Mean cross-entropy over all target tokens.
@@ -129,7 +129,7 @@ def document_losses(
     Args:
         model: As in `token_losses`; put into evaluation mode.
         batches: As in `token_losses`.
-        name: What the progress bar says; None for no bar.
+        name: Label of the progress bar; None for no bar.
 
     Returns:
         Losses ``(N,)`` float32, targets ``(N,)`` int64 and documents ``(N,)`` int64, on the CPU.

@@ -21,10 +21,10 @@ class Judge:
     """Held-out text, and what the float model says on it: what all quantized models are compared with.
 
     Args:
-        model: The float model; later calls look at whatever it is then.
+        model: The float model; later calls evaluate it as it is then.
         batches: Held-out batches with labels.
         token_counts: ``(vocab,)``, how often each token occurs in training.
-        end_of_text: Token that ends a document, where batches are one packed text in order; None if every row is one.
+        end_of_text: Token that ends a document, where batches are one packed text in order; None if each row is one.
         layers: The model's Mixture-of-Experts layers, where they are known.
         kept_bytes: Bound of the float model's log-probabilities, as in `Reference`.
 
@@ -72,7 +72,7 @@ class Judge:
         return self._by_cell(found.losses - found.float_losses), found.divergence
 
     def mean(self, sums: Tensor, band: str | None = None) -> Interval:
-        """Mean increase a token, over all tokens or in a band, with its interval over documents."""
+        """Mean increase per token, over all tokens or in a band, with its interval over documents."""
         return mean_increase(sums, self.counts, self._resamples, band)
 
     def worst_decile(self, sums: Tensor) -> float:

@@ -1,6 +1,6 @@
 """A float model that takes on one plan after another: every expert matrix is quantized once at every width and kept.
 
-What a plan costs in loss is that of the packed model up to float rounding, at the price of one evaluation.
+A plan's loss is that of the packed model up to float rounding, and takes one evaluation to measure.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
         layers: As found by `find_moe_layers`, whole on this process, with plain parameters.
         widths: Widths that will be asked for; 16 is always there.
         group_size: Weights that share a scale and an offset.
-        curvature: Weighs the fit, as in the quantize step; None for none.
+        curvature: Weights the fit, as in the quantize step; None for an unweighted one.
         quantizer: Fits a matrix; ours by default.
 
     Raises:
@@ -72,7 +72,7 @@ class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
         self.restore()
 
     def apply(self, bits: Bits) -> None:
-        """Gives every expert matrix the values that a plan's widths leave it."""
+        """Gives every expert matrix its values at a plan's widths."""
         for layer, projections in bits.items():
             for projection, widths in projections.items():
                 for expert, width in enumerate(widths):
@@ -95,7 +95,7 @@ class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
             self.set(matrix, 16)
 
     def costs(self, levels: Sequence[int], curvature: Curvature | None) -> Costs:
-        """Squared errors of every matrix at every level, weighed by curvature if it is given, as `expert_costs`."""
+        """Squared errors of every matrix at every level, weighted by curvature if it is given, as `expert_costs`."""
 
         def of(matrix: Matrix) -> list[float]:
             return [cost_of(self._floats[matrix], self.values(matrix, b), curvature, *matrix) for b in levels]
@@ -110,7 +110,7 @@ class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
         Args:
             levels: Widths.
             loss: Computes the loss of the model as it is now.
-            name: What the progress bar says.
+            name: Label of the progress bar.
 
         Returns:
             For each layer and projection ``(E, len(levels))`` float64; can be negative.

@@ -57,7 +57,7 @@ def bootstrap(sums: Tensor, counts: Tensor, draws: Tensor) -> Interval:
 
 
 def mean_of_runs(values: Sequence[float]) -> Interval:
-    """Mean of independent runs and its interval by Student's t; without width where there is one run."""
+    """Mean of independent runs and its interval by Student's t; of zero width for a single run."""
     tensor = torch.tensor(values, dtype=torch.float64)
     mean = float(tensor.mean())
     if len(values) < 2:

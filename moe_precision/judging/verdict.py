@@ -46,7 +46,7 @@ def verdict(comparison: Comparison) -> list[str]:
         )
         lines.append(f"Rank correlation with the measured sensitivity over all experts: {listed}.")
     if len(comparison.counts) < FEW_DOCUMENTS:
-        lines.append(f"Documents: {len(comparison.counts)}. Intervals are rough, judge on {FEW_DOCUMENTS} or more.")
+        lines.append(f"Documents: {len(comparison.counts)}. Intervals are rough; judge on {FEW_DOCUMENTS} or more.")
     return lines
 
 
@@ -55,5 +55,5 @@ def _against(value: float, draws: list[float]) -> str:
     if p <= 0.05:
         return f"{'beats' if value < sum(draws) / len(draws) else 'loses to'} random order (p={p:.2g})"
     if p_among_draws(min(draws) - 1, draws) > 0.05:
-        return f"cannot be told from random order with {len(draws)} draws"
+        return f"cannot be distinguished from random order with {len(draws)} draws"
     return f"does not differ from random order (p={p:.2g})"

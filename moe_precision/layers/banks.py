@@ -19,7 +19,7 @@ class Bank:
 
     Attributes:
         weights: One 3-D weight ``(E or more, ...)`` or one flat one ``(E * rows, columns)`` for all experts, or one
-            matrix an expert.
+            matrix per expert.
         num_experts: ``E``.
         transposed: The weights hold ``(in, out)`` matrices.
     """
@@ -61,11 +61,11 @@ class Experts:
 
     Attributes:
         node: The module that holds them.
-        num_experts: ``E``; 0 where a flat bank does not tell, and only the router can.
+        num_experts: ``E``; 0 where a flat bank does not show it and only the router does.
         banks: Projection name -> its matrices.
         layout: ``fused``: slices of 3-D weights, as transformers' experts interface has them; ``flat``: blocks of rows
-            of 2-D weights; ``modules``: a module an expert; ``separate``: weights of an expert in one module.
-        named: Called experts, so that it is an error if they have no router.
+            of 2-D weights; ``modules``: one per expert; ``separate``: one weight per expert, in one module.
+        named: Their name says that they are experts, so it is an error if they have no router.
         oriented: A pattern has said which banks hold ``(in, out)`` matrices.
     """
 
@@ -83,14 +83,14 @@ class Experts:
 
     @property
     def template(self) -> str:
-        """Path of one expert's module, ``{expert}`` in the place of its index; `path` for fused experts, else empty."""
+        """Path of one expert's module, ``{expert}`` in place of its index; `path` for fused experts, else empty."""
         if self.layout != "modules":
             return self.path if self.layout == "fused" else ""
         return re.sub(r"\d+$", "{expert}", numbered_children(self.node)[0].path)
 
     @property
     def identity(self) -> int:
-        """The same for experts that two modules share."""
+        """Equal for experts that two modules share."""
         return id(next(iter(self.banks.values())).weights[0].parameter())
 
     @property
@@ -104,11 +104,11 @@ def with_count(experts: Experts, num_experts: int) -> Experts:
     """Flat banks cut into as many experts as the router has rows.
 
     Raises:
-        MoELayerError: The rows of a bank are no multiple of it.
+        MoELayerError: The rows of a bank are not a multiple of it.
     """
     for bank in experts.banks.values():
         (weight,) = bank.weights
         if weight.shape[0] % num_experts:
-            raise MoELayerError(f"{weight.name!r} has {weight.shape[0]} rows, no multiple of {num_experts} experts")
+            raise MoELayerError(f"{weight.name!r} has {weight.shape[0]} rows, not a multiple of {num_experts} experts")
     banks = {name: replace(bank, num_experts=num_experts) for name, bank in experts.banks.items()}
     return replace(experts, num_experts=num_experts, banks=banks)

@@ -73,7 +73,7 @@ def _fused_banks(node: Node) -> dict[str, Bank]:
             if len(weights) == 1 and len(weights[0][1].shape) == 3 and not is_convolution(child.module):
                 own[f"{child_name}.{weights[0][0]}"] = weights[0][1]
     sizes = {w.shape[0] for w in own.values()}
-    # longcat: gate_up has slices of null experts too, down has not; more uneven banks are something else
+    # longcat: gate_up has slices of null experts too, down does not; more uneven banks are something else
     uneven = len(sizes) == len(own) == 2 and bool(EXPERT_NAME.search(type(node.module).__name__))
     alike = len(sizes) == 1 or uneven
     if len(own) < 2 or not alike or min(sizes) < 2:
@@ -82,7 +82,7 @@ def _fused_banks(node: Node) -> dict[str, Bank]:
 
 
 def _flat_banks(node: Node) -> dict[str, Bank]:
-    """Own 2-D weights of one shape that hold all experts one below the other, where the module tells their number."""
+    """Own 2-D weights of one shape that hold all experts one below the other, where the module gives their number."""
     own = {name: w for name, w in node.weights.items() if len(w.shape) == 2 and w.is_floating_point}
     counts = {value for name, value in vars(node.module).items() if type(value) is int and _COUNT_NAME.search(name)}
     if len(own) < 2 or len({w.shape for w in own.values()}) > 1 or len(counts) != 1:

@@ -47,7 +47,7 @@ class Weight:
         dtype: As the model holds it.
         unit: The FSDP1 module that holds it sharded, if there is one.
         gathers: Whether reading it takes `whole`, a collective: FSDP1 or DeepSpeed ZeRO-3.
-        module: The module that owns it, inside of all wrappers.
+        module: The module that owns it, inside all wrappers.
         key: Its name in that module.
     """
 
@@ -59,7 +59,7 @@ class Weight:
     module: Any = field(default=None, repr=False)
     key: str = field(default="", repr=False)
     _adapters: tuple[nn.Module, ...] = field(default=(), repr=False)  # innermost first
-    _open: bool = field(default=False, repr=False)  # inside of `whole`
+    _open: bool = field(default=False, repr=False)  # inside `whole`
 
     @property
     def is_floating_point(self) -> bool:
@@ -81,7 +81,7 @@ class Weight:
         if value.shape != self.shape or (self.unit is not None and not self._open):
             raise MoELayerError(
                 f"{self.name!r} has shape {tuple(value.shape)} on this rank, expected {self.shape}: it is a shard "
-                "(FSDP1, DeepSpeed ZeRO-3), whose values would be wrong. Read it inside of MoELayer.whole()"
+                "(FSDP1, DeepSpeed ZeRO-3), whose values would be wrong. Read it inside MoELayer.whole()"
             )
         for adapter in self._adapters:
             value = _with_adapter(adapter, value, self.name)
@@ -112,7 +112,7 @@ class Node:
 
     Attributes:
         path: Clean path, empty for the root.
-        module: The module itself, inside of all wrappers.
+        module: The module itself, inside all wrappers.
         weights: Own parameters by name.
         children: Own children by name; those without parameters included.
     """
@@ -149,7 +149,7 @@ class Node:
 
 
 def module_tree(model: nn.Module) -> Node:
-    """The tree of a model, or of the one transformers model inside of it; names are relative to that.
+    """The tree of a model, or of the one transformers model inside it; names are relative to that.
 
     Under FSDP1 this is a collective: one unit after the other is gathered for a moment to see its shapes.
     """
@@ -214,7 +214,7 @@ def _node(path: str, module: nn.Module, sharded: _Shapes) -> Node:
 
 
 def _unwrapped(module: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...]]:
-    """The module inside of all wrappers, and the PEFT layers that were around it, the innermost first."""
+    """The module inside all wrappers, and the PEFT layers that were around it, the innermost first."""
     adapters: tuple[nn.Module, ...] = ()
     while True:
         children = dict(module.named_children())
@@ -223,7 +223,7 @@ def _unwrapped(module: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...]]:
             module = children[wrapped[0]]
         elif hasattr(module, "peft_config") and "base_model" in children:  # PeftModel
             module = children["base_model"]
-        elif hasattr(module, "targeted_module_names") and "model" in children:  # the tuner inside of it
+        elif hasattr(module, "targeted_module_names") and "model" in children:  # the tuner inside it
             module = children["model"]
         elif "modules_to_save" in children and "original_module" in children:
             wrapper: Any = module

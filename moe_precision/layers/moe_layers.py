@@ -29,9 +29,9 @@ class MoELayer:
         name: Clean module path of the smallest module that holds router and experts, e.g. ``model.layers.0.mlp``.
         experts: Clean module path of the container that holds the experts.
         shape: Router, number of experts and the shapes of their matrices.
-        layout: ``fused``: slices of 3-D parameters; ``flat``: blocks of rows of 2-D ones; ``modules``: a module an
-            expert; ``separate``: parameters of an expert in one module.
-        caveat: A key of `CAVEATS` where a row's norm is not what it is for a plain router, else empty.
+        layout: ``fused``: slices of 3-D parameters; ``flat``: blocks of rows of 2-D ones; ``modules``: one module per
+            expert; ``separate``: one parameter per expert, all in one module.
+        caveat: A key of `CAVEATS` where a row's norm does not mean what it does for a plain router, else empty.
         width: Width of the layer's input, as its router reads it.
         router_is: Where the router's weight is; ``(d, rows)`` if ``router_transposed``.
         banks: Projection name -> where its matrices are.
@@ -86,7 +86,7 @@ class MoELayer:
         Under LoRA that is base plus delta; under FSDP2 a DTensor.
 
         Raises:
-            MoELayerError: It is sharded (FSDP1, DeepSpeed ZeRO-3) and not read inside of `whole`.
+            MoELayerError: It is sharded (FSDP1, DeepSpeed ZeRO-3) and not read inside `whole`.
         """
         weight = self.router_is.read()
         return weight.T if self.router_transposed else weight
@@ -95,15 +95,15 @@ class MoELayer:
         """L2 norm of each expert's router row now, ``(E,)`` float32 on the router's device; a collective under FSDP2.
 
         Raises:
-            MoELayerError: The router is sharded (FSDP1, DeepSpeed ZeRO-3) and not read inside of `whole`.
+            MoELayerError: The router is sharded (FSDP1, DeepSpeed ZeRO-3) and not read inside `whole`.
         """
         return router_row_norms(self.router_is.read(), num_experts=self.num_experts, transposed=self.router_transposed)
 
     def whole(self, experts: bool = True) -> AbstractContextManager[None]:
-        """Inside, router and experts are whole under every strategy. A collective: enter it on all ranks.
+        """A context in which router and experts are whole under every strategy; a collective: enter it on all ranks.
 
         Args:
-            experts: Gather the experts too, not the router alone.
+            experts: Gather the experts too, not only the router.
         """
         of_experts = [weight for bank in self.banks.values() for weight in bank.weights] if experts else []
         return whole([self.router_is, *of_experts])
@@ -113,7 +113,7 @@ class MoELayer:
         return self._node.module
 
     def expert_modules(self) -> list[nn.Module]:
-        """One module an expert, in order of expert index. Only for families that are not fused."""
+        """One module per expert, in order of expert index. Only for families that are not fused."""
         return [child.module for child in numbered_children(self._node)]
 
     def expert_weights(self, expert: int) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ class MoELayer:
         return (reading or list(self.projections))[0]
 
     def neurons(self, weight: Tensor) -> Tensor:
-        """Of a matrix of `first`, the rows of the gate alone where gate and up are one matrix, ``(neurons, in)``."""
+        """The gate's rows alone of a matrix of `first` where gate and up are one matrix, ``(neurons, in)``."""
         shapes = list(self.projections.values())
         if not (self.fused and len(shapes) == 2 and shapes[0][0] == 2 * shapes[1][1]):
             return weight
@@ -153,7 +153,7 @@ def find_moe_layers(
 
     Experts are found as 3-D parameters that share their first dimension (fused families), as flat banks whose module
     tells the number of experts (dbrx), or as a numbered list of equal modules; the router is the matrix near them with
-    one row per expert. Names are relative to the transformers model inside of ``model``, if there is one.
+    one row per expert. Names are relative to the transformers model inside ``model``, if there is one.
 
     Args:
         model: Any module, on any device (meta included), wrapped or not. Under FSDP1 this is a collective.
@@ -213,14 +213,14 @@ def find_moe_layers(
     if not layers:
         raise MoELayerError(
             f"no Mixture-of-Experts layer found in {type(model).__name__}: expected experts as 3-D parameters or as a "
-            "numbered list of equal modules, with a router that has one row an expert. Is this a dense model? Else "
+            "numbered list of equal modules, with a router that has one row per expert. Is this a dense model? Else "
             "name its weights with router_pattern and expert_pattern"
         )
     return layers
 
 
 def _missed(tree: Node, taken: list[Experts]) -> list[str]:
-    """Experts that structure finds and the pattern does not match: a pattern for some layers must not skip the rest."""
+    """Experts found by structure that the pattern does not match: a pattern for some layers must not skip the rest."""
     known = {id(w.parameter()) for experts in taken for bank in experts.banks.values() for w in bank.weights}
     candidates = find_experts(tree)
     paths = [experts.path for experts in candidates]

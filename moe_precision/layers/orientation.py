@@ -1,8 +1,8 @@
 """Which of a layer's banks hold ``(in, out)`` matrices: flags, shapes and names decide, or else the user.
 
 The banks of `flat` layouts follow MegaBlocks: a matrix of every expert is ``(neurons, d)``, so that the one that maps
-back to the layer's width is stored ``(in, out)`` and the others ``(out, in)``. Which one that is, is a question of use,
-not of the order in which parameters are registered (MegaBlocks' GLU has ``w1, w2, v1``).
+back to the layer's width is stored ``(in, out)`` and the others ``(out, in)``. Which one that is depends on its use,
+not on the order in which parameters are registered (MegaBlocks' GLU has ``w1, w2, v1``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _fused(experts: Experts, width: int) -> set[str]:
 def _flat(experts: Experts, width: int) -> set[str]:
     """Names of the banks that are stored ``(in, out)``.
 
-    A name tells which bank maps back to the layer's width. Its shape then tells where its neurons are: in rows, unless
+    A name shows which bank maps back to the layer's width. Its shape then shows where its neurons are: in rows, unless
     only the rows are as many as the layer is wide.
     """
     shapes = {name: bank.shape for name, bank in experts.banks.items()}  # (rows, columns) of one expert

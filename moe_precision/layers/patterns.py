@@ -1,4 +1,4 @@
-"""Experts by the names of their weights, for layouts that structure cannot tell."""
+"""Experts by the names of their weights, for layouts that structure does not show."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .module_tree import MoELayerError, Node, Weight
 
 
 class Patterns(TypedDict, total=False):
-    """Keywords of `find_moe_layers`; each is there only where it was given."""
+    """Keywords of `find_moe_layers`; each is present only if it was given."""
 
     router_pattern: str
     expert_pattern: str
@@ -23,22 +23,22 @@ _Weights = dict[str, dict[str, dict[int, Weight]]]  # path of a module -> projec
 
 
 def check_pattern(argument: str, pattern: str | None) -> None:
-    """Raises `MoELayerError` if a pattern is no regular expression."""
+    """Raises `MoELayerError` if a pattern is not a regular expression."""
     try:
         re.compile(pattern or "")
     except re.error as error:
-        raise MoELayerError(f"{argument}={pattern!r} is no regular expression: {error}") from error
+        raise MoELayerError(f"{argument}={pattern!r} is not a regular expression: {error}") from error
 
 
 def experts_by_pattern(tree: Node, pattern: str) -> list[Experts]:
-    """Finds experts by the names of their weights, for layouts that structure cannot tell.
+    """Finds experts by the names of their weights, for layouts that structure does not show.
 
     Args:
         tree: The model's tree.
         pattern: Regular expression that is searched in clean weight names. Where each expert has weights of its own, a
             group ``(?P<expert>\\d+)`` must match the expert's index; else each weight is a bank of all experts, 3-D
             ``(E, ...)`` or flat ``(E * rows, columns)``. A group ``(?P<transposed>...)`` marks the weights that hold
-            ``(in, out)`` matrices, where the rules of `orientation` cannot tell; one that never matches,
+            ``(in, out)`` matrices, where the rules of `orientation` cannot decide; one that never matches,
             ``(?P<transposed>(?!))?``, says that none does.
 
     Raises:
@@ -77,7 +77,7 @@ def experts_by_pattern(tree: Node, pattern: str) -> list[Experts]:
 
 
 def _separate(node: Node, by_projection: dict[str, dict[int, Weight]], turned: set[Weight]) -> Experts:
-    """Experts with weights of their own in one module."""
+    """Experts that each have weights of their own, all in one module."""
     counts = {projection: sorted(weights) for projection, weights in by_projection.items()}
     count = len(next(iter(counts.values())))
     if any(indices != list(range(count)) for indices in counts.values()) or count < 2:

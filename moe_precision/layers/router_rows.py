@@ -14,13 +14,13 @@ def router_row_norms(weight: Tensor, *, num_experts: int, transposed: bool = Fal
         weight: The router's weight as it is stored, ``(rows, d)``, or ``(d, rows)`` if ``transposed``; any float dtype.
             A DTensor makes this a collective.
         num_experts: ``E``; rows beyond it are those of shared or null experts, which come last.
-        transposed: The rows are stored as columns. A shape cannot tell: `MoELayer.router_transposed` does.
+        transposed: The rows are stored as columns. A shape does not show it: see `MoELayer.router_transposed`.
 
     Returns:
         ``(E,)`` float32 on the weight's device.
 
     Raises:
-        ValueError: The weight has fewer rows than there are experts, or is no matrix.
+        ValueError: The weight has fewer rows than there are experts, or is not a matrix.
     """
     if weight.ndim != 2 or weight.shape[1 if transposed else 0] < num_experts:
         stored = "(d, rows)" if transposed else "(rows, d)"

@@ -1,4 +1,4 @@
-"""The rules that find the router of a list of experts in a module tree, and that say what its rows do not mean."""
+"""The rules that find the router of a list of experts in a module tree, and note where norms of its rows mislead."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CONTAINERS = ("ModuleList", "ModuleDict")
 _MAX_CLIMB = 3  # how many parents above the experts may hold the router
 
 CAVEATS = {
-    "hash": "picks experts by token id; its rows only weigh the chosen ones, so that their change says nothing about "
+    "hash": "picks experts by token id; its rows only weight the chosen ones, so their change says nothing about "
     "which expert has learned what",
     "mlp": "is a network of several layers; the norms are of its last matrix, whose inputs are learned too",
     "cosine": "looks like a cosine router, which divides by the norm of its rows: the norm does not act on the routing",
@@ -25,18 +25,18 @@ CAVEATS = {
 
 
 class NoRouter(str):
-    """The message that experts have no router at all."""
+    """A message: the experts have no router at all."""
 
 
 @dataclass(frozen=True, eq=False)
 class Router:
-    """A router and where it stands.
+    """A router and where it is.
 
     Attributes:
         weight: ``(rows, d)``, row ``e`` belongs to expert ``e``.
         root: The smallest node that holds router and experts.
         width: Width of the router's input, of its first matrix if it is a network.
-        caveat: A key of `CAVEATS` where the norm of a row is not what it is elsewhere, else empty.
+        caveat: A key of `CAVEATS` where the norm of a row does not mean what it does elsewhere, else empty.
         transposed: The weight is ``(d, rows)``.
     """
 
@@ -54,11 +54,11 @@ def find_router(tree: Node, experts: Experts, others: list[str], pattern: str | 
         tree: The model's tree.
         experts: The experts.
         others: Paths of all containers of experts.
-        pattern: Regular expression searched in clean names; only matching weights are looked at, whatever their name.
+        pattern: Regular expression searched in clean names; only matching weights are considered, whatever their name.
 
     Returns:
-        The router; a message if experts that are named as such have no clear router; None if an unnamed list is no
-        Mixture-of-Experts layer after all.
+        The router; a message if experts that are named as such have no clear router; None if an unnamed list turns out
+        not to be a Mixture-of-Experts layer.
     """
     if pattern is not None:
         return _by_pattern(tree, experts, pattern)
@@ -106,7 +106,7 @@ def _by_pattern(tree: Node, experts: Experts, pattern: str) -> Router | str:
     (weight,) = nearest
     rows, columns = weight.shape
     count = experts.num_experts
-    if count == 0:  # flat banks do not tell; their columns are the width of the layer
+    if count == 0:  # flat banks do not show it; their columns are the width of the layer
         width = next(iter(experts.banks.values())).weights[0].shape[1]
         if width not in (rows, columns):
             return f"router {weight.name!r} has shape {weight.shape}, expected (experts, {width})"
@@ -134,8 +134,8 @@ def _common(first: str, second: str) -> str:
 def _rank(name: str, shape: tuple[int, ...], experts: Experts, climb: int) -> tuple[int, ...] | None:
     """How well a weight would do as a router, lower is better; None if it cannot be one.
 
-    A matrix that is called a router is the better the nearer it is. Beside experts that are named so a matrix of any
-    name will do, if it reads one of the experts' widths; all of these are equally good, so that two are a tie.
+    Nearer matrices that are named as routers rank higher. Near experts that are named as such, a matrix of any name
+    will do, if it reads one of the experts' widths; all of these are equally good, so two of them tie.
     """
     relative, count = name.removesuffix(".weight"), experts.num_experts
     if len(shape) != 2 or shape[1] == 1 or _NOT_ROUTER.search(relative):
@@ -161,7 +161,7 @@ def _belongs_elsewhere(root: str, name: str, path: str, containers: list[str]) -
 
 
 def _router(tree: Node, root: Node, weight: Weight, transposed: bool = False) -> Router:
-    """The router, with what kind it is if it is none whose rows alone give the logits."""
+    """The router, with its kind if its rows alone do not give the logits."""
     owner = tree.get(weight.name.rpartition(".")[0])
     width = weight.shape[0 if transposed else 1]
     inner = weight.name.removeprefix(root.path).lstrip(".")
@@ -188,7 +188,7 @@ def product_keys(tree: Node) -> list[str]:
             rows = child.weights["weight"].shape[0] if "weight" in child.weights else 0
             if _ROUTER_NAME.search(name) and len(sizes) == 2 and sizes[0] == sizes[1] >= (rows // 2) ** 2 > 1:
                 found.append(
-                    f"{child.path!r} is a product-key router: {sizes[0]} experts are pairs of its {rows} rows, so that "
+                    f"{child.path!r} is a product-key router: {sizes[0]} experts are pairs of its {rows} rows, so "
                     "no expert has a norm of its own, and no plan can be made"
                 )
     return found

@@ -16,9 +16,9 @@ class LayerShape:
         num_experts: Number of routed experts ``E``.
         projections: Name of each expert matrix -> ``(out, in)``, in the order of the forward pass. Fused families
             name the parameter (``gate_up_proj``), others the path inside one expert (``wi``).
-        experts: Module path of one expert, ``{expert}`` in the place of its index, or, without it, of the module that
-            holds the weights of all experts; empty for other layouts, and where a file of an earlier release does not
-            say.
+        experts: Module path of one expert, ``{expert}`` in place of its index, or, without it, of the module that
+            holds the weights of all experts; empty for other layouts, and where a file from an earlier release does not
+            state it.
     """
 
     router: str

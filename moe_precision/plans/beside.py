@@ -1,4 +1,4 @@
-"""The names of the files that stand beside a plan: the one place that knows them."""
+"""The names of the files beside a plan: the one place that knows them."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ class PlanFiles:
 
 
 def existing(kind: Kind, path: str | os.PathLike[str] | None) -> Path | None:
-    """A file of this kind beside a plan or a history; None if there is none, or no plan.
+    """A file of this kind beside a plan or a history; None if there is none, or ``path`` is no plan.
 
-    A plan that a user names may end in another suffix than ``.json``: it has nothing beside it.
+    A plan that a user names may have a suffix other than ``.json``: then nothing is beside it.
     """
     if path is None:
         return None

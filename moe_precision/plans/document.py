@@ -31,7 +31,7 @@ def schema() -> Document:
 
 
 def write(document: Document, path: str | os.PathLike[str]) -> None:
-    """Writes a document; an existing file is replaced in one step, never half."""
+    """Writes a document; an existing file is replaced in one step, never in part."""
     text = _pretty(document)
     with replaced_when_done(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -57,7 +57,7 @@ def read(path: str | os.PathLike[str]) -> Any:
 
 
 def validate(data: Any, source: str) -> None:
-    """Raises `PlanError` with what breaks a rule of docs/plan-format.md, where, and in which file."""
+    """Raises `PlanError` naming what breaks a rule of docs/plan-format.md, where, and in which file."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise PlanError(f'{source} is not a precision plan: expected "format": {FORMAT!r}, got {found!r}')

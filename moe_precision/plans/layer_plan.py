@@ -34,7 +34,7 @@ class LayerPlan:
         """Bits of each expert.
 
         Raises:
-            PlanError: An expert's projections have different widths; read `projection_bits` then.
+            PlanError: An expert's projections have different widths; then read `projection_bits`.
         """
         first, *others = self.projection_bits.values()
         if any(other != first for other in others):

@@ -36,8 +36,8 @@ class Method:
     Attributes:
         name: What users write.
         summary: What it does, in half a line.
-        reads: Signals without which it cannot work; ``norm_change`` falls back on the final norm, and an order by it
-            on no variances, with a note in the plan.
+        reads: Signals without which it cannot work. Where there is no ``norm_change``, the final norm stands in for it;
+            an order by norm also works without variances. Either is noted in the plan.
         source: Where the rule comes from.
         control: A yardstick, not a method to use: never the winner of a comparison.
         seeded: It draws by the settings' seed; a comparison takes the mean over several draws.
@@ -81,7 +81,7 @@ METHODS: dict[MethodName, Method] = {
         _method("least_load", "experts with the fewest tokens first", "load", source="control of load", control=True),
         _method(
             "reversed",
-            "the paper's order from behind",
+            "the paper's order reversed",
             "norm_change",
             "max_variance",
             source="control of router_norm",

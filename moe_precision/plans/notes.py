@@ -13,7 +13,7 @@ class SpreadOfNorms(TypedDict):
 
 
 class PlanNotes(TypedDict, total=False):
-    """Each key is there only where it says something.
+    """Each key is present only where it applies.
 
     Attributes:
         initial: Name of the checkpoint folder from which the change of norm was measured.
@@ -21,10 +21,10 @@ class PlanNotes(TypedDict, total=False):
         predicted_cost: Sum of the costs of the chosen widths, for a method that knows costs.
         gap: How far that sum may be above the least possible one, as a share of it.
         without_gradient: Number of choices for which all widths cost the same.
-        spread_of_final_norms: There is no baseline: experts are ranked as if their norms had been equal at the start.
+        spread_of_final_norms: Without a baseline: experts are ranked as if their norms had been equal at the start.
         layers_without_change: Layers whose routers did not move at all.
         max_variance: The order rests on the change alone.
-        router_caveats: Layer -> key of `CAVEATS`: a row's norm does not mean there what it means elsewhere.
+        router_caveats: Layer -> key of `CAVEATS`: there a row's norm does not mean what it means elsewhere.
         edited: Widths were changed by hand, with `PrecisionPlan.with_bits`.
         read_from: Name of the folder of another tool's checkpoint whose widths these are.
         group_sizes: Group sizes found there.

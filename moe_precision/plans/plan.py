@@ -46,7 +46,7 @@ class PrecisionPlan:
         group_size: Weights along the input dimension that share a scale and an offset.
         method: Name of the allocation method, or of the tool whose checkpoint the widths were read from.
         settings: What was asked for; None for widths that no method here chose.
-        notes: What was found on the way.
+        notes: What was found while it was made.
         baseline_step: Optimizer step at which the first norms were taken, None if there is no baseline.
         last_step: Optimizer step of the last norms, None if it is not known.
         created_by: Versions that made the plan.
@@ -78,12 +78,12 @@ class PrecisionPlan:
 
     @property
     def average_bits(self) -> float:
-        """Nominal bits a routed expert's weight takes, on average."""
+        """Nominal bits per weight of the routed experts, on average."""
         return self._mean(float)
 
     @property
     def stored_bits(self) -> float:
-        """Bits a routed expert's weight takes in the file, scales and offsets included, on average."""
+        """Stored bits per weight of the routed experts, scales and offsets included, on average."""
         return self._mean(lambda bits: stored_bits_per_weight(bits, self.group_size))
 
     def _mean(self, cost: Callable[[int], float]) -> float:
@@ -148,7 +148,7 @@ class PrecisionPlan:
         """Checks that the plan was made for this model.
 
         Raises:
-            PlanError: Another model type, a layer that is missing on either side, or another shape.
+            PlanError: The model type differs, a layer is missing on either side, or shapes differ.
             MoELayerError: The model has no Mixture-of-Experts layer.
         """
         found = {layer.name: layer.shape for layer in find_moe_layers(model, **self.patterns)}
@@ -210,7 +210,7 @@ class PrecisionPlan:
         """Validates and reads what `to_dict` returned.
 
         Raises:
-            PlanError: With what is wrong, where, and in which file.
+            PlanError: States what is wrong, where, and in which file.
         """
         document.validate(data, source)
         method, group_size, settings = data["method"], int(data["group_size"]), data["settings"]
@@ -236,7 +236,7 @@ class PrecisionPlan:
         return plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan; an existing file is replaced in one step, never half."""
+        """Writes the plan; an existing file is replaced in one step, never in part."""
         document.write(self.to_dict(), path)
 
     @classmethod
@@ -254,4 +254,8 @@ def as_plan(plan: PrecisionPlan | document.Document | str | os.PathLike[str]) ->
     """Takes a plan, its dict, or the path of its file."""
     if isinstance(plan, PrecisionPlan):
         return plan
-    return PrecisionPlan.from_dict(plan) if isinstance(plan, dict) else PrecisionPlan.load(plan)
+    if isinstance(plan, dict):
+        return PrecisionPlan.from_dict(plan)
+    if isinstance(plan, str | os.PathLike):
+        return PrecisionPlan.load(plan)
+    raise PlanError(f"expected a PrecisionPlan, its dict, or the path of its file, got {type(plan).__name__}")

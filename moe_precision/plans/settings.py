@@ -39,7 +39,7 @@ class PlanSettings:
         stored_bits: Budget with scales and offsets included, instead of ``average_bits``.
         expert_gib: Budget as the size of all routed experts in the file, in GiB, instead of ``average_bits``.
         bits: Levels to choose from, of 1 to 8, or 16 for "left as it is". A method that orders experts takes one, two,
-            or three equally spaced levels; a method that knows costs takes any. ``uniform`` has its average alone.
+            or three equally spaced levels; a method that knows costs takes any. ``uniform`` has only its average.
         group_size: Weights along the input dimension that share a scale and an offset; a multiple of 8.
         granularity: What shares a width: ``expert``, ``expert+projection``, ``layer`` or ``layer+projection``; all but
             ``expert`` need a method that knows costs.
@@ -49,14 +49,14 @@ class PlanSettings:
         expert_pattern: Regular expression that names the experts' weights, as in `find_moe_layers`.
 
     Raises:
-        AllocationError: An unknown method or granularity, two budgets, or a budget outside of the levels.
+        AllocationError: An unknown method or granularity, two budgets, or a budget outside the levels.
         PlanError: A width or a group size that cannot be stored.
 
     Example:
         >>> PlanSettings(average_bits=2.5, bits=(2, 3)).levels
         (2, 3)
-        >>> PlanSettings(method="curvature", stored_bits=2.28, bits=(1, 2, 3, 4), group_size=64).nominal_bits()
-        1.99875
+        >>> PlanSettings(method="curvature", stored_bits=2.78125, bits=(1, 2, 3, 4), group_size=64).nominal_bits()
+        2.5
     """
 
     method: MethodName = "router_norm"
@@ -116,7 +116,7 @@ class PlanSettings:
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """The widths to choose from, rising; of ``uniform`` the average alone.
+        """The widths to choose from, ascending; for ``uniform`` only the average.
 
         Raises:
             AllocationError: The average of ``uniform`` is not a width.
@@ -153,7 +153,7 @@ class PlanSettings:
 
         Raises:
             PlanError: The group size does not divide an expert's input width.
-            AllocationError: The budget, as a size of all experts, is outside of the levels.
+            AllocationError: The budget, as a size of all experts, is outside the levels.
         """
         for name, shape in layers.items():
             check_group_size(self.group_size, name, shape.projections)
@@ -180,7 +180,7 @@ class PlanSettings:
             layers: Layer name -> shape; needed for ``expert_gib``.
 
         Raises:
-            AllocationError: The levels do not reach around it.
+            AllocationError: The budget is outside the levels.
         """
         if self.average_bits is not None:
             return self.average_bits
@@ -199,7 +199,7 @@ class PlanSettings:
         lowest, highest = (stored_bits_per_weight(width, self.group_size) for width in (levels[0], levels[-1]))
         if not exact(lowest) <= exact(stored) <= exact(highest):
             raise AllocationError(
-                f"stored_bits={stored} is outside of what the levels {list(levels)} take with scales and offsets, "
+                f"stored_bits={stored} is outside what the levels {list(levels)} take with scales and offsets, "
                 f"{lowest:g} to {highest:g}; give levels around it"
             )
         if levels[-1] == 16 and not self.knows_costs:
@@ -210,7 +210,7 @@ class PlanSettings:
         return min(max(float(exact(stored)) - SCALE_AND_OFFSET_BITS / self.group_size, levels[0]), levels[-1])
 
     def to_dict(self) -> dict[str, Any]:
-        """What the plan's file holds: the budget, the levels, and what the method has besides."""
+        """What the plan's file holds: the budget, the levels, and what else the method takes."""
         optional = {key: getattr(self, key) for key in (*BUDGETS, *PATTERNS)}
         found: dict[str, Any] = {key: value for key, value in optional.items() if value is not None}
         found |= {"bits": list(self.levels), "granularity": self.granularity}
@@ -222,7 +222,7 @@ class PlanSettings:
 
     @classmethod
     def recorded(cls, data: Mapping[str, Any], method: str, group_size: int) -> PlanSettings:
-        """The settings in a plan's file, of this release or a later one: nothing but the plan's bits is carried out.
+        """The settings in a plan's file, of this release or a later one: only the plan's bits are carried out.
 
         Args:
             data: What `to_dict` returned.
@@ -247,7 +247,7 @@ def expert_weights(layers: Iterable[LayerShape]) -> int:
 
 
 def exact(average_bits: float) -> Fraction:
-    """The fraction that was meant: 2.3 and 8 / 3 are not the floats they are written as."""
+    """The fraction that was meant: as floats, 2.3 and 8 / 3 are not exact."""
     meant = Fraction(average_bits).limit_denominator(100_000)
     return meant if abs(float(meant) - average_bits) <= 2 * math.ulp(average_bits) else Fraction(average_bits)
 
@@ -256,7 +256,7 @@ def check_levels(average_bits: float, bits: Sequence[int]) -> list[int]:
     """The levels in order, after checking that they are widths around the average.
 
     Raises:
-        AllocationError: No levels, or an average outside of them.
+        AllocationError: No levels, or an average outside them.
         PlanError: A width that is not 1 to 8 or 16.
     """
     if isinstance(bits, int) or not bits:
@@ -264,7 +264,7 @@ def check_levels(average_bits: float, bits: Sequence[int]) -> list[int]:
     levels = sorted(set(bits))
     check_widths(levels)
     if not levels[0] <= average_bits <= levels[-1]:
-        raise AllocationError(f"average_bits={average_bits} is outside of the levels {levels}; give levels around it")
+        raise AllocationError(f"average_bits={average_bits} is outside the levels {levels}; give levels around it")
     return levels
 
 
@@ -272,7 +272,7 @@ def check_budget(average_bits: float, bits: Sequence[int]) -> list[int]:
     """`check_levels`, and that the paper's rule takes them.
 
     Raises:
-        AllocationError: More than three levels, unequal spacing, or an average outside of the levels.
+        AllocationError: More than three levels, unequal spacing, or an average outside the levels.
     """
     levels = check_levels(average_bits, bits)
     if len(levels) > 3:

@@ -17,7 +17,7 @@ _MAX_COLUMNS = 4
 
 
 def plot_router_norms(history: RouterNormHistory, plan: PrecisionPlan | None = None) -> Figure:
-    """One panel a layer, one curve an expert; with a plan, curves are coloured by the expert's bits."""
+    """One panel per layer, one curve per expert; with a plan, curves are colored by the expert's bits."""
     columns = min(_MAX_COLUMNS, len(history.layers))
     rows = math.ceil(len(history.layers) / columns)
     figure = Figure(figsize=(3.6 * columns, 2.8 * rows), layout="constrained")
@@ -42,7 +42,7 @@ def plot_router_norms(history: RouterNormHistory, plan: PrecisionPlan | None = N
 
 
 def plot_change_heatmap(history: RouterNormHistory) -> Figure:
-    """Change of router norm since the baseline, a row a layer and a column an expert."""
+    """Change of router norm since the baseline, one row per layer and one column per expert."""
     changes = [history.change(name) for name in history.layers]
     width = max(len(change) for change in changes)
     grid = torch.full((len(changes), width), math.nan)
@@ -58,7 +58,7 @@ def plot_change_heatmap(history: RouterNormHistory) -> Figure:
 
 
 def plot_comparison(comparison: Comparison) -> Figure:
-    """A panel a budget, and beside it the same on the rarest tokens: every method with its interval, best on top."""
+    """One panel per budget, and one beside it for the rarest tokens: every method with its interval, best on top."""
     budgets = comparison.budgets
     most = max((len(comparison.at(budget)) for budget in budgets), default=1)
     figure = Figure(figsize=(11, max(2.5, 0.32 * most + 1.2) * max(1, len(budgets))), layout="constrained")
@@ -72,7 +72,7 @@ def plot_comparison(comparison: Comparison) -> Figure:
                 low, high = max(0.0, interval.value - interval.low), max(0.0, interval.high - interval.value)
                 axis.errorbar(interval.value, place, xerr=[[low], [high]], fmt="o", color="0.6" if control else "C0")
             axis.axvline(0, color="0.8", lw=0.8)
-            axis.set_xlabel("increase of the loss, nats a token")
+            axis.set_xlabel("increase of the loss, nats per token")
             axis.set_title(f"{budget:g} bits, {title}", fontsize=9)
         panels[0].set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
         panels[0].invert_yaxis()

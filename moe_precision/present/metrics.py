@@ -15,12 +15,12 @@ def load_metrics(before: dict[str, Tensor], now: dict[str, Tensor], layers: Sequ
     """Tokens of the least, the median and the most loaded expert of each layer, in even shares.
 
     Args:
-        before: Layer name -> ``(2, E)``, tokens and routing weight so far, when this was last logged.
-        now: Layer name -> ``(2, E)`` so far, now.
+        before: Layer name -> ``(2, E)``, tokens and routing weight up to the last time that this was logged.
+        now: Layer name -> ``(2, E)``, the totals now.
         layers: Names of all layers, in module order.
 
     Returns:
-        ``expert_load/layer_03/{min,median,max}``; 1 is as many tokens as if all experts got the same. Layers without
+        ``expert_load/layer_03/{min,median,max}``; 1 is an equal share of the tokens. Layers without
         new tokens are left out.
     """
     metrics: dict[str, float] = {}
@@ -34,7 +34,7 @@ def load_metrics(before: dict[str, Tensor], now: dict[str, Tensor], layers: Sequ
 
 
 def plan_metrics(history: RouterNormHistory, settings: PlanSettings) -> dict[str, float]:
-    """``plan/changed``: the share of experts whose bits the last record has changed, 0 once the plan has settled.
+    """``plan/changed``: the share of experts whose bits the last record changed, 0 once the plan has settled.
 
     By the paper's rule without variances, which are measured at the end. Empty for other methods, before the third
     record, and where a norm is not finite.

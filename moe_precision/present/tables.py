@@ -35,7 +35,7 @@ def as_text(table: Table) -> str:
 
 
 def layers_table(layers: list[MoELayer]) -> Table:
-    """What was found: a row for all layers that are alike, their indices in braces."""
+    """What was found: one row for all layers that are alike, their indices in braces."""
     alike: dict[tuple[Any, ...], list[list[str]]] = {}
     for layer in layers:
         router = layer.router.removeprefix(layer.name).lstrip(".")
@@ -66,7 +66,7 @@ def _ranges(numbers: Sequence[str]) -> str:
 
 
 def plan_table(plan: PrecisionPlan) -> Table:
-    """A row a layer: how many experts have which bits, and which experts have the most."""
+    """One row per layer: how many experts have which bits, and which experts have the most."""
     if "read_from" in plan.notes:
         groups = " and ".join(map(str, plan.notes["group_sizes"])) or "none"
         bits = f"{plan.average_bits:.4g} bits on average, groups: {groups}"
@@ -102,7 +102,7 @@ def _plan_title(plan: PrecisionPlan) -> str:
 
 
 def evaluation_table(results: dict[str, Evaluation], divergences: dict[str, Divergence] | None = None) -> Table:
-    """A row per model: loss and perplexity, mean and on the rarest tenth of the target tokens.
+    """One row per model: loss and perplexity, overall and on the rarest tenth of the target tokens.
 
     Args:
         results: By the model's name.
@@ -125,13 +125,13 @@ def evaluation_table(results: dict[str, Evaluation], divergences: dict[str, Dive
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """A row per method and budget: stored bits, increase of the loss with intervals, in all and in the tail, and KL."""
+    """One row per method and budget: stored bits, loss increase with intervals, overall and in the tail, and KL."""
     every = {row.divergence.every for row in comparison.rows} - {1}
     title = (
         f"{comparison.model_type}, float loss {comparison.loss['all']:.4f} (rare {comparison.loss['rare']:.4f}), "
         f"{int(comparison.counts.sum())} tokens of {len(comparison.counts)} documents, levels {comparison.levels}, "
-        f"group {comparison.group_size}; increase in nats a token, with 95 % intervals over documents; KL to the float "
-        "model and top-1 agreement with it" + "".join(f" on one in {k} of the tokens" for k in every)
+        f"group {comparison.group_size}; increase in nats per token, with 95 % intervals over documents; KL to the "
+        "float model and top-1 agreement with it" + "".join(f" on one in {k} of the tokens" for k in every)
     )
     table = Table(title=title, box=box.MARKDOWN, title_justify="left")
     columns = ["method", "bits", "stored bits", "loss", "KL", "top-1"]
@@ -151,7 +151,7 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def correlation_table(comparison: Comparison) -> Table:
-    """A row a signal: Spearman's correlation with the measured sensitivity, over all experts and by layer."""
+    """One row per signal: Spearman's correlation with the measured sensitivity, over all experts and by layer."""
     table = Table(title="rank correlation with the measured sensitivity", box=box.MARKDOWN, title_justify="left")
     layers = list(next(iter(comparison.correlations.values())))
     shown = layers if len(layers) <= 9 else layers[:1]

@@ -1,4 +1,4 @@
-"""What Weights & Biases gets at the end of a run besides scalars: curves, a heatmap, the plan as an artifact."""
+"""What Weights & Biases gets at the end of a run in addition to scalars: curves, a heatmap, the plan as an artifact."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_precision.plans.plan import PrecisionPlan
 from moe_precision.present.figures import plot_change_heatmap
 from moe_precision.recording.history import RouterNormHistory
 
-_MAX_POINTS = 500  # a curve in a chart; W&B itself samples lines to 1,500 points
+_MAX_POINTS = 500  # per curve in a chart; W&B itself samples lines to 1,500 points
 
 
 def log_to_wandb(logger: Logger, history: RouterNormHistory, plan: PrecisionPlan, path: Path) -> None:

@@ -1,6 +1,6 @@
 """A checksum for every tensor of a packed checkpoint, in the metadata of its safetensors files.
 
-A flipped bit in packed codes is a wrong weight that nothing else would notice, so that each tensor is checked, with its
+A flipped bit in packed codes is a wrong weight that nothing else would notice, so each tensor is checked, with its
 name, dtype and shape, before any of them is used.
 """
 
@@ -34,17 +34,17 @@ def checksum(name: str, tensor: Tensor) -> str:
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name -> `checksum`, of what is not on the meta device."""
+    """Name -> `checksum`, for what is not on the meta device."""
     return {name: checksum(name, tensor) for name, tensor in tensors.items() if not tensor.is_meta}
 
 
 def metadata(tensors: Mapping[str, Tensor], config: str, one_set: str | None = None) -> dict[str, str]:
-    """What stands in the metadata of every file of a packed checkpoint.
+    """The metadata of every file of a packed checkpoint.
 
     Args:
         tensors: All that the file holds, or more.
         config: Digest of what config.json says of widths: `PlanQuantizationConfig.digest`.
-        one_set: The same for all files that were written together; None to make it of these tensors.
+        one_set: Equal in all files that were written together; None to derive it from these tensors.
     """
     sums = json.dumps(checksums(tensors), sort_keys=True)
     return {_SUMS: sums, _CONFIG: config, _SET: one_set or xxhash.xxh3_64(sums.encode()).hexdigest()}
@@ -62,7 +62,7 @@ def check_files(files: Iterable[str | os.PathLike[str]], config: str) -> None:
             another config.json, or holds a tensor twice; or there is a second checkpoint beside it.
     """
     paths = [Path(file) for file in files]
-    for folder in {path.parent for path in paths}:  # transformers leaves the one where the other is saved, and reads it
+    for folder in {path.parent for path in paths}:  # saving one leaves the other there, and transformers reads that
         shards = sorted(folder.glob("model-*-of-*.safetensors"))
         if shards and (folder / SAFE_WEIGHTS_NAME).exists():
             raise DamagedCheckpointError(
@@ -79,7 +79,7 @@ def check_files(files: Iterable[str | os.PathLike[str]], config: str) -> None:
                 expected = json.loads(held.get(_SUMS, "null"))
                 if not isinstance(expected, dict):
                     raise DamagedCheckpointError(
-                        f"{name} has no checksums: it is damaged, or older than they are; "
+                        f"{name} has no checksums: it is damaged, or was written before there were any; "
                         "quantize the float checkpoint again"
                     )
                 for tensor in opened.keys():  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""The entry of config.json that says how a checkpoint is packed, and what `from_pretrained` takes to pack one."""
+"""The entry of config.json that describes how a checkpoint is packed, and what `from_pretrained` takes to pack one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..recording.curvature import Curvature, as_curvature
 from .codec.grid import Grid
 
 QUANT_METHOD = "moe_precision"
-FORMAT_VERSION = 2  # of the packed checkpoint: docs/checkpoint-format.md; 1 had no checksums and did not say so
+FORMAT_VERSION = 2  # of the packed checkpoint: docs/checkpoint-format.md; 1 had no checksums and no version field
 
 
 class QuantizationError(MoEPrecisionError, ValueError):
@@ -38,7 +38,7 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
             head always keep their precision. None, the default, quantizes experts only.
         curvature: `Curvature`, or the path of its file: errors in input columns where the loss is curved count more in
             the fit. It changes values, not sizes, and is not needed again for loading.
-        grid: `Grid`, or the path of its file: scales and offsets that training has ended on, by `PrecisionAnneal`;
+        grid: `Grid`, or the path of its file: scales and offsets that training with `PrecisionAnneal` ended on;
             nothing is fitted then.
 
     Raises:
@@ -76,11 +76,11 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Reads config.json's entry; without a version it is of the first one."""
+        """Reads config.json's entry; one without a version is of version 1."""
         return super().from_dict({"format_version": 1, **config_dict}, return_unused_kwargs, **kwargs)
 
     def digest(self) -> str:
-        """The same for configs that give every expert the same widths."""
+        """A hash of the widths: equal for configs that give every expert the same ones."""
         widths = {name: layer.projection_bits for name, layer in self.plan.layers.items()}
         said = json.dumps([widths, self.plan.group_size, self.non_expert_bits], sort_keys=True)
         return xxhash.xxh3_64(said.encode()).hexdigest()
@@ -95,24 +95,24 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         }
 
     def warn_if_unweighted(self) -> None:
-        """Warns where the plan expects a fit that curvature weighs, and no curvature is given."""
+        """Warns where the plan expects a fit weighted by curvature, and no curvature is given."""
         if self.plan.method in ("curvature", "shuffled_curvature") and self.curvature is None and self.grid is None:
             warnings.warn(
-                "the plan was made by curvature, for a fit that curvature weighs: give curvature= (or --curvature), "
+                "the plan was made by curvature, for a fit weighted by curvature: give curvature= (or --curvature), "
                 "the file beside the run's plan; the fit is unweighted now",
                 stacklevel=3,
             )
 
     @torch.no_grad()
     def check_weights(self, layers: list[MoELayer]) -> None:
-        """Checks that curvature and grid are of these weights, by the norms of the routers, which stay as they are.
+        """Checks that curvature and grid belong to these weights, by the norms of the routers, which stay as they are.
 
         Args:
             layers: The model's, as found by `find_moe_layers` while its experts were float.
 
         Raises:
-            CurvatureError: The curvature is of other weights.
-            GridError: The grid is of other weights.
+            CurvatureError: The curvature belongs to other weights.
+            GridError: The grid belongs to other weights.
         """
         if self.curvature is None and self.grid is None:
             return

@@ -35,7 +35,7 @@ class _PackWeight(ConversionOps):
         for key, value in input_dict.items():
             name = kwargs["full_layer_name"] if len(input_dict) == 1 else key
             weight = value[0] if isinstance(value, list) else value
-            if name not in waiting:  # made of the same tensors on disk as one that is packed
+            if name not in waiting:  # made from the same tensors on disk as one that is packed
                 left[name] = weight
                 continue
             self.quantizer.pack(model, name, weight)
@@ -57,7 +57,7 @@ class PlanHfQuantizer(HfQuantizer):
 
     @property
     def waiting(self) -> list[Target]:
-        """The float parameters that are still to be packed."""
+        """The float parameters that are yet to be packed."""
         return list(self._waiting.values())
 
     @property
@@ -138,11 +138,11 @@ class PlanHfQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        return True  # transformers' Trainer takes a quantized model without adapters only then
+        return True  # transformers' Trainer accepts a quantized model without adapters only then
 
 
 def finish(model: PreTrainedModel) -> None:
-    """What every packed transformers model needs, however it came about."""
+    """What every packed transformers model needs, however it was made."""
     save_under_module_names(model)
     # Weights mapped from a file start at any address, and the last bits of a CPU matrix product depend on it. Copies at
     # torch's own alignment give the same logits before saving and after loading.

@@ -36,7 +36,7 @@ def quantize_model(
         plan: A `PrecisionPlan`, its dict, or the path of its file.
         non_expert_bits: 8 or 4 to quantize the other linear layers too.
         curvature: `Curvature` or its path, for the weights of the fit.
-        grid: `Grid` or its path, in the place of a fit.
+        grid: `Grid` or its path, in place of a fit.
 
     Returns:
         The same model, in evaluation mode. A transformers model can be saved with ``save_pretrained``.
@@ -55,7 +55,7 @@ def quantize_model(
     config.warn_if_unweighted()
     config.check_weights(layers)
     own = dict(model.named_parameters(remove_duplicate=False))
-    for target in targets:  # before any change: a half packed model is of no use
+    for target in targets:  # before any change: a half-packed model is useless
         if target.parameter not in own:
             raise QuantizationError(
                 f"{type(model).__name__} holds {target.parameter!r} behind a wrapper; give the plain model: unwrap it, "

@@ -114,7 +114,7 @@ class PackedMatrices(nn.Module):
             self.kernel.grouped(x, starts, experts, y)
 
     def described(self, dtype: torch.dtype) -> str:
-        """Kernel, width, number and shape, for activations of ``dtype`` where no kernel has been chosen yet."""
+        """Kernel, width, number and shape, for activations of ``dtype`` if no kernel has been chosen yet."""
         kernel: Kernel | type[Kernel] | None = self.kernel
         if self._chosen_for is None:
             kernel = kernels.choose(self.request(self.codes.device, dtype))
@@ -127,10 +127,10 @@ class PackedMatrices(nn.Module):
     def _check(self, x: Tensor) -> None:
         check_plain(x)
         if x.shape[-1] != self.shape[2]:
-            raise ValueError(f"got rows of width {x.shape[-1]}, expected {self.shape[2]}, that of the packed matrices")
+            raise ValueError(f"got rows of width {x.shape[-1]}, expected {self.shape[2]} as the packed matrices have")
 
     def request(self, device: torch.device, dtype: torch.dtype, training: bool = False) -> kernels.Request:
-        """What a kernel would have to do for activations of this kind."""
+        """What a kernel would have to compute for activations of this kind."""
         return kernels.Request(device.type, dtype, training, self.bits, *self.shape[1:], self.group_size)
 
     def _enter_kernel(self, request: kernels.Request) -> None:
@@ -158,7 +158,7 @@ class PackedMatrices(nn.Module):
         self._chosen_for = None
 
     def __getstate__(self) -> dict[str, Any]:
-        self.leave_kernel()  # the form of a kernel may be another on the CPU that unpickles it
+        self.leave_kernel()  # a kernel's form may differ on the CPU that unpickles it
         return self.__dict__.copy()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedMatrices:
@@ -181,18 +181,18 @@ class PackedMatrices(nn.Module):
 def check_plain(x: Tensor) -> None:
     """Raises `TypeError` unless ``x`` is a plain tensor: kernels read memory, which other tensors lack or add to."""
     if type(x) not in (Tensor, nn.Parameter) or unpack_dual(x).tangent is not None:
-        raise TypeError(f"packed matrices multiply plain tensors, got {type(x).__name__}: {x!r:.80}")
+        raise TypeError(f"packed matrices multiply plain tensors only, got {type(x).__name__}: {x!r:.80}")
 
 
 @contextmanager
 def _plain() -> Iterator[None]:
-    """No mode of the caller's inside: what is made here outlives them. Kernels are on CPUs."""
+    """Turns the caller's modes off inside: what is made here outlives them. Kernels are on CPUs."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         yield
 
 
 class _Product(torch.autograd.Function):
-    """``x @ W.T`` with a packed W, which is dequantized anew for the backward pass: nothing in float is kept."""
+    """``x @ W.T`` with a packed W, which is dequantized again for the backward pass: nothing in float is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrices: PackedMatrices, index: int) -> Tensor:
@@ -242,7 +242,7 @@ class DenseMatrices(nn.Module):
 def multiply_rows(
     matrices: PackedMatrices | DenseMatrices, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor, together: bool
 ) -> None:
-    """`Kernel.grouped` without a kernel: in one launch with float weights, or a product an expert."""
+    """`Kernel.grouped` without a kernel: in one launch with float weights, or one product per expert."""
     used = kernels.spans(starts, experts)
     if not used:
         return

@@ -1,6 +1,6 @@
-"""Modules in the place of float ones: one projection of all experts, bucketed by width, and one linear layer.
+"""Modules in place of float ones: one projection of all experts, bucketed by width, and one linear layer.
 
-Where a packed weight takes the place of a parameter, a one-element tensor stays under the parameter's name. A loader
+Where a packed weight replaces a parameter, a one-element tensor stays under the parameter's name. A loader
 that does not know this format then fails on its shape instead of filling the experts with random numbers.
 """
 
@@ -72,10 +72,10 @@ class PackedProjection(nn.Module):
             starts: ``(experts + 1,)`` int64: where the rows of each expert begin, and where those of all end.
 
         Returns:
-            ``(rows, out)``; 0 in rows that are no expert's.
+            ``(rows, out)``; 0 in rows that belong to no expert.
 
         Raises:
-            ValueError: ``starts`` is not what it should be (on a GPU its values are not looked at).
+            ValueError: ``starts`` has a wrong shape, dtype or values (on a GPU values are not checked).
             TypeError: ``x`` is not a tensor in memory: a fake or distributed one, or one with a forward derivative.
         """
         check_plain(x)
@@ -93,13 +93,13 @@ class PackedProjection(nn.Module):
 
 @lru_cache(maxsize=4096)
 def _indices(experts: tuple[int, ...], device: torch.device) -> Tensor:
-    """On the device once, so that no product waits for a copy."""
+    """The indices on the device, copied once, so that no product waits for a copy."""
     with torch.inference_mode(False):
         return torch.tensor(experts, device=device)
 
 
 class PackedLinear(nn.Module):
-    """Takes the place of an ``nn.Linear``; ``weight`` is the one-element sentinel, which also carries the dtype."""
+    """Replaces an ``nn.Linear``; ``weight`` is the one-element sentinel, which also carries the dtype."""
 
     weight: Tensor
     bias: nn.Parameter | None

@@ -1,6 +1,6 @@
 """Swaps float experts for packed ones: the list of weights a plan quantizes, and how each is replaced.
 
-The same few functions serve a live model, a float checkpoint that is quantized while it loads, and a packed
+A few functions serve a live model, a float checkpoint that is quantized while it loads, and a packed
 checkpoint whose empty modules are made before its tensors are read.
 """
 
@@ -41,7 +41,7 @@ class Target:
         bits: Width of each expert for a fused parameter ``(E, ...)``, or one width for a matrix.
         shape: ``(out, in)`` of each matrix.
         transposed: The parameter holds ``(in, out)`` matrices.
-        fits: How each matrix is quantized, one a matrix.
+        fits: How each matrix is quantized, one per matrix.
     """
 
     parameter: str
@@ -77,11 +77,11 @@ def find_targets(
         layers: Its layers, as found by `find_moe_layers` with the plan's patterns.
         plan: The plan.
         non_expert_bits: 8 or 4 to list the other linear layers too.
-        curvature: Weighs the fit of each matrix.
+        curvature: Weights the fit of each matrix.
         grid: Scales and offsets of each matrix, in place of a fit.
 
     Raises:
-        PlanError: The plan is for another model, or a group size does not divide.
+        PlanError: The plan is for another model, or the group size does not divide an input width.
         CurvatureError: The curvature is of another model.
         GridError: The grid belongs to another plan.
         UnsupportedLayoutError: Experts in a layout that cannot be packed yet.
@@ -126,8 +126,8 @@ def _expert_targets(
     shared = [bank.weights[0].name for bank in layer.banks.values() if id(bank.weights[0].parameter()) in tied]
     if shared:
         raise UnsupportedLayoutError(
-            f"layer {layer.name!r}: {shared[0]!r} is shared with another module of the model, which would go on with "
-            "its float weights; packing shared experts is not supported yet"
+            f"layer {layer.name!r}: {shared[0]!r} is shared with another module of the model, which would keep "
+            "using its float weights; packing shared experts is not supported yet"
         )
     if layer.fused:
         if not runs_through_experts_interface(container):
@@ -149,7 +149,7 @@ def _expert_targets(
     if layer.layout != "modules":
         raise UnsupportedLayoutError(
             f"layer {layer.name!r}: the experts ({type(container).__name__}) are laid out as {layer.layout!r}; packed "
-            "experts can take the place of fused 3-D parameters and of modules, one an expert"
+            "experts can replace fused 3-D parameters, and modules, one per expert"
         )
     targets = []
     names = {id(module): name for name, module in container.named_children()}
@@ -181,7 +181,7 @@ def _fit(layer: str, projection: str, expert: int, curvature: Curvature | None, 
 
 
 def _non_expert_targets(model: nn.Module, layers: list[MoELayer], bits: int, group_size: int) -> list[Target]:
-    """Every ``nn.Linear`` outside of experts, except routers, the output embeddings and tied weights."""
+    """Every ``nn.Linear`` outside experts, except routers, the output embeddings and tied weights."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     tied = set(tied_names(model))
     routers = {layer.router for layer in layers}
@@ -208,7 +208,7 @@ def packed_tensors(model: nn.Module, targets: list[Target], group_size: int) -> 
 
 @torch.no_grad()
 def replace_weight(model: nn.Module, target: Target, group_size: int, weight: Tensor | None) -> None:
-    """Puts a packed weight in the place of a float parameter.
+    """Puts a packed weight in place of a float parameter.
 
     Args:
         model: The model, changed in place.

@@ -41,7 +41,12 @@ class Curvature:
         layers: Layer name -> `LayerShape`, in module order.
         rows: Layer name -> projection name -> ``(E, out)`` float32.
         columns: Layer name -> projection name -> ``(E, in)`` float32.
-        router_norms: Layer name -> ``(E,)`` float32 when it was taken, by which the weights it belongs to are known.
+        router_norms: Layer name -> ``(E,)`` float32 when it was taken, which identify the weights that it belongs to.
+
+    Example:
+        >>> curvature = Curvature.load("precision_plan.curvature.safetensors")
+        >>> curvature.fit_weights("model.layers.0.mlp", "gate_up_proj", expert=0).shape
+        torch.Size([64])
     """
 
     layers: dict[str, LayerShape]
@@ -75,15 +80,15 @@ class Curvature:
         return columns + columns.mean()
 
     def check_layers(self, found: dict[str, LayerShape]) -> None:
-        """Raises `CurvatureError` if it is of another model."""
+        """Raises `CurvatureError` if it belongs to another model."""
         if self.layers != found:
             raise CurvatureError(
-                f"the curvature is of another model: it has layers {list(self.layers)}, expected {list(found)}, or "
-                "their shapes differ"
+                f"the curvature belongs to another model: it has layers {list(self.layers)}, expected {list(found)}, "
+                "or their shapes differ"
             )
 
     def check_router_norms(self, norms: dict[str, Tensor]) -> None:
-        """Raises `CurvatureError` if router norms show that it is of other weights; see `check_same_weights`."""
+        """Raises `CurvatureError` if router norms show that it belongs to other weights; see `check_same_weights`."""
         check_same_weights(self.router_norms, norms, "curvature", CurvatureError)
 
     def _check_values(self) -> Curvature:
@@ -100,7 +105,7 @@ class Curvature:
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes safetensors: ``rows/<layer>/<projection>``, ``columns/...`` alike, and ``router_norms/<layer>``.
+        """Writes safetensors: ``rows/<layer>/<projection>``, ``columns/...`` likewise, and ``router_norms/<layer>``.
 
         Raises:
             OSError: The file cannot be written; an existing one is left as it was.
@@ -128,7 +133,7 @@ def as_curvature(curvature: Curvature | str | os.PathLike[str]) -> Curvature:
 
 
 def row_and_column_means(values: Tensor) -> Means:
-    """Means of ``(..., rows, columns)`` over the last dimension and over the one before it, whole where sharded."""
+    """Means of ``(..., rows, columns)`` over the last dimension and over the one before it, gathered where sharded."""
     rows, columns = (values.mean(dim=dimension, dtype=torch.float32) for dimension in (-1, -2))
     whole = [mean.full_tensor() if isinstance(mean, DTensor) else mean for mean in (rows, columns)]
     return whole[0].cpu(), whole[1].cpu()

@@ -16,7 +16,7 @@ from .curvature import Curvature, CurvatureError, Means, row_and_column_means
 
 
 def curvature_of_losses(layers: list[MoELayer], losses: Iterable[Callable[[], Tensor | None]]) -> Curvature:
-    """Means of the squared gradients of some losses.
+    """Means of the squared gradients over some losses.
 
     With several processes it is a collective: DDP and FSDP2 average the gradients of what they train, and those of
     frozen experts are averaged here. Afterwards expert weights have no gradient, and other parameters keep the one of
@@ -24,11 +24,11 @@ def curvature_of_losses(layers: list[MoELayer], losses: Iterable[Callable[[], Te
 
     Args:
         layers: As found by `find_moe_layers`; frozen experts are unfrozen while this runs.
-        losses: Each computes the loss of one batch, ``()``, or None to skip it; batches of the size of training's keep
-            costs on the scale of the optimizer's.
+        losses: Each computes the loss of one batch, ``()``, or None to skip it; batches of training's size keep costs
+            on the scale that an optimizer's second moments give.
 
     Raises:
-        CurvatureError: No loss at all, a gradient that is not finite, or none reaches any expert of a layer.
+        CurvatureError: There is no loss, a gradient is not finite, or none reaches any expert of a layer.
     """
     weights = [weight for layer in layers for bank in layer.banks.values() for weight in bank.weights]
     parameters = [weight.parameter() for weight in weights]
@@ -61,7 +61,7 @@ def curvature_of_losses(layers: list[MoELayer], losses: Iterable[Callable[[], Te
 
 @contextmanager
 def _unfrozen(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """All parameters require gradients inside; yields those that do not outside. None has a gradient afterwards."""
+    """Inside, all parameters require gradients; yields those that otherwise do not. None has a gradient afterwards."""
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     try:
         for parameter in frozen:
@@ -87,7 +87,7 @@ def _average_over_processes(frozen: Sequence[Tensor]) -> None:
 
 @contextmanager
 def left_as_it_is(model: nn.Module) -> Iterator[None]:
-    """Afterwards the buffers and modes of a model are as before, and no gradient is left."""
+    """Restores the buffers and modes of a model afterwards, and leaves no gradient."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -1,4 +1,4 @@
-"""The recorded L2 norms of every expert's router row over a training run, and the file that they are kept in.
+"""The recorded L2 norms of every expert's router row over a training run, and the file that keeps them.
 
 Pure PyTorch: no trainer, no logger. Norms are float32 whatever the training dtype.
 """
@@ -34,7 +34,7 @@ class RouterNormHistory:
     Attributes:
         model_type: transformers' ``config.model_type``, or the class name of a model without a config.
         layers: Layer name -> `LayerShape`, in module order.
-        steps: Optimizer step of each record, rising; ``steps[0]`` is the baseline's.
+        steps: Optimizer step of each record, ascending; ``steps[0]`` is the baseline's.
         max_variance: Layer name -> ``(E,)`` float32 at the last record, or empty if never measured.
         loads: ``training`` (since the first record) and ``validation`` (its last run), each layer name -> ``(2, E)``
             float64: tokens that each expert received, and their summed routing weight (NaN where it cannot be seen).
@@ -108,7 +108,7 @@ class RouterNormHistory:
             raise HistoryError(f"step {step} is not after the last recorded step {self.steps[-1]}")
         self.steps.append(step)
         self._records.append(norms.to("cpu"))
-        self.max_variance = {}  # of an earlier step
+        self.max_variance = {}  # it was of an earlier step
 
     def replace_last(self, norms: Tensor) -> bool:
         """Replaces the norms of the last record; returns whether they differ from it."""
@@ -234,7 +234,7 @@ class RouterNormHistory:
 
 
 def aggregates(prefix: str, values: list[float]) -> dict[str, float]:
-    """Keys of a logger for the least, the median and the largest of some values."""
+    """Logger keys for the least, the median and the largest of some values."""
     ordered = sorted(values)
-    median = ordered[(len(ordered) - 1) // 2]  # the lower one, as torch.median's
+    median = ordered[(len(ordered) - 1) // 2]  # the lower one, as in torch.median
     return {f"{prefix}/min": ordered[0], f"{prefix}/median": median, f"{prefix}/max": ordered[-1]}

@@ -19,12 +19,12 @@ Loads = dict[str, Tensor]  # layer -> (2, E) float64: tokens, summed routing wei
 
 
 class LoadCounter:
-    """Counts what every expert receives, in training and in evaluation mode apart, until it is closed.
+    """Counts what every expert receives, separately in training and evaluation mode, until it is closed.
 
-    Experts that are called with the chosen indices and their weights, as in transformers, tell both. Modules of their
-    own in a plain list tell the number of tokens alone. A layer that tells neither is left out of the counts. Padding
-    counts as the router counts it; a forward pass that is repeated in the backward pass (gradient checkpointing) is
-    counted once, and one inside of `not_counted` is not.
+    Experts that are called with the chosen indices and their weights, as in transformers, give both. Separate modules
+    in a plain list give only the number of tokens. A layer that gives neither is left out of the counts. Padding counts
+    as the router counts it. A forward pass that is repeated in the backward pass (gradient checkpointing) is counted
+    once, and one inside `not_counted` not at all.
 
     Args:
         layers: As found by `find_moe_layers`. The hooks are on their modules, under every wrapper.
@@ -47,7 +47,7 @@ class LoadCounter:
 
     @torch.no_grad()
     def count(self, training: bool, given: tuple[Any, ...], layer: MoELayer) -> None:
-        """Counts one call of all experts of a layer, by what they are called with."""
+        """Counts one call of all experts of a layer, from their arguments."""
         found = routing(given, layer.num_experts)
         if found is not None:
             self._add(training, layer, expert_load(*found, layer.num_experts))
@@ -79,7 +79,7 @@ class LoadCounter:
         return {layer.name: load.clone() for layer, load in by_layer if load[0].sum() > 0}
 
     def close(self) -> None:
-        """Takes the hooks off; a second call does nothing."""
+        """Removes the hooks; a second call does nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -106,7 +106,7 @@ _not_counted: list[bool] = []
 
 @contextmanager
 def not_counted() -> Iterator[None]:
-    """Forward passes inside are not part of the run, and no counter counts them."""
+    """Forward passes inside are not part of the run and are not counted."""
     _not_counted.append(True)
     try:
         yield
@@ -140,7 +140,7 @@ def count_loads(model: nn.Module, batches: Iterable[dict[str, Tensor]], **patter
 
 
 def routing(given: tuple[Any, ...], num_experts: int) -> tuple[Tensor, Tensor | None] | None:
-    """What a call of all experts of a layer says of its routing.
+    """Which experts each token goes to, from the arguments that all experts of a layer are called with.
 
     Args:
         given: Positional and keyword arguments of the call.
@@ -148,7 +148,7 @@ def routing(given: tuple[Any, ...], num_experts: int) -> tuple[Tensor, Tensor | 
 
     Returns:
         Chosen indices ``(N, K)`` (``num_experts`` for none) and, if there, their weights of the same shape. None where
-        nothing is certain to be that: a count for each expert, a padding mask or positions are not.
+        no argument is certain to be that: counts per expert, a padding mask or positions are not.
     """
     tensors = [x for x in given if isinstance(x, Tensor)]
     hidden = next((x for x in tensors if x.is_floating_point() and x.ndim >= 2), None)  # (..., d)
@@ -158,7 +158,7 @@ def routing(given: tuple[Any, ...], num_experts: int) -> tuple[Tensor, Tensor | 
     for chosen in tensors:
         if chosen.is_floating_point() or chosen.ndim < 2 or chosen.shape[0] != tokens:
             continue
-        if chosen.ndim == 3 and chosen.shape[-1] == num_experts:  # a mask (N, K, E); a full expert leaves tokens out
+        if chosen.ndim == 3 and chosen.shape[-1] == num_experts:  # a mask (N, K, E); a full expert drops tokens
             index = torch.where(chosen.any(-1), chosen.to(torch.uint8).argmax(-1), num_experts)
         elif chosen.shape == (tokens, num_experts) and chosen.dtype == torch.bool:  # a mask (N, E)
             index = torch.where(chosen, torch.arange(num_experts, device=chosen.device), num_experts)

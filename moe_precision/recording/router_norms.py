@@ -30,6 +30,10 @@ def router_norms(layers: list[MoELayer]) -> Tensor:
 
     Raises:
         MoELayerError: A router cannot be read whole, which would give a wrong norm.
+
+    Example:
+        >>> router_norms(find_moe_layers(model)).shape
+        torch.Size([16])
     """
     norms: list[Tensor] = []
     with torch.no_grad():
@@ -51,21 +55,21 @@ def norms_by_layer(layers: list[MoELayer]) -> dict[str, Tensor]:
 def check_same_weights(
     expected: dict[str, Tensor], found: dict[str, Tensor], what: str, error: type[Exception]
 ) -> None:
-    """Checks by router norms that something was made of these weights, possibly in another dtype.
+    """Checks by router norms that something was made from these weights, possibly in another dtype.
 
     Args:
-        expected: Layer name -> ``(E,)`` float32, as they were when it was made.
+        expected: Layer name -> ``(E,)`` float32, from when it was made.
         found: Layer name -> ``(E,)`` of the weights at hand, any float dtype.
         what: What was made, for the message.
-        error: Raised where norms differ by more than a rounding to another dtype makes them differ.
+        error: Raised where norms differ by more than rounding to another dtype explains.
     """
     for name, norms in expected.items():
         now = found[name].detach().float().cpu()
         if not torch.allclose(now, norms, rtol=2e-3, atol=0):
             difference = float(((now - norms).abs() / norms.clamp(min=1e-30)).max())
             raise error(
-                f"the {what} is of other weights: in layer {name!r} router norms differ by up to {difference:.2%}. "
-                "Is it of another run?"
+                f"the {what} belongs to other weights: router norms in {name!r} differ by up to {difference:.2%}. "
+                "Is it from another run?"
             )
 
 

@@ -22,8 +22,8 @@ _BNB_BLOCK = 256  # weights that share a scale in bitsandbytes' optimizer state
 def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature:
     """Reads the second moments of all expert weights from Adam-like optimizers; a collective under FSDP2.
 
-    Supported optimizers: Adam and AdamW (fused, and torchao's in 8 and 4 bits), Adafactor, whose state is these means,
-    and bitsandbytes' 8-bit Adam.
+    Supported optimizers: Adam and AdamW (fused, and torchao's in 8 and 4 bits), Adafactor, whose state is these very
+    means, and bitsandbytes' 8-bit Adam.
 
     The optimizer skips an expert with parameters of its own in a step where it got no token, so that its moment is a
     mean over fewer steps. It is scaled by the share of steps that the expert took part in, which puts it on the scale
@@ -34,8 +34,8 @@ def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature
         optimizers: Optimizers that have taken a step; Lightning's or accelerate's wrappers are looked through.
 
     Raises:
-        CurvatureError: An expert weight has no second moment in any of them: another kind of optimizer, frozen experts,
-            or a flat shard (FSDP1, DeepSpeed).
+        CurvatureError: An expert weight has no second moment in any of them: the optimizer is of
+            another kind, the experts are frozen, or its state is a flat shard (FSDP1, DeepSpeed).
     """
     moments = _second_moments(optimizers)
 
@@ -47,7 +47,7 @@ def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature
         if not found or tuple(found[0].shape) != shape[:-1] or tuple(found[1].shape) != (*shape[:-2], shape[-1]):
             raise CurvatureError(
                 f"the optimizer has no second moment of shape {shape} for {weight.name!r}: curvature is read from "
-                "Adam, AdamW and Adafactor whose state is whole. Are the experts frozen, the optimizer another one, or "
+                "Adam, AdamW and Adafactor with whole state. Are the experts frozen, is this another optimizer, or is "
                 "its state in flat shards (FSDP1, DeepSpeed)? curvature_batches=N takes squared gradients instead"
             )
         return found

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from ..layers.router_rows import router_row_norms
 
 _BLOCK = 2**18  # weights
-_ROUNDING = 1.02  # a norm in bfloat16 is right to a part in 256
+_ROUNDING = 1.02  # a norm in bfloat16 is accurate to one part in 256
 
 
 def router_norm_change(first: Tensor, last: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def expert_load(index: Tensor, weights: Tensor | None, num_experts: int) -> Tens
     """Tokens that each expert received, and the sum of the weights with which the router sent them.
 
     Args:
-        index: Chosen experts, any shape, as ``(N, K)``; an index outside of ``0..E - 1`` is no expert.
+        index: Chosen experts, any shape, as ``(N, K)``; an index outside ``0..E - 1`` is no expert.
         weights: Routing weight of each choice, the same shape; None where they are not known.
         num_experts: ``E``.
 

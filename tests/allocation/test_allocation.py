@@ -68,7 +68,7 @@ def test_ranking_refuses_what_is_not_finite():
 @pytest.mark.parametrize(
     ("average", "bits", "message"),
     [
-        (1.5, (2, 3), r"average_bits=1.5 is outside of the levels \[2, 3\]"),
+        (1.5, (2, 3), r"average_bits=1.5 is outside the levels \[2, 3\]"),
         (3.5, (2, 3), "outside"),
         (2.0, (1, 2, 4), r"equally spaced.*\[1, 2, 4\]"),
         (2.0, (1, 2, 3, 4), "one, two or three levels, got 4"),

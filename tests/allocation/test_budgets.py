@@ -33,9 +33,9 @@ def test_budgets_in_stored_bits_and_in_gib(method, mixtral):
         ({"method": "curvature"}, "needs curvature"),
         ({"granularity": "layer"}, "orders the experts of a layer.*needs a method that knows costs"),
         ({"stored_bits": 3.0, "bits": (2, 16)}, "a method that knows costs"),
-        ({"stored_bits": 9.0}, "outside of what the levels"),
+        ({"stored_bits": 9.0}, "outside what the levels"),
         ({"method": "weight_error", "granularity": "expert+layer"}, "unknown granularity"),
-        ({"method": "weight_error", "average_bits": 5.0}, "outside of the levels"),
+        ({"method": "weight_error", "average_bits": 5.0}, "outside the levels"),
     ],
 )
 def test_bad_arguments(settings, message, mixtral):

@@ -49,5 +49,5 @@ def test_a_plan_by_curvature_without_its_weights_warns():
     assert plan.settings.stored_bits == 2.75
     with pytest.warns(UserWarning, match="the fit is unweighted now"):
         quantize_model(model, plan)
-    with pytest.raises(AllocationError, match="outside of what the levels"):
+    with pytest.raises(AllocationError, match="outside what the levels"):
         allocate(build("mixtral"), method="weight_error", group_size=64, stored_bits=2.2)

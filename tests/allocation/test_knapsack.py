@@ -1,4 +1,4 @@
-"""The knapsack against all choices there are, and budgets that are never exceeded."""
+"""The knapsack against brute force over all choices, and budgets that are never exceeded."""
 
 import itertools
 
@@ -85,11 +85,11 @@ def test_granularities(granularity, average, at_three):
 
 
 def test_a_budget_of_stored_bits_counts_scales_and_offsets():
-    # group 32: a width of b takes b + .5625 bits; 2.6625 stored leave .1 above all at 2 bits, one matrix of ten
+    # group 32: a width of b takes b + 0.5625 bits; 2.6625 stored leave 0.1 above all at 2 bits, one matrix of ten
     found = least_cost_bits(LAYERS, COSTS, asked([2, 3], 32, "expert+projection", stored_bits=2.6625))
     assert found.bits["b"]["down"] == [2, 3, 2]
     assert sum(bits.count(3) for of in found.bits.values() for bits in of.values()) == 1
-    with pytest.raises(AllocationError, match="outside of what the levels"):
+    with pytest.raises(AllocationError, match="outside what the levels"):
         least_cost_bits(LAYERS, COSTS, asked([2, 3], 32, "expert", stored_bits=2.5))
 
 

@@ -19,8 +19,8 @@ from moe_precision.cli.main import main
 from moe_precision.quantize.codec.fitting import quantize_matrix, quantize_on_grid
 from moe_precision.quantize.codec.grid import Grid, GridError
 from moe_precision.quantize.kernels import scaled
-from tests.callbacks.test_router_norm_monitor import MemoryLogger
 from tests.support.models import PlainMoE, build, logits
+from tests.support.trainers import MemoryLogger
 
 IDS = torch.randint(3, 128, (40, 12), generator=torch.Generator().manual_seed(0))
 
@@ -77,6 +77,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "changes"), FAMILIES)
 def test_forward_is_the_packed_model_and_backward_goes_straight_through(family, changes):
     model = build(family, **changes)
@@ -108,6 +109,7 @@ def test_forward_is_the_packed_model_and_backward_goes_straight_through(family, 
     torch.testing.assert_close(logits(model), logits(packed), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}])
 def test_the_packed_model_is_the_one_that_training_ended_on(changes, tmp_path, capsys):
     class Keep(pl.Callback):
@@ -123,7 +125,7 @@ def test_the_packed_model_is_the_one_that_training_ended_on(changes, tmp_path, c
     assert plan.average_bits <= 2.0
     paths = [str(tmp_path / name) for name in ("checkpoint", "annealed_plan.json", "out")]
     assert main(["quantize", *paths]) == 0
-    assert "on which training has ended" in capsys.readouterr().out
+    assert "which training ended on" in capsys.readouterr().out
     torch.testing.assert_close(logits(load_model(tmp_path / "out")), keep.logits, atol=1e-5, rtol=1e-4)
 
 
@@ -200,7 +202,7 @@ def test_a_weight_that_changes_before_its_backward_pass_is_an_error():
 
 
 class _Keeps(torch.autograd.Function):
-    """A product that keeps its weight on its own, as some kernels do."""
+    """A product that saves its weight by itself, as some kernels do."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -265,6 +267,7 @@ def test_validation_on_and_off_the_grid(tmp_path):
     assert on != pytest.approx(off, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_plan_from_a_run_brings_its_curvature(tmp_path):
     """From the first step on the optimizer has no second moments."""
     monitor = RouterNormMonitor(group_size=64, method="curvature", bits=(1, 2, 3), average_bits=2)
@@ -281,9 +284,10 @@ def test_a_plan_from_a_run_brings_its_curvature(tmp_path):
             assert not torch.equal(scale, plain.scales[layer][name])
 
 
+@pytest.mark.slow
 def test_resume_in_the_middle_ends_bit_identical(tmp_path):
     saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=7, save_top_k=-1, filename="{step}")
-    same = IDS[:4].repeat(10, 1)  # a DataLoader begins anew when a run is resumed
+    same = IDS[:4].repeat(10, 1)  # a DataLoader starts over when a run is resumed
     whole = fit(tmp_path / "whole", anneal(), saver, data=same, enable_checkpointing=True)
     module = fit(tmp_path / "resumed", anneal(), data=same, ckpt_path=str(tmp_path / "saved" / "step=7.ckpt"))
     for (name, a), (_, b) in zip(whole.state_dict().items(), module.state_dict().items(), strict=True):
@@ -304,6 +308,7 @@ def test_what_is_logged_and_when_it_begins(tmp_path):
     assert all(0 < share < 0.5 for share in flips.values())
 
 
+@pytest.mark.slow
 def test_annealing_beats_quantizing_afterwards(trained):
     """On real text: the same steps, on the grid and off it, then 1 bit for all."""
     model, held_out = trained
@@ -340,6 +345,7 @@ def test_a_given_plan_and_one_by_router_norms(tmp_path):
     assert made.baseline_step == 0
 
 
+@pytest.mark.slow
 def test_accumulation_logs_each_step_once_and_a_second_fit_plans_anew(tmp_path):
     logger, callback = MemoryLogger(), anneal()
     fit(tmp_path, callback, logger=logger, accumulate_grad_batches=3)
@@ -355,7 +361,7 @@ def test_a_grid_of_other_weights_is_refused(tmp_path):
     plan, grid = tmp_path / "annealed_plan.json", tmp_path / "annealed_plan.grid.safetensors"
     with torch.no_grad():
         module.model.model.layers[0].mlp.gate.weight.mul_(1.1)
-    with pytest.raises(GridError, match="the grid is of other weights"):
+    with pytest.raises(GridError, match="the grid belongs to other weights"):
         quantize_model(module.model, plan, grid=grid)
 
 
@@ -437,7 +443,7 @@ def test_bad_input_stops_the_run(module, callbacks, error, message, tmp_path):
     [
         ({"start": 1.5}, "a whole step"),
         ({"method": "sensitivity"}, "needs measured costs"),
-        ({"average_bits": 5.0}, "outside of the levels"),
+        ({"average_bits": 5.0}, "outside the levels"),
         ({"export_to": "plan.txt"}, "must end in .json"),
     ],
 )

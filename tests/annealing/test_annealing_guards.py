@@ -21,8 +21,10 @@ from tests.annealing.test_annealing import IDS, Language, Validated, anneal, fit
 from tests.annealing.test_annealing_trainer import ITEMS
 from tests.annealing.test_annealing_trainer import anneal as trainer_anneal
 from tests.annealing.test_annealing_trainer import train as train_with_trainer
-from tests.callbacks.test_router_norm_monitor import MemoryLogger
 from tests.support.models import DECODER, PlainMoE, build, logits
+from tests.support.trainers import MemoryLogger
+
+pytestmark = pytest.mark.slow
 
 
 def hooked(model, bits=1):
@@ -157,7 +159,7 @@ def test_codes_between_two_values_are_not_guessed():
     layers = find_moe_layers(model)
     plan = allocate(copy.deepcopy(model), method="uniform", average_bits=2, group_size=64)
     grid = Grid.fit(layers, plan)
-    with pytest.raises(ValueError, match="put SavePretrained behind PrecisionAnneal"):
+    with pytest.raises(ValueError, match="put SavePretrained after PrecisionAnneal"):
         quantize_model(model, plan, grid=grid)
 
 
@@ -186,9 +188,9 @@ def jetmoe():
     ("module", "callbacks", "error", "message", "batches"),
     [
         (Language, lambda: [anneal(method="norm_only", average_bits=2.5, bits=(2, 3))], AnnealError, "records", 0),
-        (Language, lambda: [anneal(start=0)], AnnealError, "no second moments to make a plan of", 0),
-        (Language, lambda: [SavePretrained(), anneal()], AnnealError, "put it behind this one", 0),
-        (Language, lambda: [anneal(), RouterNormMonitor(group_size=64)], AnnealError, "put it in front of this one", 0),
+        (Language, lambda: [anneal(start=0)], AnnealError, "no second moments to make a plan from", 0),
+        (Language, lambda: [SavePretrained(), anneal()], AnnealError, "put it after this one", 0),
+        (Language, lambda: [anneal(), RouterNormMonitor(group_size=64)], AnnealError, "put it before this one", 0),
         (WithSGD, lambda: [anneal()], AnnealError, "cannot make a plan at step 5", 1),
         (jetmoe, lambda: [anneal()], UnsupportedLayoutError, "fused, but not through", 0),
     ],
@@ -207,7 +209,7 @@ def test_a_checkpoint_of_another_callback_or_plan(tmp_path):
     with pytest.raises(AnnealError, match=r"resumes at step 7, annealing began at 5.*export_to='b\.json'"):
         fit(tmp_path, anneal(export_to="b.json"), ckpt_path=saved)
     other = allocate(build("mixtral"), method="uniform", average_bits=3, group_size=64)
-    with pytest.raises(AnnealError, match="annealed on another plan than the given one"):
+    with pytest.raises(AnnealError, match="annealed on a plan other than the given one"):
         fit(tmp_path, anneal(export_to="a.json", plan=other), ckpt_path=saved)
 
 
@@ -234,7 +236,7 @@ def test_validation_counts_tokens_once_and_passes_over_empty_batches(tmp_path):
     assert losses
     assert all(0 < loss < 20 for loss in losses)
     for load in monitor.history.loads["validation"].values():
-        assert load[0].sum() == 4 * 12 * 2  # rows, tokens, experts a token: of validation_step alone
+        assert load[0].sum() == 4 * 12 * 2  # rows, tokens, experts per token: of validation_step alone
 
 
 def test_a_full_disk_at_the_end_costs_the_plan_and_not_the_model(tmp_path, monkeypatch):
@@ -301,7 +303,7 @@ def test_transformers_trainer_must_end_on_the_last_weights(tmp_path):
 
 
 def test_an_interrupted_trainer_leaves_no_old_grid_behind(tmp_path):
-    """transformers tells its callbacks nothing of an interruption."""
+    """transformers does not notify its callbacks of an interruption."""
 
     class Interrupt(Exception):
         pass

@@ -1,11 +1,14 @@
-"""recipes/recover.yaml: a finished checkpoint is fine-tuned on its plan, all of it or the routers alone."""
+"""recipes/recover.yaml: a finished checkpoint is fine-tuned on its plan, all of it or only the routers."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentParser
+from pytorch_lightning import Callback
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from moe_precision import PrecisionPlan, allocate, quantize_model
@@ -45,6 +48,7 @@ def recover(finished, output, *more):
     return main(["fit", "--config", str(finished / "recover.yaml"), f"--trainer.default_root_dir={output}", *more])
 
 
+@pytest.mark.slow
 def test_a_finished_model_ends_on_its_plan(finished, tmp_path, capsys):
     assert recover(finished, tmp_path) == 0
     plan = PrecisionPlan.load(tmp_path / "annealed_plan.json")
@@ -56,6 +60,7 @@ def test_a_finished_model_ends_on_its_plan(finished, tmp_path, capsys):
     assert (annealed - before).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_routers_alone_over_packed_experts(finished, tmp_path):
     assert recover(finished, tmp_path, "--train=routers", f"--plan={finished / 'precision_plan.json'}") == 0
     tuned = load_model(tmp_path / "checkpoint")
@@ -68,6 +73,21 @@ def test_routers_alone_over_packed_experts(finished, tmp_path):
     assert not (tmp_path / "annealed_plan.json").exists()
 
 
+def test_a_plan_named_in_yaml_stays_a_path(finished, tmp_path):
+    """So that the files beside it are found; jsonargparse reads a file where it knows the fields of its dataclass."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--callbacks", type=list[Callback])
+    shutil.copy(finished / "precision_plan.json", tmp_path / "plan.json")
+    (tmp_path / "plan.curvature.safetensors").write_bytes(b"")
+    callback = {"class_path": "PrecisionAnneal", "init_args": {"plan": str(tmp_path / "plan.json")}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"callbacks": [callback]}))
+    (made,) = parser.instantiate(parser.parse_args(["--config", str(tmp_path / "config.yaml")])).callbacks
+    assert made.plan == PrecisionPlan.load(tmp_path / "plan.json")
+    assert made._beside == tmp_path / "plan.curvature.safetensors"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -100,6 +120,7 @@ def test_arguments_that_do_not_go_together(module, arguments, message):
         module(**arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])
 def test_gradients_pass_through_packed_experts(family):
     """As through a float model with the same weights, and without keeping a float weight."""

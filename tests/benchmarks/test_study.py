@@ -1,4 +1,4 @@
-"""The study and the theory recipe, small: what they measure is right, and an interrupted study goes on."""
+"""The study and the theory recipe, small: what they measure is right, and an interrupted study resumes."""
 
 import json
 import math
@@ -31,6 +31,7 @@ def small(tmp_path_factory):
     return settings, root
 
 
+@pytest.mark.slow
 def test_every_allocator_is_measured_at_every_combination(small):
     settings, root = small
     assert study.measure(settings, "mixtral", 0, root) == "mixtral 0: found"
@@ -48,6 +49,7 @@ def test_every_allocator_is_measured_at_every_combination(small):
     assert {"round to nearest", "least squares", "unbiased gain"} <= found["quantizers"].keys()
 
 
+@pytest.mark.slow
 def test_the_report_has_every_table(small):
     settings, root = small
     text = study_report.report(settings, root)
@@ -57,6 +59,7 @@ def test_the_report_has_every_table(small):
     assert "no result" in study_report.report(settings, root / "nothing")
 
 
+@pytest.mark.slow
 def test_annealing_is_measured_and_reported(small):
     settings, root = small
     settings["models"]["mixtral"]["max_steps"] = 8
@@ -112,6 +115,7 @@ def test_other_quantizers():
     assert torch.equal(scaled(*fitted), scaled(*fitted))  # reading the values does not change them
 
 
+@pytest.mark.slow
 def test_the_theorems_set_up_shows_them_and_fades(monkeypatch):
     monkeypatch.setattr(theory, "LONGER", 4)
     run = theory.run(0, 0.1)

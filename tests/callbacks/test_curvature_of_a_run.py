@@ -9,7 +9,7 @@ from pytorch_lightning import Callback
 from moe_precision import PrecisionPlan, allocate, find_moe_layers
 from moe_precision.recording.curvature import Curvature
 from moe_precision.recording.gradients import curvature_of_losses
-from tests.callbacks.test_router_norm_monitor import Module, TwoOptimizers, data, monitor, trainer
+from tests.support.trainers import Module, TwoOptimizers, data, monitor, trainer
 
 
 def test_the_callback_writes_it_and_its_plan_is_that_of_the_file(tmp_path):
@@ -85,7 +85,7 @@ def test_the_extra_batches_leave_the_model_as_it_was(tmp_path):
 
     module = Normed()
     callback = monitor(curvature_batches=100)
-    with pytest.warns(UserWarning, match="there are 6 batches to take gradients of"):
+    with pytest.warns(UserWarning, match="only 6 batches to take gradients on"):
         trainer(tmp_path, callback).fit(module, data())
     assert callback.curvature is not None
     assert module.norm.num_batches_tracked == 5  # of training alone

@@ -1,11 +1,13 @@
 """FSDP1 keeps flat shards: norms and variances are read unit by unit, or not at all."""
 
+import pytest
 import torch
 
 from tests.support import fsdp1_run
 from tests.support.processes import finish, start
 
 
+@pytest.mark.slow
 def test_norms_under_raw_fsdp1(tmp_path):
     logs = [tmp_path / f"rank_{rank}.txt" for rank in (0, 1)]
     finish(*(start(fsdp1_run.main, str(tmp_path), rank, log=logs[rank]) for rank in (0, 1)), logs=logs)

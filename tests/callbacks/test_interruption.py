@@ -1,4 +1,4 @@
-"""Runs that end otherwise than planned: killed, stopped, out of time, on a full disk."""
+"""Runs that end unexpectedly: killed, stopped, out of time, on a full disk."""
 
 import os
 import resource
@@ -13,12 +13,13 @@ from moe_precision import PrecisionPlan, RouterNormHistory
 from moe_precision.callbacks import SavePretrained
 from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.cli.main import main
-from tests.callbacks.test_router_norm_monitor import Module, data, monitor, trainer
 from tests.support.interrupted_run import compare
 from tests.support.models import build
 from tests.support.processes import finish, start
+from tests.support.trainers import Module, data, monitor, trainer
 
 
+@pytest.mark.slow
 def test_kill_and_resume_give_the_same_history_and_plan():
     """Two random moments here; ``python -m tests.support.interrupted_run --points 30`` takes more."""
     assert len(compare(points=2, seed=1)) == 2
@@ -77,6 +78,7 @@ def run_with_signals_ignored(folder):
     assert {number: signal.getsignal(number) for number in ignored} == ignored
 
 
+@pytest.mark.slow
 def test_where_signals_are_ignored(tmp_path):
     """SIGINT does nothing and the run ends with its plan; Lightning handles SIGTERM all the same."""
     log = tmp_path / "log.txt"

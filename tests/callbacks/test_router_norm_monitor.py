@@ -1,106 +1,17 @@
 """The callback in real Trainers: right steps, right baseline, a plan at the end or a reason why there is none."""
 
-import warnings
-
-import peft
 import pytest
-import pytorch_lightning as pl
 import torch
-import wandb
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
-from pytorch_lightning.loggers import CSVLogger, WandbLogger
-from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
+from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
 from moe_precision import HistoryError, MoELayerError, PlanError, PrecisionPlan, RouterNormHistory, allocate
-from moe_precision.callbacks import RouterNormMonitor, SavePretrained
+from moe_precision.callbacks import SavePretrained
 from moe_precision.checkpoints.checkpoint import load_model
 from tests.support.models import PlainMoE, build
-from tests.support.wandb_file import read_artifacts, read_curves, read_records
-
-
-class MemoryLogger(Logger):
-    """Keeps each call of log_metrics."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    name = version = "memory"
-
-    @property
-    @rank_zero_experiment
-    def experiment(self):
-        return None
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
-
-    def log_metrics(self, metrics, step=None):
-        self.calls.append((step, dict(metrics)))
-
-    def records(self):
-        return [(step, m) for step, m in self.calls if "router_norm/layer_00/expert_000" in m]
-
-
-class Module(pl.LightningModule):
-    """A model of two PlainMoE layers that learns the identity."""
-
-    def __init__(self, model=None):
-        super().__init__()
-        torch.manual_seed(0)
-        self.model = model or nn.Sequential(PlainMoE(), PlainMoE())
-        self.norms = {}  # global step -> norms of layer 0, taken by the module itself
-
-    def loss(self, x):
-        return (self.model(x) - x).square().mean()
-
-    def training_step(self, batch, batch_idx):
-        loss = self.loss(batch)
-        self.log("loss", loss, prog_bar=True)
-        return loss
-
-    def on_train_batch_end(self, *args):
-        self.norms[self.trainer.global_step] = self.model[0].router.weight.detach().norm(dim=1).clone()
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-
-class TwoOptimizers(Module):
-    """Manual optimization with two optimizers: global_step rises by two a batch."""
-
-    automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(self.loss(batch))
-            optimizer.step()
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in self.model]
-
-
-def data(batches=6):
-    return DataLoader(torch.randn(batches * 8, 32, generator=torch.Generator().manual_seed(0)), batch_size=8)
-
-
-def monitor(**changes):
-    return RouterNormMonitor(**{"average_bits": 2.5, "bits": (2, 3), "group_size": 32, **changes})
-
-
-def trainer(tmp_path, *callbacks, logger=False, **changes):
-    settings = {"max_epochs": 1, "log_every_n_steps": 2, "enable_progress_bar": False, "enable_checkpointing": False}
-    return pl.Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        logger=logger,
-        enable_model_summary=False,
-        **{**settings, **changes},
-    )
+from tests.support.trainers import MemoryLogger, Module, TwoOptimizers, data, monitor, trainer
 
 
 def test_records_plan_and_history(tmp_path):
@@ -115,7 +26,7 @@ def test_records_plan_and_history(tmp_path):
     for row, step in enumerate(callback.history.steps[1:], start=1):
         torch.testing.assert_close(norms[row], module.norms[step])
 
-    # one call a record, at the optimizer step; nothing in the progress bar
+    # one call per record, at the optimizer step; nothing in the progress bar
     assert [step for step, _ in logger.records()] == [0, 2, 4, 5]
     metrics = logger.records()[-1][1]
     assert metrics["router_norm/layer_00/expert_003"] == pytest.approx(norms[-1, 3].item())
@@ -129,7 +40,7 @@ def test_records_plan_and_history(tmp_path):
     assert plan.baseline_step == 0
     assert plan.last_step == 5
 
-    # the file holds all that a plan with other bits needs, without the model
+    # the file holds everything that a plan with other bits needs, without the model
     saved = RouterNormHistory.load(tmp_path / "precision_plan.history.safetensors")
     again = allocate(history=saved, average_bits=2.5, bits=(2, 3), group_size=32)
     assert again == plan
@@ -307,7 +218,7 @@ def test_a_frozen_router_is_said(tmp_path):
 
 def test_weight_averaging_behind_the_monitor_is_said(tmp_path):
     for averaging in (WeightAveraging(), StochasticWeightAveraging(swa_lrs=1e-2)):
-        with pytest.warns(UserWarning, match="WeightAveraging comes later.*Put RouterNormMonitor behind it"):
+        with pytest.warns(UserWarning, match="WeightAveraging comes later.*Put RouterNormMonitor after it"):
             trainer(tmp_path, monitor(), averaging).fit(Module(), data(2))
     for batches in (5, 6):  # without and with a record of the last step before it is averaged
         callback, module, logger = monitor(), Module(), MemoryLogger()
@@ -382,7 +293,7 @@ def test_names_are_the_checkpoints(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"average_bits": 1.5}, "outside of the levels"),
+        ({"average_bits": 1.5}, "outside the levels"),
         ({"bits": (1, 2, 4), "average_bits": 2}, "equally spaced"),
         ({"bits": (2, 12)}, "bits must be 1 to 8, or 16"),
         ({"method": "magic"}, "unknown method 'magic'"),
@@ -420,153 +331,3 @@ def test_save_pretrained_wants_a_transformers_model(tmp_path):
         trainer(tmp_path, SavePretrained()).fit(Module(), data(1))
     with pytest.raises(ValueError, match="dtype must be one of bfloat16"):
         SavePretrained(dtype="int8")
-
-
-# -- Weights & Biases, read back from the offline file ---------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_wandb_offline_run(tmp_path):
-    logger = WandbLogger(project="test", offline=True, save_dir=tmp_path)
-    callback = monitor()
-    trainer(tmp_path, callback, logger=logger).fit(Module(), data(4))
-    summary = dict(logger.experiment.summary._as_dict())
-    wandb.finish()
-    wandb.teardown()
-    (path,) = tmp_path.rglob("*.wandb")
-    curves = read_curves(path)
-    for layer in range(2):
-        for expert in range(4):
-            curve = curves[f"router_norm/layer_{layer:02d}/expert_{expert:03d}"]
-            assert [step for step, _ in curve] == [0, 2, 4]
-            norms = callback.history.norms[f"model.{layer}"][:, expert]
-            torch.testing.assert_close(torch.tensor([value for _, value in curve]), norms)
-    assert curves["router_norm_change/heatmap._type"][0][1] == "image-file"
-    for layer in range(2):
-        assert curves[f"router_norm_curves/layer_{layer:02d}_table._type"][0][1] == "table-file"
-    (artifact,) = {a.name: a for a in read_artifacts(path) if a.type == "precision-plan"}.values()
-    assert artifact.name.startswith("precision-plan-")
-    assert summary["precision_plan/average_bits"] == 2.5
-    assert any(record.WhichOneof("record_type") == "exit" for record in read_records(path))
-
-
-def test_a_wandb_logger_is_known_by_its_name(monkeypatch, tmp_path):
-    """lightning.pytorch has a WandbLogger of its own, which is not pytorch_lightning's."""
-    logged = []
-
-    class Run:
-        id, summary = "abc", {}
-        log = staticmethod(logged.append)
-        log_artifact = staticmethod(logged.append)
-
-    class WandbLogger(MemoryLogger):
-        experiment = Run()
-
-    trainer(tmp_path, monitor(), logger=WandbLogger()).fit(Module(), data(2))
-    assert "router_norm_change/heatmap" in logged[0]
-    assert logged[1].type == "precision-plan"
-
-
-def test_no_warning_in_a_plain_run(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*treespec.*")
-        warnings.filterwarnings("ignore", message=".*Checkpoint directory.*")
-        warnings.filterwarnings("ignore", message=".*val_dataloader.*|.*logger.*")
-        trainer(tmp_path, monitor()).fit(Module(), data())
-
-
-# -- what is found, and what is not plain -----------------------------------------------------------------------------
-
-
-def test_a_table_of_what_was_found_at_the_start(tmp_path, caplog):
-    caplog.set_level("INFO", logger="pytorch_lightning.utilities.rank_zero")
-    trainer(tmp_path, monitor()).fit(Module(nn.Sequential(PlainMoE(), PlainMoE(), PlainMoE(experts=6))), data(2))
-    (said,) = [record.message for record in caplog.records if "recording" in record.message]
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("| model")
-    ]
-    assert rows == [
-        ["model.{0-1}", "router.weight", "4", "0: 64 x 32, 2: 32 x 64", "float32"],
-        ["model.2", "router.weight", "6", "0: 64 x 32, 2: 32 x 64", "float32"],
-    ]
-
-
-def test_layers_may_have_different_numbers_of_experts(tmp_path):
-    callback = monitor()
-    trainer(tmp_path, callback).fit(Module(nn.Sequential(PlainMoE(), PlainMoE(experts=6))), data(3))
-    assert [len(layer.bits) for layer in callback.plan.layers.values()] == [4, 6]
-    assert callback.history.norms["model.1"].shape == (3, 6)
-
-
-@pytest.mark.parametrize(
-    ("log_experts", "limit", "curves"), [(None, 4096, 8), (None, 7, 0), (True, 7, 8), (False, 4096, 0)]
-)
-def test_curves_of_experts_up_to_a_limit(log_experts, limit, curves, tmp_path, monkeypatch):
-    monkeypatch.setattr("moe_precision.callbacks.plan_recorder.EXPERT_KEYS", limit)
-    logger = MemoryLogger()
-    trainer(tmp_path, monitor(log_experts=log_experts), logger=logger).fit(Module(), data(2))
-    keys = [key for key in logger.calls[0][1] if key.startswith("router_norm")]
-    assert sum("expert" in key for key in keys) == curves
-    assert sum("expert" not in key for key in keys) == 12  # min, median, max of norm and change, two layers
-
-
-def test_patterns_reach_the_plan(tmp_path):
-    class TwoGates(PlainMoE):
-        def __init__(self):
-            super().__init__()
-            self.gate = nn.Linear(32, 4, bias=False)
-
-    module = Module(nn.Sequential(TwoGates(), TwoGates()))
-    with pytest.raises(MoELayerError, match="several possible routers"):
-        trainer(tmp_path, monitor()).fit(module, data(2))
-    callback = monitor(router_pattern=r"router\.weight$")
-    trainer(tmp_path, callback).fit(module, data(2))
-    plan = PrecisionPlan.load(tmp_path / "precision_plan.json")
-    assert plan.patterns["router_pattern"] == r"router\.weight$"
-    plan.check(module)  # finds the same layers, by the same pattern
-    history = RouterNormHistory.load(tmp_path / "precision_plan.history.safetensors")
-    assert allocate(history=history, group_size=32).patterns["router_pattern"] == r"router\.weight$"
-
-
-def test_a_router_that_is_not_plain_is_said(tmp_path):
-    class Deep(PlainMoE):
-        def __init__(self):
-            super().__init__()
-            self.router = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
-
-    module = Module(nn.Sequential(Deep(), Deep()))
-    module.on_train_batch_end = lambda *args: None
-    with pytest.warns(UserWarning, match=r"router of 2 layers .*network of several layers"):
-        trainer(tmp_path, monitor()).fit(module, data(2))
-    plan = PrecisionPlan.load(tmp_path / "precision_plan.json")
-    assert plan.notes["router_caveats"] == {"model.0": "mlp", "model.1": "mlp"}
-
-
-def test_save_pretrained_refuses_adapters(tmp_path):
-    adapted = peft.get_peft_model(build("mixtral"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    module = Module(adapted)
-    module.loss = lambda x: adapted(input_ids=x, labels=x).loss
-    module.on_train_batch_end = lambda *args: None
-    ids = DataLoader(torch.randint(3, 128, (4, 8)), batch_size=2)
-    callback = monitor()
-    with pytest.raises(ValueError, match=r"holds PEFT adapters.*merge_and_unload"):
-        trainer(tmp_path, callback, SavePretrained()).fit(module, ids)
-    assert list(callback.plan.layers) == ["model.layers.0.mlp", "model.layers.1.mlp"]  # of the base model
-
-
-def test_the_share_of_experts_that_a_record_has_changed(tmp_path):
-    callback, logger = monitor(every_n_steps=1), MemoryLogger()
-    trainer(tmp_path, callback, logger=logger).fit(Module(), data(6))
-    logged = {step: metrics.get("plan/changed") for step, metrics in logger.records()}
-    assert logged[0] is None
-    assert logged[1] is None  # the first plan
-    highest = []  # at each record the two experts of each layer with the smallest change get 3 bits
-    for norms in callback.history.norms.values():
-        order = (norms - norms[0]).argsort(dim=1, stable=True)
-        highest.append(torch.zeros_like(norms).scatter(1, order[:, :2], 1.0))
-    bits = torch.cat(highest, dim=1)
-    for step in range(2, 7):
-        assert logged[step] == (bits[step] != bits[step - 1]).float().mean().item()
-    assert any(logged[step] for step in range(2, 7))

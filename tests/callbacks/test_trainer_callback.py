@@ -40,7 +40,7 @@ def train(folder, callback, steps=6, resume=None, restored=True, evaluation=Fals
 
 
 class Same(pl.LightningModule):
-    """The same model, data and optimizer under Lightning."""
+    """The model, data and optimizer of these tests under Lightning."""
 
     def __init__(self):
         super().__init__()
@@ -80,6 +80,7 @@ def test_the_same_plan_as_lightnings(tmp_path):
     assert ours.plan.settings == lightnings.plan.settings
 
 
+@pytest.mark.slow
 def test_resume_keeps_the_baseline(tmp_path):
     whole = RouterNormTrainerCallback(group_size=64, every_n_steps=1)
     train(tmp_path / "whole", whole)
@@ -121,7 +122,7 @@ def test_accumulation_counts_optimizer_steps(tmp_path):
     train(tmp_path, callback, 3, gradient_accumulation_steps=4)
     assert callback.history.steps == [0, 2, 3]
     for load in callback.history.loads["training"].values():
-        assert load[0].sum() == 3 * 4 * 2 * 12 * 2  # steps, micro-batches, rows, tokens, experts a token
+        assert load[0].sum() == 3 * 4 * 2 * 12 * 2  # steps, micro-batches, rows, tokens, experts per token
 
 
 def test_gradients_of_more_batches_after_an_evaluation(tmp_path):
@@ -181,6 +182,7 @@ def test_an_interval_as_a_share_of_all_steps(tmp_path):
     assert callback.history.steps == [0, 3, 6]
 
 
+@pytest.mark.slow
 def test_curves_in_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -198,5 +200,5 @@ def test_curves_in_wandb(tmp_path, monkeypatch):
 
 
 def test_bad_arguments():
-    with pytest.raises(AllocationError, match="outside of the levels"):
+    with pytest.raises(AllocationError, match="outside the levels"):
         RouterNormTrainerCallback(average_bits=5, bits=(2, 3))

@@ -9,6 +9,7 @@ from tests.support import zero3_run
 from tests.support.processes import finish, start
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_norms_under_zero3(tmp_path):
     # DeepSpeed asks for an address and a port; the processes meet in a file

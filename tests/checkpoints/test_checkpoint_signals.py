@@ -27,12 +27,12 @@ def stored(folder):
 
 
 LAYOUTS = {
-    "mixtral": "an expert a tensor, w1 w2 w3, other module names",
+    "mixtral": "one tensor per expert, w1 w2 w3, other module names",
     "deepseek_v3": "gate_proj, up_proj, down_proj",
     "gpt_oss": "fused, transposed, gate and up interleaved",
     "granitemoe": "fused, renamed",
     "dbrx": "flat banks",
-    "switch_transformers": "a module an expert",
+    "switch_transformers": "one module per expert",
     "nemotron_h": "no gate",
     "longcat_flash": "null experts",
     "diffusion_gemma": "stored once for encoder and decoder",
@@ -40,6 +40,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{}, {"max_shard_size": "100KB"}], ids=["one file", "shards"])
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_signals_are_those_of_the_model(family, sizes, tmp_path):
@@ -53,6 +54,7 @@ def test_signals_are_those_of_the_model(family, sizes, tmp_path):
         torch.testing.assert_close(read.max_variance[name], expected.max_variance[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_costs_are_those_of_the_model(family, tmp_path):
     model = build_tiny(family)
@@ -215,7 +217,7 @@ def test_checkpoints_of_different_shapes(two_checkpoints):
 
 
 def test_conversions_that_cannot_be_followed(tmp_path, capsys):
-    """inkling2 stores gate and up interleaved: said by name, and the command loads the model instead."""
+    """inkling2 stores gate and up interleaved: the error names it, and the command loads the model instead."""
     model = build_tiny("inkling2_text")
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(StreamingError, match=r"gate_up_proj' is converted by \['Interleave'\]"):

@@ -1,4 +1,4 @@
-"""Folders appear in one step, or not at all; what is finished of an interrupted job stays."""
+"""Folders appear in one step, or not at all; the finished files of an interrupted job stay."""
 
 import os
 from contextlib import suppress
@@ -11,7 +11,7 @@ from moe_precision.checkpoints.folders import folder_replaced_when_done, resumab
 
 @pytest.fixture
 def old(tmp_path):
-    """A checkpoint folder that is there already."""
+    """A checkpoint folder that already exists."""
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "config.json").write_text("old")
@@ -35,7 +35,7 @@ def test_a_folder_takes_the_place_of_another(replacing, old, tmp_path):
 def test_what_is_no_checkpoint_is_not_replaced(replacing, tmp_path):
     write(tmp_path, "thesis.tex")
     for path in (tmp_path, tmp_path / "thesis.tex"):
-        with pytest.raises(FileExistsError, match="is no checkpoint folder"), replacing(path):
+        with pytest.raises(FileExistsError, match="is not a checkpoint folder"), replacing(path):
             pass
     assert os.listdir(tmp_path) == ["thesis.tex"]
 

@@ -158,7 +158,7 @@ def test_the_command_in_a_refusal_makes_a_plan_that_is_taken(run, capsys, monkey
     ("arguments", "message"),
     [
         (["plan", "{run}/missing.safetensors"], "no router-norm history"),
-        (["plan", "{run}/plan.history.safetensors", "--average-bits", "5"], "outside of the levels"),
+        (["plan", "{run}/plan.history.safetensors", "--average-bits", "5"], "outside the levels"),
         (["plan", "{run}/plan.history.safetensors"], "group_size=128 does not divide"),
         (["plan", "{run}/plan.history.safetensors", "-o", "{run}/text.txt/plan.json"], "cannot write"),
         (["plan", "{run}/plan.history.safetensors", "-o", "{run}/plan.json"], "exists; name another file"),

@@ -1,7 +1,8 @@
-"""Curvature on the command line: found beside a history or a plan, or made of gradients of a checkpoint."""
+"""Curvature on the command line: found beside a history or a plan, or made from gradients of a checkpoint."""
 
 import copy
 
+import pytest
 import torch
 
 from moe_precision import PrecisionPlan, RouterNormHistory, find_moe_layers, quantize_model
@@ -34,6 +35,7 @@ def test_the_plan_command_finds_the_curvature_beside_the_history(tmp_path, capsy
     assert PrecisionPlan.load(tmp_path / "plan.json").method == "curvature"
 
 
+@pytest.mark.slow
 def test_plan_and_quantize_with_curvature(tmp_path, capsys):
     model = build("mixtral")
     optimizer = trained_with(torch.optim.AdamW, model)
@@ -47,12 +49,13 @@ def test_plan_and_quantize_with_curvature(tmp_path, capsys):
     assert plan.granularity in ("layer", "layer+projection")
     assert 2.5 < plan.stored_bits <= 3.0
     assert main(["quantize", str(tmp_path / "model"), str(tmp_path / "plan.json"), str(tmp_path / "out")]) == 0
-    assert "weighs the fit by" in capsys.readouterr().out
+    assert "weights the fit by" in capsys.readouterr().out
     packed = load_model(tmp_path / "out")
     torch.testing.assert_close(logits(packed), logits(quantize_model(copy.deepcopy(model), plan, curvature=curvature)))
     assert not torch.equal(logits(packed), logits(quantize_model(copy.deepcopy(model), plan)))
 
 
+@pytest.mark.slow
 def test_the_plan_command_takes_gradients_of_a_checkpoint(tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     text = TextDataModule(dataset=str(tmp_path / "text.txt"), vocab_size=300)
@@ -70,7 +73,7 @@ def test_the_plan_command_takes_gradients_of_a_checkpoint(tmp_path, capsys):
     assert main([*arguments[:-1], str(tmp_path / "other.json"), "--curvature", "x.safetensors"]) == 2
     assert "give one" in capsys.readouterr().err
     # what is wrong with the plan is reported before gradients are taken, and nothing is replaced
-    for wrong, message in (("--average-bits", "outside of the levels"), ("--group-size", "does not divide")):
+    for wrong, message in (("--average-bits", "outside the levels"), ("--group-size", "does not divide")):
         bad = [*arguments[:-1], str(tmp_path / "bad.json"), wrong, "9" if wrong == "--average-bits" else "48"]
         assert main(bad) == 2
         assert message in capsys.readouterr().err

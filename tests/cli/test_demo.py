@@ -33,6 +33,7 @@ def demo(tmp_path_factory):
     return folder, log.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_files(demo):
     folder, printed = demo
     plan = PrecisionPlan.load(folder / "precision_plan.json")
@@ -47,6 +48,7 @@ def test_files(demo):
     assert str(folder) in printed
 
 
+@pytest.mark.slow
 def test_table(demo):
     folder, printed = demo
     rows = {row["model"]: row for row in json.loads((folder / "results.json").read_text())}
@@ -82,6 +84,7 @@ def test_table(demo):
     assert 0 < rows["uniform 3 bits"]["divergence"]["kl"] < rows["uniform 2 bits"]["divergence"]["kl"]
 
 
+@pytest.mark.slow
 def test_wandb_holds_a_curve_for_each_expert_of_each_layer(demo):
     folder, _ = demo
     history = RouterNormHistory.load(folder / "precision_plan.history.safetensors")

@@ -1,4 +1,4 @@
-"""AutoRound as a backend, where it is not installed: what is refused before it starts, and what its failure leaves.
+"""AutoRound as a backend, where it is not installed: what is refused before it starts, and what a failure leaves.
 
 `make test-exports` runs it.
 """
@@ -43,7 +43,7 @@ def test_it_has_to_be_installed(float_model, tmp_path, capsys, monkeypatch):
 def test_options_of_the_other_backend(float_model, tmp_path, capsys):
     command = ["quantize", str(float_model[0]), str(tmp_path / "plan.json"), str(tmp_path / "out")]
     assert main([*command, "--backend", "auto-round", "--non-expert-bits", "8"]) == 2
-    assert "--non-expert-bits: not with --backend auto-round" in capsys.readouterr().err
+    assert "--non-expert-bits cannot be used with --backend auto-round" in capsys.readouterr().err
 
 
 def test_bad_input_is_refused_before_any_work(float_model, tmp_path, installed, monkeypatch):

@@ -102,7 +102,7 @@ def test_rules_match_each_matrix_exactly_once_with_its_bits(family):
             name = place.module_of(expert)
             assert [width for expression, width in expressions if expression.match(name)] == [bits]
             assert not others.match(name)
-            assert not others.match(name.split(".", 3)[3])  # as a tool names it inside of a block
+            assert not others.match(name.split(".", 3)[3])  # as a tool names it inside a block
     if family == "mixtral":
         assert not others.match("model.layers.0.mlp.experts")  # an engine asks for it
     for name in ("model.layers.0.self_attn.q_proj", "mlp.gate", "lm_head", "model.layers.0.mlp.shared_expert.up_proj"):
@@ -167,7 +167,7 @@ def test_gptq_of_an_engine_has_4_and_8_bits():
         (by_expert, "onnx", None, "to='onnx' is not one of autoround, "),
         (by_expert, "autoround", "tgi", "engine='tgi' is not one of vllm, sglang"),
         (by_layer, "gguf", "vllm", "gguf has formats of its own"),
-        (by_layer, "torchao", None, "torchao has 8 bits for fused experts, .*down_proj' has 2"),
+        (by_layer, "torchao", None, "torchao has only 8 bits for fused experts, .*down_proj' has 2"),
         (lambda: plan_of("switch_transformers"), "gguf", None, "GGUF has gate, up and down"),
         (lambda: plan_of("switch_transformers"), "mlx", None, "mlx-lm's experts have gate, up and down"),
         (lambda: plan_of("mixtral", lambda *of: [16] * of[2]), "autoround", None, "nothing to quantize"),
@@ -380,7 +380,7 @@ def _other(tensors, config):
         (_uneven, "gate_proj and up_proj of an expert have different bits"),
         (_no_scales, "up_proj.scales' is missing"),
         (_float, "is a float checkpoint"),
-        (_other, "was quantized by 'awq'; read are gptq, auto-round, compressed-tensors and moe_precision"),
+        (_other, "was quantized by 'awq'; supported are gptq, auto-round, compressed-tensors and moe_precision"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_read(tmp_path, damage, message):

@@ -13,6 +13,7 @@ from tests.support.models import build, logits
 from tests.support.optimizers import trained_with
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])
 def test_logits_are_those_of_the_packed_model(family):
     model = build(family)

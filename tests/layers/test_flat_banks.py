@@ -85,7 +85,7 @@ def test_shapes_turn_what_names_alone_would_not():
     """Blocks ``(d, neurons)``: here the bank that maps back is ``(out, in)``, and the one that reads is not."""
     banks = Holder(w1=bank(EXPERTS * WIDTH, 48), w2=bank(EXPERTS * WIDTH, 48), v1=bank(EXPERTS * 48, WIDTH))
     banks.num_experts = EXPERTS
-    with pytest.raises(MoELayerError, match="not understood"):  # structure takes banks of one shape alone
+    with pytest.raises(MoELayerError, match="not understood"):  # structure takes only banks of one shape
         find_moe_layers(layer_of(banks))
     banks = Holder(v1=bank(EXPERTS * 48, WIDTH), w1=bank(EXPERTS * WIDTH, 48), w2=bank(EXPERTS * WIDTH, 48))
     (layer,) = find_moe_layers(layer_of(banks), **PATTERNS)

@@ -20,7 +20,7 @@ SPREAD = {
     "diffusion_gemma": (4, 8),  # encoder and decoder share their parameters
     "dots3_note_vision_encoder": (2, 4),  # another number of experts in each layer
     "ernie4_5_moe": (3, 8),
-    "ernie4_5_vl_moe_text": (6, 8),  # two routers a layer
+    "ernie4_5_vl_moe_text": (6, 8),  # two routers per layer
     "exaone_moe": (3, 8),
     "flex_olmo": (4, 8),
     "glm4_moe": (3, 8),
@@ -29,13 +29,13 @@ SPREAD = {
     "hunyuan_v1_moe": (4, 8),
     "inkling_text": (4, 8),  # one row more, of a shared expert
     "jamba": (2, 8),
-    "jetmoe": (8, 8),  # two routers a layer
+    "jetmoe": (8, 8),  # two routers per layer
     "kimi_linear": (3, 8),
     "llama4_text": (4, 8),  # transposed, without transformers' flag
     "longcat_flash": (4, 8),  # null experts' rows and slices
     "minimax_m2": (4, 8),
     "nemotron_h": (1, 8),  # no gate
-    "nllb-moe": (2, 8),  # a module an expert
+    "nllb-moe": (2, 8),  # one module per expert
     "openai_privacy_filter": (4, 8),
     "phimoe": (4, 8),
     "qwen3_next": (4, 8),
@@ -46,6 +46,7 @@ SPREAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", SPREAD)
 def test_routers_of_many_families(model_type):
     layers_expected, experts = SPREAD[model_type]
@@ -68,9 +69,10 @@ def test_routers_of_many_families(model_type):
 
 REFUSED = {"dbrx", "diffusion_gemma", "jetmoe", "llama4_text", "longcat_flash", "step3p5"}
 NOT_RUN = {"dots3_note_vision_encoder"}  # it takes pictures
-LOUD = {"switch_transformers": 0.02}  # a random one makes .17 of noise of .005 in its experts
+LOUD = {"switch_transformers": 0.02}  # a random one turns noise of 0.005 in its experts into 0.17
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", SPREAD)
 def test_packed_at_eight_bits(model_type):
     """Every layout either gives the float model's output, or is refused by the layer's name."""
@@ -84,6 +86,7 @@ def test_packed_at_eight_bits(model_type):
     assert error is None or error < LOUD.get(model_type, 1e-2)
 
 
+@pytest.mark.slow
 def test_the_spread_names_types_that_exist():
     assert set(SPREAD) <= set(config_types())
     assert len(SPREAD) >= 25

@@ -111,7 +111,7 @@ def test_more_than_ten_experts_keep_their_order():
 @pytest.mark.parametrize(
     ("model_type", "changes", "layers"),
     [
-        ("jetmoe", {"num_local_experts": 4, "kv_channels": 16, "num_key_value_heads": 2}, 4),  # two routers a layer
+        ("jetmoe", {"num_local_experts": 4, "kv_channels": 16, "num_key_value_heads": 2}, 4),  # two routers per layer
         ("gemma4_text", {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "head_dim": 16}, 2),
         ("zaya", {}, 40),  # an MLP router with one row more than experts
     ],
@@ -162,7 +162,7 @@ def test_two_possible_routers_are_reported():
     [
         # a transposed router (d, E) must not be read as d rows
         (lambda: Holder(w_gate=bank(16, 8), experts=linears(8)), "no router"),
-        # a classifier further up is no router
+        # a classifier further up is not a router
         (lambda: Holder(head=nn.Linear(16, 4), block=Holder(mlp=Holder(experts=linears(4)))), "no router"),
         # banks that no rule covers must not be skipped beside a layer that is understood
         (lambda: Holder(gate=nn.Linear(16, 4), experts=Holder(w=bank(4, 16, 16))), "not understood"),

@@ -10,7 +10,7 @@ from tests.support.modules import Holder, bank, linears
 
 
 class Grouped(nn.Module):
-    """Megatron's grouped linear: a weight an expert, all in one module."""
+    """Megatron's grouped linear: one weight per expert, all in one module."""
 
     def __init__(self, experts, out, inp):
         super().__init__()
@@ -58,7 +58,7 @@ def test_a_router_pattern_chooses():
     two = nn.Sequential(PlainMoE(), PlainMoE())
     found = find_moe_layers(two, router_pattern=r"router")
     assert [layer.router for layer in found] == ["0.router.weight", "1.router.weight"]
-    columns = Holder(w_gate=bank(16, 8), experts=linears(8))  # a router with a column an expert
+    columns = Holder(w_gate=bank(16, 8), experts=linears(8))  # a router with one column per expert
     (layer,) = find_moe_layers(columns, router_pattern="w_gate")
     torch.testing.assert_close(layer.router_weight(), columns.w_gate.T)
     null = Holder(w_gate=bank(16, 10), experts=linears(8))  # and columns of two null experts
@@ -98,5 +98,5 @@ def test_a_pattern_that_matches_some_layers_skips_none():
 
 
 def test_a_pattern_that_is_no_regular_expression():
-    with pytest.raises(MoELayerError, match=r"router_pattern='\(' is no regular expression"):
+    with pytest.raises(MoELayerError, match=r"router_pattern='\(' is not a regular expression"):
         find_moe_layers(PlainMoE(), router_pattern="(")

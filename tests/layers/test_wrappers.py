@@ -116,7 +116,7 @@ def test_an_adapter_that_does_not_add_is_an_error():
 
 @pytest.mark.parametrize("settings", [peft.OFTConfig, peft.HiraConfig, peft.HRAConfig, peft.BOFTConfig, peft.IA3Config])
 def test_adapters_that_turn_or_scale_are_errors(settings, monkeypatch):
-    for compiler in ("CC", "CXX"):  # BOFT sets them to gcc and leaves them so
+    for compiler in ("CC", "CXX"):  # BOFT sets them to gcc and does not restore them
         monkeypatch.setenv(compiler, "")
     keys = {"feedforward_modules": []} if settings is peft.IA3Config else {}
     adapted = peft.get_peft_model(build("switch_transformers"), settings(target_modules=["classifier"], **keys))
@@ -173,7 +173,7 @@ class GatheredParameters:
     entered = 0
 
     def __init__(self, params, modifier_rank=None):
-        assert isinstance(params, list)  # DeepSpeed ignores other iterables without a word
+        assert isinstance(params, list)  # DeepSpeed ignores other iterables silently
         assert modifier_rank is None  # nothing is written
         self.params = params
 

@@ -76,7 +76,7 @@ def test_a_budget_is_nominal_unless_another_one_is_given():
         ({"method": "best"}, "unknown method 'best', expected one of router_norm"),
         ({"average_bits": 2.5, "stored_bits": 2.5}, r"average_bits=2.5 and stored_bits=2.5 are 2 budgets; give one"),
         ({"stored_bits": 2.5, "expert_gib": 1.0}, "are 2 budgets; give one"),
-        ({"average_bits": 3.5}, r"average_bits=3.5 is outside of the levels \[2, 3\]"),
+        ({"average_bits": 3.5}, r"average_bits=3.5 is outside the levels \[2, 3\]"),
         ({"stored_bits": 2.0}, r"stored_bits=2.0 is outside .* 2.14062 to 3.14062"),
         ({"bits": 2}, "must list the levels"),
         ({"bits": (1, 2, 4)}, "equally spaced"),

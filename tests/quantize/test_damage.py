@@ -1,4 +1,4 @@
-"""A damaged packed checkpoint is an error, or loads bit for bit: never wrong weights without a word."""
+"""A damaged packed checkpoint is an error, or loads bit for bit: never silently wrong weights."""
 
 import json
 import random
@@ -46,7 +46,7 @@ def restore(folder, content):
 
 
 def mutate(data: bytes, random_: random.Random) -> bytes:
-    """One of what happens to files: a flipped bit, a wrong byte, a hole, a lost tail, two ranges exchanged."""
+    """One kind of damage to files: a flipped bit, a wrong byte, a hole, a lost tail, two ranges exchanged."""
     at, kind = random_.randrange(len(data)), random_.randrange(5)
     if kind == 0:
         return data[:at] + bytes([data[at] ^ 1 << random_.randrange(8)]) + data[at + 1 :]
@@ -89,7 +89,7 @@ def test_random_damage(mutations, packed):
             try:
                 load = load_model if number % 3 else MixtralForCausalLM.from_pretrained
                 loaded = load(folder).state_dict()
-            except Exception as error:  # any error is clear enough not to give wrong logits; below: which they are
+            except Exception as error:  # any error prevents wrong logits; below: which ones are raised
                 errors += 1
                 kinds.add(type(error).__name__)
                 continue
@@ -140,7 +140,7 @@ def alike(tensors):
 
 
 def test_tensors_exchanged_by_name(packed, tmp_path):
-    """Two tensors of one shape under each other's name."""
+    """Two tensors of one shape, with their names swapped."""
     folder, content, _ = packed
     pairs = [(n, pair) for n in sorted(content) if n.endswith(".safetensors") for pair in alike(load_file(folder / n))]
     name, (one, other) = pairs[0]
@@ -168,7 +168,7 @@ def test_a_tensor_in_two_files(packed):
 
 
 def test_files_of_two_checkpoints(packed, tmp_path):
-    """A file of another model of the same plan, and a config.json that exchanges the widths of two experts."""
+    """A file from another model with the same plan, and a config.json that exchanges the widths of two experts."""
     folder, content, _ = packed
     other = build("mixtral", **SIZES)
     with torch.no_grad():
@@ -191,7 +191,7 @@ def test_files_of_two_checkpoints(packed, tmp_path):
 
 
 def test_a_save_in_other_files_over_an_old_one(tmp_path):
-    """From one file to several, transformers would go on reading the old one; the other way it deletes them."""
+    """From one file to several, transformers would keep reading the old one; the other way it deletes them."""
     model = build("mixtral", **SIZES)
     packed = quantize_model(model, two_and_three(model))
     for sizes in (("1GB", "8KB"), ("8KB", "1GB")):

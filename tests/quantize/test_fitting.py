@@ -18,7 +18,7 @@ from moe_precision.quantize.codec.packing import pack, unpack
 def test_packing(bits):
     codes = torch.randint(0, 2**bits, (3, 5, 64), dtype=torch.uint8)
     packed = pack(codes, bits)
-    assert packed.shape == (3, 5, 8 * bits)  # 3 bits cost 3
+    assert packed.shape == (3, 5, 8 * bits)  # 3-bit codes cost exactly 3 bits
     assert torch.equal(unpack(packed, bits), codes)
 
 
@@ -78,7 +78,7 @@ def round_to_nearest(groups: Tensor, bits: int) -> Tensor:
 
 @pytest.mark.parametrize(("bits", "limit"), [(1, 0.588), (2, 0.326), (3, 0.171), (4, 0.085)])
 def test_weight_error_on_gaussian_weights(bits, limit):
-    # the limits: alternating least squares as measured on Gaussian weights in groups of 64, and .1 percent
+    # the limits: alternating least squares as measured on Gaussian weights in groups of 64, and 0.1 percent
     groups = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
     codes = least_squares_codes(groups, bits)
     scale, offset = least_squares_scale(groups, codes)
@@ -120,6 +120,7 @@ def test_chunks_do_not_change_the_result(monkeypatch):
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_order_of_the_quantizers_by_loss(trained, bits):
     """Plain least squares has the least weight error; the unbiased fit has the least loss."""

@@ -41,6 +41,7 @@ def test_without_a_compiler_one_is_told(compiler_is, reason, no_library, monkeyp
     assert kernels.choose(kernels.Request("cpu", torch.float32, False, 2, 64, 256, 128)) is None
 
 
+@pytest.mark.slow
 def test_a_kernel_that_miscalculates_is_not_taken(no_library, unoptimized, monkeypatch, tmp_path):
     wrong = tmp_path / "native.cpp"
     text = native._SOURCE.read_text()
@@ -51,6 +52,7 @@ def test_a_kernel_that_miscalculates_is_not_taken(no_library, unoptimized, monke
         assert native.library() is None
 
 
+@pytest.mark.slow
 def test_the_library_is_made_once(no_library, unoptimized, monkeypatch):
     assert native.library() is not None
     (made,) = no_library.glob("*.so")
@@ -61,6 +63,7 @@ def test_the_library_is_made_once(no_library, unoptimized, monkeypatch):
     assert list(no_library.glob("*.so")) == [made]
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_compiles(no_library, unoptimized, monkeypatch):
     """Threads here: each has its own lock on the file, as processes have."""
     run, compiled = compiler._run, []
@@ -77,6 +80,7 @@ def test_of_several_processes_one_compiles(no_library, unoptimized, monkeypatch)
     assert len({library._name for library in libraries}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other names of CPUs")
 @pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3", "x86-64-v4"])
 def test_older_cpus(cpu, no_library, monkeypatch):
@@ -92,7 +96,7 @@ def test_older_cpus(cpu, no_library, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_product_depends_on_nothing_else(dtype, monkeypatch):
-    """Not on the other tokens, and not on the number of threads."""
+    """Products depend neither on other tokens nor on the number of threads."""
     use(monkeypatch, Native)
     matrices, x = bucket(3, 64), torch.randn(37, 192).to(dtype)
     expected, threads = matrices.linear(0, x), torch.get_num_threads()
@@ -107,7 +111,7 @@ def test_a_product_depends_on_nothing_else(dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_large_activation_that_meets_code_0(dtype, monkeypatch):
-    """What a code is taken for in bfloat16 must not drown the others."""
+    """The bfloat16 form of one code must not drown the others."""
     use(monkeypatch, Native)
     matrices, x = bucket(2, 64), torch.randn(3, 192)
     codes = torch.randint(0, 4, (2, 48, 192), dtype=torch.uint8)
@@ -131,6 +135,7 @@ def test_scales_that_are_no_numbers_stay_so(dtype, monkeypatch):
         assert not matrices.linear(0, torch.randn(3, 192).to(dtype)).isfinite().any()
 
 
+@pytest.mark.slow
 def test_a_damaged_library_is_made_anew(no_library, unoptimized):
     assert native.library() is not None
     (made,) = no_library.glob("*.so")
@@ -152,6 +157,7 @@ def test_without_a_home(monkeypatch):
     native.library.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_compiler_with_arguments(no_library, unoptimized, monkeypatch):
     monkeypatch.setenv("CXX", "g++ -g0")
     assert native.library() is not None

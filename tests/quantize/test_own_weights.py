@@ -56,7 +56,7 @@ def test_a_router_with_a_column_for_each_expert():
     for given in ({"curvature": curvature}, {"grid": grid}):
         packed = quantize_model(copy.deepcopy(moe), plan, **given)
         assert isinstance(packed.experts[3][0], PackedLinear)
-    with pytest.raises(CurvatureError, match="the curvature is of other weights"):
+    with pytest.raises(CurvatureError, match="the curvature belongs to other weights"):
         quantize_model(changed(moe), plan, curvature=curvature)
-    with pytest.raises(GridError, match="the grid is of other weights"):
+    with pytest.raises(GridError, match="the grid belongs to other weights"):
         quantize_model(changed(moe), plan, grid=grid)

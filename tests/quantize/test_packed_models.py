@@ -70,6 +70,7 @@ def test_generating(packed):
     assert packed.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False).shape[1] > 3
 
 
+@pytest.mark.slow
 def test_the_rest_of_the_model_can_be_compiled(packed):
     """Attention and routers are in compiled graphs; packed experts are not, and stay with their kernels."""
     expected, kernels = logits(packed), packed.moe_precision_kernels()
@@ -89,7 +90,7 @@ def test_the_rest_of_the_model_can_be_compiled(packed):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_experts_that_are_not_here(dtype):
-    """Of another process: indices below 0, or from num_experts on, add nothing, whatever their weight."""
+    """Indices below 0 or from num_experts on belong to another process: they add nothing, whatever their weight."""
     model = build("gpt_oss")  # its experts have biases
     plan = allocate(model, method="uniform", average_bits=4, bits=(4,), group_size=32)
     experts = find_moe_layers(model)[0].container()

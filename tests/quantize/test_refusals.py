@@ -44,6 +44,7 @@ assert "moe_precision" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_without_the_import_loading_fails(tmp_path):
     arguments = []
     for family in FAMILIES:
@@ -57,6 +58,7 @@ def test_without_the_import_loading_fails(tmp_path):
         assert "size mismatch" in reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["codes", "scale", "offset", "matrices", "gate.weight"])
 def test_a_packed_tensor_that_is_not_there(suffix, tmp_path):
     model = build("mixtral")
@@ -172,7 +174,7 @@ def test_folders_that_are_not_replaced(tmp_path, mixtral):
         quantize_checkpoint(tmp_path / "float", plan, tmp_path / "float" / ".." / "float")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").write_text("keep me")
-    with pytest.raises(FileExistsError, match="no checkpoint folder"):
+    with pytest.raises(FileExistsError, match="not a checkpoint folder"):
         quantize_checkpoint(tmp_path / "float", plan, tmp_path / "notes")
     assert (tmp_path / "notes" / "diary.txt").read_text() == "keep me"
 
@@ -185,7 +187,7 @@ def test_an_interrupted_quantization_leaves_the_old_folder(tmp_path, mixtral, mo
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(tmp_path / "float", allocate(mixtral, group_size=32), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
-    assert len(list(tmp_path.glob(".out.*.partial"))) == 1  # to go on from
+    assert len(list(tmp_path.glob(".out.*.partial"))) == 1  # to resume from
     monkeypatch.undo()
     quantize_checkpoint(tmp_path / "float", allocate(mixtral, group_size=32), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != before

@@ -1,4 +1,4 @@
-"""Whatever ends `quantize_checkpoint` early, its finished shards stay, and the same call continues from them."""
+"""However `quantize_checkpoint` ends early, its finished shards stay, and the same call resumes from them."""
 
 import json
 import os
@@ -32,6 +32,7 @@ quantize_checkpoint(*sys.argv[1:4], max_shard_size="1KB")
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(saved, tmp_path, monkeypatch):
     _, plan, source, out = saved
     plan.save(tmp_path / "plan.json")
@@ -54,11 +55,12 @@ def test_a_killed_run_goes_on(saved, tmp_path, monkeypatch):
 
 
 def finished(folder):
-    """Shards that a run has left beside its destination, with what changes when a file is written again."""
+    """Shards that a run left beside its destination, with what changes when a file is written again."""
     (partial,) = folder.glob(".out.*.partial")
     return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in partial.glob("model-*.safetensors")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -94,6 +96,7 @@ def test_an_error_in_a_conversion_leaves_finished_shards(error, message, saved, 
     assert contents(out) == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_an_error_in_a_worker_leaves_finished_shards(saved, tmp_path):
     model, plan, source, out = saved
     with torch.no_grad():
@@ -104,6 +107,7 @@ def test_an_error_in_a_worker_leaves_finished_shards(saved, tmp_path):
     assert "model-00001-of-00007.safetensors" in finished(tmp_path)
 
 
+@pytest.mark.slow
 def test_another_plan_does_not_go_on_from_it(saved, tmp_path, monkeypatch):
     model, plan, source, out = saved
     monkeypatch.setattr("shutil.copy2", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -124,8 +128,9 @@ quantize_checkpoint(*sys.argv[1:4], max_shard_size=1)
 """
 
 
+@pytest.mark.slow
 def test_no_space_midway(saved, tmp_path):
-    """The first shards fit, a later one does not: nothing appears at the destination, and a larger disk goes on."""
+    """The first shards fit, a later one does not: nothing appears at the destination, and a larger disk resumes it."""
     _, plan, source, out = saved
     quantize_checkpoint(source, plan, out, max_shard_size=1)
     before = contents(out)
@@ -185,6 +190,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_killed_worker_leaves_what_is_finished(saved, tmp_path):
     _, plan, source, out = saved
     plan.save(tmp_path / "plan.json")

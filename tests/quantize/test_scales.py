@@ -22,7 +22,7 @@ def test_a_group_costs_18_bits():
     assert BITS_PER_GROUP == SCALE_AND_OFFSET_BITS == 8 + 8 + 4 * 16 / BLOCK
     assert blocks_of(64, 32) == 64
     assert blocks_of(3, 5) == 1
-    steps, ends = compress(torch.rand(2, 11, 7))  # 77 groups a matrix
+    steps, ends = compress(torch.rand(2, 11, 7))  # 77 groups per matrix
     assert steps.shape == (2, 11, 7)
     assert ends.shape == (2, 3, 2)
     assert blocks_of(11, 7) == 3
@@ -30,7 +30,7 @@ def test_a_group_costs_18_bits():
 
 @pytest.mark.parametrize("spread", [1e-4, 1e-2, 0.3, 3.0])
 def test_storing_again_changes_nothing(spread):
-    """Also where a step of the block is as small as float16's own."""
+    """This holds even where a step of the block is as small as float16's own."""
     generator = torch.Generator().manual_seed(0)
     for center in (0.0, 0.01, 1.0):
         values = center + spread * torch.randn(400, 160, generator=generator)
@@ -54,7 +54,7 @@ def test_wide_codes_keep_their_range(bits):
 
 @pytest.mark.parametrize(("times", "bits", "worst"), [(10, 2, 0.35), (10, 4, 0.095), (10, 8, 0.006), (100, 2, 0.45)])
 def test_a_loud_group_leaves_its_neighbours_their_precision(times, bits, worst):
-    """A group ten or a hundred times as large as the others of its block; .344, .084, .0055 where all are alike."""
+    """A group ten or a hundred times as large as the others of its block; 0.344, 0.084, 0.0055 where all are alike."""
     torch.manual_seed(0)
     weight = torch.randn(8, 32 * 64)
     weight[:, :64] *= times

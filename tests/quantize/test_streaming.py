@@ -27,6 +27,7 @@ def saved(tmp_path):
     return save_float(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_many_shards_are_what_the_live_model_is(family, tmp_path):
     model = build(family)
@@ -49,9 +50,10 @@ def test_shards_hold_whole_layers_up_to_a_size(saved):
     layers: dict[str, set] = {file: set() for file in index["weight_map"].values()}
     for name, file in index["weight_map"].items():
         layers[file] |= set(name.split(".")[2:3]) if ".layers." in name else set()
-    assert sorted(map(len, layers.values())) == [0, 0, 0, 1, 1, 1, 1]  # embeddings, norm and head alone
+    assert sorted(map(len, layers.values())) == [0, 0, 0, 1, 1, 1, 1]  # embeddings, norm and head on their own
 
 
+@pytest.mark.slow
 def test_workers_write_the_same_bytes(saved):
     _, plan, source, out = saved
     quantize_checkpoint(source, plan, out, max_shard_size="100KB")
@@ -104,7 +106,7 @@ def test_a_checkpoint_that_lacks_a_weight(victim, tmp_path):
 
 
 def test_wrong_shapes_are_found_before_any_packing(saved, tmp_path, monkeypatch):
-    """A lost or a cut weight of the last layer, where packing the others takes hours."""
+    """A lost or truncated weight of the last layer, when packing the others takes hours."""
     model, plan, source, out = saved
     monkeypatch.setattr(Packer, "write", lambda *_: pytest.fail("has packed"))
     model.save_pretrained(source.with_name("one"))
@@ -185,6 +187,7 @@ def test_a_config_without_a_dtype(tmp_path):
     assert load_model(tmp_path / "out").dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight"])
 def test_tied_embeddings_under_either_name(stored, tmp_path):
     model = build("mixtral", tie_word_embeddings=True)
@@ -214,9 +217,10 @@ quantize_checkpoint(*sys.argv[1:4], max_shard_size="20MB")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
 def test_a_checkpoint_larger_than_memory(tmp_path):
-    """Four times the memory that the process may take beyond its imports: 2 layers of 25 MB in float, and some."""
+    """Four times the memory that the process may take beyond its imports: 2 layers of 25 MB in float, and a margin."""
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": 16, "num_hidden_layers": 24}
     model = build("mixtral", **sizes).bfloat16()
     plan = allocate(model, method="uniform", average_bits=2, bits=(2,), group_size=128)
@@ -234,6 +238,7 @@ def test_a_checkpoint_larger_than_memory(tmp_path):
     assert Checkpoint(tmp_path / "out").nbytes < total / 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["ernie4_5_vl_moe", "jamba", "nemotron_h", "qwen3_vl_moe_text", "deepseek_v4"])
 def test_conversions_of_other_families(model_type, tmp_path):
     """Two banks out of one conversion, hub names of several kinds, no gate: every tensor is that of the live model."""

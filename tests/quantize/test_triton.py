@@ -12,6 +12,7 @@ from moe_precision.quantize.matrices import PackedMatrices
 from tests.support.packed import bucket, mixed_projection
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "group_size"), [*((bits, 64) for bits in range(1, 9)), (3, 8), (3, 24), (5, 192)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_triton(bits, group_size, dtype):
@@ -79,6 +80,7 @@ for capability, bits, rows in ((80, 3, grouped._MANY), (90, 2, grouped._MANY), (
 """
 
 
+@pytest.mark.slow
 def test_triton_compiles_for_gpus(tmp_path):
     """Down to machine code, which needs no GPU."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}

@@ -83,6 +83,7 @@ def quiet_trainer(root: Path, **kwargs) -> pl.Trainer:
 # --- corpus ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_standard_library_splits_by_file_without_overlap_and_the_same_way_twice():
     first, second = python_stdlib(), python_stdlib()
     train, validation = set(first["train"]["path"]), set(first["validation"]["path"])
@@ -333,9 +334,9 @@ def test_recipes_are_shipped():
 @pytest.mark.parametrize("file", YAML_FILES, ids=lambda file: file.name)
 def test_shipped_yaml_builds(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["pytest"])  # LightningCLI warns where there are arguments beside its own
+    monkeypatch.setattr("sys.argv", ["pytest"])  # LightningCLI warns where there are arguments other than its own
     monkeypatch.setenv("WANDB_MODE", "offline")
-    if file.name == "recover.yaml":  # starts from what another recipe leaves
+    if file.name == "recover.yaml":  # starts from another recipe's result
         Path("runs/pretrain_mixtral").mkdir(parents=True)
         plan = allocate(build("mixtral"), method="uniform", average_bits=2, group_size=64)
         plan.save("runs/pretrain_mixtral/precision_plan.json")
@@ -349,7 +350,7 @@ def test_shipped_yaml_builds(file: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_experts_without_a_token_get_a_gradient():
-    """Else processes wait for one another: each thinks that other experts were used."""
+    """Otherwise processes wait for each other: each thinks that other experts were used."""
     batch = {"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([[7, 8]])}
     losses, gradients = [], []
     for reach in (False, True):

@@ -38,7 +38,7 @@ def test_a_file(curvature, tmp_path):
 
 def test_curvature_of_another_model_is_refused(curvature):
     other = build("qwen3_moe")
-    with pytest.raises(CurvatureError, match="of another model"):
+    with pytest.raises(CurvatureError, match="belongs to another model"):
         quantize_model(other, allocate(other, method="uniform", average_bits=2, group_size=64), curvature=curvature)
 
 
@@ -50,12 +50,12 @@ def test_curvature_of_other_weights_is_refused(tmp_path):
     quantize_checkpoint(tmp_path / "bf16", plan, tmp_path / "packed", curvature=curvature)
     with torch.no_grad():
         find_moe_layers(model)[1].router_weight()[4] *= 1.01
-    with pytest.raises(CurvatureError, match=r"of other weights: in layer 'model\.layers\.1\.mlp' router norms differ"):
+    with pytest.raises(CurvatureError, match=r"to other weights: router norms in 'model\.layers\.1\.mlp' differ"):
         quantize_model(model, plan, curvature=curvature)
-    with pytest.raises(CurvatureError, match="of other weights"):
+    with pytest.raises(CurvatureError, match="belongs to other weights"):
         allocate(model, method="curvature", curvature=curvature, group_size=64)
     model.save_pretrained(tmp_path / "other")
-    with pytest.raises(CurvatureError, match="of other weights"):
+    with pytest.raises(CurvatureError, match="belongs to other weights"):
         quantize_checkpoint(tmp_path / "other", plan, tmp_path / "packed2", curvature=curvature)
 
 

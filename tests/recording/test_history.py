@@ -82,7 +82,7 @@ def test_steps_rise(history):
 
 
 def test_diverged_training_makes_no_plan(history):
-    history.record(10, torch.full((16,), float("inf")))  # watching never stops a run
+    history.record(10, torch.full((16,), float("inf")))  # recording never stops a run
     history.record(12, torch.full((16,), float("nan")))
     with pytest.raises(
         AllocationError, match=r"expert 0 of layer 'model\.layers\.0\.mlp' has router norm inf at step 10"
@@ -138,7 +138,7 @@ SHAPE = {"router": "a.gate.weight", "num_experts": 2, "projections": {"wi": [8, 
 
 
 def written(path, norms=((1.0, 2.0), (3.0, 4.0)), layers=None):
-    """A file of the first files of version 1, which had neither caveats nor patterns nor dtypes."""
+    """An early file of version 1, which had neither caveats nor patterns nor dtypes."""
     metadata = {"format": "moe-precision-history", "version": "1", "model_type": "x"}
     metadata["layers"] = json.dumps({"a": SHAPE} if layers is None else layers)
     save_file({"steps": torch.tensor([0, 7]), "norms/a": torch.tensor(norms)}, path, metadata=metadata)

@@ -12,8 +12,8 @@ from moe_precision import AllocationError, RouterNormHistory, allocate, find_moe
 from moe_precision.recording.loads import LoadCounter, count_loads, routing
 from moe_precision.recording.router_norms import router_norms
 from moe_precision.recording.signals import expert_load
-from tests.callbacks.test_router_norm_monitor import MemoryLogger, Module, data, monitor, trainer
 from tests.support.models import CONFIGS, PlainMoE, build
+from tests.support.trainers import MemoryLogger, Module, data, monitor, trainer
 
 
 def ids(rows=2, length=9, seed=1):
@@ -139,9 +139,9 @@ def test_the_callback_counts_training_and_the_last_validation(tmp_path):
     history = RouterNormHistory.load(tmp_path / "precision_plan.history.safetensors")
     for loads in (callback.history.loads, history.loads):
         assert {load[0].sum().item() for load in loads["training"].values()} == {6 * 8}  # every micro-batch
-        assert {load[0].sum().item() for load in loads["validation"].values()} == {2 * 8}  # the last run of it alone
+        assert {load[0].sum().item() for load in loads["validation"].values()} == {2 * 8}  # only its last run
     shares = [m["expert_load/layer_00/max"] for _, m in logger.calls if "expert_load/layer_00/max" in m]
-    assert len(shares) == 2  # a step each
+    assert len(shares) == 2  # one step each
     assert all(1 <= share <= 4 for share in shares)
 
 
@@ -174,7 +174,7 @@ def test_plans_by_load():
 @pytest.mark.parametrize(
     "extra",
     [
-        (torch.tensor([2, 1, 0, 0]),),  # tokens an expert
+        (torch.tensor([2, 1, 0, 0]),),  # tokens per expert
         (torch.tensor([0, 1, 2]),),  # positions
         (torch.ones(3, 4, dtype=torch.int64),),  # as wide as there are experts: a mask or indices
         (torch.ones(3, dtype=torch.bool),),  # padding

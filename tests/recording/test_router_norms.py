@@ -1,4 +1,4 @@
-"""Router norms of live layers: of the right rows, in float32, never of a shard; weights are recognised by them."""
+"""Router norms of live layers: of the right rows, in float32, never of a shard; weights are recognized by them."""
 
 import pytest
 import torch
@@ -40,5 +40,5 @@ def test_the_same_weights_in_another_dtype_and_other_weights(mixtral):
     assert not torch.equal(rounded["model.layers.1.mlp"], before["model.layers.1.mlp"])
     check_same_weights(before, rounded, "grid", MemoryError)
     rounded["model.layers.1.mlp"][3] *= 1.05
-    with pytest.raises(MemoryError, match=r"the grid is of other weights: in layer 'model\.layers\.1\.mlp' .* up to 5"):
+    with pytest.raises(MemoryError, match=r"the grid belongs to other weights: .* 'model\.layers\.1\.mlp' .* up to 5"):
         check_same_weights(before, rounded, "grid", MemoryError)

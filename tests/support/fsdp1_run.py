@@ -24,8 +24,8 @@ def main(folder: str, rank: int) -> None:
     expected = measured(build("mixtral"))
     results = {}
     for original in (True, False):
-        for policy in (ModuleWrapPolicy({MixtralDecoderLayer}), None):  # a unit a layer, or the whole model in one
-            # as Lightning wraps: the root unit is outside of the transformers model
+        for policy in (ModuleWrapPolicy({MixtralDecoderLayer}), None):  # one unit per layer, or the whole model in one
+            # as Lightning wraps: the root unit is outside the transformers model
             sharded = FSDP(
                 nn.ModuleDict({"model": build("mixtral")}),
                 auto_wrap_policy=policy,

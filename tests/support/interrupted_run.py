@@ -1,4 +1,4 @@
-"""Kills a short run with ``kill -9`` at random moments, resumes it, and compares it with one that was left alone.
+"""Kills a short run with ``kill -9`` at random moments, resumes it, and compares it with an undisturbed one.
 
 python -m tests.support.interrupted_run --points 30
 """
@@ -27,7 +27,7 @@ STARTED, ENDED = "started.txt", "ended.txt"
 
 
 class Module(pl.LightningModule):
-    """A small Mixtral whose batches depend on the step alone, so that a resumed run sees the same data."""
+    """A small Mixtral whose batches depend only on the step, so that a resumed run sees the same data."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def compare(points: int, seed: int = 0) -> list[int]:
     """Interrupts ``points`` runs, each once, at a random moment between the first step and the last.
 
     Returns:
-        The step of the checkpoint from which each went on; 0 where it was killed before the first.
+        The step of the checkpoint from which each resumed; 0 where it was killed before the first.
 
     Raises:
         AssertionError: A resumed run has other steps, norms or plan bytes than the uninterrupted one.

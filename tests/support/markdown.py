@@ -62,5 +62,5 @@ def links(text: str) -> list[str]:
 
 
 def inline_code(text: str) -> list[str]:
-    """What stands in backticks in a page's text, on one line each."""
+    """The inline code in the text of a page, one line each."""
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(text))]

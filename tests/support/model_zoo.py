@@ -111,7 +111,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {  # model_type of a config or sub-config
 
 
 def config_types() -> list[str]:
-    """Every registered type that can have experts: its config, or one inside of it, has a number of experts."""
+    """Every registered type that can have experts: its config, or one inside it, has a number of experts."""
     return [name for name in sorted(CONFIG_MAPPING) if _can_have_experts(_default(CONFIG_MAPPING[name]))]
 
 
@@ -172,7 +172,7 @@ def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def routers_by_class(model: nn.Module) -> list[nn.Parameter]:
-    """Routers by the names of transformers' own classes: an account that owes nothing to `find_moe_layers`."""
+    """Routers by the names of transformers' own classes: independent of `find_moe_layers`."""
     found = {}
     for module in model.modules():
         if re.search(r"(?:Router|Gate|Gating|RouterMLP)$", type(module).__name__):
@@ -233,7 +233,7 @@ def eight_bit_error(model: PreTrainedModel) -> float | None:
     for weight in (
         w.parameter() for layer in find_moe_layers(model) for bank in layer.banks.values() for w in bank.weights
     ):
-        if not 1e-6 < weight.abs().max() < 100:  # a few classes leave experts as the memory was
+        if not 1e-6 < weight.abs().max() < 100:  # a few classes leave experts uninitialized
             weight.normal_(0, 0.02)
     inputs = next((inputs for inputs in _inputs(model) if _runs(model, inputs)), None)
     before = None if inputs is None else _output(model, inputs)
@@ -256,7 +256,7 @@ def _inputs(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
 def _runs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> bool:
     try:
         _output(model, inputs)
-    except Exception:  # towers of multimodal models want pictures or sound
+    except Exception:  # towers of multimodal models need pictures or sound
         return False
     return True
 
@@ -275,7 +275,7 @@ def others() -> tuple[int, list[str]]:
     for model_type in tqdm(sorted(set(CONFIG_MAPPING) - set(config_types())), unit="other", file=sys.stderr):
         try:
             model = build_tiny(model_type, device="meta")
-        except Exception:  # needs a package that is not here, or sizes of its own
+        except Exception:  # needs a package that is not installed, or sizes of its own
             continue
         built += 1
         try:

@@ -1,4 +1,4 @@
-"""Small real models, one a family, built from configs with random weights; nothing is downloaded."""
+"""Small real models, one per family, built from configs with random weights; nothing is downloaded."""
 
 import subprocess
 import sys
@@ -101,7 +101,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 def with_bits(plan: PrecisionPlan, bits: Callable[[int, int, int], list[int]]) -> PrecisionPlan:
-    """A plan with other widths: ``bits`` takes the layer's index, the projection's, and the number of experts."""
+    """A plan with the given widths: ``bits`` takes the layer's index, the projection's, and the number of experts."""
     edited = {}
     for index, (name, layer) in enumerate(plan.layers.items()):
         names = enumerate(layer.projection_bits)
@@ -110,7 +110,7 @@ def with_bits(plan: PrecisionPlan, bits: Callable[[int, int, int], list[int]]) -
 
 
 def fresh_python(code: str, *arguments: str) -> str:
-    """Runs code in a Python process of its own and returns what it printed."""
+    """Runs code in a separate Python process and returns what it printed."""
     command = [sys.executable, "-c", code, *arguments]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=600, check=False)

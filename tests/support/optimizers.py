@@ -1,4 +1,4 @@
-"""Models that have been trained a few steps, and losses to take gradients of."""
+"""Models that have been trained for a few steps, and losses to take gradients of."""
 
 from collections.abc import Callable
 from functools import partial

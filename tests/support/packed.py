@@ -17,7 +17,7 @@ def use(monkeypatch, *only):
 
 
 def stored(scale, offset):
-    """The nearest that can be stored."""
+    """The nearest scales and offsets that can be stored."""
     return expand(*compress(scale)), expand(*compress(offset))
 
 
@@ -40,7 +40,7 @@ def mixed_projection():
     projection = PackedProjection([3, 2, 16, 2, 8], (48, 64), 32, torch.float32)
     for expert in range(5):
         projection.put(expert, torch.randn(48, 64))
-    x, starts = torch.randn(12, 64), torch.tensor([0, 2, 2, 5, 8, 9])  # the last three rows are no expert's
+    x, starts = torch.randn(12, 64), torch.tensor([0, 2, 2, 5, 8, 9])  # the last three rows belong to no expert
     expected = torch.zeros(12, 48)
     for expert, (first, last) in enumerate(itertools.pairwise(starts.tolist())):
         expected[first:last] = x[first:last] @ projection.weight(expert).T

@@ -2,9 +2,9 @@
 
 A plain least-squares fit has the lowest weight error, but each group of it is a conditional mean: every output of the
 layer shrinks by the same relative error, and so on through the depth of the model. Making the gain unbiased costs a
-little weight error and repairs the loss, at 1 and 2 bits above all.
+little weight error and repairs the loss, above all at 1 and 2 bits.
 
-Where the curvature of the loss is known, each input column weighs in the fit by it.
+Where the curvature of the loss is known, it weights each input column in the fit.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def least_squares_codes(groups: Tensor, bits: int, weights: Tensor | None = None
     More starts, which clip the range, lower the weight error by a few percent and do not lower the loss.
 
     Args:
-        groups: ``(N, group)`` float32, one group a row.
+        groups: ``(N, group)`` float32, one group per row.
         bits: Width of a code.
-        weights: How much each error counts, of the groups' shape, with a mean of 1 in each group; None for all alike.
+        weights: How much each error counts, in the groups' shape, with a mean of 1 per group; None for equal weights.
 
     Returns:
         ``(N, group)`` float32 of whole numbers from 0 to ``2**bits - 1``.
@@ -80,7 +80,7 @@ def quantize_matrix(weight: Tensor, bits: int, group_size: int, column_weights: 
         weight: ``(out, in)``, any float dtype; ``group_size`` divides ``in``.
         bits: Width of a code, 1 to 8.
         group_size: Weights that share a scale and an offset.
-        column_weights: ``(in,)`` positive, how much an error in each input column counts; None for all alike.
+        column_weights: ``(in,)`` positive, how much an error in each input column counts; None for equal weights.
 
     Returns:
         Codes ``(out, in)`` uint8, scales and offsets ``(out, in / group_size)`` float16 on the steps that
@@ -105,7 +105,7 @@ def quantize_matrix(weight: Tensor, bits: int, group_size: int, column_weights: 
         chunk = slice(start, start + rows)
         groups = weight[chunk].float().reshape(-1, group_size)  # (rows * in / group, group)
         mean = groups.mean(dim=1, keepdim=True)
-        groups = groups - mean  # variances of centred groups lose no digits
+        groups = groups - mean  # variances of centered groups lose no digits
         weights = None if by_group is None else by_group.repeat(len(groups) // len(by_group), 1)
         fitted = least_squares_codes(groups, bits, weights)
         scale, offset = unbiased_scale(groups, fitted, weights)
@@ -147,7 +147,7 @@ def quantize_on_grid(weight: Tensor, bits: int, group_size: int, grid: tuple[Ten
     if (away > torch.where(width > 0, _BETWEEN * width, start.abs() / 128)).any():
         raise ValueError(
             f"a weight of shape {tuple(weight.shape)} lies between two codes of the {bits}-bit grid: the checkpoint "
-            "was saved before training ended on the grid (put SavePretrained behind PrecisionAnneal), or in a dtype "
+            "was saved before training ended on the grid (put SavePretrained after PrecisionAnneal), or in a dtype "
             "that cannot hold it (save in float32)"
         )
     return codes.to(torch.uint8).flatten(-2), scale, offset

@@ -41,7 +41,7 @@ class Grid:
         plan: The widths; experts at 16 bits are left alone.
         scales: Layer name -> projection -> ``(E, out, in / group)`` float16.
         offsets: Layer name -> projection -> ``(E, out, in / group)`` float16.
-        router_norms: Layer name -> ``(E,)`` float32 when it was saved, by which the weights it belongs to are known.
+        router_norms: Layer name -> ``(E,)`` float32 when it was saved, which identify the weights that it belongs to.
     """
 
     plan: PrecisionPlan
@@ -87,7 +87,7 @@ class Grid:
             raise GridError("the grid belongs to another plan: widths or group size differ; give the plan beside it")
 
     def check_router_norms(self, norms: dict[str, Tensor], what: str = "grid") -> None:
-        """Raises `GridError` if router norms show that it is of other weights; see `check_same_weights`."""
+        """Raises `GridError` if router norms show that it belongs to other weights; see `check_same_weights`."""
         check_same_weights(self.router_norms, norms, what, GridError)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -122,13 +122,13 @@ def on_grid(weight: Tensor, bits: Sequence[int], scale: Tensor, offset: Tensor, 
 
     Args:
         weight: ``(E, out, in)``, any float dtype and strides.
-        bits: Width of each matrix; one of 16 bits is copied.
+        bits: Width of each matrix; a matrix at 16 bits is copied.
         scale: ``(E, out, in / group)``.
         offset: The same shape.
         out: Where to put them, like the weight.
 
     Returns:
-        ``(E, out, in)``, of the weight's dtype: what the packed matrices are, rounded to it.
+        ``(E, out, in)``, of the weight's dtype: the values of the packed matrices, rounded to it.
     """
     out = torch.empty_like(weight) if out is None else out
     rows = max(1, _CHUNK // weight.shape[2])

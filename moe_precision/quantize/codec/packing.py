@@ -1,4 +1,4 @@
-"""Dense packing of codes: eight codes of b bits are b bytes, so 3 bits cost 3.
+"""Dense packing of codes: eight codes of b bits are b bytes, so 3-bit codes cost exactly 3 bits.
 
 Little endian: code k of eight occupies bits ``b * k`` to ``b * (k + 1) - 1`` of the b bytes read as one number.
 """

@@ -1,7 +1,7 @@
-"""Scales and offsets in eight bits each: blocks of neighbouring groups share the ends of their range.
+"""Scales and offsets in eight bits each: blocks of neighboring groups share the ends of their range.
 
-A float16 scale and offset cost 32 bits a group, .25 bits a weight at the default group size. Within a block of 32
-groups they are alike enough for 256 steps between the least and the greatest, which costs 18 bits a group, ends
+A float16 scale and offset cost 32 bits per group, 0.25 bits per weight at the default group size. Within a block of 32
+groups they are alike enough for 256 steps between the least and the greatest, which costs 18 bits per group, ends
 included. The codes of the weights are chosen for the scales that are stored.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 32  # groups, in the order of a matrix's rows
-BITS_PER_GROUP = 8 + 8 + 4 * 16 / BLOCK  # of a scale, an offset, and their share of the ends
+BITS_PER_GROUP = 8 + 8 + 4 * 16 / BLOCK  # a scale, an offset, and their share of the ends
 _TOP = 255
 _WIDENED = 5  # bits
 
@@ -26,7 +26,7 @@ def compress(values: Tensor, rounded: Callable[[Tensor], Tensor] = torch.round) 
         rounded: To the nearest step, or ``torch.floor`` or ``torch.ceil``.
 
     Returns:
-        Steps, uint8 of the same shape, and ends ``(..., blocks, 2)`` float16. What `expand` makes of them is compressed
+        Steps, uint8 of the same shape, and ends ``(..., blocks, 2)`` float16. What `expand` makes of them compresses
         to the same values again.
     """
     blocks = _blocks(values).float()
@@ -63,7 +63,7 @@ def stored_scales(scale: Tensor, offset: Tensor, bits: int) -> tuple[Tensor, Ten
 
     Args:
         scale: ``(out, in / group)`` float32.
-        offset: The same.
+        offset: ``(out, in / group)`` float32.
         bits: Width of a code.
 
     Returns:
@@ -86,7 +86,7 @@ def lost_in_float16(scale: Tensor, offset: Tensor, top: int) -> bool:
 
 
 def blocks_of(out: int, groups: int) -> int:
-    """How many blocks a matrix of ``out`` rows and ``groups`` groups a row has."""
+    """How many blocks a matrix of ``out`` rows and ``groups`` groups per row has."""
     return -(-out * groups // BLOCK)
 
 

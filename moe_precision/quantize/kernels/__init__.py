@@ -1,9 +1,9 @@
-"""Multiplying by packed matrices: which kernel takes a bucket of them, and in whose form it is then kept, only there.
+"""Multiplying by packed matrices: which kernel takes a bucket of them and keeps it, only in its own form.
 
 On a CPU, the first that fits: Intel's ARK (`ark.py`, if ``auto-round-lib`` is installed), a kernel in C++ that is
 compiled at its first use (`native.py`), torch's int4 kernel where there is no compiler (`int4.py`, up to 4 bits), and
-last of all no kernel: the one matrix is dequantized and multiplied. On a GPU a kernel in Triton multiplies a bucket in
-one launch (`grouped.py`); where there is none, its matrices that have tokens are dequantized for one grouped product.
+otherwise none: the matrix needed is dequantized and multiplied. On a GPU a kernel in Triton multiplies a bucket in
+one launch (`grouped.py`); without Triton, those of its matrices that have tokens are dequantized for a grouped product.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KERNELS: tuple[type[Kernel], ...] = (Ark, Native, Int4)
 
 
 def choose(request: Request) -> type[Kernel] | None:
-    """The kernel that a bucket of matrices is kept for; None to dequantize."""
+    """The kernel that keeps and multiplies a bucket of matrices; None to dequantize."""
     fitting = [kernel for kernel in KERNELS if kernel.fits(request)]
     narrow = [kernel for kernel in fitting if not kernel.wastes_memory(request)]
     return next(iter(narrow + fitting), None)

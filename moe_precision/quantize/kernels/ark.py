@@ -1,7 +1,7 @@
 """Intel's ARK kernels (package ``auto-round-lib``, extra ``moe-precision[cpu]``): 2 to 8 bits at their own width.
 
-ARK knows no float offset: its part of the product is ``scale * (code - half)``, and the rest, ``offset + half *
-scale``, is the same for a whole group, so that it meets the sum of the group's activations.
+ARK has no float offset: its part of the product is ``scale * (code - half)``. The rest, ``offset + half * scale``, is
+constant within a group, so it is multiplied by the sum of the group's activations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _EMPTY = torch.empty(0)
 
 
 class Ark(Kernel):
-    """Blobs of ARK's own, which hold the scales as float32, and what it does not add itself."""
+    """Blobs in ARK's own form, with scales in float32, and the rest that ARK does not add."""
 
     name = "ARK"
 

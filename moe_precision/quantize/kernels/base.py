@@ -28,7 +28,7 @@ class Matrices(NamedTuple):
 
     @classmethod
     def of(cls, codes: Tensor, scale: Tensor, offset: Tensor) -> Matrices:
-        """Of packed codes, and scales and offsets that are on stored steps.
+        """Makes it from packed codes, and scales and offsets that are on stored steps.
 
         Raises:
             ValueError: They are not.
@@ -50,7 +50,7 @@ class Request(NamedTuple):
     Attributes:
         device: Type of the device.
         dtype: Dtype of the activations.
-        training: Gradients flow through the product, so that the float weight is wanted again and again.
+        training: Gradients flow through the product, so that the float weight is needed again and again.
         bits: Width of a code.
         out: Rows of a matrix.
         inp: Columns of a matrix.
@@ -67,7 +67,7 @@ class Request(NamedTuple):
 
 
 class Kernel(nn.Module):
-    """A bucket of matrices in the form that one kernel wants. Its buffers are in no checkpoint."""
+    """A bucket of matrices in the form that one kernel needs. Its buffers are never saved."""
 
     name: ClassVar[str]
 
@@ -99,7 +99,7 @@ class Kernel(nn.Module):
         return self.multiply(index, flat).view(*x.shape[:-1], self.out)
 
     def multiply(self, index: int, x: Tensor) -> Tensor:
-        """The same for ``(tokens, in)``."""
+        """Does `linear` for contiguous ``x`` ``(tokens, in)``."""
         raise NotImplementedError
 
     def grouped(self, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor) -> None:
@@ -126,7 +126,7 @@ class Kernel(nn.Module):
         return dequantize(one.codes, *one.floats(), self.bits, torch.float32)[0]
 
     def keep_steps(self, matrices: Matrices) -> None:
-        """Keeps scales and offsets as the checkpoint holds them, where the kernel's own have lost digits."""
+        """Keeps scales and offsets as the checkpoint holds them, for kernels whose own are rounded."""
         self.keep(scale=matrices.scale, offset=matrices.offset, ends=matrices.ends)
 
     def codes(self, index: int) -> Tensor:

@@ -15,17 +15,17 @@ from pathlib import Path
 from filelock import FileLock
 
 _FLAGS = ["-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
-_SECONDS = 300  # until a compiler is taken for hung
+_SECONDS = 300  # until a compiler counts as hung
 
 log = logging.getLogger(__name__)
 
 
 def compiled(source: Path) -> ctypes.CDLL:
-    """The library that a C++ file gives, from the cache if this compiler made it of this text for this kind of CPU.
+    """The library that a C++ file gives, from the cache if this compiler made it from this source for this kind of CPU.
 
     The compiler is ``$CXX``, or ``c++``. The cache is ``$XDG_CACHE_HOME/moe_precision``, by default in ``~/.cache``. It
-    may be shared by machines of different kinds. A library's hash is in its name: one that is damaged is made anew. Of
-    several processes that want one at the same time, the first compiles it and the others wait.
+    may be shared by machines of different kinds. A library's hash is in its name: a damaged one is compiled again. If
+    several processes need one at the same time, the first compiles it and the others wait.
 
     Raises:
         OSError: There is no compiler, it fails, its library cannot be loaded, or the cache cannot be written to.
@@ -68,7 +68,7 @@ def _made(compiler: list[str], source: Path, cache: Path, name: str) -> Path:
 def _cache() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "moe_precision").resolve()
-    except RuntimeError as error:  # no HOME, and nobody whom the system knows
+    except RuntimeError as error:  # no HOME, and no user known to the system
         raise OSError(f"{error}; name a folder in XDG_CACHE_HOME") from error
 
 
@@ -79,7 +79,7 @@ def _hash(content: bytes) -> str:
 def _run(command: list[str]) -> str:
     """What a command writes to stderr."""
     try:
-        done = subprocess.run(  # in a folder that is always the same, since clang's commands name it
+        done = subprocess.run(  # always in the same folder, since clang's commands name it
             command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False, cwd="/"
         )
     except subprocess.TimeoutExpired as error:

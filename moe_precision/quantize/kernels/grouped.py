@@ -38,7 +38,7 @@ def fits(x: Tensor, matrices: Matrices) -> bool:
 
 @cache
 def works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton compiles here, and what it gives is right: told by a small product."""
+    """Whether Triton compiles here and gives right results, as tested on a small product."""
     if find_spec("triton") is None or dtype not in _TOLERANCE:
         return False
     try:
@@ -51,7 +51,7 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
             error = _error(device, dtype)
         if not error <= _TOLERANCE[dtype]:
             raise ArithmeticError(f"its products are off by {error:.2g}: please report this")
-    except Exception as error:  # whatever the compiler, the driver or their absence raises
+    except Exception as error:  # whatever a compiler or driver raises, or its absence
         warnings.warn(
             f"Triton does not work on {device} with {dtype} ({type(error).__name__}: {error}): packed matrices are "
             "dequantized for each product, which is slow",

@@ -1,8 +1,8 @@
-"""torch's int4 kernel for CPUs: bfloat16 activations, up to 4 bits, a float scale and a float zero for each group.
+"""torch's int4 kernel for CPUs: bfloat16 activations, up to 4 bits, with a float scale and a float zero per group.
 
 It holds 1- to 4-bit codes exactly, each in four bits, and rounds scales and zeros to bfloat16, which costs what
-rounding the weight itself to bfloat16 would. torch's int8 kernel never fits: it takes one symmetric scale a row, and
-these matrices have a scale and an offset for each group.
+rounding the weight itself to bfloat16 would. torch's int8 kernel never fits: it takes one symmetric scale per row, and
+these matrices have a scale and an offset per group.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Int4(Kernel):
             and request.bits <= 4
             and request.out % 16 == 0
             and request.group_size in _GROUPS
-            and not request.training  # to get at the weight again is slow
+            and not request.training  # getting the weight back is slow
             and has_int4_kernel()
         )
 
@@ -67,11 +67,11 @@ class Int4(Kernel):
         return codes.view(self.out, self.inp)
 
 
-@lru_cache(maxsize=1)  # four bytes a weight, for the matrices of one shape that are given back together
+@lru_cache(maxsize=1)  # four bytes per weight; matrices of one shape are given back together
 def _order(out: int, inp: int) -> Tensor:
     """Where each nibble of the packed form comes from, as flat positions in ``(out, in)``, int32.
 
-    The order depends on the CPU, and torch does not tell it: positions are packed themselves, four bits at a time.
+    The order depends on the CPU, and torch does not document it: positions are packed themselves, four bits at a time.
     """
     position = torch.arange(out * inp, dtype=torch.int32).view(out, inp)
     found = torch.zeros(out * inp, dtype=torch.int32)

@@ -64,7 +64,7 @@ class Native(Kernel):
 
     @property
     def form(self) -> tuple[Tensor, ...]:
-        """What `multiply` takes."""
+        """The arguments of `multiply`."""
         return self.words, self.scales, self.offsets
 
     def matrix(self, index: int) -> Matrices:
@@ -89,7 +89,7 @@ def to_words(codes: Tensor, bits: int, group_size: int, lanes: int) -> Tensor:
         codes: ``(out, in)`` uint8.
         bits: Width of a code.
         group_size: Weights that share a scale and an offset; words do not cross from one group to the next.
-        lanes: Rows that stand side by side.
+        lanes: Rows that lie side by side.
 
     Returns:
         ``(out / lanes, in / group, words of a group, lanes)`` int32.
@@ -140,13 +140,13 @@ def multiply(
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernel; None, with a warning, where it cannot be had or does not give what the weights are."""
+    """The compiled kernel; None, with a warning, where it cannot be compiled or gives wrong products."""
     try:
         with torch.autocast("cpu", enabled=False), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
             return _checked(compiled(_SOURCE))
     except (OSError, ValueError) as error:
         warnings.warn(
-            f"packed matrices are multiplied by slower ways, since their kernel cannot be compiled here ({error}): "
+            f"packed matrices are multiplied more slowly, since their kernel cannot be compiled here ({error}): "
             "install a C++ compiler with OpenMP (g++), or name one in CXX",
             stacklevel=2,
         )
@@ -191,7 +191,7 @@ def _checked(built: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def _shifts(bits: int) -> list[int]:
-    """Where the codes of neighbouring columns lie in a word: pairs, one in each half."""
+    """Where the codes of neighboring columns lie in a word: pairs, one in each half."""
     return [bits * pair + half for pair in range(16 // bits) for half in (0, 16)]
 
 

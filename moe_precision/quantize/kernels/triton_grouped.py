@@ -25,9 +25,9 @@ def multiply_rows(
     COLUMNS: tl.constexpr,
     EIGHTS: tl.constexpr,
 ):
-    """See `grouped.multiply`. A program makes COLUMNS columns of the output for all rows of one expert.
+    """See `grouped.multiply`. A program computes COLUMNS columns of the output for all rows of one expert.
 
-    Eight codes are BITS bytes. EIGHTS eights of a row of the matrix are multiplied at a time, one place of all at once.
+    Eight codes are BITS bytes. EIGHTS eights of a matrix row are multiplied at a time, one position of all at once.
     """
     matrix = tl.program_id(1).to(tl.int64)
     expert = tl.load(experts + matrix)

@@ -1,4 +1,4 @@
-"""From a float checkpoint to a packed one, a shard at a time: neither model is ever whole in memory.
+"""Turns a float checkpoint into a packed one, shard by shard: neither model is ever complete in memory.
 
 The module tree is laid out on the meta device, so that names and sizes of everything that will be written are known
 before any weight is read (`shards`). The tensors of each shard then go through transformers' own conversion and are

@@ -40,9 +40,9 @@ def quantize_checkpoint(
 ) -> None:
     """Quantizes a float checkpoint by a plan, layer by layer, and copies its tokenizer.
 
-    A process holds one float layer, what transformers needs to convert it, and one packed shard. Whatever ends a run
-    early, its finished shards stay in a hidden folder beside ``out``, and the same call continues from there. Call it
-    below ``if __name__ == "__main__"`` with several workers, which are new Python processes.
+    A process holds one float layer, what transformers needs to convert it, and one packed shard. If a run ends early,
+    its finished shards stay in a hidden folder beside ``out``, and the same call resumes from there. With several
+    workers, which are new Python processes, call it below ``if __name__ == "__main__"``.
 
     Args:
         checkpoint: Folder of a float checkpoint, or an open `Checkpoint`.
@@ -52,11 +52,16 @@ def quantize_checkpoint(
         curvature: `Curvature` or the path of its file, for the weights of the fit.
         grid: `Grid` or the path of its file, instead of a fit.
         workers: Processes that pack layers side by side, with the cores shared among them.
-        max_shard_size: Of a packed file, in bytes or as ``"5GB"``; a layer that is larger has a file of its own.
+        max_shard_size: Largest packed file, in bytes or as ``"5GB"``; a larger layer gets a file of its own.
 
     Raises:
         CheckpointError: The checkpoint is incomplete, or packed already, or a weight cannot be converted or packed.
         PlanError: The plan is for another model.
+
+    Example:
+        >>> quantize_checkpoint("checkpoint", "precision_plan.json", "packed")
+        >>> load_model("packed").is_quantized
+        True
     """
     settings: Settings = {
         "plan": plan,
@@ -84,7 +89,7 @@ def quantize_checkpoint(
 def _write_shards(
     shards: list[Shard], packer: Packer, folder: Path, job: str, workers: int, settings: Settings
 ) -> None:
-    """Writes all shards that an earlier run has not finished, with a bar over the bytes of their sources."""
+    """Writes all shards that an earlier run did not finish, with a bar over the bytes of their sources."""
     digest = packer.quantization.digest()
     missing = [shard for shard in shards if not is_finished(folder / shard.file, shard, digest)]
     total = sum(shard.nbytes for shard in shards)
@@ -105,7 +110,7 @@ def _write_config(source: Checkpoint, quantization: PlanQuantizationConfig, fold
 
 
 def _copy_others(source: Path, folder: Path) -> None:
-    """The tokenizer and whatever else is small."""
+    """Copies the tokenizer and other small files."""
     for file in source.iterdir():
         if file.is_file() and not any(file.match(pattern) for pattern in _WRITTEN_HERE):
             shutil.copy2(file, folder)

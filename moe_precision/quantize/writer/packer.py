@@ -1,4 +1,4 @@
-"""Fills a model on the meta device for one shard at a time, and writes what that gives."""
+"""Fills a model on the meta device for one shard at a time, and writes the result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ERROR = re.compile(r"^([\w.]+Error)(?:: (.+))?$", re.MULTILINE)  # the line of 
 
 
 class Packer:
-    """A float model on the meta device, whose weights are read, packed, written and forgotten shard by shard.
+    """A float model on the meta device, whose weights are read, packed, written and dropped shard by shard.
 
     Args:
         checkpoint: The float checkpoint.
@@ -38,7 +38,7 @@ class Packer:
 
     Attributes:
         model: The model.
-        quantizer: transformers' side of packing; knows the parameters that are still to be packed.
+        quantizer: transformers' side of packing; knows the parameters that are yet to be packed.
     """
 
     def __init__(self, checkpoint: Checkpoint, quantization: PlanQuantizationConfig) -> None:
@@ -54,7 +54,7 @@ class Packer:
         )
 
     def check_weights(self) -> None:
-        """Reads the routers alone, to see whether curvature and grid are of these weights."""
+        """Reads the routers alone, to see whether curvature and grid belong to these weights."""
         if self.quantization.curvature is None and self.quantization.grid is None:
             return
         routers = [layer.shape.router for layer in self.quantization.plan.layers.values()]
@@ -95,7 +95,7 @@ class Packer:
 
 
 def _problems(info: Any) -> list[Any]:
-    """What transformers could not load; it keeps errors, running out of memory among them, as text of a traceback."""
+    """What transformers could not load; it keeps errors, out of memory included, as the text of a traceback."""
     failed = []
     for text in info.conversion_errors.values():
         errors = _ERROR.findall(text)
@@ -104,7 +104,7 @@ def _problems(info: Any) -> list[Any]:
 
 
 def _forget(model: nn.Module, name: str) -> None:
-    """Back to the meta device with one tensor of a model."""
+    """Moves one tensor of a model back to the meta device."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     tensor = getattr(module, leaf)
@@ -114,7 +114,7 @@ def _forget(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own bar for every shard."""
+    """Turns off transformers' own bar for every shard."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

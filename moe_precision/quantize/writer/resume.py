@@ -1,4 +1,4 @@
-"""Whether what an earlier run has left is of the same job, and intact."""
+"""Whether what an earlier run left belongs to the same job, and is intact."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .shards import Shard
 
 
 def fingerprint(checkpoint: Checkpoint, quantization: PlanQuantizationConfig, shards: list[Shard]) -> str:
-    """A hash that two runs have in common if they would write the same shards."""
+    """A hash that two runs share if they would write the same shards."""
     files = [checkpoint.folder / "config.json", *checkpoint.files]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     fit = [checksums(tensors) for tensors in _tensors_of(quantization.curvature, quantization.grid)]
@@ -29,7 +29,7 @@ def fingerprint(checkpoint: Checkpoint, quantization: PlanQuantizationConfig, sh
 
 
 def is_finished(file: Path, shard: Shard, config: str) -> bool:
-    """Whether an interrupted run has left this shard, intact.
+    """Whether an interrupted run left this shard intact.
 
     Args:
         file: Where it would be.

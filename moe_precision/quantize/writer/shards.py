@@ -1,4 +1,4 @@
-"""Which files will be written, what each holds and what it is made of: known before any weight is read."""
+"""Which files will be written, what each holds and what it is made from: known before any weight is read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Shard:
     Attributes:
         file: Its name.
         tensors: Names of what it will hold.
-        sources: Names of the float tensors that these are made of.
+        sources: Names of the float tensors that these are made from.
         nbytes: Bytes of the sources.
         packed_bytes: Bytes of the tensors.
     """
@@ -40,17 +40,17 @@ class Shard:
 def shards_of(
     checkpoint: Checkpoint, model: PreTrainedModel, targets: list[Target], group_size: int, max_bytes: int
 ) -> list[Shard]:
-    """What to write, whole layers together, after checking that the checkpoint has all that it takes.
+    """What to write, whole layers together, after checking that the checkpoint has everything needed.
 
     Args:
         checkpoint: The float checkpoint.
         model: Its model on the meta device.
         targets: The parameters that will be packed.
         group_size: Weights that share a scale and an offset.
-        max_bytes: Of a packed file; a layer that is larger has a file of its own.
+        max_bytes: Largest packed file; a larger layer gets a file of its own.
 
     Raises:
-        CheckpointError: The checkpoint lacks a tensor of the model, or has one of another shape.
+        CheckpointError: The checkpoint lacks a tensor of the model, or has one of a different shape.
     """
     own = model.state_dict()
     made_of = sources_of(model, checkpoint.tensors)
@@ -95,7 +95,7 @@ def _check_names(checkpoint: Checkpoint, model: PreTrainedModel, made_of: Source
     unknown = {source.name for name, tensors in made_of.items() if name not in own for source in tensors}
     unknown = {name for name in unknown if not may_be_unused(model, name)}
     if unknown:
-        warnings.warn(f"{len(unknown)} tensors are not in the model and left out: {sorted(unknown)[:3]}", stacklevel=4)
+        warnings.warn(f"{len(unknown)} tensors are not in the model, left out: {sorted(unknown)[:3]}", stacklevel=4)
     elsewhere = _tied_to(model, read) - read  # stored under another name
     missing = [name for name in own if name not in elsewhere | read and not may_be_missing(model, name)]
     if missing:
@@ -131,6 +131,6 @@ def _tied_to(model: PreTrainedModel, read: set[str]) -> set[str]:
 
 
 def _layer(name: str) -> str:
-    """The path of the layer that a tensor belongs to; what is in no list of layers stands alone."""
+    """The path of the layer that a tensor belongs to; others are on their own."""
     layer = _LAYER.match(name)
     return layer.group() if layer else name

@@ -25,12 +25,12 @@ Settings = dict[str, Any]  # keywords of `PlanQuantizationConfig` as they were g
 def written(
     missing: list[Shard], packer: Packer, folder: Path, job: str, workers: int, settings: Settings
 ) -> Generator[Shard, None, None]:
-    """Writes shards and yields each when it is there.
+    """Writes shards and yields each when it is complete.
 
     Args:
         missing: What to write.
-        packer: Of this process; others make their own.
-        folder: Where.
+        packer: The packer of this process; others make their own.
+        folder: Where to write.
         job: Goes into the metadata of each file.
         workers: How many processes; 1 is this one.
         settings: For the processes' own `PlanQuantizationConfig`.
@@ -61,7 +61,7 @@ def _start_worker(checkpoint: Checkpoint, settings: Settings, threads: int, pare
     Thread(target=_die_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the process that started this one has given them
+        warnings.simplefilter("ignore")  # the process that started this one has shown them
         _of_worker["packer"] = Packer(checkpoint, PlanQuantizationConfig(**settings))
 
 

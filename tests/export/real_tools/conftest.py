@@ -31,19 +31,19 @@ def plan(checkpoint) -> PrecisionPlan:
 
 @pytest.fixture(scope="session")
 def by_layer(checkpoint) -> PrecisionPlan:
-    """A width a layer and projection: 2, 3, 4 and 8."""
+    """One width per layer and projection: 2, 3, 4 and 8."""
     widths = iter((2, 3, 4, 8))
     return with_bits(_any(checkpoint), lambda layer, projection, count: [next(widths)] * count)
 
 
 @pytest.fixture(scope="session")
 def uniform_layers(checkpoint) -> PrecisionPlan:
-    """A width a layer, as inference engines want it: 8 and 4."""
+    """One width per layer, as inference engines need it: 8 and 4."""
     return with_bits(_any(checkpoint), lambda layer, projection, count: [(8, 4)[layer]] * count)
 
 
 def mixed(checkpoint, widths) -> PrecisionPlan:
-    """A plan that goes through the widths from expert to expert, shifted by one from projection to projection."""
+    """A plan that cycles through the widths from expert to expert, shifted by one from projection to projection."""
 
     def bits(layer: int, projection: int, count: int) -> list[int]:
         return [widths[(expert + layer + projection) % len(widths)] for expert in range(count)]

@@ -46,7 +46,7 @@ def test_llama_quantize_gives_every_tensor_its_type(checkpoint, by_layer, tmp_pa
 
 
 def _write_gguf(checkpoint, plan, path) -> None:
-    """The experts of a Mixtral and its embedding in the way of convert_hf_to_gguf."""
+    """The experts of a Mixtral and its embedding as convert_hf_to_gguf writes them."""
     model = load_model(checkpoint, dtype="float32")
     writer = gguf.GGUFWriter(path, "llama")
     config = model.config
