@@ -33,7 +33,7 @@ class Divergence:
         same_experts: Share of tokens that go to the same experts in every layer. In an encoder-decoder model, tokens of
             the encoder's input count too. None if a layer's experts are not called with the chosen indices.
         tokens: Target tokens that `kl` and `top1` rest on.
-        every: They are every so manieth target token; 1 for all of them.
+        every: Only each ``every``-th target token is among them; 1 means all.
     """
 
     kl: float

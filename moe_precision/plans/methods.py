@@ -127,5 +127,5 @@ CONTROLS: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if m.c
 
 
 def reads(method: str, *signals: Signal) -> bool:
-    """Whether a method reads any of these signals."""
-    return not METHODS[method].reads.isdisjoint(signals)  # type: ignore[index]
+    """Whether a method reads any of these signals; False for a method that is not in the registry."""
+    return any(not known.reads.isdisjoint(signals) for known in METHODS.values() if known.name == method)

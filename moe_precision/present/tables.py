@@ -108,6 +108,7 @@ def evaluation_table(results: dict[str, Evaluation], divergences: dict[str, Dive
         results: By the model's name.
         divergences: Of the models that were measured against a float model; adds their columns.
     """
+
     table = Table(box=box.MARKDOWN)
     columns = ["model", "loss", "perplexity", "loss, rarest 10 %", "perplexity, rarest 10 %", "tokens"]
     columns += [] if divergences is None else ["KL to float", "KL, 99 %", "KL, 99.9 %", "top-1", "same experts"]
@@ -125,7 +126,7 @@ def evaluation_table(results: dict[str, Evaluation], divergences: dict[str, Dive
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """One row per method and budget: stored bits, loss increase with intervals, overall and in the tail, and KL."""
+    """One row per method and budget: stored bits, the loss increase with intervals, overall and in the tail, and KL."""
     every = {row.divergence.every for row in comparison.rows} - {1}
     title = (
         f"{comparison.model_type}, float loss {comparison.loss['all']:.4f} (rare {comparison.loss['rare']:.4f}), "

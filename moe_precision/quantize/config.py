@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer
 from ..plans.document import Document
+from ..plans.methods import reads
 from ..plans.plan import PrecisionPlan, as_plan
 from ..plans.widths import PlanError
 from ..recording.curvature import Curvature, as_curvature
@@ -96,7 +97,7 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
 
     def warn_if_unweighted(self) -> None:
         """Warns where the plan expects a fit weighted by curvature, and no curvature is given."""
-        if self.plan.method in ("curvature", "shuffled_curvature") and self.curvature is None and self.grid is None:
+        if reads(self.plan.method, "curvature") and self.curvature is None and self.grid is None:
             warnings.warn(
                 "the plan was made by curvature, for a fit weighted by curvature: give curvature= (or --curvature), "
                 "the file beside the run's plan; the fit is unweighted now",

@@ -140,7 +140,7 @@ def count_loads(model: nn.Module, batches: Iterable[dict[str, Tensor]], **patter
 
 
 def routing(given: tuple[Any, ...], num_experts: int) -> tuple[Tensor, Tensor | None] | None:
-    """Which experts each token goes to, from the arguments that all experts of a layer are called with.
+    """The routing in a call of all experts of a layer.
 
     Args:
         given: Positional and keyword arguments of the call.

@@ -63,7 +63,8 @@ def test_every_method_stands_at_equal_stored_bits(comparison):
         assert set(names) == orders | costs
         for row in comparison.at(budget):
             assert row.stored_bits <= budget + 18 / 64 + 1e-9
-            if "layer" not in row.name and row.method != "sensitivity":  # measured: more bits may cost more
+            # more bits may raise a measured loss, so that the sensitivity can leave some of them unused
+            if row.method != "sensitivity" and "layer" not in row.name:
                 assert row.stored_bits == pytest.approx(budget + 18 / 64)
     assert [row.name for row in comparison.rows if row.asked_bits is None] == ["uniform 2 bits", "uniform 3 bits"]
     assert comparison.skipped == [
