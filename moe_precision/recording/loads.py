@@ -48,7 +48,7 @@ class LoadCounter:
     @torch.no_grad()
     def count(self, training: bool, given: tuple[Any, ...], layer: MoELayer) -> None:
         """Counts one call of all experts of a layer, by what they are called with."""
-        found = _routing(given, layer.num_experts)
+        found = routing_of(given, layer.num_experts)
         if found is not None:
             self._add(training, layer, expert_load(*found, layer.num_experts))
 
@@ -139,7 +139,7 @@ def count_loads(model: nn.Module, batches: Iterable[dict[str, Tensor]], **patter
         counter.close()
 
 
-def _routing(given: tuple[Any, ...], num_experts: int) -> tuple[Tensor, Tensor | None] | None:
+def routing_of(given: tuple[Any, ...], num_experts: int) -> tuple[Tensor, Tensor | None] | None:
     """Among what experts are called with: chosen indices ``(N, K)`` and, if there, their weights of the same shape.
 
     None where nothing is certain to be that: a count for each expert, a padding mask or positions are not.

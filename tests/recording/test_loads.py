@@ -9,7 +9,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
 from moe_precision import AllocationError, RouterNormHistory, allocate, find_moe_layers
-from moe_precision.recording.loads import LoadCounter, _routing, count_loads
+from moe_precision.recording.loads import LoadCounter, count_loads, routing_of
 from moe_precision.recording.router_norms import router_norms
 from moe_precision.recording.signals import expert_load
 from tests.callbacks.test_router_norm_monitor import MemoryLogger, Module, data, monitor, trainer
@@ -182,16 +182,16 @@ def test_plans_by_load():
 )
 def test_other_integers_are_not_taken_for_indices(extra):
     hidden = torch.randn(3, 8)
-    assert _routing((hidden, *extra), 4) is None
+    assert routing_of((hidden, *extra), 4) is None
     index = torch.tensor([[0, 2], [1, 2], [3, 0]])
-    found, weights = _routing((hidden, *extra, index, torch.rand(3, 2)), 4)
+    found, weights = routing_of((hidden, *extra, index, torch.rand(3, 2)), 4)
     assert found is index
     assert weights.shape == (3, 2)
 
 
 def test_masks():
     hidden, mask = torch.randn(3, 8), torch.tensor([[True, False], [True, True], [False, False]])
-    index, _ = _routing((hidden, mask), 2)
+    index, _ = routing_of((hidden, mask), 2)
     assert expert_load(index, None, 2)[0].tolist() == [2, 1]
 
 

@@ -144,8 +144,8 @@ def inverse_factor(moment: Tensor, damping: float = _DAMPING) -> tuple[Tensor, T
 def nearest(weight: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
     """Nearest codes ``(in, out)`` float32 for a weight ``(in, out)`` and its grid, each ``(in / group, out)``."""
     groups = weight.unflatten(0, (len(scale), -1))  # (in / group, group, out)
-    codes = (groups - offset.unsqueeze(1)).mul_(_inverse(scale).unsqueeze(1))
-    return codes.round_().clamp_(0, 2**bits - 1).flatten(0, 1)
+    codes: Tensor = (groups - offset.unsqueeze(1)).mul_(_inverse(scale).unsqueeze(1)).round_()
+    return codes.clamp_(0, 2**bits - 1).flatten(0, 1)
 
 
 def feedback(weight: Tensor, scale: Tensor, offset: Tensor, bits: int, order: Tensor, factor: Tensor) -> Tensor:
@@ -281,7 +281,7 @@ def half_gain(weight: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, mome
 
 
 def _values(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    groups = codes.unflatten(0, (len(scale), -1))
+    groups: Tensor = codes.unflatten(0, (len(scale), -1))
     return torch.addcmul(offset.unsqueeze(1), groups, scale.unsqueeze(1)).flatten(0, 1)
 
 
