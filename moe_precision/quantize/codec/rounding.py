@@ -21,13 +21,14 @@ from .scales import lost_in_float16, stored_scales
 
 Fitted = tuple[Tensor, Tensor, Tensor]  # codes (out, in) float32, scales and offsets (out, in / group) float16
 
-_DAMPING = 0.01  # of the mean of the diagonal, added to it before the factorization
+_DAMPING = (0.01, 0.1)  # of the mean of the diagonal, added to it before the factorization; the second if it fails
 _BLOCK = 128  # columns whose updates wait for one matrix product
 _CHUNK = 1 << 22  # weights rounded at a time: bounds the memory
 _SWEEPS = 3
 _REFITS = 2
 _RIDGE = 1e-3
-_ROUNDING = 1e-3  # by which a second moment may be asymmetric, relative to its largest value: half precision
+_ASYMMETRY = 1e-3  # of the largest value; from half precision
+_NEGATIVE = 1e-2  # of the largest eigenvalue; from half precision too
 
 
 def round_by_moment(weight: Tensor, scale: Tensor, offset: Tensor, bits: int, second_moment: Tensor) -> Fitted:
@@ -105,40 +106,42 @@ def check_moment(moment: Tensor, width: int) -> Tensor:
         )
     mean = diagonal.mean()
     asymmetry = float((moment - moment.T).abs().max() / diagonal.max())
-    if asymmetry > _ROUNDING:
+    if asymmetry > _ASYMMETRY:
         raise ValueError(f"the second moment differs from its transpose by {asymmetry:.2%} of its largest value")
     return (moment + moment.T) / (2 * mean)
 
 
-def inverse_factor(moment: Tensor, damping: float = _DAMPING) -> tuple[Tensor, Tensor] | None:
+def inverse_factor(moment: Tensor) -> tuple[Tensor, Tensor] | None:
     """The order in which columns are rounded, and how an error in one is made good by those that follow.
 
     Args:
         moment: ``(in, in)`` float32, as `check_moment` gives it.
-        damping: Added to the diagonal, relative to its mean.
 
     Returns:
         Column indices ``(in,)`` int64 by falling diagonal, and the upper Cholesky factor ``(in, in)`` of the damped
-        inverse in that order. None where float32 cannot factorize it.
+        inverse in that order. None where float32 cannot factorize it, damped by a hundredth or a tenth.
 
     Raises:
         ValueError: An eigenvalue is more negative than rounding explains.
     """
     order = moment.diagonal().argsort(descending=True, stable=True)
-    damped = moment[order][:, order]
-    damped.diagonal().add_(damping * moment.diagonal().mean())
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if failed:
-        values = torch.linalg.eigvalsh(moment)
-        least, largest = float(values[0]), float(values[-1])
-        if least < -2 * len(moment) * torch.finfo(moment.dtype).eps * largest:
-            raise ValueError(
-                f"the second moment has eigenvalues from {least:.3g} to {largest:.3g} (its mean square is 1), expected "
-                "none below 0"
-            )
-        return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if failed else (order, upper)
+    ordered, mean = moment[order][:, order], moment.diagonal().mean()
+    for damping in _DAMPING:
+        damped = ordered.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed:
+            return order, upper
+    values = torch.linalg.eigvalsh(moment)
+    least, largest = float(values[0]), float(values[-1])
+    if least < -_NEGATIVE * largest:
+        raise ValueError(
+            f"the second moment has eigenvalues from {least:.3g} to {largest:.3g} where the mean of its diagonal is "
+            f"{float(mean):.3g}, expected none below 0"
+        )
+    return None
 
 
 def nearest(weight: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
