@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from moe_precision.allocation.allocator import make_plan
 from moe_precision.allocation.planning import caveat_text
+from moe_precision.callbacks.extra_batches import Loss, Step, announce, curvature_of_run, statistics_of_run
 from moe_precision.callbacks.run_files import RunFiles
 from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
@@ -22,12 +22,11 @@ from moe_precision.plans.settings import ZETA, PlanSettings
 from moe_precision.plans.widths import Granularity
 from moe_precision.present.metrics import load_metrics, plan_metrics
 from moe_precision.present.tables import as_text, layers_table
-from moe_precision.recording.curvature import Curvature, CurvatureError
-from moe_precision.recording.gradients import curvature_of_losses, left_as_it_is
+from moe_precision.recording.curvature import Curvature
 from moe_precision.recording.history import HistoryError, RouterNormHistory
 from moe_precision.recording.loads import LoadCounter
 from moe_precision.recording.router_norms import router_norms
-from moe_precision.recording.second_moments import curvature_of
+from moe_precision.recording.statistics import ExpertStatistics
 
 NOT_RESTORED = (
     "transformers' Trainer leaves out routers and experts whose names on disk differ from the model's "
@@ -46,6 +45,7 @@ class PlanRecorder:
         settings: What is asked for.
         history: The recorded norms.
         curvature: Means of the optimizer's second moments, once training has ended, if it has any.
+        statistics: Of the experts' inputs, once training has ended, if they were asked for.
         plan: The plan, once training has ended.
     """
 
@@ -67,6 +67,7 @@ class PlanRecorder:
         export_to: str = "precision_plan.json",
         log_experts: bool | None = None,
         curvature_batches: int | None = None,
+        statistics_batches: int | None = None,
     ) -> None:
         self.settings = PlanSettings(
             method=method,
@@ -82,14 +83,20 @@ class PlanRecorder:
             expert_pattern=expert_pattern,
         )
         self.settings.check_plannable()
-        for name, value in (("every_n_steps", every_n_steps), ("curvature_batches", curvature_batches)):
+        for name, value in (
+            ("every_n_steps", every_n_steps),
+            ("curvature_batches", curvature_batches),
+            ("statistics_batches", statistics_batches),
+        ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
         self._files = RunFiles(export_to, type(self).__name__, _RESCUE)
         self.every_n_steps, self.export_to = every_n_steps, export_to
-        self.log_experts, self.curvature_batches = log_experts, curvature_batches
+        self.log_experts = log_experts
+        self.curvature_batches, self.statistics_batches = curvature_batches, statistics_batches
         self.history = RouterNormHistory()
         self.curvature: Curvature | None = None
+        self.statistics: ExpertStatistics | None = None
         self.plan: PrecisionPlan | None = None
         self._model: nn.Module | None = None
         self._layers: list[MoELayer] = []
@@ -106,7 +113,7 @@ class PlanRecorder:
         """
         self._layers, self._warned = [], False
         self._stop_counting()
-        self.plan = self.curvature = None
+        self.plan = self.curvature = self.statistics = None
         if anew:
             self.history = RouterNormHistory()
         self._files.prepare(folder)
@@ -122,6 +129,8 @@ class PlanRecorder:
         fresh = RouterNormHistory.of(self._layers, model_type_of(root_model(model)), patterns)
         self.settings.check_fits(fresh.layers)
         rank_zero_info(f"{type(self).__name__}: recording\n{as_text(layers_table(self._layers))}")
+        if self.statistics_batches is not None:
+            announce(self._layers, self.statistics_batches, type(self).__name__)
         if fresh.caveats:
             rank_zero_warn(f"{type(self).__name__}: {caveat_text(fresh.caveats)}.")
         if self.history.steps and self.history.steps[-1] <= step:  # else it is from an earlier run
@@ -224,9 +233,13 @@ class PlanRecorder:
         return metrics | plan_metrics(self.history, self.settings)
 
     def _finish(
-        self, writes: bool, optimizers: Sequence[Any], losses: Iterable[Callable[[], torch.Tensor | None]] = ()
+        self,
+        writes: bool,
+        optimizers: Sequence[Any],
+        losses: Iterable[Loss] = (),
+        steps: Iterable[Step] = (),
     ) -> PrecisionPlan | None:
-        """Writes history, curvature and plan; returns the plan if it was written.
+        """Writes history, curvature, statistics and plan; returns the plan if it was written.
 
         A full disk does not stop the run, whose other callbacks may still save the model: see `RunFiles`.
 
@@ -234,6 +247,7 @@ class PlanRecorder:
             writes: Whether this rank writes files.
             optimizers: Those that trained the experts, for their second moments.
             losses: Losses of training batches, for squared gradients instead if `curvature_batches` is given.
+            steps: Forward passes of training batches, for the experts' statistics if `statistics_batches` is given.
         """
         self._stop_counting()
         if len(self.history.steps) < 2:
@@ -243,11 +257,17 @@ class PlanRecorder:
         if writes:
             self._save_history()  # whatever happens below, the record is kept
         self.history.measure_variance(self._layers)
-        self.curvature = self._curvature(optimizers, losses)
+        assert self._model is not None
+        known = self._model, self._layers
+        self.curvature = curvature_of_run(*known, optimizers, losses, self.curvature_batches, type(self).__name__)
+        if self.statistics_batches is not None:
+            self.statistics = statistics_of_run(*known, steps, self.statistics_batches, type(self).__name__)
         if writes:
-            self._files.paths.curvature.unlink(missing_ok=True)  # from an earlier run
-            if self.curvature is not None:
-                self._files.write(self.curvature.save, self._files.paths.curvature)
+            for kind, found in (("curvature", self.curvature), ("statistics", self.statistics)):
+                path = getattr(self._files.paths, kind)
+                path.unlink(missing_ok=True)  # from an earlier run
+                if found is not None:
+                    self._files.write(found.save, path)
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -273,20 +293,3 @@ class PlanRecorder:
         if not self._files.written or not self.history.steps:
             return False
         return self._files.write(self.history.save, self._files.paths.history)
-
-    def _curvature(
-        self, optimizers: Sequence[Any], losses: Iterable[Callable[[], torch.Tensor | None]]
-    ) -> Curvature | None:
-        """Means of the optimizer's second moments, or of squared gradients where those were asked for."""
-        try:
-            if self.curvature_batches is not None:
-                assert self._model is not None
-                with left_as_it_is(self._model):
-                    taken = list(islice(losses, self.curvature_batches))
-                    if len(taken) < self.curvature_batches:
-                        rank_zero_warn(f"{type(self).__name__}: only {len(taken)} batches to take gradients on.")
-                    return curvature_of_losses(self._layers, taken)
-            return curvature_of(self._layers, optimizers)
-        except CurvatureError as error:
-            rank_zero_info(f"{type(self).__name__}: no curvature is written: {error}")
-            return None

@@ -11,7 +11,9 @@ from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveragi
 from pytorch_lightning.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
 
+from moe_precision.callbacks.extra_batches import takes
 from moe_precision.callbacks.plan_recorder import PlanRecorder
+from moe_precision.layers.module_tree import root_model
 from moe_precision.present.wandb_media import log_to_wandb
 
 
@@ -59,6 +61,9 @@ class RouterNormMonitor(PlanRecorder, Callback):
         curvature_batches: Take the curvature from squared gradients of this many more training batches, after the last
             step and at its weights; None reads the optimizer's second moments, which costs nothing. For optimizers
             that have none (SGD, Muon, Lion).
+        statistics_batches: Collect the experts' statistics from this many more training batches, after the last step
+            and without gradients, on one process; they are written beside the plan, and the quantize step rounds under
+            them. None collects none.
 
     Attributes:
         history: The recorded norms.
@@ -99,6 +104,11 @@ class RouterNormMonitor(PlanRecorder, Callback):
                 f"curvature_batches={self.curvature_batches} needs automatic optimization: this module steps its own "
                 "optimizers, so its loss cannot be computed without a step"
             )
+        if self.statistics_batches is not None and not pl_module.automatic_optimization:
+            raise ValueError(
+                f"statistics_batches={self.statistics_batches} needs automatic optimization: this module steps its own "
+                "optimizers, so that it cannot run a training batch without a step"
+            )
         # strategy.model: FSDP1's root unit is around the LightningModule
         if self._start(trainer.strategy.model or pl_module, trainer.global_step):
             self._log(trainer)
@@ -113,7 +123,8 @@ class RouterNormMonitor(PlanRecorder, Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._record_final(trainer.global_step):
             self._log(trainer)
-        plan = self._finish(trainer.is_global_zero, trainer.optimizers, _losses(trainer, pl_module))
+        losses, steps = _losses(trainer, pl_module), _steps(trainer, pl_module)
+        plan = self._finish(trainer.is_global_zero, trainer.optimizers, losses, steps)
         if plan is not None:
             for logger in trainer.loggers:
                 log_to_wandb(logger, self.history, plan, self._files.paths.plan)
@@ -150,17 +161,35 @@ class RouterNormMonitor(PlanRecorder, Callback):
 
 def _losses(trainer: Trainer, pl_module: LightningModule) -> Iterator[Callable[[], Tensor | None]]:
     """The module's own training loss on one more pass over the training data, as the training loop computes it."""
-    strategy = trainer.strategy
-    combined = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
+    for batch, index in _batches(trainer):
+        yield partial(_loss, trainer, pl_module, batch, index)
 
-    def loss_of(batch: Any, index: int) -> Tensor | None:
-        batch = strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-        hook, pl_module._current_fx_name = pl_module._current_fx_name, "training_step"  # in which self.log is allowed
-        try:
-            output = strategy.training_step(batch, index)
-        finally:
-            pl_module._current_fx_name = hook
-        return output["loss"] if isinstance(output, Mapping) else output
 
-    for batch, index, _ in combined:
-        yield partial(loss_of, batch, index)
+def _steps(trainer: Trainer, pl_module: LightningModule) -> Iterator[Callable[[], Any]]:
+    """One more pass over the training data: by the model where a batch is its arguments, else as training steps."""
+    for batch, index in _batches(trainer):
+        step = _forward if takes(pl_module, batch) else _loss
+        yield partial(step, trainer, pl_module, batch, index)
+
+
+def _batches(trainer: Trainer) -> Iterator[tuple[Any, int]]:
+    for batch, index, _ in CombinedLoader(trainer.train_dataloader, "max_size_cycle"):
+        yield batch, index
+
+
+def _moved(trainer: Trainer, batch: Any) -> Any:
+    return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+
+
+def _forward(trainer: Trainer, pl_module: LightningModule, batch: Any, index: int) -> None:
+    root_model(pl_module)(**_moved(trainer, batch))
+
+
+def _loss(trainer: Trainer, pl_module: LightningModule, batch: Any, index: int) -> Tensor | None:
+    batch = _moved(trainer, batch)
+    hook, pl_module._current_fx_name = pl_module._current_fx_name, "training_step"  # where self.log is allowed
+    try:
+        output = trainer.strategy.training_step(batch, index)
+    finally:
+        pl_module._current_fx_name = hook
+    return output["loss"] if isinstance(output, Mapping) else output

@@ -52,6 +52,9 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         curvature_batches: Take the curvature from squared gradients of this many more training batches, after the last
             step and at its weights; None reads the optimizer's second moments, which costs nothing. For optimizers
             that have none (SGD, Muon, Lion). On a single process only.
+        statistics_batches: Collect the experts' statistics from this many more training batches, after the last step
+            and without gradients, on one process; they are written beside the plan, and the quantize step rounds by
+            them. None collects none.
 
     Attributes:
         history: The recorded norms.
@@ -101,7 +104,8 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         losses: Iterator[Callable[[], Tensor | None]] = iter(())
         if args.world_size == 1:  # else the model is inside DDP or FSDP, where a callback cannot reach
             losses = _losses(kwargs["model"], kwargs.get("train_dataloader"))
-        plan = self._finish(state.is_world_process_zero, optimizers, losses)
+        steps = _steps(kwargs["model"], kwargs.get("train_dataloader"))
+        plan = self._finish(state.is_world_process_zero, optimizers, losses, steps)
         if plan is not None and (run := current_run()) is not None:
             log_to_run(run, self.history, plan, self._files.paths.plan)
         self._files.raise_error()
@@ -122,6 +126,12 @@ def _losses(model: Any, batches: Any) -> Iterator[Callable[[], Tensor | None]]:
 
     for batch in batches or ():
         yield partial(loss_of, batch)
+
+
+def _steps(model: Any, batches: Any) -> Iterator[Callable[[], Any]]:
+    device = next(model.parameters()).device
+    for batch in batches or ():
+        yield partial(model, **{key: value.to(device) for key, value in batch.items()})
 
 
 def state_file(args: TrainingArguments, state: TrainerState, name: str) -> Path:

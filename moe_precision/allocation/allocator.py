@@ -20,6 +20,7 @@ from ..plans.settings import ZETA, AllocationError, PlanSettings
 from ..plans.widths import Granularity
 from ..recording.curvature import Curvature, as_curvature
 from ..recording.history import HistoryError, RouterNormHistory
+from ..recording.statistics import ExpertStatistics, as_statistics
 from .planning import plan_from_signals
 from .snapshot import Snapshot
 from .weights import LiveWeights, StoredWeights, Weights
@@ -33,6 +34,7 @@ def allocate(
     history: History | None = None,
     *,
     curvature: Curvature | str | os.PathLike[str] | None = None,
+    statistics: ExpertStatistics | str | os.PathLike[str] | None = None,
     method: MethodName = "router_norm",
     average_bits: float | None = None,
     stored_bits: float | None = None,
@@ -58,6 +60,8 @@ def allocate(
             record. Without a history the final norm replaces the change and the plan says ``"baseline": "none"``: its
             ranking then assumes equal norms at the start.
         curvature: For ``method="curvature"`` and its control: `Curvature` or the path of its file.
+        statistics: For methods that know costs: `ExpertStatistics` or the path of their file. Each width is then fitted
+            as the quantize step fits it with them; this takes several times as long.
         method: A key of `METHODS`, except ``sensitivity``.
         average_bits: Budget in nominal bits per expert weight; 2.5 if no budget is given.
         stored_bits: Budget with scales and offsets included, instead of ``average_bits``.
@@ -99,7 +103,7 @@ def allocate(
         router_pattern=router_pattern,
         expert_pattern=expert_pattern,
     )
-    return make_plan(settings, model, history, curvature)
+    return make_plan(settings, model, history, curvature, statistics)
 
 
 def make_plan(
@@ -107,6 +111,7 @@ def make_plan(
     model: Model | None = None,
     history: History | None = None,
     curvature: Curvature | str | os.PathLike[str] | None = None,
+    statistics: ExpertStatistics | str | os.PathLike[str] | None = None,
 ) -> PrecisionPlan:
     """`allocate` for settings that were checked already."""
     _check_sources(settings, model, history, curvature)
@@ -144,9 +149,13 @@ def make_plan(
             if weighed is not None:
                 weighed.check_layers(final.layers)
                 weighed.check_router_norms(final.router_norms)
+            under = as_statistics(statistics) if statistics is not None and weighed is not None else None
+            if under is not None:
+                under.check_layers(final.layers)
+                under.check_router_norms(final.router_norms)
             settings.check_fits(final.layers)
             assert weights is not None
-            costs = weights.costs(settings.levels, settings.group_size, weighed)
+            costs = weights.costs(settings.levels, settings.group_size, weighed, under)
     return plan_from_signals(settings, final, baseline, costs, notes)
 
 

@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer
-from ..quantize.codec.fitting import quantize_matrix
+from ..quantize.codec.guided import fit_of
 from ..quantize.kernels import scaled
 from ..recording.curvature import Curvature
+from ..recording.statistics import ExpertStatistics
 
 
 class CostError(MoEPrecisionError, ValueError):
@@ -25,7 +26,11 @@ Costs = dict[str, dict[str, Tensor]]  # layer -> projection -> (E, widths) float
 
 
 def expert_costs(
-    layers: list[MoELayer], widths: Sequence[int], group_size: int, curvature: Curvature | None = None
+    layers: list[MoELayer],
+    widths: Sequence[int],
+    group_size: int,
+    curvature: Curvature | None = None,
+    statistics: ExpertStatistics | None = None,
 ) -> Costs:
     """Quantizes every expert matrix at every width and measures what is lost; a collective where experts are sharded.
 
@@ -35,6 +40,7 @@ def expert_costs(
         group_size: Weights that share a scale and an offset.
         curvature: Weights the fit and the errors, so that costs are in proportion to the predicted increase of the
             loss; None gives squared weight errors.
+        statistics: The fit rounds under them, as the quantize step will.
 
     Raises:
         CostError: A matrix cannot be quantized.
@@ -48,7 +54,7 @@ def expert_costs(
             for matrix in layer.banks[projection].matrices():
                 yield matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
 
-    return costs_of_matrices(layers, read, widths, group_size, curvature)
+    return costs_of_matrices(layers, read, widths, group_size, curvature, statistics)
 
 
 def costs_of_matrices(
@@ -57,6 +63,7 @@ def costs_of_matrices(
     widths: Sequence[int],
     group_size: int,
     curvature: Curvature | None,
+    statistics: ExpertStatistics | None = None,
 ) -> Costs:
     """Computes `expert_costs` of matrices wherever they are: ``read`` yields those of a layer's projection in order."""
     costs: Costs = {}
@@ -66,7 +73,7 @@ def costs_of_matrices(
             costs[layer.name] = {
                 name: torch.stack(
                     [
-                        _of_matrix(matrix, widths, group_size, curvature, layer.name, name, expert, bar)
+                        _of_matrix(matrix, widths, group_size, curvature, statistics, (layer.name, name, expert), bar)
                         for expert, matrix in enumerate(read(layer, name))
                     ]
                 )
@@ -80,20 +87,19 @@ def _of_matrix(
     widths: Sequence[int],
     group_size: int,
     curvature: Curvature | None,
-    layer: str,
-    projection: str,
-    expert: int,
+    statistics: ExpertStatistics | None,
+    place: tuple[str, str, int],
     bar: tqdm[Any],
 ) -> Tensor:
     bar.update()
+    (layer, projection, expert), fit = place, fit_of(*place, curvature, statistics)
     found = []
     for bits in widths:
         if bits == 16:
             found.append(0.0)
             continue
-        column_weights = None if curvature is None else curvature.fit_weights(layer, projection, expert)
         try:
-            quantized = scaled(*quantize_matrix(weight, bits, group_size, column_weights))
+            quantized = scaled(*fit(weight, bits, group_size))
         except ValueError as error:
             raise CostError(f"{projection!r} of expert {expert} in layer {layer!r}: {error}") from error
         found.append(cost_of(weight, quantized, curvature, layer, projection, expert))

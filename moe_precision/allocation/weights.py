@@ -20,6 +20,7 @@ from ..plans.plan import model_type_of
 from ..recording.curvature import Curvature
 from ..recording.router_norms import max_variances, norms_by_layer
 from ..recording.signals import max_variance
+from ..recording.statistics import ExpertStatistics
 from .costs import Costs, costs_of_matrices, expert_costs
 from .snapshot import Snapshot
 
@@ -30,7 +31,13 @@ class Weights(Protocol):
     def snapshot(self, variance: bool) -> Snapshot:
         """Router norms, and the variances of the experts if asked for."""
 
-    def costs(self, widths: Sequence[int], group_size: int, curvature: Curvature | None) -> Costs:
+    def costs(
+        self,
+        widths: Sequence[int],
+        group_size: int,
+        curvature: Curvature | None,
+        statistics: ExpertStatistics | None = None,
+    ) -> Costs:
         """What each width costs each expert matrix, as `expert_costs`."""
 
 
@@ -57,9 +64,15 @@ class LiveWeights:
             patterns=self._patterns,
         )
 
-    def costs(self, widths: Sequence[int], group_size: int, curvature: Curvature | None) -> Costs:
+    def costs(
+        self,
+        widths: Sequence[int],
+        group_size: int,
+        curvature: Curvature | None,
+        statistics: ExpertStatistics | None = None,
+    ) -> Costs:
         """What each width costs each expert matrix, as `expert_costs`."""
-        return expert_costs(self.layers, widths, group_size, curvature)
+        return expert_costs(self.layers, widths, group_size, curvature, statistics)
 
 
 class StoredWeights:
@@ -98,7 +111,13 @@ class StoredWeights:
             raise CheckpointError(f"{str(self._checkpoint.folder)!r}: {broken}; the weights are damaged")
         return replace(found, max_variance=self._variances()) if variance else found
 
-    def costs(self, widths: Sequence[int], group_size: int, curvature: Curvature | None) -> Costs:
+    def costs(
+        self,
+        widths: Sequence[int],
+        group_size: int,
+        curvature: Curvature | None,
+        statistics: ExpertStatistics | None = None,
+    ) -> Costs:
         """What each width costs each expert matrix, as `expert_costs`, with one matrix in memory at a time.
 
         Raises:
@@ -106,7 +125,7 @@ class StoredWeights:
             StreamingError: As in `snapshot`.
             CostError: A matrix cannot be quantized.
         """
-        return costs_of_matrices(self._layers, self._checkpoint.matrices, widths, group_size, curvature)
+        return costs_of_matrices(self._layers, self._checkpoint.matrices, widths, group_size, curvature, statistics)
 
     def _router_norms(self, layer: MoELayer) -> Tensor:
         return router_row_norms(self._checkpoint.router_weight(layer), num_experts=layer.num_experts)

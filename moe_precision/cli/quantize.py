@@ -8,11 +8,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint, load_model
 from ..files import check_writable
+from ..layers.moe_layers import find_moe_layers
 from ..plans.beside import existing
 from ..plans.plan import PrecisionPlan
 from ..quantize.writer import quantize_checkpoint
+from ..recording.collecting import collect_statistics, memory_bytes
+from ..recording.statistics import ExpertStatistics, file_bytes
 from .options import Commands, add_command, add_dataset, data_of, positive
 
 
@@ -20,11 +23,13 @@ def run(options: argparse.Namespace) -> None:
     """Quantizes the checkpoint and prints the result."""
     plan = PrecisionPlan.load(options.plan)
     check_writable(Path(options.out).parent / "config.json")
+    _check_statistics(options)
     if options.backend == "auto-round":
         _quantize_with_auto_round(options, plan)
         return
     curvature = options.curvature or existing("curvature", options.plan)
     grid = options.grid or existing("grid", options.plan)
+    statistics = _statistics(options, plan, grid)
     if grid is not None:
         print(f"takes scales and offsets from {grid}, which training ended on")
     elif curvature is not None:
@@ -38,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
         non_expert_bits=options.non_expert_bits,
         curvature=curvature,
         grid=grid,
+        statistics=statistics,
         workers=options.workers,
         max_shard_size=options.max_shard_size,
     )
@@ -47,10 +53,65 @@ def run(options: argparse.Namespace) -> None:
     print(f"wrote {options.out}: {sizes}, {bits:.3f} stored bits per expert weight")
 
 
+def _check_statistics(options: argparse.Namespace) -> None:
+    """Raises `ValueError` for options that do not go together, and `OSError` if the file could not be written."""
+    if options.statistics is not None and options.statistics_batches is not None:
+        raise ValueError("--statistics and --statistics-batches are two sources of one thing; give one")
+    if options.save_statistics is not None:
+        if options.statistics_batches is None:
+            raise ValueError("--save-statistics keeps what --statistics-batches collects; give that too")
+        check_writable(options.save_statistics)
+
+
+def _statistics(
+    options: argparse.Namespace, plan: PrecisionPlan, grid: str | Path | None
+) -> ExpertStatistics | str | Path | None:
+    """Of the file that is named or stands beside the plan, or collected now; a grid leaves nothing to round."""
+    given: str | Path | None = options.statistics or existing("statistics", options.plan)
+    if grid is not None:
+        if given is not None or options.statistics_batches is not None:
+            print("statistics are not used: training has ended on a grid, which is packed as it is")
+        return None
+    if options.statistics_batches is not None:
+        return _collected(options, plan)
+    if given is None:
+        return None
+    statistics = ExpertStatistics.load(given)
+    print(f"rounds under the statistics of {given} (from {statistics.text or 'text that it does not name'})")
+    print(statistics.described())
+    return given
+
+
+def _collected(options: argparse.Namespace, plan: PrecisionPlan) -> ExpertStatistics:
+    """Runs the float checkpoint on training batches."""
+    model = load_model(options.checkpoint, dtype="float32")
+    layers = find_moe_layers(model, **plan.patterns)
+    plan.check(model)
+    data = data_of(options, options.checkpoint, model)
+    name = " ".join(part for part in (options.dataset, options.dataset_config) if part)
+    print(
+        f"collects statistics from {options.statistics_batches} training batches of {name}: "
+        f"{memory_bytes(layers) / 1e6:,.1f} MB beside the float model, {file_bytes(layers) / 1e6:,.1f} MB afterwards"
+    )
+    batches = islice(data.train_dataloader(), options.statistics_batches)
+    text = f"{options.statistics_batches} training batches of {name}"
+    statistics = collect_statistics(model, batches, text=text, **plan.patterns)
+    print(statistics.described())
+    if options.save_statistics is not None:
+        statistics.save(options.save_statistics)
+    return statistics
+
+
 def _quantize_with_auto_round(options: argparse.Namespace, plan: PrecisionPlan) -> None:
     from ..export.auto_round_backend import quantize_with_auto_round
 
-    ours = {"--curvature": options.curvature, "--grid": options.grid, "--non-expert-bits": options.non_expert_bits}
+    ours = {
+        "--curvature": options.curvature,
+        "--grid": options.grid,
+        "--statistics": options.statistics,
+        "--statistics-batches": options.statistics_batches,
+        "--non-expert-bits": options.non_expert_bits,
+    }
     given = [name for name, value in ours.items() if value is not None]
     if given:
         raise ValueError(f"{', '.join(given)} cannot be used with --backend auto-round, which fits the weights itself")
@@ -89,6 +150,19 @@ def add_to(commands: Commands) -> None:
     command.add_argument(
         "--grid", metavar="FILE", help="PrecisionAnneal's grid (default: x.grid.safetensors beside the plan, if any)"
     )
+    command.add_argument(
+        "--statistics",
+        metavar="FILE",
+        help="second moments of the experts' inputs, which the fit rounds under (default: x.statistics.safetensors "
+        "beside the plan, if there)",
+    )
+    command.add_argument(
+        "--statistics-batches",
+        type=positive,
+        metavar="N",
+        help="collect them from N training batches of --dataset first; takes the whole float model in memory",
+    )
+    command.add_argument("--save-statistics", metavar="FILE", help="keep what --statistics-batches collects")
     command.add_argument(
         "--workers",
         type=positive,

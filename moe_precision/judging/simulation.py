@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from ..allocation.costs import CostError, Costs, cost_of
 from ..layers.moe_layers import MoELayer
-from ..quantize.codec.fitting import quantize_matrix
+from ..quantize.codec.guided import fit_of
 from ..quantize.kernels import scaled
 from ..recording.curvature import Curvature
+from ..recording.statistics import ExpertStatistics
 
 Quantizer = Callable[[Tensor, int, int, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 Bits = Mapping[str, Mapping[str, Sequence[int]]]  # layer -> projection -> width of each expert
@@ -32,7 +33,8 @@ class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
         widths: Widths that will be asked for; 16 is always there.
         group_size: Weights that share a scale and an offset.
         curvature: Weights the fit, as in the quantize step; None for an unweighted one.
-        quantizer: Fits a matrix; ours by default.
+        quantizer: Fits a matrix instead of ours, from weight, width, group size and column weights.
+        statistics: Our fit rounds by them, as in the quantize step; None for none.
 
     Raises:
         CostError: The experts are sharded, or behind adapters.
@@ -44,7 +46,8 @@ class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
         widths: Sequence[int],
         group_size: int,
         curvature: Curvature | None = None,
-        quantizer: Quantizer = quantize_matrix,
+        quantizer: Quantizer | None = None,
+        statistics: ExpertStatistics | None = None,
     ) -> None:
         self.layers, self.widths, self.group_size = layers, sorted(set(widths) - {16}), group_size
         self.curvature = curvature
@@ -65,7 +68,11 @@ class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
                         self._live[matrix], self._floats[matrix], self._now[matrix] = live, live.clone(), 16
                         weights = None if curvature is None else curvature.fit_weights(*matrix)
                         for bits in self.widths:
-                            self._quantized[matrix, bits] = quantizer(live, bits, group_size, weights)
+                            self._quantized[matrix, bits] = (
+                                fit_of(*matrix, curvature, statistics)(live, bits, group_size)
+                                if quantizer is None
+                                else quantizer(live, bits, group_size, weights)
+                            )
                         bar.update()
 
     def __exit__(self, *error: Any) -> None:

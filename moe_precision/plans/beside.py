@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["history", "curvature", "grid"]
+Kind = Literal["history", "curvature", "statistics", "grid"]
 _SUFFIXES: dict[Kind, str] = {
     "history": ".history.safetensors",
     "curvature": ".curvature.safetensors",
+    "statistics": ".statistics.safetensors",
     "grid": ".grid.safetensors",
 }
 
@@ -54,6 +55,11 @@ class PlanFiles:
     def curvature(self) -> Path:
         """Means of second moments or of squared gradients, ``x.curvature.safetensors``."""
         return self.path("curvature")
+
+    @property
+    def statistics(self) -> Path:
+        """Second moments of the experts' inputs, ``x.statistics.safetensors``."""
+        return self.path("statistics")
 
     @property
     def grid(self) -> Path:

@@ -19,6 +19,7 @@ from ..plans.methods import reads
 from ..plans.plan import PrecisionPlan, as_plan
 from ..plans.widths import PlanError
 from ..recording.curvature import Curvature, as_curvature
+from ..recording.statistics import ExpertStatistics, as_statistics
 from .codec.grid import Grid
 
 QUANT_METHOD = "moe_precision"
@@ -41,6 +42,9 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
             the fit. It changes values, not sizes, and is not needed again for loading.
         grid: `Grid`, or the path of its file: scales and offsets that training with `PrecisionAnneal` ended on;
             nothing is fitted then.
+        statistics: `ExpertStatistics`, or the path of their file: the fit rounds under the second moments of the
+            experts' inputs, which loses a fraction of what it loses without. They change values, not sizes, and are not
+            needed again for loading.
 
     Raises:
         PlanError: The plan or ``non_expert_bits`` is not valid.
@@ -59,6 +63,7 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         non_expert_bits: int | None = None,
         curvature: Curvature | str | os.PathLike[str] | None = None,
         grid: Grid | str | os.PathLike[str] | None = None,
+        statistics: ExpertStatistics | str | os.PathLike[str] | None = None,
         quant_method: str = QUANT_METHOD,  # config.json names it; never another
         format_version: int = FORMAT_VERSION,
     ) -> None:
@@ -74,6 +79,7 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         self.non_expert_bits = non_expert_bits
         self.curvature = None if curvature is None else as_curvature(curvature)
         self.grid = grid if grid is None or isinstance(grid, Grid) else Grid.load(grid)
+        self.statistics = None if statistics is None else as_statistics(statistics)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -95,6 +101,11 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
             "non_expert_bits": self.non_expert_bits,
         }
 
+    @property
+    def weights_matter(self) -> bool:
+        """Whether something is given that belongs to certain weights."""
+        return not (self.curvature is None and self.grid is None and self.statistics is None)
+
     def warn_if_unweighted(self) -> None:
         """Warns where the plan expects a fit weighted by curvature, and no curvature is given."""
         if reads(self.plan.method, "curvature") and self.curvature is None and self.grid is None:
@@ -106,7 +117,9 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
 
     @torch.no_grad()
     def check_weights(self, layers: list[MoELayer]) -> None:
-        """Checks that curvature and grid belong to these weights, by the norms of the routers, which stay as they are.
+        """Checks that curvature, grid and statistics belong to these weights, by the norms of the routers.
+
+        Routers stay as they are.
 
         Args:
             layers: The model's, as found by `find_moe_layers` while its experts were float.
@@ -114,11 +127,14 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         Raises:
             CurvatureError: The curvature belongs to other weights.
             GridError: The grid belongs to other weights.
+            StatisticsError: The statistics belong to other weights.
         """
-        if self.curvature is None and self.grid is None:
+        if not self.weights_matter:
             return
         norms = {layer.name: layer.row_norms() for layer in layers}
         if self.curvature is not None:
             self.curvature.check_router_norms(norms)
         if self.grid is not None:
             self.grid.check_router_norms(norms)
+        if self.statistics is not None:
+            self.statistics.check_router_norms(norms)

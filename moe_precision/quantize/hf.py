@@ -74,7 +74,15 @@ class PlanHfQuantizer(HfQuantizer):
             check_files(checkpoint_files, self.quantization_config.digest())
         config = self.quantization_config
         self.layers = find_moe_layers(model, **self.plan.patterns)
-        targets = find_targets(model, self.layers, self.plan, config.non_expert_bits, config.curvature, config.grid)
+        targets = find_targets(
+            model,
+            self.layers,
+            self.plan,
+            config.non_expert_bits,
+            config.curvature,
+            config.grid,
+            config.statistics,
+        )
         if self.pre_quantized:
             for target in targets:
                 replace_weight(model, target, self.plan.group_size, weight=None)

@@ -14,6 +14,7 @@ from ..layers.moe_layers import find_moe_layers
 from ..plans.document import Document
 from ..plans.plan import PrecisionPlan
 from ..recording.curvature import Curvature
+from ..recording.statistics import ExpertStatistics
 from .codec.grid import Grid
 from .config import QUANT_METHOD, PlanQuantizationConfig, QuantizationError
 from .hf import PlanHfQuantizer, finish
@@ -28,6 +29,7 @@ def quantize_model(
     non_expert_bits: int | None = None,
     curvature: Curvature | str | os.PathLike[str] | None = None,
     grid: Grid | str | os.PathLike[str] | None = None,
+    statistics: ExpertStatistics | str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Quantizes a model in memory, in place, by a precision plan.
 
@@ -37,6 +39,7 @@ def quantize_model(
         non_expert_bits: 8 or 4 to quantize the other linear layers too.
         curvature: `Curvature` or its path, for the weights of the fit.
         grid: `Grid` or its path, in place of a fit.
+        statistics: `ExpertStatistics` or the path of their file, by which the fit rounds.
 
     Returns:
         The same model, in evaluation mode. A transformers model can be saved with ``save_pretrained``.
@@ -49,9 +52,13 @@ def quantize_model(
         >>> plan = allocate(model, method="weight_error", average_bits=2.5, group_size=64)
         >>> quantize_model(model, plan).save_pretrained("packed")
     """
-    config = PlanQuantizationConfig(plan, non_expert_bits=non_expert_bits, curvature=curvature, grid=grid)
+    config = PlanQuantizationConfig(
+        plan, non_expert_bits=non_expert_bits, curvature=curvature, grid=grid, statistics=statistics
+    )
     layers = find_moe_layers(model, **config.plan.patterns)
-    targets = find_targets(model, layers, config.plan, non_expert_bits, config.curvature, config.grid)
+    targets = find_targets(
+        model, layers, config.plan, non_expert_bits, config.curvature, config.grid, config.statistics
+    )
     config.warn_if_unweighted()
     config.check_weights(layers)
     own = dict(model.named_parameters(remove_duplicate=False))

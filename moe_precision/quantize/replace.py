@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,8 +22,10 @@ from ..layers.moe_layers import MoELayer
 from ..plans.plan import PrecisionPlan, model_type_of
 from ..plans.widths import check_group_size
 from ..recording.curvature import Curvature
+from ..recording.statistics import ExpertStatistics
 from .codec.fitting import Fit, quantize_matrix, quantize_on_grid
 from .codec.grid import Grid
+from .codec.guided import fit_of
 from .modules import PackedLinear, PackedProjection, sentinel
 
 EXPERTS_IMPLEMENTATION = "moe_precision"
@@ -69,6 +72,7 @@ def find_targets(
     non_expert_bits: int | None,
     curvature: Curvature | None = None,
     grid: Grid | None = None,
+    statistics: ExpertStatistics | None = None,
 ) -> list[Target]:
     """Lists the parameters that a plan quantizes, after checking that plan and model belong together.
 
@@ -79,10 +83,12 @@ def find_targets(
         non_expert_bits: 8 or 4 to list the other linear layers too.
         curvature: Weights the fit of each matrix.
         grid: Scales and offsets of each matrix, in place of a fit.
+        statistics: Second moments of the inputs, which the fit rounds under.
 
     Raises:
         PlanError: The plan is for another model, or the group size does not divide an input width.
         CurvatureError: The curvature is of another model.
+        StatisticsError: The statistics are of another model.
         GridError: The grid belongs to another plan.
         UnsupportedLayoutError: Experts in a layout that cannot be packed yet.
     """
@@ -90,11 +96,14 @@ def find_targets(
     tied = _tied(model)
     if curvature is not None:
         curvature.check_layers({layer.name: layer.shape for layer in layers})
+    if statistics is not None:
+        statistics.check_layers({layer.name: layer.shape for layer in layers})
     if grid is not None:
         grid.check(plan)
     targets = []
     for layer in layers:
-        targets += _expert_targets(layer, plan.layers[layer.name].projection_bits, tied, curvature, grid)
+        fit = partial(_fit, layer.name, curvature=curvature, grid=grid, statistics=statistics)
+        targets += _expert_targets(layer, plan.layers[layer.name].projection_bits, tied, fit)
     if non_expert_bits is not None:
         targets += _non_expert_targets(model, layers, non_expert_bits, plan.group_size)
     return targets
@@ -105,7 +114,7 @@ def check_packable(model: nn.Module, layers: list[MoELayer]) -> None:
     tied = _tied(model)
     for layer in layers:
         widths = {name: [2] * layer.num_experts for name in layer.projections}
-        _expert_targets(layer, widths, tied, curvature=None, grid=None)
+        _expert_targets(layer, widths, tied, partial(_fit, layer.name, curvature=None, grid=None, statistics=None))
 
 
 def _tied(model: nn.Module) -> set[int]:
@@ -118,8 +127,7 @@ def _expert_targets(
     layer: MoELayer,
     projection_bits: dict[str, list[int]],
     tied: set[int],
-    curvature: Curvature | None,
-    grid: Grid | None,
+    fit: Callable[[str, int], Fit],
 ) -> list[Target]:
     container = layer.container()
     path = layer.experts
@@ -142,7 +150,7 @@ def _expert_targets(
                 shape,
                 fused=True,
                 transposed=layer.banks[name].transposed,
-                fits=tuple(_fit(layer.name, name, expert, curvature, grid) for expert in range(layer.num_experts)),
+                fits=tuple(fit(name, expert) for expert in range(layer.num_experts)),
             )
             for name, shape in layer.projections.items()
         ]
@@ -164,20 +172,26 @@ def _expert_targets(
                 )
             bits = projection_bits[projection][index]
             if bits < 16:
-                fits = (_fit(layer.name, projection, index, curvature, grid),)
+                fits = (fit(projection, index),)
                 name = f"{path}.{names[id(expert)]}.{parameter}"
                 targets.append(Target(name, [bits], shape, fused=False, fits=fits))
     return targets
 
 
-def _fit(layer: str, projection: str, expert: int, curvature: Curvature | None, grid: Grid | None) -> Fit:
-    """How one expert matrix is quantized: on a given grid, or fitted, with or without weights."""
+def _fit(
+    layer: str,
+    projection: str,
+    expert: int,
+    *,
+    curvature: Curvature | None,
+    grid: Grid | None,
+    statistics: ExpertStatistics | None,
+) -> Fit:
+    """How one expert matrix is quantized: on a given grid, or fitted by what is known of it."""
     if grid is not None:
         given = grid.scales[layer][projection][expert], grid.offsets[layer][projection][expert]
         return partial(quantize_on_grid, grid=given)
-    if curvature is not None:
-        return partial(quantize_matrix, column_weights=curvature.fit_weights(layer, projection, expert))
-    return quantize_matrix
+    return fit_of(layer, projection, expert, curvature, statistics)
 
 
 def _non_expert_targets(model: nn.Module, layers: list[MoELayer], bits: int, group_size: int) -> list[Target]:

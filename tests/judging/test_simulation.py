@@ -8,7 +8,9 @@ import torch
 from moe_precision import allocate, find_moe_layers, quantize_model
 from moe_precision.allocation.costs import CostError, expert_costs
 from moe_precision.judging.simulation import SimulatedExperts
+from moe_precision.recording.collecting import collect_statistics
 from moe_precision.recording.second_moments import curvature_of
+from moe_precision.recording.statistics import ExpertStatistics, StatisticsError
 from tests.support.models import build, logits
 from tests.support.optimizers import trained_with
 
@@ -34,6 +36,45 @@ def test_logits_are_those_of_the_packed_model(family):
             simulated.apply({name: layer.projection_bits for name, layer in plan.layers.items()})
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
+
+
+def test_statistics_round_as_in_the_packed_model(tmp_path):
+    model = build("mixtral")
+    layers = find_moe_layers(model)
+    ids = torch.randint(3, 128, (4, 32), generator=torch.Generator().manual_seed(0))
+    statistics = collect_statistics(model, [{"input_ids": ids}])
+    plan = allocate(model, method="uniform", average_bits=2, group_size=64)
+    with SimulatedExperts(layers, (2,), 64, statistics=statistics) as simulated:
+        simulated.apply({name: layer.projection_bits for name, layer in plan.layers.items()})
+        found = logits(model)
+        simulated.restore()
+        costs = simulated.costs((2,), None)
+    packed = quantize_model(copy.deepcopy(model), plan, statistics=statistics)
+    torch.testing.assert_close(found, logits(packed), atol=1e-5, rtol=1e-4)
+    for layer, of_layer in expert_costs(layers, (2,), 64, statistics=statistics).items():
+        for name, of_all in of_layer.items():
+            torch.testing.assert_close(costs[layer][name], of_all)
+
+
+def test_a_plan_by_the_fit_that_packs(tmp_path):
+    model = build("mixtral")
+    curvature = curvature_of(find_moe_layers(model), [trained_with(torch.optim.AdamW, model)])
+    ids = torch.randint(3, 128, (4, 32), generator=torch.Generator().manual_seed(0))
+    collect_statistics(model, [{"input_ids": ids}]).save(tmp_path / "s.safetensors")
+    how = {"method": "curvature", "curvature": curvature, "average_bits": 2, "bits": (1, 2, 3), "group_size": 64}
+    plan = allocate(model, statistics=tmp_path / "s.safetensors", **how)
+    costs = expert_costs(
+        find_moe_layers(model), (1, 2, 3), 64, curvature, ExpertStatistics.load(tmp_path / "s.safetensors")
+    )
+    name, layer = next(iter(plan.layers.items()))
+    torch.testing.assert_close(
+        torch.tensor(layer.costs["down_proj"][2]), costs[name]["down_proj"][:, 1].float(), atol=0, rtol=1e-4
+    )
+    with torch.no_grad():
+        find_moe_layers(model)[0].router_weight()[0] *= 1.02
+    curvature.router_norms = {layer.name: layer.row_norms() for layer in find_moe_layers(model)}
+    with pytest.raises(StatisticsError, match="of other weights"):
+        allocate(model, statistics=tmp_path / "s.safetensors", **how)
 
 
 def test_costs_are_those_of_the_allocator():

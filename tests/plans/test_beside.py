@@ -7,14 +7,24 @@ import pytest
 from moe_precision.plans.beside import PlanFiles, existing
 
 
-@pytest.mark.parametrize("name", ["x.json", "x.history.safetensors", "x.curvature.safetensors", "x.grid.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x.json",
+        "x.history.safetensors",
+        "x.curvature.safetensors",
+        "x.statistics.safetensors",
+        "x.grid.safetensors",
+    ],
+)
 def test_any_of_the_files_names_all_of_them(name):
     files = PlanFiles.of(f"runs/{name}")
     assert files.plan == Path("runs/x.json")
     assert files.history == Path("runs/x.history.safetensors")
     assert files.curvature == Path("runs/x.curvature.safetensors")
+    assert files.statistics == Path("runs/x.statistics.safetensors")
     assert files.grid == Path("runs/x.grid.safetensors")
-    assert files.all == (files.plan, files.history, files.curvature, files.grid)
+    assert files.all == (files.plan, files.history, files.curvature, files.statistics, files.grid)
 
 
 def test_a_name_with_dots_stays_whole():

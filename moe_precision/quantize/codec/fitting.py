@@ -4,7 +4,8 @@ A plain least-squares fit has the lowest weight error, but each group of it is a
 layer shrinks by the same relative error, and so on through the depth of the model. Making the gain unbiased costs a
 little weight error and repairs the loss, above all at 1 and 2 bits.
 
-Where the curvature of the loss is known, it weights each input column in the fit.
+Where the curvature of the loss is known, it weights each input column in the fit. Where the second moment of the inputs
+is known, this fit is where `rounding` starts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .rounding import round_by_moment
 from .scales import lost_in_float16, stored_scales
 
 Quantized = tuple[Tensor, Tensor, Tensor]  # codes (out, in) uint8, scales and offsets (out, in / group) float16
@@ -73,7 +75,13 @@ def _moments(groups: Tensor, codes: Tensor, weights: Tensor | None) -> tuple[Ten
     return mean_w, mean_q, variance_w, covariance, _mean_product(by_q, codes) - mean_q * mean_q
 
 
-def quantize_matrix(weight: Tensor, bits: int, group_size: int, column_weights: Tensor | None = None) -> Quantized:
+def quantize_matrix(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    column_weights: Tensor | None = None,
+    second_moment: Tensor | None = None,
+) -> Quantized:
     """Quantizes one matrix, asymmetrically, in groups along its input dimension.
 
     Args:
@@ -81,13 +89,15 @@ def quantize_matrix(weight: Tensor, bits: int, group_size: int, column_weights: 
         bits: Width of a code, 1 to 8.
         group_size: Weights that share a scale and an offset.
         column_weights: ``(in,)`` positive, how much an error in each input column counts; None for equal weights.
+        second_moment: ``(in, in)`` symmetric, of the matrix's inputs: codes, scales and offsets then change the output
+            as little as `round_by_moment` finds, instead of the weights. `ExpertStatistics.fit_moment` gives it.
 
     Returns:
         Codes ``(out, in)`` uint8, scales and offsets ``(out, in / group_size)`` float16 on the steps that
         `scales.compress` stores; the weight is ``scale * code + offset``.
 
     Raises:
-        ValueError: The weight is not finite, or too large or too small for stored scales.
+        ValueError: The weight is not finite, or too large or too small for stored scales; or the second moment is none.
     """
     out, inp = weight.shape
     codes = torch.empty(out, inp, dtype=torch.uint8, device=weight.device)
@@ -117,6 +127,9 @@ def quantize_matrix(weight: Tensor, bits: int, group_size: int, column_weights: 
             f"a weight of shape {tuple(weight.shape)} has values that float16 scales cannot hold at {bits} bits: "
             f"magnitudes up to {weight.abs().max().item():.3g}; leave it at 16 bits"
         )
+    if second_moment is not None:
+        found, scale, offset = round_by_moment(weight, fitted_scale, fitted_offset, bits, second_moment)
+        return found.to(torch.uint8), scale, offset
     scale, offset = stored_scales(fitted_scale, fitted_offset, bits)
     # where what is stored moves a code by more than half a step, code again on the stored scale
     first = (offset - fitted_offset).abs()

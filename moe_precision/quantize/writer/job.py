@@ -17,6 +17,7 @@ from ...checkpoints.folders import check_quantizing, resumable_folder
 from ...files import replaced_when_done
 from ...plans.plan import PrecisionPlan
 from ...recording.curvature import Curvature
+from ...recording.statistics import ExpertStatistics
 from ..codec.grid import Grid
 from ..config import PlanQuantizationConfig
 from .packer import Packer
@@ -35,6 +36,7 @@ def quantize_checkpoint(
     non_expert_bits: int | None = None,
     curvature: Curvature | str | os.PathLike[str] | None = None,
     grid: Grid | str | os.PathLike[str] | None = None,
+    statistics: ExpertStatistics | str | os.PathLike[str] | None = None,
     workers: int = 1,
     max_shard_size: int | str = "250MB",
 ) -> None:
@@ -51,6 +53,8 @@ def quantize_checkpoint(
         non_expert_bits: 8 or 4 to quantize the other linear layers too.
         curvature: `Curvature` or the path of its file, for the weights of the fit.
         grid: `Grid` or the path of its file, instead of a fit.
+        statistics: `ExpertStatistics` or the path of their file, which the fit rounds under. From a file, a process
+            reads the second moment of one matrix at a time.
         workers: Processes that pack layers side by side, with the cores shared among them.
         max_shard_size: Largest packed file, in bytes or as ``"5GB"``; a larger layer gets a file of its own.
 
@@ -68,13 +72,14 @@ def quantize_checkpoint(
         "non_expert_bits": non_expert_bits,
         "curvature": curvature,
         "grid": grid,
+        "statistics": statistics,
     }
     quantization = PlanQuantizationConfig(**settings)
     if workers < 1:
         raise ValueError(f"workers={workers}: expected at least 1")
     max_bytes = _bytes(max_shard_size)
     with opened(checkpoint) as source:
-        check_quantizing(source, out, plan, curvature, grid)
+        check_quantizing(source, out, plan, curvature, grid, statistics)
         packer = Packer(source, quantization)
         packer.check_weights()
         shards = shards_of(source, packer.model, packer.quantizer.waiting, quantization.plan.group_size, max_bytes)

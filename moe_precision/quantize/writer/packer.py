@@ -54,8 +54,8 @@ class Packer:
         )
 
     def check_weights(self) -> None:
-        """Reads the routers alone, to see whether curvature and grid belong to these weights."""
-        if self.quantization.curvature is None and self.quantization.grid is None:
+        """Reads the routers alone, to see whether curvature, grid and statistics belong to these weights."""
+        if not self.quantization.weights_matter:
             return
         routers = [layer.shape.router for layer in self.quantization.plan.layers.values()]
         made_of = sources_of(self.model, self.checkpoint.tensors)

@@ -11,10 +11,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ...checkpoints.checkpoint import Checkpoint
-from ...recording.curvature import Curvature
 from ...version import __version__
 from ..checksums import DamagedCheckpointError, check_files, checksums
-from ..codec.grid import Grid
 from ..config import PlanQuantizationConfig
 from .shards import Shard
 
@@ -23,7 +21,7 @@ def fingerprint(checkpoint: Checkpoint, quantization: PlanQuantizationConfig, sh
     """A hash that two runs share if they would write the same shards."""
     files = [checkpoint.folder / "config.json", *checkpoint.files]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    fit = [checksums(tensors) for tensors in _tensors_of(quantization.curvature, quantization.grid)]
+    fit = [checksums(tensors) for tensors in _tensors_of(quantization)]
     job = [__version__, quantization.to_dict(), [asdict(shard) for shard in shards], stats, fit]
     return xxhash.xxh3_128(json.dumps(job, sort_keys=True).encode()).hexdigest()
 
@@ -46,8 +44,11 @@ def is_finished(file: Path, shard: Shard, config: str) -> bool:
         return False
 
 
-def _tensors_of(curvature: Curvature | None, grid: Grid | None) -> list[dict[str, Tensor]]:
+def _tensors_of(given: PlanQuantizationConfig) -> list[dict[str, Tensor]]:
     """All tensors that a fit depends on."""
+    curvature, grid, statistics = given.curvature, given.grid, given.statistics
     kinds = [] if curvature is None else [curvature.rows, curvature.columns]
     kinds += [] if grid is None else [grid.scales, grid.offsets]
-    return [{f"{layer}.{p}": t for layer, of in kind.items() for p, t in of.items()} for kind in kinds]
+    kinds += [] if statistics is None else [statistics.diagonals, statistics.correlations]
+    found = [{f"{layer}.{p}": t for layer, of in kind.items() for p, t in of.items()} for kind in kinds]
+    return found if statistics is None else [*found, statistics.tokens]

@@ -1,0 +1,124 @@
+"""Statistics that the callbacks collect after the last step: those of the same batches, with the model left alone."""
+
+import pytest
+import torch
+from pytorch_lightning import LightningModule
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer as HFTrainer
+from transformers import TrainingArguments
+
+from moe_precision import PrecisionPlan, quantize_model
+from moe_precision.callbacks import RouterNormMonitor, RouterNormTrainerCallback
+from moe_precision.callbacks.extra_batches import announce
+from moe_precision.recording.collecting import collect_statistics
+from moe_precision.recording.statistics import ExpertStatistics, StatisticsError
+from tests.callbacks.test_router_norm_monitor import Module, TwoOptimizers, data, monitor, trainer
+from tests.support.models import build
+
+NAME = "precision_plan.statistics.safetensors"
+
+
+def rows() -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(3, 128, (12, 10), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+class OfAModel(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = build("mixtral").train()
+
+    def training_step(self, batch, batch_idx):
+        return self.model(**batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def assert_alike(found: ExpertStatistics, expected: ExpertStatistics) -> None:
+    for name, tokens in expected.tokens.items():
+        assert torch.equal(found.tokens[name], tokens)
+        for kind in ("diagonals", "correlations"):
+            torch.testing.assert_close(getattr(found, kind)[name], getattr(expected, kind)[name], rtol=1e-3, atol=1e-3)
+
+
+def test_of_a_transformers_model_under_lightning(tmp_path):
+    module, batches = OfAModel(), DataLoader(rows(), batch_size=3)
+    callback = RouterNormMonitor(group_size=64, statistics_batches=2)
+    trainer(tmp_path, callback, max_epochs=1, max_steps=-1).fit(module, batches)
+    found = ExpertStatistics.load(tmp_path / NAME)
+    assert found.text == "2 training batches of the run that the plan is of"
+    assert module.model.training
+    assert not any(one._forward_pre_hooks for one in module.modules())
+    assert_alike(found, collect_statistics(module.model, list(batches)[:2]))
+    loads = callback.history.loads["training"]
+    assert all(load[0].sum() == 12 * 10 * 2 for load in loads.values())  # the extra batches are not counted
+    plan = PrecisionPlan.load(tmp_path / "precision_plan.json")
+    quantize_model(module.model, plan, curvature=callback.curvature, statistics=tmp_path / NAME)
+
+
+def test_of_a_module_through_its_training_step(tmp_path):
+    class Normed(Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(32)
+
+        def loss(self, x):
+            return super().loss(self.norm(x))
+
+    module, callback = Normed(), monitor(statistics_batches=100)
+    with pytest.warns(UserWarning, match="there are 6 batches to take statistics from, of 100"):
+        trainer(tmp_path, callback).fit(module, data())
+    assert module.norm.num_batches_tracked == 6  # of training alone
+    assert all(parameter.grad is None for parameter in module.parameters())
+    found = ExpertStatistics.load(tmp_path / NAME)
+    assert found.text == "6 training batches of the run that the plan is of"
+    assert sum(int(tokens.sum()) for tokens in found.tokens.values()) == 2 * 6 * 8
+    trainer(tmp_path, monitor()).fit(Module(), data())  # a later run that collects none
+    assert not (tmp_path / NAME).exists()
+
+
+def test_of_transformers_trainer(tmp_path):
+    model, callback = build("mixtral").train(), RouterNormTrainerCallback(group_size=64, statistics_batches=2)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=3,
+        train_sampling_strategy="sequential",
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+    )
+    HFTrainer(model, arguments, train_dataset=rows(), callbacks=[callback]).train()
+    found = ExpertStatistics.load(tmp_path / NAME)
+    expected = collect_statistics(model, list(DataLoader(rows(), batch_size=3))[:2])
+    assert_alike(found, expected)
+    assert model.training
+
+
+def test_what_cannot_be_collected(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="statistics_batches must be at least 1 or None, got 0"):
+        monitor(statistics_batches=0)
+    with pytest.raises(ValueError, match="statistics_batches=2 needs automatic optimization"):
+        trainer(tmp_path, monitor(statistics_batches=2)).fit(TwoOptimizers(), data())
+
+
+def test_several_processes_are_refused_before_training(monkeypatch):
+    for name, value in (("is_initialized", True), ("get_world_size", 2)):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
+    with pytest.raises(StatisticsError, match="statistics_batches=7 runs on one process, this run has 2: leave it out"):
+        announce([], 7, "RouterNormMonitor")
+    with pytest.raises(StatisticsError, match="statistics are collected on one process, 2 are running"):
+        collect_statistics(build("mixtral"), [])
+
+
+def test_a_model_that_is_not_finite_stops_nobody(tmp_path):
+    class Diverging(Module):
+        def on_train_epoch_end(self):
+            with torch.no_grad():
+                self.model[1].experts[2][0].weight.fill_(float("nan"))
+
+    with pytest.warns(UserWarning, match="no statistics are written: .*not finite"):
+        trainer(tmp_path, monitor(statistics_batches=2)).fit(Diverging(), data())
+    assert not (tmp_path / NAME).exists()

@@ -1,0 +1,74 @@
+"""Expert statistics on the command line: collected from a dataset, kept, and found beside a plan."""
+
+import pytest
+import torch
+
+from moe_precision import allocate, quantize_model
+from moe_precision.checkpoints.checkpoint import load_model
+from moe_precision.cli.main import main
+from moe_precision.layers.moe_layers import find_moe_layers
+from moe_precision.quantize.codec.grid import Grid
+from moe_precision.recipes import TextDataModule
+from moe_precision.recording.statistics import ExpertStatistics
+from tests.cli.test_cli import TEXT
+from tests.support.models import build, logits
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model with its tokenizer, a plan, and a text."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    text = TextDataModule(dataset=str(tmp_path / "text.txt"), vocab_size=300)
+    text.setup("validate")
+    model = build("mixtral", vocab_size=len(text.tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    text.tokenizer.save_pretrained(tmp_path / "model")
+    plan = allocate(model, method="uniform", average_bits=2, group_size=64)
+    plan.save(tmp_path / "plan.json")
+    return model, plan
+
+
+def test_a_checkpoint_that_nobody_watched(saved, tmp_path, capsys):
+    model, plan = saved
+    command = ["quantize", str(tmp_path / "model"), str(tmp_path / "plan.json"), str(tmp_path / "out")]
+    collecting = ["--statistics-batches", "2", "--dataset", str(tmp_path / "text.txt")]
+    kept = tmp_path / "plan.statistics.safetensors"
+    assert main([*command, *collecting, "--save-statistics", str(kept)]) == 0
+    printed = capsys.readouterr().out
+    assert "collects statistics from 2 training batches of" in printed
+    assert "MB beside the float model" in printed
+    assert "tokens per expert: least" in printed
+    statistics = ExpertStatistics.load(kept)
+    assert statistics.text == f"2 training batches of {tmp_path / 'text.txt'}"
+    assert all(tokens.sum() > 0 for tokens in statistics.tokens.values())
+    packed = logits(load_model(tmp_path / "out", dtype="float32"))
+
+    assert main([*command[:-1], str(tmp_path / "again")]) == 0  # the file is beside the plan now
+    assert f"rounds under the statistics of {kept} (from 2 training batches" in capsys.readouterr().out
+    assert torch.equal(logits(load_model(tmp_path / "again", dtype="float32")), packed)
+    torch.testing.assert_close(packed, logits(quantize_model(model, plan, statistics=kept)))
+
+
+def test_a_grid_wins_over_statistics(saved, tmp_path, capsys):
+    model, plan = saved
+    Grid.fit(find_moe_layers(model), plan).save(tmp_path / "plan.grid.safetensors")
+    (tmp_path / "plan.statistics.safetensors").write_bytes(b"")
+    command = ["quantize", str(tmp_path / "model"), str(tmp_path / "plan.json"), str(tmp_path / "out")]
+    main(command)
+    assert "statistics are not used: training has ended on a grid" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--statistics", "x.safetensors", "--statistics-batches", "2"], "two sources of one thing"),
+        (["--save-statistics", "x.safetensors"], "give that too"),
+        (["--statistics", "nowhere.safetensors"], "no statistics at 'nowhere.safetensors'"),
+        (["--statistics-batches", "2", "--backend", "auto-round"], "not with --backend auto-round"),
+    ],
+)
+def test_options_that_do_not_go_together(saved, tmp_path, capsys, options, message):
+    command = ["quantize", str(tmp_path / "model"), str(tmp_path / "plan.json"), str(tmp_path / "out")]
+    assert main([*command, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
