@@ -10,8 +10,9 @@ from .allocation.orders import bits_from_order, rank_experts
 from .checkpoints import Checkpoint, CheckpointError, StreamingError, load_model
 from .errors import MoEPrecisionError
 from .layers import MoELayer, MoELayerError, find_moe_layers
+from .plans.numbers import AllocationError
 from .plans.plan import PrecisionPlan
-from .plans.settings import AllocationError, PlanSettings
+from .plans.settings import PlanSettings
 from .plans.widths import PlanError
 from .quantize import PlanQuantizationConfig, QuantizationError, UnsupportedLayoutError, quantize_model
 from .quantize.writer import quantize_checkpoint

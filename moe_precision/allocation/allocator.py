@@ -15,8 +15,9 @@ from ..checkpoints.checkpoint import Checkpoint, opened
 from ..layers.patterns import Patterns
 from ..plans.methods import METHODS, MethodName
 from ..plans.notes import PlanNotes
+from ..plans.numbers import AllocationError
 from ..plans.plan import PrecisionPlan
-from ..plans.settings import ZETA, AllocationError, PlanSettings
+from ..plans.settings import ZETA, PlanSettings
 from ..plans.widths import Granularity
 from ..recording.curvature import Curvature, as_curvature
 from ..recording.history import HistoryError, RouterNormHistory

@@ -11,7 +11,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from ..layers.shape import LayerShape
-from ..plans.settings import AllocationError, PlanSettings, exact
+from ..plans.numbers import AllocationError, exact
+from ..plans.settings import PlanSettings
 from ..plans.widths import stored_bits_per_weight
 from .costs import Costs
 

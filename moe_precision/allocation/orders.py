@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..plans.methods import MethodName
-from ..plans.settings import ZETA, AllocationError, check_budget, exact
+from ..plans.numbers import AllocationError, exact
+from ..plans.settings import ZETA, check_budget
 
 
 def rank_experts(change: Tensor, max_variance: Tensor | None = None, zeta: float = ZETA) -> list[int]:

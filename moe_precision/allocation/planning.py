@@ -14,8 +14,9 @@ from ..layers.routers import CAVEATS
 from ..plans.layer_plan import LayerPlan
 from ..plans.methods import reads
 from ..plans.notes import PlanNotes
+from ..plans.numbers import AllocationError
 from ..plans.plan import PrecisionPlan
-from ..plans.settings import AllocationError, PlanSettings
+from ..plans.settings import PlanSettings
 from .costs import Costs, shuffled_costs
 from .knapsack import least_cost_bits
 from .orders import ORDERS, LayerSignals, bits_from_order

@@ -13,7 +13,8 @@ from ..checkpoints.checkpoint import load_model
 from ..files import check_writable, replaced_when_done
 from ..plans.beside import PlanFiles, existing
 from ..plans.methods import ALL_METHODS, METHODS
-from ..plans.settings import AllocationError, check_levels
+from ..plans.numbers import AllocationError
+from ..plans.settings import check_levels
 from ..plans.widths import GRANULARITIES
 from ..recording.curvature import Curvature
 from ..recording.history import RouterNormHistory

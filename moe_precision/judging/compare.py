@@ -19,8 +19,9 @@ from ..allocation.snapshot import Snapshot
 from ..allocation.weights import LiveWeights
 from ..layers.patterns import Patterns
 from ..plans.methods import ALL_METHODS, METHODS, MethodName, reads
+from ..plans.numbers import AllocationError
 from ..plans.plan import PrecisionPlan
-from ..plans.settings import AllocationError, PlanSettings, check_levels
+from ..plans.settings import PlanSettings, check_levels
 from ..plans.widths import GRANULARITIES, Granularity
 from ..recording.curvature import Curvature
 from ..recording.history import RouterNormHistory

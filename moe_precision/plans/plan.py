@@ -19,7 +19,8 @@ from ..version import __version__
 from . import document
 from .layer_plan import LayerPlan
 from .notes import PlanNotes
-from .settings import PlanSettings, whole_number
+from .numbers import whole_number
+from .settings import PlanSettings
 from .widths import Granularity, PlanError, check_widths, stored_bits_per_weight
 
 Bits = Mapping[str, Sequence[int] | Mapping[str, Sequence[int]]]  # layer -> widths, or projection -> widths

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from fractions import Fraction
 from typing import Any, cast
 
-from ..errors import MoEPrecisionError
 from ..layers.patterns import Patterns, check_pattern
 from ..layers.shape import LayerShape
 from .methods import ALL_METHODS, COST_METHODS, METHODS, PLAN_METHODS, MethodName, reads
+from .numbers import AllocationError, exact, finite_number, whole_number
 from .widths import (
     GRANULARITIES,
     SCALE_AND_OFFSET_BITS,
@@ -23,10 +21,6 @@ from .widths import (
 
 DEFAULT_AVERAGE_BITS = 2.5
 ZETA = 3.0  # how many times larger a MaxVar must be to overtake, as in the paper
-
-
-class AllocationError(MoEPrecisionError, ValueError):
-    """A budget that the given widths cannot meet, or a method that lacks what it reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,46 +247,9 @@ BUDGETS = ("average_bits", "stored_bits", "expert_gib")
 PATTERNS = ("router_pattern", "expert_pattern")
 
 
-def whole_number(name: str, value: Any) -> int:
-    """A whole number as Python's int; numpy's and torch's are taken, and floats without a fraction.
-
-    Raises:
-        AllocationError: It is something else.
-    """
-    try:
-        number = float(value)
-        found = int(number)
-    except (TypeError, ValueError, OverflowError):
-        raise AllocationError(f"{name}={value!r}: expected a whole number") from None
-    if isinstance(value, bool | str) or number != found:
-        raise AllocationError(f"{name}={value!r}: expected a whole number")
-    return found
-
-
-def finite_number(name: str, value: Any) -> float:
-    """A finite number as Python's int or float.
-
-    Raises:
-        AllocationError: It is something else.
-    """
-    try:
-        found = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise AllocationError(f"{name}={value!r}: expected a number") from None
-    if isinstance(value, bool | str) or not math.isfinite(found):
-        raise AllocationError(f"{name}={value!r}: expected a finite number")
-    return value if type(value) in (int, float) else found
-
-
 def expert_weights(layers: Iterable[LayerShape]) -> int:
     """Number of weights of all routed experts."""
     return sum(shape.expert_size * shape.num_experts for shape in layers)
-
-
-def exact(average_bits: float) -> Fraction:
-    """The fraction that was meant: as floats, 2.3 and 8 / 3 are not exact."""
-    meant = Fraction(average_bits).limit_denominator(100_000)
-    return meant if abs(float(meant) - average_bits) <= 2 * math.ulp(average_bits) else Fraction(average_bits)
 
 
 def check_levels(average_bits: float, bits: Sequence[int]) -> list[int]:

@@ -92,7 +92,8 @@ def test_another_model_and_other_weights(layers, statistics):
     statistics.check_router_norms({name: norm * 1.001 for name, norm in norms.items()})
     norms[LAYER][4] *= 1.01
     with pytest.raises(
-        StatisticsError, match=r"the set of statistics is of other weights: in layer 'model\.layers\.1\.mlp'"
+        StatisticsError,
+        match=r"the set of statistics belongs to other weights: router norms in 'model\.layers\.1\.mlp'",
     ):
         statistics.check_router_norms(norms)
 
