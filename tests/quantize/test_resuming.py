@@ -2,9 +2,10 @@
 
 import json
 import os
-import signal
+import resource
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from moe_precision import allocate, quantize_model
 from moe_precision.checkpoints import CheckpointError, load_model
 from moe_precision.quantize import PlanHfQuantizer
 from moe_precision.quantize.writer import quantize_checkpoint
+from moe_precision.quantize.writer.packer import Packer
 from tests.support.checkpoints import contents, save_float
 from tests.support.models import build, logits
+from tests.support.processes import start
 
 
 @pytest.fixture
@@ -22,25 +25,31 @@ def saved(tmp_path):
     return save_float(tmp_path)
 
 
-SLOW = """
-import sys, time
-from moe_precision.quantize.writer import quantize_checkpoint
-from moe_precision.quantize.writer.packer import Packer
-write = Packer.write
-Packer.write = lambda *args: (write(*args), print(args[1].file, flush=True), time.sleep(0.3))
-quantize_checkpoint(*sys.argv[1:4], max_shard_size="1KB")
-"""
+def quantize_slowly(source, plan, out, finished):
+    """Adds the name of every finished shard to a file."""
+    write = Packer.write
+
+    def write_and_wait(self, shard, *rest):
+        write(self, shard, *rest)
+        with open(finished, "a") as file:
+            print(shard.file, file=file)
+        time.sleep(0.3)
+
+    Packer.write = write_and_wait
+    quantize_checkpoint(source, plan, out, max_shard_size="1KB")
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on(saved, tmp_path, monkeypatch):
     _, plan, source, out = saved
-    plan.save(tmp_path / "plan.json")
-    command = [sys.executable, "-c", SLOW, str(source), str(tmp_path / "plan.json"), str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    done = [process.stdout.readline().strip() for _ in range(3)]
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    names, log = tmp_path / "finished.txt", tmp_path / "log.txt"
+    process = start(quantize_slowly, source, plan, out, names, log=log)
+    while not names.exists() or names.read_text().count("\n") < 3:
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    done = names.read_text().split()[:3]
     assert not out.exists()
     (partial,) = tmp_path.glob(".out.*.partial")
     times = {name: (partial / name).stat().st_mtime_ns for name in done}
@@ -120,12 +129,10 @@ def test_another_plan_does_not_go_on_from_it(saved, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["float", "out"]
 
 
-FULL = """
-import resource, sys
-from moe_precision.quantize.writer import quantize_checkpoint
-resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-quantize_checkpoint(*sys.argv[1:4], max_shard_size=1)
-"""
+def quantize_on_a_small_disk(source, plan, out):
+    """No file may be larger than 60 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+    quantize_checkpoint(source, plan, out, max_shard_size=1)
 
 
 @pytest.mark.slow
@@ -135,11 +142,11 @@ def test_no_space_midway(saved, tmp_path):
     quantize_checkpoint(source, plan, out, max_shard_size=1)
     before = contents(out)
     other = allocate(build("mixtral", num_hidden_layers=4), method="uniform", average_bits=8, bits=(8,), group_size=64)
-    other.save(tmp_path / "plan.json")
-    command = [sys.executable, "-c", FULL, str(source), str(tmp_path / "plan.json"), str(out)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode != 0
-    assert "OSError" in result.stderr
+    log = tmp_path / "log.txt"
+    process = start(quantize_on_a_small_disk, source, other, out, log=log)
+    process.join()
+    assert process.exitcode == 1
+    assert "OSError" in log.read_text()
     assert contents(out) == before
     assert list(tmp_path.glob(".out.*.partial/model-*"))
     quantize_checkpoint(source, other, out, max_shard_size=1)
