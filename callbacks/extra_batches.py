@@ -48,7 +48,7 @@ def curvature_of_run(
         with left_as_it_is(model):
             taken = list(islice(losses, batches))
             if len(taken) < batches:
-                rank_zero_warn(f"{owner}: there are {len(taken)} batches to take gradients of.")
+                rank_zero_warn(f"{owner}: only {len(taken)} batches to take gradients on.")
             return curvature_of_losses(layers, taken)
     except CurvatureError as error:
         rank_zero_info(f"{owner}: no curvature is written: {error}")

@@ -64,7 +64,7 @@ def test_a_grid_wins_over_statistics(saved, tmp_path, capsys):
         (["--statistics", "x.safetensors", "--statistics-batches", "2"], "two sources of one thing"),
         (["--save-statistics", "x.safetensors"], "give that too"),
         (["--statistics", "nowhere.safetensors"], "no statistics at 'nowhere.safetensors'"),
-        (["--statistics-batches", "2", "--backend", "auto-round"], "not with --backend auto-round"),
+        (["--statistics-batches", "2", "--backend", "auto-round"], "cannot be used with --backend auto-round"),
     ],
 )
 def test_options_that_do_not_go_together(saved, tmp_path, capsys, options, message):

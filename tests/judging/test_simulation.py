@@ -73,7 +73,7 @@ def test_a_plan_by_the_fit_that_packs(tmp_path):
     with torch.no_grad():
         find_moe_layers(model)[0].router_weight()[0] *= 1.02
     curvature.router_norms = {layer.name: layer.row_norms() for layer in find_moe_layers(model)}
-    with pytest.raises(StatisticsError, match="of other weights"):
+    with pytest.raises(StatisticsError, match="belongs to other weights"):
         allocate(model, statistics=tmp_path / "s.safetensors", **how)
 
 

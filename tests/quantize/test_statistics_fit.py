@@ -103,9 +103,9 @@ def test_statistics_of_another_model_and_of_other_weights(model, tmp_path):
     with torch.no_grad():
         find_moe_layers(model)[1].router_weight()[4] *= 1.01
     model.save_pretrained(tmp_path / "other")
-    with pytest.raises(StatisticsError, match="of other weights"):
+    with pytest.raises(StatisticsError, match="belongs to other weights"):
         quantize_checkpoint(tmp_path / "other", plan, tmp_path / "packed", statistics=statistics)
-    with pytest.raises(StatisticsError, match="of other weights"):
+    with pytest.raises(StatisticsError, match="belongs to other weights"):
         quantize_model(model, plan, statistics=statistics)
 
 
