@@ -114,11 +114,11 @@ def compare(points: int, seed: int = 0) -> list[int]:
             time.sleep(draw.uniform(0, length))
             process.kill()
             process.join()
-            if process.exitcode == 0 or (folder / "precision_plan.json").exists():
-                for file in folder.iterdir():  # it was quicker than the reference and done already: draw again
+            written = [int(path.stem.removeprefix("step=")) for path in folder.glob("step=*.ckpt")]
+            if process.exitcode == 0 or (folder / "precision_plan.json").exists() or STEPS in written:
+                for file in folder.iterdir():  # quicker than the reference, and past its last step: draw again
                     file.unlink()
                 continue
-            written = [int(path.stem.removeprefix("step=")) for path in folder.glob("step=*.ckpt")]
             finish(_start(folder), logs=[folder / "log.txt"])
             again, again_norms, again_plan = _outcome(folder)
             assert again == steps, (again, steps)
