@@ -92,16 +92,15 @@ def statistics_of_run(
             taken += 1
             yield step
 
-    text = f"{batches} training batches of the run that the plan is of"
     try:
         with left_as_it_is(model):
-            found = collect_from_steps(model, layers, counted(), text=text)
+            found = collect_from_steps(model, layers, counted())
     except StatisticsError as error:
         rank_zero_warn(f"{owner}: no statistics are written: {error}")
         return None
     if taken < batches:
         rank_zero_warn(f"{owner}: there are {taken} batches to take statistics from, of {batches}.")
-        found.text = text.replace(str(batches), str(taken), 1)
+    found.text = f"{taken} training batches of the run that the plan is of"
     rank_zero_info(f"{owner}: {found.described()}")
     return found
 

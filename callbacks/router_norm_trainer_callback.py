@@ -117,21 +117,24 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
 
 
 def _losses(model: Any, batches: Any) -> Iterator[Callable[[], Tensor | None]]:
-    device = next(model.parameters()).device
-
-    def loss_of(batch: dict[str, Tensor]) -> Tensor | None:
-        model.train()  # an evaluation may have run last
-        loss: Tensor | None = model(**{key: value.to(device) for key, value in batch.items()}).loss
-        return loss
-
-    for batch in batches or ():
-        yield partial(loss_of, batch)
+    for step in _steps(model, batches):
+        yield partial(_loss, model, step)
 
 
 def _steps(model: Any, batches: Any) -> Iterator[Callable[[], Any]]:
+    for batch in () if batches is None else batches:  # a stream has no length, and so no truth value
+        yield partial(_forward, model, batch)
+
+
+def _loss(model: Any, step: Callable[[], Any]) -> Tensor | None:
+    model.train()  # an evaluation may have run last
+    loss: Tensor | None = step().loss
+    return loss
+
+
+def _forward(model: Any, batch: dict[str, Tensor]) -> Any:
     device = next(model.parameters()).device
-    for batch in batches or ():
-        yield partial(model, **{key: value.to(device) for key, value in batch.items()})
+    return model(**{key: value.to(device) for key, value in batch.items()})
 
 
 def state_file(args: TrainingArguments, state: TrainerState, name: str) -> Path:

@@ -61,8 +61,8 @@ def allocate(
             record. Without a history the final norm replaces the change and the plan says ``"baseline": "none"``: its
             ranking then assumes equal norms at the start.
         curvature: For ``method="curvature"`` and its control: `Curvature` or the path of its file.
-        statistics: For methods that know costs: `ExpertStatistics` or the path of their file. Each width is then fitted
-            as the quantize step fits it with them; this takes several times as long.
+        statistics: For ``method="curvature"`` and its control: `ExpertStatistics` or the path of their file. Each width
+            is then fitted as the quantize step fits it with them; this takes several times as long.
         method: A key of `METHODS`, except ``sensitivity``.
         average_bits: Budget in nominal bits per expert weight; 2.5 if no budget is given.
         stored_bits: Budget with scales and offsets included, instead of ``average_bits``.
@@ -115,7 +115,7 @@ def make_plan(
     statistics: ExpertStatistics | str | os.PathLike[str] | None = None,
 ) -> PrecisionPlan:
     """`allocate` for settings that were checked already."""
-    _check_sources(settings, model, history, curvature)
+    _check_sources(settings, model, history, curvature, statistics)
     method, notes = METHODS[settings.method], PlanNotes()
     with ExitStack() as stack:
         recorded: RouterNormHistory | None = None
@@ -150,7 +150,7 @@ def make_plan(
             if weighed is not None:
                 weighed.check_layers(final.layers)
                 weighed.check_router_norms(final.router_norms)
-            under = as_statistics(statistics) if statistics is not None and weighed is not None else None
+            under = None if statistics is None else as_statistics(statistics)
             if under is not None:
                 under.check_layers(final.layers)
                 under.check_router_norms(final.router_norms)
@@ -165,8 +165,9 @@ def _check_sources(
     model: Model | None,
     history: History | None,
     curvature: Curvature | str | os.PathLike[str] | None,
+    statistics: ExpertStatistics | str | os.PathLike[str] | None,
 ) -> None:
-    """Raises `AllocationError` if the method lacks what it reads, before anything is read."""
+    """Raises `AllocationError` if the method lacks what it reads, or cannot use what is given, before any reading."""
     settings.check_plannable()
     method = METHODS[settings.method]
     if "weights" in method.reads and model is None:
@@ -176,6 +177,11 @@ def _check_sources(
     if "curvature" in method.reads and curvature is None:
         raise AllocationError(
             f"method {settings.method!r} needs curvature, which RouterNormMonitor writes beside the plan"
+        )
+    if statistics is not None and "curvature" not in method.reads:
+        raise AllocationError(
+            f"method {settings.method!r} has no use for statistics, which change what a width costs by curvature: "
+            "leave them out here, and give them to the quantize step"
         )
     if model is None and history is None:
         raise AllocationError("allocate needs a model, a history, or both")

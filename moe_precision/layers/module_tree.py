@@ -273,3 +273,14 @@ def whole(weights: Iterable[Weight]) -> Iterator[None]:
         finally:
             for weight in weights:
                 weight._open = False
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever mode a model is put into inside, its modules have the modes of before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -6,8 +6,7 @@ computed from the first one. Experts that are modules show the input of each of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..compat import apply_gate, runs_through_experts_interface
-from ..layers.module_tree import root_model
+from ..layers.module_tree import modes_kept, root_model
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from .loads import not_counted, routing
 from .statistics import ExpertStatistics, StatisticsError
@@ -72,7 +71,8 @@ def collect_from_steps(
         raise StatisticsError(f"statistics are collected on one process, {dist.get_world_size()} are running")
     collector = Collector(model, layers)
     try:
-        with _evaluating(model), torch.no_grad(), not_counted():
+        with modes_kept(model), torch.no_grad(), not_counted():
+            model.eval()
             for step in tqdm(steps, desc="expert statistics", unit="batch", leave=False, disable=None):
                 step()
         return collector.statistics(text)
@@ -248,15 +248,3 @@ def _rows_of(given: tuple[Any, ...]) -> Tensor | None:
 
 def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the modes of before outside."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..layers.module_tree import Weight
+from ..layers.module_tree import Weight, modes_kept
 from ..layers.moe_layers import MoELayer
 from .curvature import Curvature, CurvatureError, Means, row_and_column_means
 
@@ -89,13 +89,11 @@ def _average_over_processes(frozen: Sequence[Tensor]) -> None:
 def left_as_it_is(model: nn.Module) -> Iterator[None]:
     """Restores the buffers and modes of a model afterwards, and leaves no gradient."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        yield
+        with modes_kept(model):
+            yield
     finally:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        for module, training in modes:
-            module.training = training
         model.zero_grad(set_to_none=True)

@@ -4,7 +4,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import wandb
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from moe_precision import AllocationError, HistoryError, PrecisionPlan, RouterNormHistory, find_moe_layers
@@ -18,7 +18,12 @@ IDS = torch.randint(3, 128, (12,), generator=torch.Generator().manual_seed(0)).t
 ITEM = {"input_ids": IDS, "labels": IDS}
 
 
-def train(folder, callback, steps=6, resume=None, restored=True, evaluation=False, **changes):
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([ITEM] * 40)
+
+
+def train(folder, callback, steps=6, resume=None, restored=True, evaluation=False, data=None, **changes):
     settings = {"save_strategy": "no", "report_to": [], "logging_steps": 2, **changes}
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -35,7 +40,8 @@ def train(folder, callback, steps=6, resume=None, restored=True, evaluation=Fals
     # resume_from_checkpoint alone does not restore routers and experts of a Mixtral: transformers issue 48805
     model = AutoModelForCausalLM.from_pretrained(resume) if resume and restored else build("mixtral")
     held_out = [ITEM] * 3 if evaluation else None
-    trainer = Trainer(model, arguments, train_dataset=[ITEM] * 40, eval_dataset=held_out, callbacks=[callback])
+    data = [ITEM] * 40 if data is None else data
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=held_out, callbacks=[callback])
     trainer.train(resume_from_checkpoint=resume)
 
 
@@ -137,6 +143,14 @@ def test_gradients_of_more_batches_after_an_evaluation(tmp_path):
     for name in expected.layers:
         torch.testing.assert_close(curvature.rows[name], expected.rows[name], rtol=1e-4, atol=0)
     assert {load[0].sum().item() for load in callback.history.loads["validation"].values()} == {3 * 12 * 2}  # the last
+
+
+def test_more_batches_of_a_stream(tmp_path):
+    """A stream's loader has no length: asking whether it is empty would be an error."""
+    callback = RouterNormTrainerCallback(group_size=64, method="curvature", curvature_batches=2, statistics_batches=3)
+    train(tmp_path, callback, 2, data=Stream())
+    assert callback.plan.method == "curvature"
+    assert {int(tokens.sum()) for tokens in callback.statistics.tokens.values()} == {3 * 2 * 12 * 2}
 
 
 def test_the_best_checkpoint_loaded_at_the_end(tmp_path):

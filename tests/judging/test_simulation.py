@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from moe_precision import allocate, find_moe_layers, quantize_model
+from moe_precision import AllocationError, allocate, find_moe_layers, quantize_model
 from moe_precision.allocation.costs import CostError, expert_costs
 from moe_precision.judging.simulation import SimulatedExperts
 from moe_precision.recording.collecting import collect_statistics
@@ -70,6 +70,8 @@ def test_a_plan_by_the_fit_that_packs(tmp_path):
     torch.testing.assert_close(
         torch.tensor(layer.costs["down_proj"][2]), costs[name]["down_proj"][:, 1].float(), atol=0, rtol=1e-4
     )
+    with pytest.raises(AllocationError, match="method 'weight_error' has no use for statistics"):
+        allocate(model, method="weight_error", statistics=tmp_path / "s.safetensors", group_size=64)
     with torch.no_grad():
         find_moe_layers(model)[0].router_weight()[0] *= 1.02
     curvature.router_norms = {layer.name: layer.row_norms() for layer in find_moe_layers(model)}
