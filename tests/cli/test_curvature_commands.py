@@ -8,11 +8,9 @@ import torch
 from moe_precision import PrecisionPlan, RouterNormHistory, find_moe_layers, quantize_model
 from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.cli.main import main
-from moe_precision.recipes import TextDataModule
 from moe_precision.recording.curvature import Curvature
 from moe_precision.recording.router_norms import router_norms
 from moe_precision.recording.second_moments import curvature_of
-from tests.cli.test_cli import TEXT
 from tests.support.models import build, logits
 from tests.support.optimizers import trained_with
 
@@ -56,13 +54,8 @@ def test_plan_and_quantize_with_curvature(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("model_with_text")
 def test_the_plan_command_takes_gradients_of_a_checkpoint(tmp_path, capsys):
-    (tmp_path / "text.txt").write_text(TEXT)
-    text = TextDataModule(dataset=str(tmp_path / "text.txt"), vocab_size=300)
-    text.setup("validate")
-    model = build("mixtral", vocab_size=len(text.tokenizer))
-    model.save_pretrained(tmp_path / "model")
-    text.tokenizer.save_pretrained(tmp_path / "model")
     arguments = ["plan", str(tmp_path / "model"), "--method", "curvature", "--curvature-batches", "2"]
     arguments += ["--dataset", str(tmp_path / "text.txt"), "--group-size", "64", "-o", str(tmp_path / "plan.json")]
     assert main(arguments) == 0

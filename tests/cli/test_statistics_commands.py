@@ -8,24 +8,16 @@ from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.cli.main import main
 from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.quantize.codec.grid import Grid
-from moe_precision.recipes import TextDataModule
 from moe_precision.recording.statistics import ExpertStatistics
-from tests.cli.test_cli import TEXT
-from tests.support.models import build, logits
+from tests.support.models import logits
 
 
 @pytest.fixture
-def saved(tmp_path):
+def saved(tmp_path, model_with_text):
     """A model with its tokenizer, a plan, and a text."""
-    (tmp_path / "text.txt").write_text(TEXT)
-    text = TextDataModule(dataset=str(tmp_path / "text.txt"), vocab_size=300)
-    text.setup("validate")
-    model = build("mixtral", vocab_size=len(text.tokenizer))
-    model.save_pretrained(tmp_path / "model")
-    text.tokenizer.save_pretrained(tmp_path / "model")
-    plan = allocate(model, method="uniform", average_bits=2, group_size=64)
+    plan = allocate(model_with_text, method="uniform", average_bits=2, group_size=64)
     plan.save(tmp_path / "plan.json")
-    return model, plan
+    return model_with_text, plan
 
 
 def test_a_checkpoint_that_nobody_watched(saved, tmp_path, capsys):
