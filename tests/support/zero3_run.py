@@ -1,5 +1,7 @@
 """Reads norms and variances of a model that DeepSpeed ZeRO-3 has sharded over two CPU processes; see test_zero3.py."""
 
+import importlib
+
 import torch
 
 from moe_precision import MoELayerError, find_moe_layers
@@ -10,7 +12,9 @@ from tests.support.models import build
 def main(folder: str, rank: int) -> None:
     import deepspeed  # reads the environment
 
-    deepspeed.comm.torch.build_shm_op = lambda: None  # else it compiles C++ for a faster reduction
+    # Else it compiles C++ for a faster reduction, and a run that is killed meanwhile leaves a lock on which all later
+    # runs wait. As an attribute, `deepspeed.comm.torch` is PyTorch itself.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     deepspeed.init_distributed("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
