@@ -16,7 +16,7 @@ from moe_precision.callbacks.extra_batches import Loss, Step, announce, curvatur
 from moe_precision.callbacks.run_files import RunFiles
 from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
-from moe_precision.plans.methods import MethodName
+from moe_precision.plans.methods import AUTO, MethodName, reads
 from moe_precision.plans.plan import PrecisionPlan, model_type_of
 from moe_precision.plans.settings import ZETA, PlanSettings
 from moe_precision.plans.widths import Granularity
@@ -52,13 +52,13 @@ class PlanRecorder:
     def __init__(
         self,
         *,
-        method: MethodName = "router_norm",
+        method: MethodName = AUTO,
         average_bits: float | None = None,
         stored_bits: float | None = None,
         expert_gib: float | None = None,
-        bits: Sequence[int] = (2, 3),
+        bits: Sequence[int] | None = None,
         group_size: int = 128,
-        granularity: Granularity = "expert",
+        granularity: Granularity | None = None,
         seed: int = 0,
         zeta: float = ZETA,
         router_pattern: str | None = None,
@@ -271,12 +271,7 @@ class PlanRecorder:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                self.plan = make_plan(
-                    self.settings,
-                    model=self._model if self.settings.knows_costs else None,
-                    history=self.history,
-                    curvature=self.curvature,
-                )
+                self.plan = self._make_plan()
         except ValueError as error:  # norms that are not finite, no second moments; other callbacks have work to do
             rank_zero_warn(f"{type(self).__name__}: no plan is written: {error}")
             return None
@@ -285,8 +280,23 @@ class PlanRecorder:
         if not writes or not self._save_history() or not self._files.write(self.plan.save, self._files.paths.plan):
             return None
         path = self._files.paths.plan
-        rank_zero_info(f"{type(self).__name__}: wrote {path} ({self.plan.average_bits:.3g} bits on average)")
+        chosen = f", method {self.plan.method}: {self.plan.notes['auto']}" if "auto" in self.plan.notes else ""
+        rank_zero_info(f"{type(self).__name__}: wrote {path} ({self.plan.average_bits:.3g} bits on average{chosen})")
         return self.plan
+
+    def _make_plan(self) -> PrecisionPlan:
+        """From what was recorded; the weights are read only where widths have costs."""
+        method = self.settings.method
+        if method == AUTO and self.curvature is None:
+            return make_plan(self.settings, history=self.history)
+        priced = method == AUTO or reads(method, "curvature")
+        return make_plan(
+            self.settings,
+            model=self._model if self.settings.knows_costs else None,
+            history=self.history,
+            curvature=self.curvature,
+            statistics=self.statistics if priced else None,
+        )
 
     def _save_history(self) -> bool:
         """Writes what was recorded, without any collective; returns whether that worked."""

@@ -15,10 +15,14 @@ from .plans.plan import PrecisionPlan
 from .plans.settings import PlanSettings
 from .plans.widths import PlanError
 from .quantize import PlanQuantizationConfig, QuantizationError, UnsupportedLayoutError, quantize_model
-from .quantize.writer import quantize_checkpoint
+from .quantize.distilling import Distilled, distill_scales
+from .quantize.trainable import DistillError
+from .quantize.writer import distill_checkpoint, quantize_checkpoint
+from .recording.collecting import collect_statistics
 from .recording.curvature import Curvature, CurvatureError
 from .recording.history import HistoryError, RouterNormHistory
 from .recording.router_norms import router_norms
+from .recording.statistics import ExpertStatistics, StatisticsError
 from .version import __version__
 
 __all__ = [
@@ -27,6 +31,9 @@ __all__ = [
     "CheckpointError",
     "Curvature",
     "CurvatureError",
+    "DistillError",
+    "Distilled",
+    "ExpertStatistics",
     "HistoryError",
     "MoELayer",
     "MoELayerError",
@@ -37,11 +44,15 @@ __all__ = [
     "PrecisionPlan",
     "QuantizationError",
     "RouterNormHistory",
+    "StatisticsError",
     "StreamingError",
     "UnsupportedLayoutError",
     "__version__",
     "allocate",
     "bits_from_order",
+    "collect_statistics",
+    "distill_checkpoint",
+    "distill_scales",
     "find_moe_layers",
     "load_model",
     "quantize_checkpoint",

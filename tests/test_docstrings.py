@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import moe_precision
-from moe_precision import RouterNormHistory, find_moe_layers, quantize_model
+from moe_precision import RouterNormHistory, collect_statistics, find_moe_layers, quantize_model
 from moe_precision.recording.gradients import curvature_of_losses
 from moe_precision.recording.router_norms import router_norms
 from tests.support.models import build
@@ -46,6 +46,7 @@ def finished(tmp_path_factory):
     curvature_of_losses(layers, [lambda: model(input_ids=ids, labels=ids).loss]).save(
         folder / "precision_plan.curvature.safetensors"
     )
+    collect_statistics(model, [{"input_ids": ids}]).save(folder / "precision_plan.statistics.safetensors")
     quantize_model(model, plan).save_pretrained(folder / "quantized")
     return folder
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..checkpoints.checkpoint import Checkpoint, opened
 from ..layers.patterns import Patterns
-from ..plans.methods import METHODS, MethodName
+from ..plans.methods import AUTO, METHODS, MethodName, chosen
 from ..plans.notes import PlanNotes
 from ..plans.numbers import AllocationError
 from ..plans.plan import PrecisionPlan
@@ -36,13 +36,13 @@ def allocate(
     *,
     curvature: Curvature | str | os.PathLike[str] | None = None,
     statistics: ExpertStatistics | str | os.PathLike[str] | None = None,
-    method: MethodName = "router_norm",
+    method: MethodName = AUTO,
     average_bits: float | None = None,
     stored_bits: float | None = None,
     expert_gib: float | None = None,
-    bits: Sequence[int] = (2, 3),
+    bits: Sequence[int] | None = None,
     group_size: int = 128,
-    granularity: Granularity = "expert",
+    granularity: Granularity | None = None,
     seed: int = 0,
     zeta: float = ZETA,
     router_pattern: str | None = None,
@@ -51,7 +51,8 @@ def allocate(
     """Makes a precision plan: a width for each expert.
 
     The paper's rule, its ablations and the controls order the experts of each layer and give every layer the same
-    counts. ``weight_error`` and ``curvature`` know what each width would cost and minimize the sum over all layers.
+    counts. ``weight_error``, ``curvature`` and ``statistics`` know what each width would cost and minimize the sum over
+    all layers.
 
     Args:
         model: The model, for its final router norms and whatever else the method reads, or the folder of its
@@ -60,16 +61,19 @@ def allocate(
             from. The change is measured from its first record up to the model if there is one, else up to its last
             record. Without a history the final norm replaces the change and the plan says ``"baseline": "none"``: its
             ranking then assumes equal norms at the start.
-        curvature: For ``method="curvature"`` and its control: `Curvature` or the path of its file.
-        statistics: For ``method="curvature"`` and its control: `ExpertStatistics` or the path of their file. Each width
-            is then fitted as the quantize step fits it with them; this takes several times as long.
-        method: A key of `METHODS`, except ``sensitivity``.
+        curvature: For ``statistics``, ``curvature`` and its control: `Curvature` or the path of its file.
+        statistics: For the same methods: `ExpertStatistics` or the path of their file. Each width is then fitted as the
+            quantize step fits it with them; this takes several times as long. ``statistics`` also prices by them.
+        method: A key of `METHODS`, except ``sensitivity``; or ``auto``, the best one for what is given: ``statistics``
+            or ``curvature`` where there are such and a model, else the paper's rule. The plan says which and why.
         average_bits: Budget in nominal bits per expert weight; 2.5 if no budget is given.
         stored_bits: Budget with scales and offsets included, instead of ``average_bits``.
         expert_gib: Budget as the size of all routed experts in the file, in GiB, instead of ``average_bits``.
-        bits: Levels to choose from; any number of them for a method that knows costs.
+        bits: Levels to choose from; any number of them, by default 1 to 4, for a method that knows costs, else by
+            default 2 and 3.
         group_size: Weights that share a scale and an offset, along the input dimension.
-        granularity: What shares a width; all but ``expert`` need a method that knows costs.
+        granularity: What shares a width: by default ``expert+projection`` for a method that knows costs, else
+            ``expert``, the only one for other methods.
         seed: For ``method="random"`` and ``"shuffled_curvature"``.
         zeta: Factor of the paper's reorder rule.
         router_pattern: As in `find_moe_layers`, where ``model`` needs it; a history brings its own.
@@ -115,8 +119,11 @@ def make_plan(
     statistics: ExpertStatistics | str | os.PathLike[str] | None = None,
 ) -> PrecisionPlan:
     """`allocate` for settings that were checked already."""
-    _check_sources(settings, model, history, curvature, statistics)
-    method, notes = METHODS[settings.method], PlanNotes()
+    notes, name = PlanNotes(), settings.method
+    if name == AUTO:
+        name, notes["auto"] = chosen(model is not None, curvature is not None, statistics is not None)
+    _check_sources(settings, name, model, history, curvature, statistics)
+    method = METHODS[name]
     with ExitStack() as stack:
         recorded: RouterNormHistory | None = None
         baseline: Snapshot | None = None
@@ -144,7 +151,7 @@ def make_plan(
         else:
             raise HistoryError("the history holds the baseline alone: give the trained model or its checkpoint too")
         _check_finite(final, recorded)
-        costs = None
+        settings, costs = settings.resolved(name, final.layers), None
         if method.knows_costs:
             weighed = as_curvature(curvature) if curvature is not None and "curvature" in method.reads else None
             if weighed is not None:
@@ -156,12 +163,14 @@ def make_plan(
                 under.check_router_norms(final.router_norms)
             settings.check_fits(final.layers)
             assert weights is not None
-            costs = weights.costs(settings.levels, settings.group_size, weighed, under)
+            together = "statistics" in method.reads
+            costs = weights.costs(settings.levels, settings.group_size, weighed, under, together=together)
     return plan_from_signals(settings, final, baseline, costs, notes)
 
 
 def _check_sources(
     settings: PlanSettings,
+    name: MethodName,
     model: Model | None,
     history: History | None,
     curvature: Curvature | str | os.PathLike[str] | None,
@@ -169,18 +178,18 @@ def _check_sources(
 ) -> None:
     """Raises `AllocationError` if the method lacks what it reads, or cannot use what is given, before any reading."""
     settings.check_plannable()
-    method = METHODS[settings.method]
+    method = METHODS[name]
     if "weights" in method.reads and model is None:
-        raise AllocationError(
-            f"method {settings.method!r} measures what each width costs: give the model or its checkpoint"
-        )
+        raise AllocationError(f"method {name!r} measures what each width costs: give the model or its checkpoint")
     if "curvature" in method.reads and curvature is None:
+        raise AllocationError(f"method {name!r} needs curvature, which RouterNormMonitor writes beside the plan")
+    if "statistics" in method.reads and statistics is None:
         raise AllocationError(
-            f"method {settings.method!r} needs curvature, which RouterNormMonitor writes beside the plan"
+            f"method {name!r} needs expert statistics, which RouterNormMonitor writes beside the plan"
         )
-    if statistics is not None and "curvature" not in method.reads:
+    if statistics is not None and settings.method != AUTO and "curvature" not in method.reads:
         raise AllocationError(
-            f"method {settings.method!r} has no use for statistics, which change what a width costs by curvature: "
+            f"method {name!r} has no use for statistics, which change what a width costs by curvature: "
             "leave them out here, and give them to the quantize step"
         )
     if model is None and history is None:

@@ -1,9 +1,12 @@
-"""What each width would cost each expert matrix: the error of our own quantizer, plain or weighted by curvature."""
+"""What each width would cost each expert matrix: the error of our own quantizer, and how much of it the loss feels.
+
+Without more knowledge that is the squared error of the weights. Curvature weights it by row and by column; statistics
+count the errors of a row together, as they act on the output.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +15,7 @@ from tqdm import tqdm
 
 from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer
+from ..quantize.codec.fitting import Fit
 from ..quantize.codec.guided import fit_of
 from ..quantize.kernels import scaled
 from ..recording.curvature import Curvature
@@ -23,6 +27,7 @@ class CostError(MoEPrecisionError, ValueError):
 
 
 Costs = dict[str, dict[str, Tensor]]  # layer -> projection -> (E, widths) float64
+Price = Callable[[Tensor, Tensor], float]  # of a weight and what it becomes, both (out, in)
 
 
 def expert_costs(
@@ -31,6 +36,8 @@ def expert_costs(
     group_size: int,
     curvature: Curvature | None = None,
     statistics: ExpertStatistics | None = None,
+    *,
+    together: bool = False,
 ) -> Costs:
     """Quantizes every expert matrix at every width and measures what is lost; a collective where experts are sharded.
 
@@ -41,6 +48,7 @@ def expert_costs(
         curvature: Weights the fit and the errors, so that costs are in proportion to the predicted increase of the
             loss; None gives squared weight errors.
         statistics: The fit rounds under them, as the quantize step will.
+        together: Errors of a row count together, by the statistics (`statistics_cost`), instead of one by one.
 
     Raises:
         CostError: A matrix cannot be quantized.
@@ -54,7 +62,7 @@ def expert_costs(
             for matrix in layer.banks[projection].matrices():
                 yield matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
 
-    return costs_of_matrices(layers, read, widths, group_size, curvature, statistics)
+    return costs_of_matrices(layers, read, widths, group_size, curvature, statistics, together=together)
 
 
 def costs_of_matrices(
@@ -64,21 +72,24 @@ def costs_of_matrices(
     group_size: int,
     curvature: Curvature | None,
     statistics: ExpertStatistics | None = None,
+    *,
+    together: bool = False,
 ) -> Costs:
     """Computes `expert_costs` of matrices wherever they are: ``read`` yields those of a layer's projection in order."""
     costs: Costs = {}
     total = sum(len(layer.banks) * layer.num_experts for layer in layers)
+    by = statistics if together else None
     with torch.no_grad(), tqdm(total=total, desc="costs", unit="matrix", disable=None) as bar:
         for layer in layers:
-            costs[layer.name] = {
-                name: torch.stack(
-                    [
-                        _of_matrix(matrix, widths, group_size, curvature, statistics, (layer.name, name, expert), bar)
-                        for expert, matrix in enumerate(read(layer, name))
-                    ]
-                )
-                for name in layer.banks
-            }
+            costs[layer.name] = {}
+            for name in layer.banks:
+                found = []
+                for expert, matrix in enumerate(read(layer, name)):
+                    place = layer.name, name, expert
+                    fit = fit_of(*place, curvature, statistics)
+                    found.append(_of_matrix(matrix, widths, group_size, fit, pricing(curvature, by, *place), place))
+                    bar.update()
+                costs[layer.name][name] = torch.stack(found)
     return costs
 
 
@@ -86,13 +97,11 @@ def _of_matrix(
     weight: Tensor,
     widths: Sequence[int],
     group_size: int,
-    curvature: Curvature | None,
-    statistics: ExpertStatistics | None,
+    fit: Fit,
+    price: Price,
     place: tuple[str, str, int],
-    bar: tqdm[Any],
 ) -> Tensor:
-    bar.update()
-    (layer, projection, expert), fit = place, fit_of(*place, curvature, statistics)
+    layer, projection, expert = place
     found = []
     for bits in widths:
         if bits == 16:
@@ -102,18 +111,30 @@ def _of_matrix(
             quantized = scaled(*fit(weight, bits, group_size))
         except ValueError as error:
             raise CostError(f"{projection!r} of expert {expert} in layer {layer!r}: {error}") from error
-        found.append(cost_of(weight, quantized, curvature, layer, projection, expert))
+        found.append(price(weight, quantized))
     return torch.tensor(found, dtype=torch.float64)
 
 
-def cost_of(
-    weight: Tensor, quantized: Tensor, curvature: Curvature | None, layer: str, projection: str, expert: int
-) -> float:
-    """What quantizing one matrix ``(out, in)`` costs: by curvature if it is known, else the squared error."""
+def pricing(
+    curvature: Curvature | None, statistics: ExpertStatistics | None, layer: str, projection: str, expert: int
+) -> Price:
+    """How the error of one matrix is priced.
+
+    Args:
+        curvature: None gives the squared error of the weights.
+        statistics: Errors of a row then count together; an expert that no token has reached is priced by curvature.
+        layer: Name of the layer.
+        projection: Name of the matrix.
+        expert: Its expert.
+    """
     if curvature is None:
-        return float(weight_error(weight, quantized))
+        return lambda weight, quantized: float(weight_error(weight, quantized))
     rows, columns = curvature.rows[layer][projection][expert], curvature.columns[layer][projection][expert]
-    return float(curvature_cost(weight, quantized, rows, columns))
+    weights = curvature.fit_weights(layer, projection, expert)
+    moment = None if statistics is None else statistics.fit_moment(layer, projection, expert, weights)
+    if moment is None:
+        return lambda weight, quantized: float(curvature_cost(weight, quantized, rows, columns))
+    return lambda weight, quantized: float(statistics_cost(weight, quantized, rows, columns, moment))
 
 
 def shuffled_costs(costs: Costs, seed: int) -> Costs:
@@ -167,3 +188,31 @@ def curvature_cost(weight: Tensor, quantized: Tensor, rows: Tensor, columns: Ten
     if mean == 0:
         return mean  # an expert that never had a gradient
     return 0.5 * (rows.to(squared) @ squared @ columns.to(squared)) / mean.to(squared)
+
+
+def statistics_cost(weight: Tensor, quantized: Tensor, rows: Tensor, columns: Tensor, moment: Tensor) -> Tensor:
+    """What quantizing a matrix costs where its inputs' second moment is known: ``1/2 sum_i r_i d_i H d_i^T``.
+
+    ``d_i`` is the error of row i, ``r_i`` the row's mean squared gradient divided by that of the matrix, and ``H`` the
+    second moment, scaled so that its trace is the sum of the column means. Where ``H`` is a diagonal in proportion to
+    the column means, this is `curvature_cost`; else errors of columns that move together add up or cancel, as they do
+    in the output.
+
+    Args:
+        weight: ``(out, in)``.
+        quantized: The same shape.
+        rows: Mean of the squared gradient over each row, ``(out,)``.
+        columns: Mean over each column, ``(in,)``.
+        moment: ``(in, in)`` float32, of any scale.
+
+    Returns:
+        Scalar float32.
+    """
+    error = quantized.float() - weight.float()  # (out, in)
+    mean = rows.mean()
+    if mean == 0:
+        return mean  # an expert that never had a gradient
+    moment = moment.to(error)
+    by_row = ((error @ moment) * error).sum(dim=1)  # (out,)
+    scale = columns.sum().to(error) / moment.trace()
+    return 0.5 * scale * (rows.to(error) @ by_row) / mean.to(error)

@@ -129,7 +129,7 @@ def least_cost_bits(layers: Mapping[str, LayerShape], costs: Costs, settings: Pl
     Raises:
         AllocationError: The budget is too small.
     """
-    levels, group_size, granularity = settings.levels, settings.group_size, settings.granularity
+    levels, group_size, granularity = settings.levels, settings.group_size, settings.granularity or "expert"
     stored_bits = settings.stored_budget(layers)
     by_expert, by_projection = granularity.startswith("expert"), granularity.endswith("+projection")
     units: dict[tuple[str, str, int], list[tuple[str, str, int]]] = {}  # unit -> its matrices

@@ -12,9 +12,10 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from ..plans.levels import check_budget
 from ..plans.methods import MethodName
 from ..plans.numbers import AllocationError, exact
-from ..plans.settings import ZETA, check_budget
+from ..plans.settings import ZETA
 
 
 def rank_experts(change: Tensor, max_variance: Tensor | None = None, zeta: float = ZETA) -> list[int]:

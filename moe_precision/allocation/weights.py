@@ -37,6 +37,8 @@ class Weights(Protocol):
         group_size: int,
         curvature: Curvature | None,
         statistics: ExpertStatistics | None = None,
+        *,
+        together: bool = False,
     ) -> Costs:
         """What each width costs each expert matrix, as `expert_costs`."""
 
@@ -70,9 +72,11 @@ class LiveWeights:
         group_size: int,
         curvature: Curvature | None,
         statistics: ExpertStatistics | None = None,
+        *,
+        together: bool = False,
     ) -> Costs:
         """What each width costs each expert matrix, as `expert_costs`."""
-        return expert_costs(self.layers, widths, group_size, curvature, statistics)
+        return expert_costs(self.layers, widths, group_size, curvature, statistics, together=together)
 
 
 class StoredWeights:
@@ -117,6 +121,8 @@ class StoredWeights:
         group_size: int,
         curvature: Curvature | None,
         statistics: ExpertStatistics | None = None,
+        *,
+        together: bool = False,
     ) -> Costs:
         """What each width costs each expert matrix, as `expert_costs`, with one matrix in memory at a time.
 
@@ -125,7 +131,8 @@ class StoredWeights:
             StreamingError: As in `snapshot`.
             CostError: A matrix cannot be quantized.
         """
-        return costs_of_matrices(self._layers, self._checkpoint.matrices, widths, group_size, curvature, statistics)
+        read = self._checkpoint.matrices
+        return costs_of_matrices(self._layers, read, widths, group_size, curvature, statistics, together=together)
 
     def _router_norms(self, layer: MoELayer) -> Tensor:
         return router_row_norms(self._checkpoint.router_weight(layer), num_experts=layer.num_experts)

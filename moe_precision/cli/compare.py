@@ -12,12 +12,13 @@ from typing import Any
 from ..checkpoints.checkpoint import load_model
 from ..files import check_writable, replaced_when_done
 from ..plans.beside import PlanFiles, existing
+from ..plans.levels import check_levels
 from ..plans.methods import ALL_METHODS, METHODS
 from ..plans.numbers import AllocationError
-from ..plans.settings import check_levels
 from ..plans.widths import GRANULARITIES
 from ..recording.curvature import Curvature
 from ..recording.history import RouterNormHistory
+from ..recording.statistics import ExpertStatistics
 from .options import Commands, add_command, add_dataset, add_levels, count, data_of, positive
 
 
@@ -32,6 +33,8 @@ def run(options: argparse.Namespace) -> None:
     history = None if options.history is None else RouterNormHistory.load(options.history)
     path_of_curvature = options.curvature or existing("curvature", options.history)
     curvature = None if path_of_curvature is None else Curvature.load(path_of_curvature)
+    path_of_statistics = options.statistics or existing("statistics", options.history)
+    statistics = None if path_of_statistics is None else ExpertStatistics.load(path_of_statistics)
     model = load_model(options.checkpoint, dtype="float32")
     data = data_of(options, options.checkpoint, model)
     seq2seq = model.config.is_encoder_decoder
@@ -41,6 +44,7 @@ def run(options: argparse.Namespace) -> None:
         data.token_counts,
         history,
         curvature=curvature,
+        statistics=statistics,
         calibration=list(islice(data.train_dataloader(), options.calibration_batches)),
         methods=options.methods,
         budgets=options.average_bits,
@@ -71,6 +75,8 @@ def run(options: argparse.Namespace) -> None:
             raise AllocationError("no method could be compared, so there is no winner to write")
         if curvature is not None:
             curvature.save(PlanFiles.of(options.write_plan).curvature)
+        if statistics is not None:
+            statistics.save(PlanFiles.of(options.write_plan).statistics)
         winner.plan.save(options.write_plan)
     for path in outputs:
         print(f"wrote {path}")
@@ -88,7 +94,8 @@ def _checked_outputs(options: argparse.Namespace) -> list[str]:
             raise ValueError(f"--write-plan writes the winner, but {', '.join(options.methods)} are controls")
     if options.plot is not None and Path(options.plot).suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--plot must end in .png, .pdf or .svg, got {options.plot!r}")
-    beside_plan = [] if options.write_plan is None else [str(PlanFiles.of(options.write_plan).curvature)]
+    beside = None if options.write_plan is None else PlanFiles.of(options.write_plan)
+    beside_plan = [] if beside is None else [str(beside.curvature), str(beside.statistics)]
     for path in [*outputs, *beside_plan]:
         if Path(path).exists():
             raise FileExistsError(f"{path!r} exists; name another file")
@@ -133,6 +140,9 @@ def add_to(commands: Commands) -> None:
         "--curvature", metavar="FILE", help="x.curvature.safetensors (default: the one beside the history, if any)"
     )
     command.add_argument(
+        "--statistics", metavar="FILE", help="x.statistics.safetensors (default: the one beside the history, if any)"
+    )
+    command.add_argument(
         "--methods", nargs="+", default=list(ALL_METHODS), choices=list(ALL_METHODS), help="default: all of them"
     )
     command.add_argument("--average-bits", type=float, nargs="+", default=[2.5], help="budgets (default 2.5)")
@@ -161,4 +171,6 @@ def add_to(commands: Commands) -> None:
     add_dataset(command)
     command.add_argument("-o", "--output", metavar="JSON", help="write all numbers")
     command.add_argument("--plot", metavar="PNG", help="plot them")
-    command.add_argument("--write-plan", metavar="PLAN", help="write the winner's plan (and curvature beside it)")
+    command.add_argument(
+        "--write-plan", metavar="PLAN", help="write the winner's plan (and curvature and statistics beside it)"
+    )

@@ -1,7 +1,7 @@
 """The whole way in one command: train a small Mixtral, make its plan, quantize, reload, compare.
 
-Every row of the table is a folder that was written to disk and loaded again with ``from_pretrained``. Beside the plan
-there are controls: the same counts of bits in random and in reversed order, and what curvature chooses for that budget.
+Every row of the table is a folder that was written to disk and loaded again with ``from_pretrained``. Beside the
+plan there are uniform widths, the paper's order with its controls, and what each step of the quantizer brings.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -30,16 +31,36 @@ from ..plans.methods import MethodName
 from ..plans.plan import PrecisionPlan
 from ..present.figures import plot_router_norms
 from ..present.tables import show
-from ..quantize.writer import quantize_checkpoint
+from ..quantize.writer import distill_checkpoint, quantize_checkpoint
 from ..recording.curvature import Curvature
 from ..recording.history import RouterNormHistory
+from ..recording.statistics import ExpertStatistics
 from .fit import train
 from .options import Commands, add_command, positive
 
-_MORE_LEVELS = (1, 2, 3, 4)
-_ORDERS: tuple[MethodName, ...] = ("reversed", "random")
+_ORDERS: dict[str, MethodName] = {
+    "paper's order": "router_norm",
+    "reversed order": "reversed",
+    "random order": "random",
+}
+_SMALLER = (2.0, 1.5)  # bits, for plans beside the recipe's
 _RECIPE_ROOT = "runs/pretrain_mixtral"
 _FOLDER_NAME = re.compile(r"[^a-z0-9]+")
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """One quantized model of the table.
+
+    Attributes:
+        plan: Its plan.
+        statistics: Its fit rounds under the experts' statistics, as the quantize step does by default.
+        distilled: Its scales are distilled then.
+    """
+
+    plan: PrecisionPlan
+    statistics: bool = True
+    distilled: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,29 +98,20 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
     picture = output / "router_norms.png"
     plot_router_norms(history, plan).savefig(picture, dpi=120)
 
-    assert plan.settings is not None
-    plans: dict[str, PrecisionPlan | None] = {"float": None}
-    group_size, levels = plan.group_size, plan.settings.levels
-    for level in sorted(levels, reverse=True):
-        uniform = allocate(history=history, method="uniform", average_bits=level, group_size=group_size)
-        plans[f"uniform {level} bits"] = uniform
-    plans["plan"] = plan
-    asked = replace(plan.settings, bits=levels)
-    for method in _ORDERS:
-        plans[f"{method} order"] = make_plan(replace(asked, method=method), history=history)
-    curvature = Curvature.load(run.curvature)
-    by_curvature = replace(asked, method="curvature")
-    plans["curvature"] = make_plan(by_curvature, checkpoint, history, curvature)
-    finer = replace(by_curvature, bits=_MORE_LEVELS, granularity="expert+projection")
-    plans["curvature, 1 to 4 bits"] = make_plan(finer, checkpoint, history, curvature)
-
+    statistics, curvature = ExpertStatistics.load(run.statistics), Curvature.load(run.curvature)
+    variants = _variants(plan, checkpoint, history, curvature, statistics)
     rows = []
     reference: Reference | None = None  # the first row, the float model's
-    for name, chosen in plans.items():
-        folder = checkpoint
-        if chosen is not None:
-            folder = output / f"quantized-{_FOLDER_NAME.sub('-', name).strip('-')}"
-            quantize_checkpoint(checkpoint, chosen, folder, curvature=curvature)
+    for name, variant in {"float": None, **variants}.items():
+        folder, chosen = checkpoint, None
+        if variant is not None:
+            chosen, folder = variant.plan, output / f"quantized-{_FOLDER_NAME.sub('-', name).strip('-')}"
+            under = statistics if variant.statistics else None
+            first = folder.with_name(f"{folder.name}-undistilled") if variant.distilled else folder
+            quantize_checkpoint(checkpoint, chosen, first, curvature=curvature, statistics=under)
+            if variant.distilled:
+                distill_checkpoint(checkpoint, first, folder, data.train_dataloader())
+                shutil.rmtree(first)
         written = Checkpoint(folder)
         model = written.load(dtype=torch.float32)  # float32 activations: compares weights, not rounding
         if reference is None:
@@ -124,14 +136,39 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
         f"stored bits: bytes of all expert tensors in the file, per expert weight. Losses in nats over "
         f"{rows[0].evaluation.tokens} validation tokens;\n"
         "rare: the tenth of them seen least in training. KL: divergence from the float model's predictions, mean nats\n"
-        "per token; top-1: how often both find the same token most likely. random: one draw.\n"
-        "curvature: least predicted loss by the optimizer's second moments, over all layers at once; they weight the\n"
-        "fit of all rows.\n\n"
-        f"In {output}: precision_plan.json, precision_plan.{{history,curvature}}.safetensors, router_norms.png,\n"
-        "results.json, "
+        "per token; top-1: how often both find the same token most likely. Orders have as many experts at 2 and at\n"
+        f"3 bits; random: one draw. plan: method {plan.method}, least predicted loss. All rows but the first two\n"
+        "round under the statistics of the experts' inputs. distilled: then scales are trained, codes kept.\n\n"
+        f"In {output}: precision_plan.json, precision_plan.{{history,curvature,statistics}}.safetensors,\n"
+        "router_norms.png, results.json, "
         "checkpoint/ (float), quantized-*/ (packed), checkpoints/ (to resume), wandb/ (offline run)"
     )
     return rows
+
+
+def _variants(
+    plan: PrecisionPlan,
+    checkpoint: Path,
+    history: RouterNormHistory,
+    curvature: Curvature,
+    statistics: ExpertStatistics,
+) -> dict[str, _Variant]:
+    """What the table compares, by name."""
+    assert plan.settings is not None
+    found: dict[str, _Variant] = {}
+    for under in (False, True):
+        for level in (3, 2):
+            uniform = allocate(history=history, method="uniform", average_bits=level, group_size=plan.group_size)
+            found[f"uniform {level} bits" + ("" if under else ", no statistics")] = _Variant(uniform, statistics=under)
+    order = replace(plan.settings, bits=None, granularity=None)
+    for name, method in _ORDERS.items():
+        found[name] = _Variant(make_plan(replace(order, method=method), history=history))
+    found["plan"] = _Variant(plan)
+    for bits in _SMALLER:
+        smaller = make_plan(replace(plan.settings, average_bits=bits), checkpoint, history, curvature, statistics)
+        found[f"plan, {bits:g} bits"] = _Variant(smaller)
+        found[f"plan, {bits:g} bits, distilled"] = _Variant(smaller, distilled=True)
+    return found
 
 
 def _moved(node: Any, folder: str) -> Any:

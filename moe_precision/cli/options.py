@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from ..plans.methods import METHODS, SEEDED, MethodName
+from ..plans.methods import AUTO, AUTO_SUMMARY, METHODS, SEEDED, MethodName
 from ..plans.settings import DEFAULT_AVERAGE_BITS, ZETA, PlanSettings
 from ..plans.widths import GRANULARITIES
 
@@ -48,18 +48,25 @@ def add_dataset(command: Parser) -> None:
     command.add_argument("--dataset-config", help="the configuration's name, for a `datasets` name")
 
 
+def dataset_name(options: argparse.Namespace) -> str:
+    """The data set in words."""
+    return " ".join(part for part in (options.dataset, options.dataset_config) if part)
+
+
 def add_levels(command: Parser) -> None:
     """Adds ``--bits`` and ``--group-size``."""
     command.add_argument("--bits", type=int, nargs="+", default=[2, 3], help="levels to choose from (default 2 3)")
+    _add_group_size(command)
+
+
+def _add_group_size(command: Parser) -> None:
     command.add_argument("--group-size", type=int, default=128, help="weights that share a scale (default 128)")
 
 
 def add_plan_settings(command: Parser, methods: tuple[MethodName, ...]) -> None:
     """Adds all options of `PlanSettings`, under their own names."""
-    listed = "; ".join(f"{name}: {METHODS[name].summary}" for name in methods)
-    command.add_argument(
-        "--method", default="router_norm", choices=methods, metavar="METHOD", help=f"{listed} (default router_norm)"
-    )
+    listed = "; ".join(f"{name}: {AUTO_SUMMARY if name == AUTO else METHODS[name].summary}" for name in methods)
+    command.add_argument("--method", default=AUTO, choices=methods, metavar="METHOD", help=f"{listed} (default {AUTO})")
     command.add_argument("--average-bits", type=float, help=f"bits per expert weight (default {DEFAULT_AVERAGE_BITS})")
     command.add_argument(
         "--stored-bits", type=float, help="budget with scales and offsets included, instead of --average-bits"
@@ -67,12 +74,18 @@ def add_plan_settings(command: Parser, methods: tuple[MethodName, ...]) -> None:
     command.add_argument(
         "--expert-gib", type=float, help="budget as the size of all routed experts in GiB, instead of --average-bits"
     )
-    add_levels(command)
+    command.add_argument(
+        "--bits",
+        type=int,
+        nargs="+",
+        help="levels to choose from (default 1 2 3 4 for methods that know costs, else 2 3)",
+    )
+    _add_group_size(command)
     command.add_argument(
         "--granularity",
-        default="expert",
         choices=list(GRANULARITIES),
-        help="what shares a width (default expert; the others for methods that know costs)",
+        help="what shares a width (default expert+projection for methods that know costs, else expert, the only one "
+        "that they take)",
     )
     command.add_argument("--seed", type=int, default=0, help=f"for --method {' and '.join(SEEDED)}")
     command.add_argument("--zeta", type=float, default=ZETA, help="factor of the paper's reorder rule (default 3)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,36 +17,52 @@ from ..checkpoints.sources import StreamingError
 from ..files import check_writable
 from ..layers.moe_layers import find_moe_layers
 from ..plans.beside import PlanFiles, existing
-from ..plans.methods import PLAN_METHODS, reads
+from ..plans.methods import AUTO, PLAN_METHODS, reads
 from ..plans.plan import PrecisionPlan
 from ..plans.settings import PlanSettings
 from ..present.tables import plan_table, show
+from ..recording.collecting import collect_statistics
 from ..recording.curvature import Curvature
 from ..recording.gradients import curvature_of_losses
 from ..recording.history import RouterNormHistory
-from .options import Commands, add_command, add_dataset, add_plan_settings, data_of, positive, settings_of
+from ..recording.statistics import ExpertStatistics
+from .options import Commands, add_command, add_dataset, add_plan_settings, data_of, dataset_name, positive, settings_of
+
+
+@dataclass
+class _Known:
+    """What costs are measured by, and what of it was made now, to be written beside the plan."""
+
+    curvature: Curvature | Path | str | None = None
+    statistics: ExpertStatistics | Path | str | None = None
 
 
 def run(options: argparse.Namespace) -> None:
     """Makes the plan, writes it, and prints it."""
-    PlanFiles.of(options.output)  # ends in .json, so that the files beside it are found
-    if Path(options.output).exists():
-        raise FileExistsError(f"{options.output!r} exists; name another file with -o")
+    files = PlanFiles.of(options.output)  # ends in .json, so that the files beside it are found
+    made = ("curvature", options.curvature_batches), ("statistics", options.statistics_batches)
+    for path in (files.plan, *(files.path(kind) for kind, batches in made if batches is not None)):
+        if path.exists():
+            raise FileExistsError(f"{str(path)!r} exists; name another file with -o")
     check_writable(options.output)
-    if options.curvature_batches is not None and (path := PlanFiles.of(options.output).curvature).exists():
-        raise FileExistsError(f"{str(path)!r} exists; name another file with -o")
-    plan, curvature = _allocated(options)
-    if curvature is not None:
-        path = PlanFiles.of(options.output).curvature
-        curvature.save(path)
-        print(f"wrote {path}")
+    plan, known = _allocated(options)
+    if isinstance(known.curvature, Curvature):
+        known.curvature.save(files.curvature)
+        print(f"wrote {files.curvature}")
+    if isinstance(known.statistics, ExpertStatistics):
+        known.statistics.save(files.statistics)
+        print(f"wrote {files.statistics} ({known.statistics.described()})")
     plan.save(options.output)
     show(plan_table(plan))
     print(f"wrote {options.output}")
+    elsewhere = {"--curvature": known.curvature, "--statistics": known.statistics}
+    given = [f"{option} {path}" for option, path in elsewhere.items() if isinstance(path, Path | str)]
+    if given and Path(given[0].split(" ", 1)[1]) not in files.all:
+        print(f"give quantize what this plan was made with: {' '.join(given)}")
 
 
-def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, Curvature | None]:
-    """The plan of what the command names, a history, one checkpoint, or two, and curvature that was made for it."""
+def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, _Known]:
+    """The plan of what the command names, a history, one checkpoint, or two, and what costs were measured by."""
     source, initial, final = options.source, options.initial, options.final
     if source is None and final is None:
         raise ValueError("give a history, a checkpoint folder, or --final with --initial; see --help")
@@ -59,41 +76,56 @@ def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, Curvature | 
     for folder in (initial, final):
         if folder is not None:
             Checkpoint(folder)  # before any work
-    curvature: Curvature | str | Path | None = options.curvature
-    if curvature is None and options.curvature_batches is None and reads(settings.method, "curvature"):
-        curvature = existing("curvature", source)
-    made = None
-    if options.curvature_batches is not None:
-        if final is None:
-            raise ValueError("--curvature-batches takes gradients on the trained model: give its checkpoint")
-        made = curvature = _curvature_by_batches(options, settings, final, source)
+    known = _known(options, settings, final, source)
     history = source if source is not None else initial
     try:
-        return make_plan(settings, final, history, curvature), made
+        return make_plan(settings, final, history, known.curvature, known.statistics), known
     except StreamingError as error:
         if initial is not None:
             raise
         print(f"{error}: loading the whole model instead", file=sys.stderr)
-        return make_plan(settings, load_model(final), history, curvature), made
+        return make_plan(settings, load_model(final), history, known.curvature, known.statistics), known
 
 
-def _curvature_by_batches(
-    options: argparse.Namespace, settings: PlanSettings, checkpoint: str, history: str | None
-) -> Curvature:
-    """Squared gradients of a checkpoint on training batches, after all checks of the plan."""
-    if options.curvature is not None:
-        raise ValueError("--curvature and --curvature-batches are two sources of the same values; give one")
+def _known(options: argparse.Namespace, settings: PlanSettings, final: str | None, history: str | None) -> _Known:
+    """Files that are named or stand beside the history, where the method reads them; or taken from batches now."""
+    found = _Known(options.curvature, options.statistics)
+    for kind in ("curvature", "statistics"):
+        file, batches = getattr(options, kind), getattr(options, f"{kind}_batches")
+        if batches is None:
+            auto = settings.method == AUTO and final is not None
+            if file is None and (auto or reads(settings.method, kind)):
+                setattr(found, kind, existing(kind, history))
+        elif file is not None:
+            raise ValueError(f"--{kind} and --{kind}-batches are two sources of one thing; give one")
+        elif final is None:
+            raise ValueError(f"--{kind}-batches runs the trained model: give its checkpoint")
+    if final is not None and (options.curvature_batches or options.statistics_batches):
+        _run_batches(options, settings, final, history, found)
+    return found
+
+
+def _run_batches(
+    options: argparse.Namespace, settings: PlanSettings, checkpoint: str, history: str | None, found: _Known
+) -> None:
+    """Takes what was asked for from a checkpoint on training batches, after all checks of the plan."""
     patterns = settings.patterns
     if not patterns and history is not None:
         patterns = RouterNormHistory.load(history).patterns
     model = load_model(checkpoint, dtype="float32")
-    layers = find_moe_layers(model.train(), **patterns)
+    layers = find_moe_layers(model, **patterns)
     settings.check_fits({layer.name: layer.shape for layer in layers})
     data = data_of(options, checkpoint, model)
-    batches = islice(data.train_dataloader(), options.curvature_batches)
-    bar = tqdm(batches, desc="gradients", total=options.curvature_batches, unit="batch", disable=None)
-    losses = (partial(lambda batch: model(**batch).loss, batch) for batch in bar)
-    return curvature_of_losses(layers, losses)
+    if (asked := options.statistics_batches) is not None:
+        batches = islice(data.train_dataloader(), asked)
+        text = f"{asked} training batches of {dataset_name(options)}"
+        found.statistics = collect_statistics(model, batches, text=text, **patterns)
+    if (asked := options.curvature_batches) is not None:
+        model.train()
+        batches = islice(data.train_dataloader(), asked)
+        bar = tqdm(batches, desc="gradients", total=asked, unit="batch", disable=None)
+        losses = (partial(lambda batch: model(**batch).loss, batch) for batch in bar)
+        found.curvature = curvature_of_losses(layers, losses)
 
 
 def add_to(commands: Commands) -> None:
@@ -106,7 +138,8 @@ def add_to(commands: Commands) -> None:
         "checkpoints, before and after a fine-tuning that was not recorded. Checkpoints are read tensor by tensor.",
         "moe-precision plan runs/demo/precision_plan.history.safetensors --average-bits 2.25 --bits 2 3 "
         "--group-size 64 -o plan_2.25.json\n"
-        "  moe-precision plan --initial base-model --final finetuned-model -o plan.json",
+        "  moe-precision plan --initial base-model --final finetuned-model -o plan.json\n"
+        "  moe-precision plan model --curvature-batches 32 --statistics-batches 32 --average-bits 2 -o plan.json",
     )
     command.add_argument(
         "source",
@@ -122,7 +155,12 @@ def add_to(commands: Commands) -> None:
     command.add_argument(
         "--curvature",
         metavar="FILE",
-        help="x.curvature.safetensors, for --method curvature (default: the one beside the history, if any)",
+        help="x.curvature.safetensors, for the methods that read it (default: the one beside the history, if any)",
+    )
+    command.add_argument(
+        "--statistics",
+        metavar="FILE",
+        help="x.statistics.safetensors, for the methods that read it (default: the one beside the history, if any)",
     )
     command.add_argument(
         "--curvature-batches",
@@ -130,6 +168,13 @@ def add_to(commands: Commands) -> None:
         metavar="N",
         help="take the curvature from squared gradients of the checkpoint on N training batches, where the optimizer "
         "kept none; written beside the plan",
+    )
+    command.add_argument(
+        "--statistics-batches",
+        type=positive,
+        metavar="N",
+        help="take the experts' statistics from N training batches, with the whole float model in memory; written "
+        "beside the plan",
     )
     add_dataset(command)
     command.add_argument("-o", "--output", default="precision_plan.json", help="default precision_plan.json")

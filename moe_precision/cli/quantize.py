@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from itertools import islice
 from pathlib import Path
@@ -13,10 +14,10 @@ from ..files import check_writable
 from ..layers.moe_layers import find_moe_layers
 from ..plans.beside import existing
 from ..plans.plan import PrecisionPlan
-from ..quantize.writer import quantize_checkpoint
+from ..quantize.writer import distill_checkpoint, quantize_checkpoint
 from ..recording.collecting import collect_statistics, memory_bytes
 from ..recording.statistics import ExpertStatistics, file_bytes
-from .options import Commands, add_command, add_dataset, data_of, positive
+from .options import Commands, add_command, add_dataset, data_of, dataset_name, positive
 
 
 def run(options: argparse.Namespace) -> None:
@@ -36,10 +37,12 @@ def run(options: argparse.Namespace) -> None:
         print(f"weights the fit by {curvature}")
     else:
         print("no curvature file: errors in all columns count equally")
+    out = Path(options.out)
+    undistilled = out.with_name(f".{out.name}.undistilled")
     quantize_checkpoint(
         options.checkpoint,
         plan,
-        options.out,
+        undistilled if options.distill_steps else out,
         non_expert_bits=options.non_expert_bits,
         curvature=curvature,
         grid=grid,
@@ -47,6 +50,11 @@ def run(options: argparse.Namespace) -> None:
         workers=options.workers,
         max_shard_size=options.max_shard_size,
     )
+    if options.distill_steps:
+        try:
+            _distill(options, undistilled)
+        finally:
+            shutil.rmtree(undistilled)
     before, after = Checkpoint(options.checkpoint), Checkpoint(options.out)
     sizes = f"{before.nbytes / 1e6:.2f} MB -> {after.nbytes / 1e6:.2f} MB"
     bits = after.stored_bits_per_expert_weight(plan)
@@ -57,6 +65,8 @@ def _check_statistics(options: argparse.Namespace) -> None:
     """Raises `ValueError` for options that do not go together, and `OSError` if the file could not be written."""
     if options.statistics is not None and options.statistics_batches is not None:
         raise ValueError("--statistics and --statistics-batches are two sources of one thing; give one")
+    if options.distill_steps is not None and (options.grid or existing("grid", options.plan)):
+        raise ValueError("--distill-steps would change the grid that training has ended on; leave one of them out")
     if options.save_statistics is not None:
         if options.statistics_batches is None:
             raise ValueError("--save-statistics keeps what --statistics-batches collects; give that too")
@@ -88,7 +98,7 @@ def _collected(options: argparse.Namespace, plan: PrecisionPlan) -> ExpertStatis
     layers = find_moe_layers(model, **plan.patterns)
     plan.check(model)
     data = data_of(options, options.checkpoint, model)
-    name = " ".join(part for part in (options.dataset, options.dataset_config) if part)
+    name = dataset_name(options)
     print(
         f"collects statistics from {options.statistics_batches} training batches of {name}: "
         f"{memory_bytes(layers) / 1e6:,.1f} MB beside the float model, {file_bytes(layers) / 1e6:,.1f} MB afterwards"
@@ -102,6 +112,23 @@ def _collected(options: argparse.Namespace, plan: PrecisionPlan) -> ExpertStatis
     return statistics
 
 
+def _distill(options: argparse.Namespace, packed: Path) -> None:
+    """Trains the scales of what was packed on training batches."""
+    data = data_of(options, options.checkpoint, Checkpoint(options.checkpoint).meta_model())
+    batches = data.train_dataloader()
+    found = distill_checkpoint(
+        options.checkpoint,
+        packed,
+        options.out,
+        batches,
+        steps=options.distill_steps,
+        through=options.distill_through,
+        max_shard_size=options.max_shard_size,
+    )
+    print(f"distilled scales over {options.distill_steps} training batches of {dataset_name(options)}")
+    print(found.described())
+
+
 def _quantize_with_auto_round(options: argparse.Namespace, plan: PrecisionPlan) -> None:
     from ..export.auto_round_backend import quantize_with_auto_round
 
@@ -110,6 +137,7 @@ def _quantize_with_auto_round(options: argparse.Namespace, plan: PrecisionPlan) 
         "--grid": options.grid,
         "--statistics": options.statistics,
         "--statistics-batches": options.statistics_batches,
+        "--distill-steps": options.distill_steps,
         "--non-expert-bits": options.non_expert_bits,
     }
     given = [name for name, value in ours.items() if value is not None]
@@ -163,6 +191,20 @@ def add_to(commands: Commands) -> None:
         help="collect them from N training batches of --dataset first; takes the whole float model in memory",
     )
     command.add_argument("--save-statistics", metavar="FILE", help="keep what --statistics-batches collects")
+    command.add_argument(
+        "--distill-steps",
+        type=positive,
+        metavar="N",
+        help="then train scales and offsets, codes kept, on N training batches of --dataset, towards the float model; "
+        "takes both models in memory (100 to 300 do most of it)",
+    )
+    command.add_argument(
+        "--distill-through",
+        choices=["layers", "logits"],
+        default="layers",
+        help="towards the output of each layer of experts (default), or towards the predictions, which takes a "
+        "backward pass through the whole model",
+    )
     command.add_argument(
         "--workers",
         type=positive,

@@ -18,14 +18,16 @@ from ..allocation.planning import plan_from_signals
 from ..allocation.snapshot import Snapshot
 from ..allocation.weights import LiveWeights
 from ..layers.patterns import Patterns
+from ..plans.levels import check_levels
 from ..plans.methods import ALL_METHODS, METHODS, MethodName, reads
 from ..plans.numbers import AllocationError
 from ..plans.plan import PrecisionPlan
-from ..plans.settings import PlanSettings, check_levels
+from ..plans.settings import PlanSettings
 from ..plans.widths import GRANULARITIES, Granularity
 from ..recording.curvature import Curvature
 from ..recording.history import RouterNormHistory
 from ..recording.loads import count_loads
+from ..recording.statistics import ExpertStatistics
 from .comparison import Comparison, Row
 from .correlations import correlations
 from .divergence import Divergence
@@ -64,6 +66,7 @@ def compare(
     history: RouterNormHistory | None = None,
     *,
     curvature: Curvature | None = None,
+    statistics: ExpertStatistics | None = None,
     calibration: Sequence[dict[str, Tensor]] = (),
     methods: Sequence[MethodName] = ALL_METHODS,
     budgets: Sequence[float] = (2.5,),
@@ -77,15 +80,16 @@ def compare(
 ) -> Comparison:
     """Compares allocation methods on one trained model.
 
-    All plans are fitted by ``curvature`` if it is given, as the quantize step would. Methods that lack what they need
-    are left out, and the result says so.
+    All plans are fitted by ``curvature`` and ``statistics`` if they are given, as the quantize step would. Methods that
+    lack what they need are left out, and the result says so.
 
     Args:
         model: The trained float model, whole on this process; its weights are as before afterwards.
         batches: Held-out batches with labels.
         token_counts: ``(vocab,)``, how often each token occurs in training.
         history: Recorded norms and loads of its training.
-        curvature: For ``curvature`` and the fit.
+        curvature: For ``curvature``, ``statistics`` and the fit.
+        statistics: For ``statistics`` and the fit.
         calibration: Batches on which ``sensitivity`` is measured, other than those that methods are judged on. Without
             them it is left out. Loads are counted on them if the history has none.
         methods: Names of allocation methods.
@@ -118,12 +122,15 @@ def compare(
     if curvature is not None:
         curvature.check_layers(final.layers)
         curvature.check_router_norms(final.router_norms)
+    if statistics is not None:
+        statistics.check_layers(final.layers)
+        statistics.check_router_norms(final.router_norms)
     judge = Judge(model, batches, token_counts, end_of_text, weights.layers)
     known = _Known(final, baseline, levels, group_size, random_draws)
     rows: list[Row] = []
     skipped: list[str] = []
     float_task = None if task is None else task(model)
-    with SimulatedExperts(weights.layers, levels, group_size, curvature) as simulated:
+    with SimulatedExperts(weights.layers, levels, group_size, curvature, statistics=statistics) as simulated:
         costs = _all_costs(simulated, levels, methods, curvature, model, calibration, skipped)
         entries = _entries(known, methods, budgets, granularities, costs, skipped)
         with tqdm(total=sum(len(e.plans) for e in entries), desc="comparing", unit="plan", disable=None) as progress:
@@ -267,8 +274,12 @@ def _all_costs(
     for method in (one for one in methods if reads(one, "curvature")):
         if curvature is None:
             skipped.append(f"{method}: no curvature is given")
-        else:
+        elif not reads(method, "statistics"):
             found[method] = found.get("curvature") or simulated.costs(levels, curvature)
+        elif simulated.statistics is None:
+            skipped.append(f"{method}: no statistics are given")
+        else:
+            found[method] = simulated.costs(levels, curvature, together=True)
     if "sensitivity" in methods and not calibration:
         skipped.append("sensitivity: no calibration batches are given")
     elif "sensitivity" in methods:

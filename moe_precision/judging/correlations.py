@@ -37,7 +37,7 @@ def correlations(final: Snapshot, baseline: Snapshot | None, costs: dict[str, Co
         signals["expert_load"] = {name: load[0] for name, load in loads.items()}
         if not any(load[1].isnan().any() for load in loads.values()):
             signals["routing_weight"] = {name: load[1] for name, load in loads.items()}
-    signals |= {method: at_lowest(method) for method in ("weight_error", "curvature") if method in costs}
+    signals |= {method: at_lowest(method) for method in ("weight_error", "curvature", "statistics") if method in costs}
     reference = at_lowest("sensitivity")
     found = {}
     for signal, by_layer in signals.items():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..allocation.costs import CostError, Costs, cost_of
+from ..allocation.costs import CostError, Costs, pricing
 from ..layers.moe_layers import MoELayer
 from ..quantize.codec.guided import fit_of
 from ..quantize.kernels import scaled
@@ -50,7 +50,7 @@ class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
         statistics: ExpertStatistics | None = None,
     ) -> None:
         self.layers, self.widths, self.group_size = layers, sorted(set(widths) - {16}), group_size
-        self.curvature = curvature
+        self.curvature, self.statistics = curvature, statistics
         self._floats: dict[Matrix, Tensor] = {}
         self._live: dict[Matrix, Tensor] = {}
         self._quantized: dict[tuple[Matrix, int], tuple[Tensor, Tensor, Tensor]] = {}
@@ -101,11 +101,19 @@ class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
         for matrix in self._now:
             self.set(matrix, 16)
 
-    def costs(self, levels: Sequence[int], curvature: Curvature | None) -> Costs:
-        """Squared errors of every matrix at every level, weighted by curvature if it is given, as `expert_costs`."""
+    def costs(self, levels: Sequence[int], curvature: Curvature | None, *, together: bool = False) -> Costs:
+        """What every matrix costs at every level, as `expert_costs`.
+
+        Args:
+            levels: Widths.
+            curvature: Weighs the errors; None for squared errors.
+            together: Errors of a row count together, by the statistics.
+        """
+        by = self.statistics if together else None
 
         def of(matrix: Matrix) -> list[float]:
-            return [cost_of(self._floats[matrix], self.values(matrix, b), curvature, *matrix) for b in levels]
+            price = pricing(curvature, by, *matrix)
+            return [price(self._floats[matrix], self.values(matrix, bits)) for bits in levels]
 
         return self._of_all(of)
 

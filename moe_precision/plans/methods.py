@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 MethodName = Literal[
+    "auto",
     "router_norm",
     "norm_only",
     "final_norm",
@@ -21,12 +22,17 @@ MethodName = Literal[
     "uniform",
     "weight_error",
     "curvature",
+    "statistics",
     "shuffled_curvature",
     "sensitivity",
 ]
-Signal = Literal["norm_change", "final_norm", "max_variance", "load", "weights", "curvature", "calibration"]
+Signal = Literal[
+    "norm_change", "final_norm", "max_variance", "load", "weights", "curvature", "statistics", "calibration"
+]
 
 PAPER = "arXiv 2604.06515"
+AUTO: MethodName = "auto"  # not in the registry: it stands for one of the methods there, see `chosen`
+AUTO_SUMMARY = "statistics where there are any, else curvature, else router_norm; the plan says which and why"
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,15 @@ METHODS: dict[MethodName, Method] = {
             knows_costs=True,
         ),
         _method(
+            "statistics",
+            "least predicted increase of the loss, by squared gradients and second moments of the inputs",
+            "weights",
+            "curvature",
+            "statistics",
+            source="own; a Fisher matrix of two factors, as in K-FAC (arXiv 1503.05671), the output's one a diagonal",
+            knows_costs=True,
+        ),
+        _method(
             "shuffled_curvature",
             "costs of curvature, given to the wrong experts of the layer",
             "weights",
@@ -121,7 +136,7 @@ METHODS: dict[MethodName, Method] = {
 ALL_METHODS: tuple[MethodName, ...] = tuple(METHODS)
 ORDER_METHODS: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if not m.knows_costs)
 COST_METHODS: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if m.knows_costs)
-PLAN_METHODS: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if "calibration" not in m.reads)
+PLAN_METHODS: tuple[MethodName, ...] = (AUTO, *(m.name for m in METHODS.values() if "calibration" not in m.reads))
 SEEDED: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if m.seeded)
 CONTROLS: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if m.control)
 
@@ -129,3 +144,20 @@ CONTROLS: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if m.c
 def reads(method: str, *signals: Signal) -> bool:
     """Whether a method reads any of these signals; False for a method that is not in the registry."""
     return any(not known.reads.isdisjoint(signals) for known in METHODS.values() if known.name == method)
+
+
+def chosen(model: bool, curvature: bool, statistics: bool) -> tuple[MethodName, str]:
+    """What ``method="auto"`` stands for, and why, in words.
+
+    Args:
+        model: Whether there are weights to quantize.
+        curvature: Whether squared gradients or the optimizer's second moments are known.
+        statistics: Whether the second moments of the experts' inputs are known.
+    """
+    if not model:
+        return "router_norm", "without the trained weights, no width's cost can be measured"
+    if not curvature:
+        return "router_norm", "without curvature, what a width costs the loss is not known"
+    if not statistics:
+        return "curvature", "there is curvature, and there are no expert statistics"
+    return "statistics", "there are curvature and expert statistics"

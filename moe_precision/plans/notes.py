@@ -16,6 +16,7 @@ class PlanNotes(TypedDict, total=False):
     """Each key is present only where it applies.
 
     Attributes:
+        auto: Why ``method="auto"`` stands for the plan's method.
         initial: Name of the checkpoint folder from which the change of norm was measured.
         final: Name of the checkpoint folder that was measured.
         predicted_cost: Sum of the costs of the chosen widths, for a method that knows costs.
@@ -30,6 +31,7 @@ class PlanNotes(TypedDict, total=False):
         group_sizes: Group sizes found there.
     """
 
+    auto: str
     initial: str
     final: str
     predicted_cost: float

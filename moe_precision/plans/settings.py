@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from ..layers.patterns import Patterns, check_pattern
 from ..layers.shape import LayerShape
-from .methods import ALL_METHODS, COST_METHODS, METHODS, PLAN_METHODS, MethodName, reads
+from .levels import DEFAULT_LEVELS, DEFAULT_ORDER_LEVELS, check_budget, check_levels, order_levels
+from .methods import ALL_METHODS, AUTO, COST_METHODS, METHODS, PLAN_METHODS, MethodName, reads
 from .numbers import AllocationError, exact, finite_number, whole_number
 from .widths import (
     GRANULARITIES,
@@ -28,15 +29,17 @@ class PlanSettings:
     """What is asked of a plan. Every function and callback that makes plans takes these keywords, in this order.
 
     Attributes:
-        method: How widths are chosen: a key of `METHODS`.
+        method: How widths are chosen: a key of `METHODS`, or ``auto`` for ``statistics`` where there are any, else
+            ``curvature``, else ``router_norm``; see `resolved`.
         average_bits: Budget: nominal bits per expert weight, on average. 2.5 if no budget is given.
         stored_bits: Budget with scales and offsets included, instead of ``average_bits``.
         expert_gib: Budget as the size of all routed experts in the file, in GiB, instead of ``average_bits``.
         bits: Levels to choose from, of 1 to 8, or 16 for "left as it is". A method that orders experts takes one, two,
-            or three equally spaced levels; a method that knows costs takes any. ``uniform`` has only its average.
+            or three equally spaced levels, 2 and 3 by default; a method that knows costs takes any, 1 to 4 by default.
+            ``uniform`` has only its average.
         group_size: Weights along the input dimension that share a scale and an offset; a multiple of 8.
         granularity: What shares a width: ``expert``, ``expert+projection``, ``layer`` or ``layer+projection``; all but
-            ``expert`` need a method that knows costs.
+            ``expert`` need a method that knows costs. By default ``expert+projection`` for these, else ``expert``.
         seed: For ``method="random"`` and ``"shuffled_curvature"``.
         zeta: Factor of the paper's reorder rule: how many times larger a variance must be to overtake.
         router_pattern: Regular expression that names the routers' weights, as in `find_moe_layers`.
@@ -53,21 +56,26 @@ class PlanSettings:
         2.5
     """
 
-    method: MethodName = "router_norm"
+    method: MethodName = AUTO
     average_bits: float | None = None
     stored_bits: float | None = None
     expert_gib: float | None = None
-    bits: Sequence[int] = (2, 3)
+    bits: Sequence[int] | None = None
     group_size: int = 128
-    granularity: Granularity = "expert"
+    granularity: Granularity | None = None
     seed: int = 0
     zeta: float = ZETA
     router_pattern: str | None = None
     expert_pattern: str | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise AllocationError(f"unknown method {self.method!r}, expected one of {', '.join(ALL_METHODS)}")
+        if self.method not in (AUTO, *METHODS):
+            known = ", ".join((AUTO, *ALL_METHODS))
+            raise AllocationError(f"unknown method {self.method!r}, expected one of {known}")
+        if self.bits is None:
+            object.__setattr__(self, "bits", DEFAULT_LEVELS if self.knows_costs else DEFAULT_ORDER_LEVELS)
+        if self.granularity is None:
+            object.__setattr__(self, "granularity", "expert+projection" if self.knows_costs else "expert")
         self._coerce()
         given = {key: getattr(self, key) for key in BUDGETS if getattr(self, key) is not None}
         if len(given) > 1:
@@ -89,10 +97,12 @@ class PlanSettings:
         if not self.zeta > 0:
             raise AllocationError(f"zeta must be positive, got {self.zeta}")
         self._check_budget()
+        if self.method == AUTO and self.expert_gib is None and not str(self.granularity).startswith("layer"):
+            self.resolved("router_norm")
 
     def _coerce(self) -> None:
         """Plain Python numbers instead of numpy's and torch's, so that what is checked is what is saved."""
-        if isinstance(self.bits, str | int) or not hasattr(self.bits, "__iter__"):
+        if self.bits is None or isinstance(self.bits, str | int) or not hasattr(self.bits, "__iter__"):
             raise AllocationError(f"bits must list the levels to choose from, as in (2, 3); got {self.bits!r}")
         plain: dict[str, Any] = {"bits": tuple(sorted({whole_number("bits", bits) for bits in self.bits}))}
         plain |= {key: whole_number(key, getattr(self, key)) for key in ("group_size", "seed")}
@@ -117,8 +127,33 @@ class PlanSettings:
 
     @property
     def knows_costs(self) -> bool:
-        """Whether the method knows what each width costs, and solves one knapsack over all layers."""
-        return self.method in COST_METHODS
+        """Whether the method knows what each width costs, and solves one knapsack over all layers; ``auto`` may."""
+        return self.method == AUTO or self.method in COST_METHODS
+
+    def resolved(self, method: MethodName, layers: Mapping[str, LayerShape] | None = None) -> PlanSettings:
+        """The settings of the method that ``auto`` stands for; others are returned as they are.
+
+        A method that orders experts gives each expert one width, for all of its matrices. Where it cannot take these
+        levels, it takes the two around the budget.
+
+        Args:
+            method: What was chosen, see `methods.chosen`.
+            layers: Layer name -> shape; needed for ``expert_gib``.
+
+        Raises:
+            AllocationError: The budget is outside the levels, or whole layers were to share a width, which needs costs.
+        """
+        if self.method != AUTO:
+            return self
+        if method in COST_METHODS:
+            return replace(self, method=method)
+        if str(self.granularity).startswith("layer"):
+            raise AllocationError(
+                f"granularity={self.granularity!r} needs what each width costs, and 'auto' has only {method!r} here: "
+                "give the model and its curvature"
+            )
+        levels = order_levels(self.nominal_bits(layers), self.levels)
+        return replace(self, method=method, bits=levels, granularity="expert")
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -128,8 +163,8 @@ class PlanSettings:
             AllocationError: The average of ``uniform`` is not a width.
         """
         if self.method != "uniform":
-            return tuple(self.bits)
-        width = max(self.bits) if self.average_bits is None else self.average_bits
+            return tuple(self.bits or ())
+        width = max(self.bits or (0,)) if self.average_bits is None else self.average_bits
         if width not in range(17):
             raise AllocationError(f"method 'uniform' gives all experts one width: average_bits={width} is not a width")
         return (int(width),)
@@ -250,33 +285,3 @@ PATTERNS = ("router_pattern", "expert_pattern")
 def expert_weights(layers: Iterable[LayerShape]) -> int:
     """Number of weights of all routed experts."""
     return sum(shape.expert_size * shape.num_experts for shape in layers)
-
-
-def check_levels(average_bits: float, bits: Sequence[int]) -> list[int]:
-    """The levels in order, after checking that they are widths around the average.
-
-    Raises:
-        AllocationError: No levels, or an average outside them.
-        PlanError: A width that is not 1 to 8 or 16.
-    """
-    if isinstance(bits, int) or not bits:
-        raise AllocationError(f"bits must list the levels to choose from, as in (2, 3); got {bits!r}")
-    levels = sorted(set(bits))
-    check_widths(levels)
-    if not levels[0] <= average_bits <= levels[-1]:
-        raise AllocationError(f"average_bits={average_bits} is outside the levels {levels}; give levels around it")
-    return levels
-
-
-def check_budget(average_bits: float, bits: Sequence[int]) -> list[int]:
-    """`check_levels`, and that the paper's rule takes them.
-
-    Raises:
-        AllocationError: More than three levels, unequal spacing, or an average outside the levels.
-    """
-    levels = check_levels(average_bits, bits)
-    if len(levels) > 3:
-        raise AllocationError(f"the paper's rule takes one, two or three levels, got {len(levels)}: {levels}")
-    if len(levels) == 3 and levels[1] - levels[0] != levels[2] - levels[1]:
-        raise AllocationError(f"three levels must be equally spaced (as in 1, 2, 3 or 2, 3, 4), got {levels}")
-    return levels

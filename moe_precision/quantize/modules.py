@@ -52,6 +52,13 @@ class PackedProjection(nn.Module):
         bucket, index = self._place[expert]
         self.get_submodule(bucket).put(index, weight, fit)  # type: ignore[operator]
 
+    def place(self, expert: int) -> tuple[PackedMatrices | DenseMatrices, int]:
+        """Where the matrix of ``expert`` is held."""
+        name, index = self._place[expert]
+        bucket = self.get_submodule(name)
+        assert isinstance(bucket, PackedMatrices | DenseMatrices)
+        return bucket, index
+
     def weight(self, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float matrix of ``expert``, ``(out, in)``."""
         bucket, index = self._place[expert]

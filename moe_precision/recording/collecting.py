@@ -47,8 +47,10 @@ def collect_statistics(
             several processes run.
 
     Example:
+        >>> import torch
         >>> statistics = collect_statistics(model, [{"input_ids": torch.arange(3, 100)[None]}])
-        >>> quantize_model(model, allocate(model, method="uniform", group_size=64), statistics=statistics)
+        >>> plan = allocate(model, method="uniform", average_bits=2, group_size=64)
+        >>> packed = quantize_model(model, plan, statistics=statistics)
     """
     root, device = root_model(model), next(model.parameters()).device
     extra = {"use_cache": False} if isinstance(root, PreTrainedModel) else {}

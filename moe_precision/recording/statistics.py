@@ -45,6 +45,11 @@ class ExpertStatistics:
         router_norms: Layer name -> ``(E,)`` float32 when they were taken, by which the weights that they belong to are
             known.
         text: What text they were taken from.
+
+    Example:
+        >>> statistics = ExpertStatistics.load("precision_plan.statistics.safetensors")
+        >>> statistics.second_moment("model.layers.0.mlp", "down_proj", expert=0).shape
+        torch.Size([128, 128])
     """
 
     layers: dict[str, LayerShape]

@@ -130,7 +130,7 @@ def test_controls(mixtral):
     assert allocate(history=history, group_size=64, method="uniform", average_bits=3).to_dict()["settings"]["bits"] == [
         3
     ]
-    with pytest.raises(AllocationError, match="unknown method 'best', expected one of router_norm"):
+    with pytest.raises(AllocationError, match="unknown method 'best', expected one of auto, router_norm"):
         make(method="best")
 
 

@@ -31,7 +31,11 @@ def test_budgets_in_stored_bits_and_in_gib(method, mixtral):
     [
         ({"method": "sensitivity"}, "moe-precision compare` takes them"),
         ({"method": "curvature"}, "needs curvature"),
-        ({"granularity": "layer"}, "orders the experts of a layer.*needs a method that knows costs"),
+        ({"granularity": "layer"}, "needs what each width costs, and 'auto' has only 'router_norm' here"),
+        (
+            {"granularity": "layer", "method": "random"},
+            "orders the experts of a layer.*needs a method that knows costs",
+        ),
         ({"stored_bits": 3.0, "bits": (2, 16)}, "a method that knows costs"),
         ({"stored_bits": 9.0}, "outside what the levels"),
         ({"method": "weight_error", "granularity": "expert+layer"}, "unknown granularity"),

@@ -50,4 +50,4 @@ def test_a_plan_by_curvature_without_its_weights_warns():
     with pytest.warns(UserWarning, match="the fit is unweighted now"):
         quantize_model(model, plan)
     with pytest.raises(AllocationError, match="outside what the levels"):
-        allocate(build("mixtral"), method="weight_error", group_size=64, stored_bits=2.2)
+        allocate(build("mixtral"), method="weight_error", group_size=64, stored_bits=1.2)

@@ -13,7 +13,7 @@ from tests.support.processes import finish, start
 from tests.support.wandb_file import read_artifacts, read_curves
 
 STEPS = 12
-CURVATURE = ["curvature", "curvature, 1 to 4 bits"]
+ORDERS = ["paper's order", "reversed order", "random order"]
 
 
 def run_on_little_text(folder):
@@ -39,7 +39,8 @@ def test_files(demo):
     plan = PrecisionPlan.load(folder / "precision_plan.json")
     history = RouterNormHistory.load(folder / "precision_plan.history.safetensors")
     assert history.steps == [0, 10, STEPS]
-    assert plan.average_bits == 2.5
+    assert 2.4 < plan.average_bits <= 2.5
+    assert plan.method == "statistics"
     assert plan.baseline_step == 0
     assert plan.last_step == STEPS
     assert (folder / "router_norms.png").read_bytes().startswith(b"\x89PNG")
@@ -54,20 +55,28 @@ def test_table(demo):
     rows = {row["model"]: row for row in json.loads((folder / "results.json").read_text())}
     assert list(rows) == [
         "float",
+        "uniform 3 bits, no statistics",
+        "uniform 2 bits, no statistics",
         "uniform 3 bits",
         "uniform 2 bits",
+        *ORDERS,
         "plan",
-        "reversed order",
-        "random order",
-        *CURVATURE,
+        "plan, 2 bits",
+        "plan, 2 bits, distilled",
+        "plan, 1.5 bits",
+        "plan, 1.5 bits, distilled",
     ]
     plan = PrecisionPlan.load(folder / "precision_plan.json")
     assert rows["float"]["stored_bits"] == 16
-    assert rows["plan"]["nominal_bits"] == 2.5
-    assert rows["plan"]["stored_bits"] == pytest.approx(2.5 + 18 / 64, abs=0.01)
-    for name in CURVATURE:
-        assert 2.4 < rows[name]["nominal_bits"] <= 2.5
-        assert rows[name]["stored_bits"] <= rows["plan"]["stored_bits"] + 0.001
+    for name in ORDERS:
+        assert rows[name]["nominal_bits"] == 2.5
+        assert rows[name]["stored_bits"] == pytest.approx(2.5 + 18 / 64, abs=0.01)
+    for name, bits in {"plan": 2.5, "plan, 2 bits": 2, "plan, 1.5 bits, distilled": 1.5}.items():
+        assert bits - 0.1 < rows[name]["nominal_bits"] <= bits
+        assert rows[name]["stored_bits"] <= bits + 18 / 64 + 0.01
+    for name in ("plan, 2 bits", "plan, 1.5 bits"):
+        assert rows[f"{name}, distilled"]["divergence"]["kl"] != rows[name]["divergence"]["kl"]
+        assert rows[f"{name}, distilled"]["file_mb"] == pytest.approx(rows[name]["file_mb"], rel=0.01)
     measured = Checkpoint(folder / "quantized-plan").stored_bits_per_expert_weight(plan)
     assert rows["plan"]["stored_bits"] == measured
     assert rows["uniform 2 bits"]["file_mb"] < rows["plan"]["file_mb"] < rows["uniform 3 bits"]["file_mb"]
@@ -82,6 +91,9 @@ def test_table(demo):
             assert f"| {row['divergence']['kl']:.5f} | {row['divergence']['top1']:.1%} |" in line
             assert row["divergence"]["tokens"] == row["evaluation"]["tokens"]
     assert 0 < rows["uniform 3 bits"]["divergence"]["kl"] < rows["uniform 2 bits"]["divergence"]["kl"]
+    for name in ("uniform 3 bits", "uniform 2 bits"):
+        assert rows[name]["divergence"]["kl"] < rows[f"{name}, no statistics"]["divergence"]["kl"]
+    assert not list(folder.glob("*undistilled"))
 
 
 @pytest.mark.slow

@@ -1,13 +1,16 @@
 """Expert statistics on the command line: collected from a dataset, kept, and found beside a plan."""
 
+import os
+
 import pytest
 import torch
 
-from moe_precision import allocate, quantize_model
+from moe_precision import PrecisionPlan, allocate, quantize_model
 from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.cli.main import main
 from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.quantize.codec.grid import Grid
+from moe_precision.recording.curvature import Curvature
 from moe_precision.recording.statistics import ExpertStatistics
 from tests.support.models import logits
 
@@ -55,6 +58,7 @@ def test_a_grid_wins_over_statistics(saved, tmp_path, capsys):
     [
         (["--statistics", "x.safetensors", "--statistics-batches", "2"], "two sources of one thing"),
         (["--save-statistics", "x.safetensors"], "give that too"),
+        (["--distill-steps", "2", "--backend", "auto-round"], "cannot be used with --backend auto-round"),
         (["--statistics", "nowhere.safetensors"], "no statistics at 'nowhere.safetensors'"),
         (["--statistics-batches", "2", "--backend", "auto-round"], "cannot be used with --backend auto-round"),
     ],
@@ -64,3 +68,39 @@ def test_options_that_do_not_go_together(saved, tmp_path, capsys, options, messa
     assert main([*command, *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_plan_by_statistics_of_a_checkpoint_and_scales_distilled(tmp_path, model_with_text, capsys):
+    dataset, plan = ["--dataset", str(tmp_path / "text.txt")], str(tmp_path / "plan.json")
+    batches = ["--curvature-batches", "2", "--statistics-batches", "2"]
+    assert main(["plan", str(tmp_path / "model"), *batches, *dataset, "--group-size", "64", "-o", plan]) == 0
+    printed = capsys.readouterr().out
+    assert "plan.statistics.safetensors (tokens per expert: least" in printed
+    assert "method statistics (there are curvature and expert statistics)" in printed.replace("\n", " ")
+    made = PrecisionPlan.load(plan)
+    curvature = Curvature.load(tmp_path / "plan.curvature.safetensors")
+    expected = allocate(
+        tmp_path / "model", curvature=curvature, statistics=tmp_path / "plan.statistics.safetensors", group_size=64
+    )
+    assert made.diff(expected) == []
+    folders = [str(tmp_path / name) for name in ("model", "plain", "distilled")]
+    assert main(["quantize", folders[0], plan, folders[1]]) == 0
+    assert main(["quantize", folders[0], plan, folders[2], "--distill-steps", "4", *dataset]) == 0
+    printed = capsys.readouterr().out
+    assert "distilled scales over 4 training batches of" in printed
+    assert "error of the layers' output: 0." in printed
+    plain, distilled = (load_model(folder) for folder in folders[1:])
+    assert not torch.equal(logits(plain), logits(distilled))
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    again = ["plan", str(tmp_path / "model"), "--statistics", "x.safetensors", *batches, "-o", f"{plan[:-5]}2.json"]
+    assert main(again) == 2
+    assert "--statistics and --statistics-batches are two sources of one thing" in capsys.readouterr().err
+
+
+def test_a_grid_is_not_distilled(saved, tmp_path, capsys):
+    model, plan = saved
+    Grid.fit(find_moe_layers(model), plan).save(tmp_path / "plan.grid.safetensors")
+    command = ["quantize", str(tmp_path / "model"), str(tmp_path / "plan.json"), str(tmp_path / "out")]
+    assert main([*command, "--distill-steps", "2"]) == 2
+    assert "would change the grid that training has ended on" in capsys.readouterr().err

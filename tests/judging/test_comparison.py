@@ -13,6 +13,7 @@ from moe_precision import (
     PrecisionPlan,
     RouterNormHistory,
     allocate,
+    collect_statistics,
     find_moe_layers,
     quantize_model,
 )
@@ -27,7 +28,7 @@ from moe_precision.judging.verdict import verdict
 from moe_precision.present.figures import plot_comparison
 from moe_precision.present.tables import as_text, comparison_table
 from moe_precision.recipes import SummarizationDataModule, TextDataModule
-from moe_precision.recording.curvature import Curvature
+from moe_precision.recording.curvature import Curvature, row_and_column_means
 from moe_precision.recording.router_norms import router_norms
 from moe_precision.recording.second_moments import curvature_of
 from tests.cli.test_cli import TEXT
@@ -69,6 +70,7 @@ def test_every_method_stands_at_equal_stored_bits(comparison):
     assert [row.name for row in comparison.rows if row.asked_bits is None] == ["uniform 2 bits", "uniform 3 bits"]
     assert comparison.skipped == [
         "curvature: no curvature is given",
+        "statistics: no curvature is given",
         "shuffled_curvature: no curvature is given",
     ]
     means = [row.mean.value for row in comparison.at(2.5)]
@@ -248,6 +250,28 @@ def test_what_cannot_be_compared_is_said_and_the_rest_is(known):
     assert "load at 2.5 bits" in text
 
 
+@pytest.mark.slow
+def test_plans_by_statistics_are_compared_as_they_are_made_and_packed(known):
+    model, batches, counts, history = known
+    layers = find_moe_layers(model)
+    curvature = Curvature.of(layers, lambda weight: row_and_column_means(weight.read().detach().square()))
+    statistics = collect_statistics(model, batches[4:])
+    settings = {"group_size": 64, "bits": (1, 2, 3), "random_draws": 2, "curvature": curvature}
+    settings["granularities"] = ("expert+projection",)
+    methods = ["curvature", "statistics"]
+    without = compare(model, batches[:2], counts, history, methods=methods, **settings)
+    assert without.skipped == ["statistics: no statistics are given"]
+    found = compare(model, batches[:2], counts, history, methods=methods, statistics=statistics, **settings)
+    row = found.get("statistics", 2.5, "expert+projection")
+    given = {"curvature": curvature, "statistics": statistics}
+    plan = allocate(model, method="statistics", average_bits=2.5, bits=(1, 2, 3), group_size=64, **given)
+    assert row.plan.diff(plan) == []
+    packed = quantize_model(copy.deepcopy(model), plan, **given)
+    assert row.divergence.kl == pytest.approx(divergence(packed, model, batches[:2]).kl, rel=0.02)
+    by_curvature = [one.get("curvature", 2.5, "expert+projection").divergence.kl for one in (without, found)]
+    assert by_curvature[1] < by_curvature[0]  # the fit rounds under them
+
+
 def test_shuffled_costs_are_a_control_of_curvature(known):
     model, batches, counts, history = known
     curvature = Curvature.of(
@@ -263,7 +287,8 @@ def test_shuffled_costs_are_a_control_of_curvature(known):
     assert shuffled.mean.value == pytest.approx(sum(shuffled.draws) / 2)
     assert len(set(shuffled.draws)) == 2
     assert found.winner(2.5).method == "curvature"
-    plan = allocate(model, method="shuffled_curvature", curvature=curvature, average_bits=2.5, group_size=64, seed=0)
+    given = {"method": "shuffled_curvature", "curvature": curvature, "bits": (2, 3), "granularity": "expert"}
+    plan = allocate(model, average_bits=2.5, group_size=64, seed=0, **given)
     assert shuffled.plan.diff(plan) == []
     assert (shuffled.plan.method, shuffled.plan.to_dict()["settings"]["seed"]) == ("shuffled_curvature", 0)
 

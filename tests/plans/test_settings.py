@@ -23,6 +23,7 @@ from moe_precision.layers.shape import LayerShape
 from moe_precision.plans import methods
 from moe_precision.plans.settings import PlanSettings
 
+PAPER = {"method": "router_norm"}
 NAMES = [one.name for one in fields(PlanSettings)]
 LAYERS = {"0": LayerShape("router", 4, {"up": (64, 32), "down": (32, 64)})}  # 4 * 4096 weights
 
@@ -46,16 +47,15 @@ def test_the_annealing_callback_of_transformers_passes_them_on():
 
 def test_the_command_line_has_an_option_for_each():
     options = vars(parser().parse_args(["plan", "history.safetensors"]))
-    assert {name: options[name] for name in NAMES} == {
-        one.name: list(one.default) if one.name == "bits" else one.default for one in fields(PlanSettings)
-    }
+    assert {name: options[name] for name in NAMES} == {one.name: one.default for one in fields(PlanSettings)}
 
 
 def test_the_registry_is_the_one_list_of_methods():
-    assert get_args(methods.MethodName) == methods.ALL_METHODS == tuple(methods.METHODS)
+    assert get_args(methods.MethodName) == (methods.AUTO, *methods.ALL_METHODS)
+    assert tuple(methods.METHODS) == methods.ALL_METHODS
     assert set(ORDERS) == set(methods.ORDER_METHODS)
-    assert set(methods.COST_METHODS) == {"weight_error", "curvature", "shuffled_curvature", "sensitivity"}
-    assert set(methods.ALL_METHODS) - set(methods.PLAN_METHODS) == {"sensitivity"}
+    assert set(methods.COST_METHODS) == {"weight_error", "curvature", "statistics", "shuffled_curvature", "sensitivity"}
+    assert set(methods.PLAN_METHODS) == {methods.AUTO, *methods.ALL_METHODS} - {"sensitivity"}
     assert set(methods.CONTROLS) == {"uniform", "random", "reversed", "least_load", "shuffled_curvature"}
     assert set(methods.SEEDED) == {"random", "shuffled_curvature"}
     assert set().union(*(m.reads for m in methods.METHODS.values())) == set(get_args(methods.Signal))
@@ -64,6 +64,8 @@ def test_the_registry_is_the_one_list_of_methods():
 
 def test_a_budget_is_nominal_unless_another_one_is_given():
     assert PlanSettings().nominal_bits() == 2.5
+    assert PlanSettings().levels == PlanSettings(method="curvature").levels == (1, 2, 3, 4)
+    assert PlanSettings(method="router_norm").levels == (2, 3)
     assert PlanSettings(bits=(3, 2, 3)).levels == (2, 3)
     assert PlanSettings(method="uniform", average_bits=4).levels == (4,)
     assert PlanSettings(stored_bits=2.5 + 18 / 64, group_size=64).nominal_bits() == pytest.approx(2.5)
@@ -76,18 +78,20 @@ def test_a_budget_is_nominal_unless_another_one_is_given():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"method": "best"}, "unknown method 'best', expected one of router_norm"),
+        ({"method": "best"}, "unknown method 'best', expected one of auto, router_norm"),
         ({"average_bits": 2.5, "stored_bits": 2.5}, r"average_bits=2.5 and stored_bits=2.5 are 2 budgets; give one"),
         ({"stored_bits": 2.5, "expert_gib": 1.0}, "are 2 budgets; give one"),
-        ({"average_bits": 3.5}, r"average_bits=3.5 is outside the levels \[2, 3\]"),
-        ({"stored_bits": 2.0}, r"stored_bits=2.0 is outside .* 2.14062 to 3.14062"),
+        ({"average_bits": 4.5}, r"average_bits=4.5 is outside the levels \[1, 2, 3, 4\]"),
+        ({"average_bits": 3.5, **PAPER}, r"average_bits=3.5 is outside the levels \[2, 3\]"),
+        ({"stored_bits": 1.0}, r"stored_bits=1.0 is outside .* 1.14062 to 4.14062"),
+        ({"stored_bits": 2.0, **PAPER}, r"stored_bits=2.0 is outside .* 2.14062 to 3.14062"),
         ({"bits": 2}, "must list the levels"),
-        ({"bits": (1, 2, 4)}, "equally spaced"),
-        ({"bits": (1, 2, 3, 4)}, "one, two or three levels"),
-        ({"stored_bits": 2.5, "bits": (1, 2, 3, 4)}, "one, two or three levels"),
+        ({"bits": (1, 2, 4), **PAPER}, "equally spaced"),
+        ({"bits": (1, 2, 3, 4), **PAPER}, "one, two or three levels"),
+        ({"stored_bits": 2.5, "bits": (1, 2, 3, 4), **PAPER}, "one, two or three levels"),
         ({"granularity": "row"}, "unknown granularity 'row', expected one of expert,"),
         (
-            {"granularity": "layer"},
+            {"granularity": "layer", **PAPER},
             "orders the experts of a layer: granularity='layer' needs a method that knows costs",
         ),
         ({"zeta": 0.0}, "zeta must be positive"),
@@ -114,7 +118,7 @@ def test_what_cannot_be_stored():
 
 
 def test_only_compare_measures_sensitivities():
-    with pytest.raises(AllocationError, match=r"'sensitivity' needs measured costs.*expected one of router_norm"):
+    with pytest.raises(AllocationError, match=r"'sensitivity' needs measured costs.*expected one of auto, router_norm"):
         PlanSettings(method="sensitivity").check_plannable()
 
 
@@ -135,7 +139,7 @@ def test_numbers_of_numpy_and_torch_become_pythons():
     )
     assert settings == PlanSettings(bits=(2, 3), average_bits=2.5, group_size=64, seed=3, zeta=2.0)
     assert json.loads(json.dumps(settings.to_dict())) == settings.to_dict()
-    assert PlanSettings(bits=range(2, 4)) == PlanSettings(bits=(2.0, 3.0)) == PlanSettings()
+    assert PlanSettings(bits=range(2, 4)) == PlanSettings(bits=(2.0, 3.0))
 
 
 @pytest.mark.parametrize(

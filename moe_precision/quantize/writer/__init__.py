@@ -6,6 +6,7 @@ packed, written under a temporary name and renamed (`packer`, `workers`). A run 
 shards by their checksums and continues with the others (`resume`).
 """
 
+from .distilled import distill_checkpoint
 from .job import quantize_checkpoint
 
-__all__ = ["quantize_checkpoint"]
+__all__ = ["distill_checkpoint", "quantize_checkpoint"]
