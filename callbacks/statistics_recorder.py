@@ -87,6 +87,8 @@ class StatisticsRecorder:
         if self._share is not None:
             self._start_turns(model, layers, step, total, obstacle)
         elif self._asked is None:
+            if folder is None:  # a trial run, which writes no files
+                return
             if reason := _why_not(layers, size, folder, obstacle):
                 rank_zero_info(f"{self._owner}: no expert statistics are collected: {reason}")
                 return
@@ -193,11 +195,9 @@ class StatisticsRecorder:
             self._turns = None
 
 
-def _why_not(layers: list[MoELayer], size: int, folder: Path | None, obstacle: str) -> str:
+def _why_not(layers: list[MoELayer], size: int, folder: Path, obstacle: str) -> str:
     """Why statistics are not collected unasked; empty if they are."""
     ask = f"Ask for them with statistics_batches={AUTOMATIC} or statistics_from=0.95"
-    if folder is None:
-        return "this run writes no files"
     if size > AUTOMATIC_BYTES:
         return f"their file would take {size / 1e9:,.1f} GB. {ask}"
     if _free(folder) < size:
