@@ -56,8 +56,8 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         statistics_batches: Collect the experts' statistics from this many more training batches, after the last step
             and without gradients; they are written beside the plan, and the quantize step rounds under them. None
             takes 32 if the file stays below 1 GB, 0 collects none.
-        statistics_from: Collect them in training itself instead, after this share of its steps, such as 0.95: the
-            layers in turn, so that few of them are in memory.
+        statistics_from: Collect them in training itself instead, after this share of its steps, such as 0.95: two
+            layers at a time, so that few of them are in memory.
 
     Attributes:
         history: The recorded norms.

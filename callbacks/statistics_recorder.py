@@ -124,8 +124,8 @@ class StatisticsRecorder:
         first, last = max(step, int(self._share * total)), int(total)
         self._turns = StatisticsInTurn(model, layers, first, last)
         rank_zero_info(
-            f"{self._owner}: steps {first:,} to {last:,} are recorded for the experts' statistics, the layers in turn; "
-            f"they take {most_bytes(layers, first, last) / 1e6:,.1f} MB of memory while they are summed, and "
+            f"{self._owner}: steps {first:,} to {last:,} are recorded for the experts' statistics, a few layers at a "
+            f"time; they take {most_bytes(layers, first, last) / 1e6:,.1f} MB of memory while they are summed, and "
             f"{file_bytes(layers) / 1e6:,.1f} MB of memory and disk in the end"
         )
 

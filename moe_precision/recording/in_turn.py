@@ -1,4 +1,4 @@
-"""Expert statistics of training itself: its last steps, the layers in turn, so that few of them are in memory at once.
+"""Expert statistics of training itself: of its last steps, two layers at a time, so that few are in memory at once.
 
 Nothing is computed twice: hooks sum second moments in the forward passes of training. Each layer has its turn once, and
 within its turn every k-th step counts, so that about `ENOUGH` tokens per input column are taken.
@@ -19,6 +19,7 @@ from .router_norms import router_norms
 from .statistics import ExpertStatistics, StatisticsError
 
 ENOUGH = 32  # tokens per expert for each input column; more gain nothing
+TOGETHER = 2  # layers that have their turn at the same time
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Turn:
 
 
 def turns(layers: list[MoELayer], first: int, last: int) -> list[Turn]:
-    """Shares out the steps ``first <= step < last``: to one layer after the other, or to groups if steps are few."""
-    count = min(len(layers), last - first)
+    """Shares out the steps ``first <= step < last`` to groups of `TOGETHER` layers, or larger ones if steps are few."""
+    count = min(-(-len(layers) // TOGETHER), last - first)
     steps = [first + (last - first) * i // count for i in range(count + 1)]
     places = [len(layers) * i // count for i in range(count + 1)]
     return [Turn(layers[places[i] : places[i + 1]], steps[i], steps[i + 1]) for i in range(count)]

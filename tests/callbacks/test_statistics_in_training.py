@@ -13,12 +13,17 @@ from transformers import TrainingArguments
 
 from moe_precision import find_moe_layers
 from moe_precision.callbacks import RouterNormMonitor, RouterNormTrainerCallback, statistics_recorder
-from moe_precision.recording.in_turn import turns
+from moe_precision.recording import in_turn
 from moe_precision.recording.router_norms import norms_by_layer
 from moe_precision.recording.statistics import ExpertStatistics
 from tests.callbacks.test_statistics_of_a_run import NAME, OfAModel, rows
 from tests.support.models import build
 from tests.support.trainers import Module, TwoOptimizers, data, monitor, trainer
+
+
+@pytest.fixture(autouse=True)
+def one_layer_at_a_time(monkeypatch):
+    monkeypatch.setattr(in_turn, "TOGETHER", 1)
 
 
 class Watched:
@@ -169,6 +174,21 @@ def test_a_hook_that_fails_stops_nobody(tmp_path, monkeypatch):
     assert not (tmp_path / NAME).exists()
 
 
+def test_compiled_experts_are_never_half_counted(tmp_path):
+    class Compiled(Module):
+        def __init__(self):
+            super().__init__()
+            self.model = torch.compile(self.model, backend="eager")
+
+        def on_train_batch_end(self, *args):
+            pass
+
+    with pytest.warns(UserWarning, match=r"no statistics are written: .*no input of .* was seen.*\(compiled"):
+        trainer(tmp_path, monitor(statistics_from=0.5)).fit(Compiled(), data())
+    assert (tmp_path / "precision_plan.json").is_file()
+    assert not (tmp_path / NAME).exists()
+
+
 # -- unasked ----------------------------------------------------------------------------------------------------------
 
 
@@ -257,13 +277,3 @@ def test_switched_off_there_is_no_hook(tmp_path):
 
     trainer(tmp_path, monitor(statistics_batches=0)).fit(Looks(), data())
     assert not (Path(tmp_path) / NAME).exists()
-
-
-def test_turns_are_shared_out():
-    layers = find_moe_layers(build("deepseek_v3", num_hidden_layers=4))
-    assert [(len(turn.layers), turn.first, turn.end) for turn in turns(layers, 10, 20)] == [
-        (1, 10, 13),
-        (1, 13, 16),
-        (1, 16, 20),
-    ]
-    assert [(len(turn.layers), turn.first, turn.end) for turn in turns(layers, 10, 12)] == [(1, 10, 11), (2, 11, 12)]

@@ -10,7 +10,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from moe_precision import find_moe_layers
 from moe_precision.recording.collecting import collect_statistics, memory_bytes, passes, peak_bytes
 from moe_precision.recording.collector import Collector
-from moe_precision.recording.in_turn import StatisticsInTurn, Turn, stride
+from moe_precision.recording.in_turn import StatisticsInTurn, Turn, most_bytes, stride, turns
 from moe_precision.recording.loads import not_counted
 from moe_precision.recording.statistics import ExpertStatistics, StatisticsError
 from tests.recording.test_collecting import captured, inputs
@@ -137,6 +137,23 @@ def test_a_layer_that_is_missing():
     empty = ExpertStatistics({layer.name: layer.shape for layer in layers})
     with pytest.raises(StatisticsError, match=r"no statistics of \['model\.layers\.0\.mlp', 'model\.layers\.1\.mlp'\]"):
         empty.belongs_to(layers)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (range(10, 20), [(1, 10, 13), (2, 13, 16), (2, 16, 20)]),
+        (range(10, 12), [(2, 10, 11), (3, 11, 12)]),
+        (range(10, 11), [(5, 10, 11)]),
+    ],
+)
+def test_turns(steps, expected):
+    layers = find_moe_layers(build("deepseek_v3", num_hidden_layers=6))
+    found = turns(layers, steps.start, steps.stop)
+    assert [(len(turn.layers), turn.first, turn.end) for turn in found] == expected
+    assert [layer.name for turn in found for layer in turn.layers] == [layer.name for layer in layers]
+    most = max(count for count, _, _ in expected)
+    assert most_bytes(layers, steps.start, steps.stop) == most * memory_bytes(layers[:1])
 
 
 def test_every_how_many_steps():
