@@ -244,6 +244,19 @@ def test_unasked_it_changes_nothing_else(tmp_path):
     assert plan == other_plan
 
 
+def test_a_loader_that_is_exhausted(tmp_path):
+    class Once(IterableDataset):
+        def __init__(self):
+            self.rows = iter(torch.randn(48, 32))
+
+        def __iter__(self):
+            return self.rows
+
+    with pytest.warns(UserWarning, match="no statistics are written: .* no input of .* was seen. Was there no batch"):
+        trainer(tmp_path, monitor(), max_steps=6, max_epochs=-1).fit(Module(), DataLoader(Once(), batch_size=8))
+    assert (tmp_path / "precision_plan.json").is_file()
+
+
 def test_a_large_file_is_not_written_unasked(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(statistics_recorder, "AUTOMATIC_BYTES", 1000)
     said = []

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from moe_precision import PrecisionPlan, quantize_model
 from moe_precision.callbacks import RouterNormMonitor, RouterNormTrainerCallback
+from moe_precision.recording import collecting
 from moe_precision.recording.collecting import collect_statistics
 from moe_precision.recording.statistics import ExpertStatistics, StatisticsError
 from tests.callbacks.test_router_norm_monitor import Module, TwoOptimizers, data, monitor, trainer
@@ -66,6 +67,16 @@ def test_of_a_transformers_model_under_lightning(tmp_path):
     assert all(load[0].sum() == 12 * 10 * 2 for load in loads.values())  # the extra batches are not counted
     plan = PrecisionPlan.load(tmp_path / "precision_plan.json")
     quantize_model(module.model, plan, curvature=callback.curvature, statistics=tmp_path / NAME)
+
+
+def test_a_loader_is_gone_through_once_for_each_pass(tmp_path, monkeypatch):
+    module, batches = OfAModel(), DataLoader(rows(), batch_size=3)
+    monkeypatch.setattr(collecting, "passes", lambda layers, memory: [[layer] for layer in layers])
+    callback = RouterNormMonitor(group_size=64, statistics_batches=2)
+    trainer(tmp_path, callback, max_epochs=1, max_steps=-1).fit(module, batches)
+    monkeypatch.undo()
+    assert_alike(callback.statistics, collect_statistics(module.model, list(batches)[:2]))
+    assert callback.statistics.text.startswith("2 training batches")
 
 
 def test_of_a_module_through_its_training_step(tmp_path):
