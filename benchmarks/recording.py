@@ -1,4 +1,5 @@
-"""What recording costs: one record against one vector_norm over the same bytes, and one record per step in the recipe.
+"""What recording costs: one record against one vector_norm over the same bytes, one record per step in the recipe, and
+the experts' statistics in the recipe, in its last steps and after them.
 
 python -m benchmarks.recording
 """
@@ -19,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from moe_precision.layers.moe_layers import find_moe_layers
+from moe_precision.recording import collector
 from moe_precision.recording.history import RouterNormHistory
 from moe_precision.recording.loads import LoadCounter
 from moe_precision.recording.router_norms import router_norms
 
 LAYERS, EXPERTS, WIDTH = 32, 64, 2048
 STEPS = 60
+WHOLE = 1400  # steps of the recipe
 
 
 def routers_of_a_large_model() -> nn.Module:
@@ -83,22 +86,28 @@ def one_record() -> None:
     print(f"\ninstead, one norm and one .item() per expert: {each:.1f} ms")
 
 
-def a_record_every_step() -> None:
-    """Prints the share of the step time of the smallest recipe, with offline wandb, at every step."""
+def recipe(folder: str, steps: int, **changes: Any) -> tuple[Any, Any]:
+    """The smallest recipe, ready to fit with our callback alone: Lightning's CLI object and the callback."""
     from pytorch_lightning.cli import LightningCLI
 
     from moe_precision.callbacks import RouterNormMonitor
 
     warnings.simplefilter("ignore")
+    text = files("moe_precision.recipes").joinpath("pretrain_mixtral.yaml").read_text(encoding="utf-8")
+    config = Path(folder, "recipe.yaml")
+    config.write_text(text.replace("runs/pretrain_mixtral", folder), encoding="utf-8")
+    arguments = ["--config", str(config), "--trainer.max_steps", str(steps), "--trainer.limit_val_batches", "0"]
+    arguments += ["--trainer.enable_progress_bar", "false", "--trainer.num_sanity_val_steps", "0"]
+    cli = LightningCLI(args=arguments, run=False, save_config_callback=None)
+    monitor = RouterNormMonitor(group_size=64, **changes)
+    cli.trainer.callbacks = [monitor]
+    return cli, monitor
+
+
+def a_record_every_step() -> None:
+    """Prints the share of the step time of the smallest recipe, with offline wandb, at every step."""
     with tempfile.TemporaryDirectory() as folder:
-        recipe = files("moe_precision.recipes").joinpath("pretrain_mixtral.yaml").read_text(encoding="utf-8")
-        config = Path(folder, "recipe.yaml")
-        config.write_text(recipe.replace("runs/pretrain_mixtral", folder), encoding="utf-8")
-        arguments = ["--config", str(config), "--trainer.max_steps", str(STEPS), "--trainer.limit_val_batches", "0"]
-        arguments += ["--trainer.enable_progress_bar", "false", "--trainer.num_sanity_val_steps", "0"]
-        cli = LightningCLI(args=arguments, run=False, save_config_callback=None)
-        (monitor,) = (c for c in cli.trainer.callbacks if isinstance(c, RouterNormMonitor))
-        monitor.every_n_steps = 1
+        cli, monitor = recipe(folder, STEPS, every_n_steps=1, statistics_batches=0)
         hook, log = monitor.on_train_batch_end, cli.trainer.logger.log_metrics
         hooks: list[float] = []
         logs: list[float] = []
@@ -117,8 +126,7 @@ def a_record_every_step() -> None:
             hooks.append(ends[-1] - start)
             cli.trainer.logger.log_metrics = log
 
-        monitor.on_train_batch_end = timed_hook  # type: ignore[method-assign]
-        cli.trainer.callbacks = [monitor]
+        monitor.on_train_batch_end = timed_hook
         cli.trainer.fit(cli.model, cli.datamodule)
         step = statistics.median(b - a for a, b in pairwise(ends[5:]))
         record = statistics.median(a - b for a, b in zip(hooks[5:], logs[5:], strict=False))
@@ -140,6 +148,52 @@ def a_record_every_step() -> None:
     print(f"| WandbLogger.log_metrics, offline | {1e3 * logging:.2f} | {100 * logging / step:.2f} % |")
 
 
+def statistics_of_the_experts() -> None:
+    """Prints what statistics cost of the recipe's training time: all that is done in a run, beside its other steps."""
+    recorded = WHOLE - int(0.95 * WHOLE)
+    spent: dict[str, float] = {}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
+
+        return wrapper
+
+    print(f"\npretrain_mixtral, 4 layers x 8 experts, statistics; shares are of its {WHOLE:,} steps\n")
+    print("| what | s | share of training | tokens per expert: least, median, most |\n|---|---|---|---|")
+    ways = {f"in the last {recorded} steps": {"statistics_from": 0.5}, "32 batches after the last step": {}}
+    for name, changes in ways.items():
+        spent.clear()
+        with tempfile.TemporaryDirectory() as folder:
+            cli, monitor = recipe(folder, 2 * recorded, **changes)
+            collecting, ends = monitor._collecting, []
+            for method in ("before_batch", "after_batch", "finish"):
+                setattr(collecting, method, timed("recorder", getattr(collecting, method)))
+            hook, end = collector._Hook.__call__, monitor.on_train_batch_end
+            inside = "hooks" if changes else "hooks, inside of the recorder"
+            collector._Hook.__call__ = timed(inside, hook)  # type: ignore[method-assign]
+
+            def ended(*args: Any, end: Any = end, ends: list[float] = ends) -> None:
+                end(*args)
+                ends.append(time.perf_counter())
+
+            monitor.on_train_batch_end = ended
+            try:
+                cli.trainer.fit(cli.model, cli.datamodule)
+            finally:
+                collector._Hook.__call__ = hook  # type: ignore[method-assign]
+            step = statistics.median(b - a for a, b in pairwise(ends[5:recorded]))
+            tokens = torch.cat(list(monitor.statistics.tokens.values()))
+        total = spent["recorder"] + spent.get("hooks", 0.0)
+        share = 100 * total / (step * WHOLE)
+        print(f"| {name} | {total:.2f} | {share:.2f} % | {tokens.min():,}, {tokens.median():,}, {tokens.max():,} |")
+
+
 if __name__ == "__main__":
     one_record()
     a_record_every_step()
+    statistics_of_the_experts()

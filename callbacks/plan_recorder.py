@@ -12,8 +12,9 @@ from torch import nn
 
 from moe_precision.allocation.allocator import make_plan
 from moe_precision.allocation.planning import caveat_text
-from moe_precision.callbacks.extra_batches import Loss, Step, announce, curvature_of_run, statistics_of_run
+from moe_precision.callbacks.extra_batches import Loss, curvature_of_run
 from moe_precision.callbacks.run_files import RunFiles
+from moe_precision.callbacks.statistics_recorder import StatisticsRecorder, Step
 from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.plans.methods import AUTO, MethodName, reads
@@ -68,6 +69,7 @@ class PlanRecorder:
         log_experts: bool | None = None,
         curvature_batches: int | None = None,
         statistics_batches: int | None = None,
+        statistics_from: float | None = None,
     ) -> None:
         self.settings = PlanSettings(
             method=method,
@@ -83,17 +85,14 @@ class PlanRecorder:
             expert_pattern=expert_pattern,
         )
         self.settings.check_plannable()
-        for name, value in (
-            ("every_n_steps", every_n_steps),
-            ("curvature_batches", curvature_batches),
-            ("statistics_batches", statistics_batches),
-        ):
+        for name, value in (("every_n_steps", every_n_steps), ("curvature_batches", curvature_batches)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
         self._files = RunFiles(export_to, type(self).__name__, _RESCUE)
         self.every_n_steps, self.export_to = every_n_steps, export_to
         self.log_experts = log_experts
-        self.curvature_batches, self.statistics_batches = curvature_batches, statistics_batches
+        self.curvature_batches = curvature_batches
+        self._collecting = StatisticsRecorder(type(self).__name__, statistics_batches, statistics_from)
         self.history = RouterNormHistory()
         self.curvature: Curvature | None = None
         self.statistics: ExpertStatistics | None = None
@@ -113,24 +112,24 @@ class PlanRecorder:
         """
         self._layers, self._warned = [], False
         self._stop_counting()
+        self._collecting.close()
         self.plan = self.curvature = self.statistics = None
         if anew:
             self.history = RouterNormHistory()
         self._files.prepare(folder)
 
-    def _start(self, model: nn.Module, step: int) -> bool:
+    def _start(self, model: nn.Module, step: int, total: float = float("inf"), obstacle: str = "") -> bool:
         """Finds the layers, reports what was found, and takes the baseline unless a checkpoint brought one.
 
-        Returns:
-            Whether a record was taken.
+        Arguments are those of `StatisticsRecorder.start`. Returns whether a record was taken.
         """
         patterns = self.settings.patterns
         self._layers, self._model = find_moe_layers(model, **patterns), model
         fresh = RouterNormHistory.of(self._layers, model_type_of(root_model(model)), patterns)
         self.settings.check_fits(fresh.layers)
         rank_zero_info(f"{type(self).__name__}: recording\n{as_text(layers_table(self._layers))}")
-        if self.statistics_batches is not None:
-            announce(self._layers, self.statistics_batches, type(self).__name__)
+        folder = self._files.paths.plan.parent if self._files.written else None
+        self._collecting.start(model, self._layers, step, total, folder, obstacle)
         if fresh.caveats:
             rank_zero_warn(f"{type(self).__name__}: {caveat_text(fresh.caveats)}.")
         if self.history.steps and self.history.steps[-1] <= step:  # else it is from an earlier run
@@ -247,7 +246,7 @@ class PlanRecorder:
             writes: Whether this rank writes files.
             optimizers: Those that trained the experts, for their second moments.
             losses: Losses of training batches, for squared gradients instead if `curvature_batches` is given.
-            steps: Forward passes of training batches, for the experts' statistics if `statistics_batches` is given.
+            steps: Forward passes of training batches, for the experts' statistics.
         """
         self._stop_counting()
         if len(self.history.steps) < 2:
@@ -260,8 +259,7 @@ class PlanRecorder:
         assert self._model is not None
         known = self._model, self._layers
         self.curvature = curvature_of_run(*known, optimizers, losses, self.curvature_batches, type(self).__name__)
-        if self.statistics_batches is not None:
-            self.statistics = statistics_of_run(*known, steps, self.statistics_batches, type(self).__name__)
+        self.statistics = self._collecting.finish(*known, steps)
         if writes:
             for kind, found in (("curvature", self.curvature), ("statistics", self.statistics)):
                 path = getattr(self._files.paths, kind)
@@ -286,17 +284,10 @@ class PlanRecorder:
 
     def _make_plan(self) -> PrecisionPlan:
         """From what was recorded; the weights are read only where widths have costs."""
-        method = self.settings.method
-        if method == AUTO and self.curvature is None:
-            return make_plan(self.settings, history=self.history)
-        priced = method == AUTO or reads(method, "curvature")
-        return make_plan(
-            self.settings,
-            model=self._model if self.settings.knows_costs else None,
-            history=self.history,
-            curvature=self.curvature,
-            statistics=self.statistics if priced else None,
-        )
+        method, curvature = self.settings.method, self.curvature
+        model = self._model if self.settings.knows_costs and not (method == AUTO and curvature is None) else None
+        statistics = self.statistics if method == AUTO or reads(method, "curvature") else None
+        return make_plan(self.settings, model, self.history, curvature, statistics)
 
     def _save_history(self) -> bool:
         """Writes what was recorded, without any collective; returns whether that worked."""

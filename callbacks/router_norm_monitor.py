@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.utilities import CombinedLoader, rank_zero_warn
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from moe_precision.callbacks.extra_batches import takes
 from moe_precision.callbacks.plan_recorder import PlanRecorder
+from moe_precision.callbacks.statistics_recorder import Again
 from moe_precision.layers.module_tree import root_model
 from moe_precision.present.wandb_media import log_to_wandb
+
+_MANUAL = "needs automatic optimization: this module steps its own optimizers, and no batch runs without its step"
 
 
 class RouterNormMonitor(PlanRecorder, Callback):
@@ -65,8 +70,10 @@ class RouterNormMonitor(PlanRecorder, Callback):
             step and at its weights; None reads the optimizer's second moments, which costs nothing. For optimizers
             that have none (SGD, Muon, Lion).
         statistics_batches: Collect the experts' statistics from this many more training batches, after the last step
-            and without gradients, on one process; they are written beside the plan, and the quantize step rounds under
-            them. None collects none.
+            and without gradients; they are written beside the plan, and the quantize step rounds under them. None
+            takes 32 if the file stays below 1 GB, 0 collects none.
+        statistics_from: Collect them in training itself instead, after this share of its steps, such as 0.95: two
+            layers at a time, so that few of them are in memory.
 
     Attributes:
         history: The recorded norms.
@@ -107,18 +114,18 @@ class RouterNormMonitor(PlanRecorder, Callback):
                 f"curvature_batches={self.curvature_batches} needs automatic optimization: this module steps its own "
                 "optimizers, so its loss cannot be computed without a step"
             )
-        if self.statistics_batches is not None and not pl_module.automatic_optimization:
-            raise ValueError(
-                f"statistics_batches={self.statistics_batches} needs automatic optimization: this module steps its own "
-                "optimizers, so that it cannot run a training batch without a step"
-            )
+        obstacle = "" if pl_module.automatic_optimization else _MANUAL
         # strategy.model: FSDP1's root unit is around the LightningModule
-        if self._start(trainer.strategy.model or pl_module, trainer.global_step):
+        if self._start(trainer.strategy.model or pl_module, trainer.global_step, _total_steps(trainer), obstacle):
             self._log(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._collecting.before_batch(trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._collecting.after_batch(trainer.global_step)
         if self._due(trainer.global_step, trainer.log_every_n_steps):  # type: ignore[attr-defined]
             self._record(trainer.global_step)
             self._log(trainer)
@@ -126,7 +133,7 @@ class RouterNormMonitor(PlanRecorder, Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._record_final(trainer.global_step):
             self._log(trainer)
-        losses, steps = _losses(trainer, pl_module), _steps(trainer, pl_module)
+        losses, steps = _losses(trainer, pl_module), Again(partial(_steps, trainer, pl_module))
         plan = self._finish(trainer.is_global_zero, trainer.optimizers, losses, steps)
         if plan is not None:
             for logger in trainer.loggers:
@@ -145,6 +152,7 @@ class RouterNormMonitor(PlanRecorder, Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # No collective here: one rank may have failed alone. What was recorded is kept.
         self._stop_counting()
+        self._collecting.close()
         if trainer.is_global_zero:
             self._save_history()
 
@@ -162,6 +170,14 @@ class RouterNormMonitor(PlanRecorder, Callback):
                 logger.log_metrics(metrics, step=trainer.global_step)
 
 
+def _total_steps(trainer: Trainer) -> float:
+    """Optimizer steps of the whole run; infinite where Lightning cannot know."""
+    try:
+        return trainer.estimated_stepping_batches
+    except MisconfigurationException:  # accumulation that changes between epochs
+        return float("inf")
+
+
 def _losses(trainer: Trainer, pl_module: LightningModule) -> Iterator[Callable[[], Tensor | None]]:
     """The module's own training loss on one more pass over the training data, as the training loop computes it."""
     for batch, index in _batches(trainer):
@@ -169,9 +185,12 @@ def _losses(trainer: Trainer, pl_module: LightningModule) -> Iterator[Callable[[
 
 
 def _steps(trainer: Trainer, pl_module: LightningModule) -> Iterator[Callable[[], Any]]:
-    """One more pass over the training data: by the model where a batch is its arguments, else as training steps."""
+    """One more pass over the training data: by the model where a batch is its arguments, else as training steps.
+
+    With several processes always as training steps, since what is around the model may have to gather its weights.
+    """
     for batch, index in _batches(trainer):
-        step = _forward if takes(pl_module, batch) else _loss
+        step = _forward if trainer.world_size == 1 and takes(pl_module, batch) else _loss
         yield partial(step, trainer, pl_module, batch, index)
 
 
@@ -185,14 +204,22 @@ def _moved(trainer: Trainer, batch: Any) -> Any:
 
 
 def _forward(trainer: Trainer, pl_module: LightningModule, batch: Any, index: int) -> None:
-    root_model(pl_module)(**_moved(trainer, batch))
+    with trainer.precision_plugin.forward_context():
+        root_model(pl_module)(**_moved(trainer, batch))
 
 
 def _loss(trainer: Trainer, pl_module: LightningModule, batch: Any, index: int) -> Tensor | None:
     batch = _moved(trainer, batch)
-    hook, pl_module._current_fx_name = pl_module._current_fx_name, "training_step"  # where self.log is allowed
-    try:
+    with _unlogged(pl_module):
         output = trainer.strategy.training_step(batch, index)
-    finally:
-        pl_module._current_fx_name = hook
     return output["loss"] if isinstance(output, Mapping) else output
+
+
+@contextmanager
+def _unlogged(pl_module: LightningModule) -> Iterator[None]:
+    """Inside, ``self.log`` does nothing: these batches are not part of the run's metrics."""
+    pl_module.__dict__["log"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del pl_module.__dict__["log"]

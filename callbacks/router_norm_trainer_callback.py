@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moe_precision.callbacks.plan_recorder import PlanRecorder
+from moe_precision.callbacks.statistics_recorder import Again
 from moe_precision.present.wandb_media import current_run, log_to_run
 from moe_precision.recording.history import RouterNormHistory
 
@@ -53,8 +54,10 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
             step and at its weights; None reads the optimizer's second moments, which costs nothing. For optimizers
             that have none (SGD, Muon, Lion). On a single process only.
         statistics_batches: Collect the experts' statistics from this many more training batches, after the last step
-            and without gradients, on one process; they are written beside the plan, and the quantize step rounds by
-            them. None collects none.
+            and without gradients; they are written beside the plan, and the quantize step rounds under them. None
+            takes 32 if the file stays below 1 GB, 0 collects none.
+        statistics_from: Collect them in training itself instead, after this share of its steps, such as 0.95: two
+            layers at a time, so that few of them are in memory.
 
     Attributes:
         history: The recorded norms.
@@ -79,10 +82,22 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
             self.history = RouterNormHistory.load(saved)
             self.history.max_variance = {}
             rank_zero_info(f"RouterNormTrainerCallback: continues with the router norms of {saved}")
-        if self._start(model, state.global_step):
+        if self._start(model, state.global_step, state.max_steps):
             self._log(state)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._collecting.before_batch(state.global_step)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._collecting.after_batch(state.global_step)
+        self._collecting.before_batch(state.global_step)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._collecting.after_batch(state.global_step)
         if self._due(state.global_step, int(state.logging_steps)) and self._record(state.global_step):
             self._log(state)
 
@@ -104,7 +119,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         losses: Iterator[Callable[[], Tensor | None]] = iter(())
         if args.world_size == 1:  # else the model is inside DDP or FSDP, where a callback cannot reach
             losses = _losses(kwargs["model"], kwargs.get("train_dataloader"))
-        steps = _steps(kwargs["model"], kwargs.get("train_dataloader"))
+        steps = Again(partial(_steps, kwargs["model"], kwargs.get("train_dataloader")))
         plan = self._finish(state.is_world_process_zero, optimizers, losses, steps)
         if plan is not None and (run := current_run()) is not None:
             log_to_run(run, self.history, plan, self._files.paths.plan)

@@ -108,7 +108,8 @@ def module_of(study: Setting, name: str, seed: int, root: Path) -> Any:
 
 def monitor_of(study: Setting, name: str) -> RouterNormMonitor:
     """The callback that records a model's router norms."""
-    return RouterNormMonitor(group_size=study["models"][name]["group_size"], every_n_steps=study["record_every"])
+    group_size = study["models"][name]["group_size"]
+    return RouterNormMonitor(group_size=group_size, every_n_steps=study["record_every"], statistics_batches=0)
 
 
 def train(study: Setting, name: str, seed: int, root: Path, save_at: Sequence[int] = ()) -> Any:

@@ -117,7 +117,7 @@ def _run_batches(
     settings.check_fits({layer.name: layer.shape for layer in layers})
     data = data_of(options, checkpoint, model)
     if (asked := options.statistics_batches) is not None:
-        batches = islice(data.train_dataloader(), asked)
+        batches = list(islice(data.train_dataloader(), asked))
         text = f"{asked} training batches of {dataset_name(options)}"
         found.statistics = collect_statistics(model, batches, text=text, **patterns)
     if (asked := options.curvature_batches) is not None:

@@ -15,7 +15,7 @@ from ..layers.moe_layers import find_moe_layers
 from ..plans.beside import existing
 from ..plans.plan import PrecisionPlan
 from ..quantize.writer import distill_checkpoint, quantize_checkpoint
-from ..recording.collecting import collect_statistics, memory_bytes
+from ..recording.collecting import MEMORY_GIB, collect_statistics, passes, peak_bytes
 from ..recording.statistics import ExpertStatistics, file_bytes
 from .options import Commands, add_command, add_dataset, data_of, dataset_name, positive
 
@@ -98,14 +98,17 @@ def _collected(options: argparse.Namespace, plan: PrecisionPlan) -> ExpertStatis
     layers = find_moe_layers(model, **plan.patterns)
     plan.check(model)
     data = data_of(options, options.checkpoint, model)
-    name = dataset_name(options)
+    name, memory = dataset_name(options), options.statistics_memory
+    count = len(passes(layers, memory))
+    several = f", in {count} passes over the text" if count > 1 else ""
     print(
         f"collects statistics from {options.statistics_batches} training batches of {name}: "
-        f"{memory_bytes(layers) / 1e6:,.1f} MB beside the float model, {file_bytes(layers) / 1e6:,.1f} MB afterwards"
+        f"{peak_bytes(layers, memory) / 1e6:,.1f} MB beside the float model, {file_bytes(layers) / 1e6:,.1f} MB "
+        f"afterwards{several}"
     )
-    batches = islice(data.train_dataloader(), options.statistics_batches)
+    batches = list(islice(data.train_dataloader(), options.statistics_batches))
     text = f"{options.statistics_batches} training batches of {name}"
-    statistics = collect_statistics(model, batches, text=text, **plan.patterns)
+    statistics = collect_statistics(model, batches, text=text, memory_gib=memory, **plan.patterns)
     print(statistics.described())
     if options.save_statistics is not None:
         statistics.save(options.save_statistics)
@@ -189,6 +192,14 @@ def add_to(commands: Commands) -> None:
         type=positive,
         metavar="N",
         help="collect them from N training batches of --dataset first; takes the whole float model in memory",
+    )
+    command.add_argument(
+        "--statistics-memory",
+        type=float,
+        default=MEMORY_GIB,
+        metavar="GIB",
+        help="memory for the layers whose statistics are collected together; if all take more, the text is gone "
+        f"through several times (default {MEMORY_GIB:g})",
     )
     command.add_argument("--save-statistics", metavar="FILE", help="keep what --statistics-batches collects")
     command.add_argument(

@@ -154,10 +154,10 @@ def chosen(model: bool, curvature: bool, statistics: bool) -> tuple[MethodName, 
         curvature: Whether squared gradients or the optimizer's second moments are known.
         statistics: Whether the second moments of the experts' inputs are known.
     """
-    if not model:
-        return "router_norm", "without the trained weights, no width's cost can be measured"
     if not curvature:
         return "router_norm", "without curvature, what a width costs the loss is not known"
+    if not model:
+        return "router_norm", "without the trained weights, no width's cost can be measured"
     if not statistics:
         return "curvature", "there is curvature, and there are no expert statistics"
     return "statistics", "there are curvature and expert statistics"

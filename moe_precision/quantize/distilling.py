@@ -145,7 +145,7 @@ def _through_layers(
     """Relative squared error of every layer's output on some batches; with an optimizer, each of them is a step."""
     errors = {one.unit: 0.0 for one in scales}
     squares = dict(errors)
-    padding = Padding(model)
+    padding = Padding()
     inside = False  # of a hook, whose own call of the module must not be watched
 
     def watch(one: TrainableScales, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -177,12 +177,12 @@ def _through_layers(
     try:
         with torch.no_grad():
             for batch in batches:
+                padding.see(batch if isinstance(batch, Mapping) else {})
                 _forward(model, batch)
                 if optimizer is not None:
                     optimizer.step()
                     optimizer.zero_grad()
     finally:
-        padding.close()
         for handle in handles:
             handle.remove()
     unseen = [name for name, square in squares.items() if square == 0]

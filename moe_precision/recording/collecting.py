@@ -1,33 +1,29 @@
-"""Collects expert statistics: forward hooks that sum the second moments of what every expert matrix is given.
-
-Fused experts show their tokens in the arguments of transformers' experts interface; the input of their last matrix is
-computed from the first one. Experts that are modules show the input of each of their ``nn.Linear`` layers.
-"""
+"""Expert statistics from forward passes on some text, in as many passes over it as a bound on memory asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..compat import apply_gate, runs_through_experts_interface
 from ..layers.module_tree import modes_kept, root_model
 from ..layers.moe_layers import MoELayer, find_moe_layers
-from .loads import not_counted, routing
+from .collector import Collector
+from .loads import not_counted
+from .processes import run_together
 from .statistics import ExpertStatistics, StatisticsError
 
-_OUTSIDE = -1  # index of an expert that is not chosen, or of a token that is padding
+MEMORY_GIB = 8.0  # for second moments, unless more is asked for
 
 
 def collect_statistics(
-    model: nn.Module, batches: Iterable[Any], *, text: str = "", **patterns: Any
+    model: nn.Module, batches: Iterable[Any], *, text: str = "", memory_gib: float = MEMORY_GIB, **patterns: Any
 ) -> ExpertStatistics:
     """Second moments of the inputs of all expert matrices on some text, without gradients, in evaluation mode.
 
@@ -36,15 +32,20 @@ def collect_statistics(
     by an ``attention_mask`` of 0 and the experts are given all tokens of the batch; else it counts as the router
     counts it.
 
+    With several processes (DDP, FSDP2) this is a collective: each process gives batches of its own, and all get the
+    statistics of all batches. They stop together where the first has no more.
+
     Args:
-        model: The float model, whole on this process; it is left as it was.
+        model: The float model; it is left as it was.
         batches: Keyword arguments of its forward pass, each a mapping; anything else is the only argument.
         text: What the text is, for the file.
+        memory_gib: Memory for second moments, ``4 in**2`` bytes for each matrix. If those of all layers take more, the
+            batches are gone through several times, for some layers each: see `passes`.
         patterns: ``router_pattern`` and ``expert_pattern``, as in `find_moe_layers`.
 
     Raises:
-        StatisticsError: The experts of a layer are called in a way that no hook sees, no token reaches them, or
-            several processes run.
+        StatisticsError: The experts of a layer are called in a way that no hook sees, no token reaches them, one layer
+            alone takes more than ``memory_gib``, or several passes are needed and ``batches`` is an iterator.
 
     Example:
         >>> import torch
@@ -61,191 +62,93 @@ def collect_statistics(
         else:
             model(_to(batch, device))
 
-    steps = (partial(forward, batch) for batch in batches)
-    return collect_from_steps(model, find_moe_layers(model, **patterns), steps, text=text)
+    steps = (partial(forward, batch) for batch in batches) if isinstance(batches, Iterator) else Steps(forward, batches)
+    return collect_from_steps(model, find_moe_layers(model, **patterns), steps, text=text, memory_gib=memory_gib)
+
+
+class Steps:
+    """Forward passes over batches, as often as they are asked for.
+
+    Args:
+        forward: Called with a batch.
+        batches: Can be gone through more than once, such as a list or a data loader.
+    """
+
+    def __init__(self, forward: Callable[[Any], object], batches: Iterable[Any]) -> None:
+        self._forward, self._batches = forward, batches
+
+    def __iter__(self) -> Iterator[Callable[[], object]]:
+        return (partial(self._forward, batch) for batch in self._batches)
 
 
 def collect_from_steps(
-    model: nn.Module, layers: list[MoELayer], steps: Iterable[Any], *, text: str = ""
+    model: nn.Module,
+    layers: list[MoELayer],
+    steps: Iterable[Callable[[], object]],
+    *,
+    text: str = "",
+    memory_gib: float = MEMORY_GIB,
 ) -> ExpertStatistics:
-    """`collect_statistics` of forward passes that the caller runs: each step is called once, without gradients."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise StatisticsError(f"statistics are collected on one process, {dist.get_world_size()} are running")
-    collector = Collector(model, layers)
-    try:
-        with modes_kept(model), torch.no_grad(), not_counted():
-            model.eval()
-            for step in tqdm(steps, desc="expert statistics", unit="batch", leave=False, disable=None):
-                step()
-        return collector.statistics(text)
-    finally:
-        collector.close()
+    """`collect_statistics` of forward passes that the caller runs: each step is called once per pass, no gradients."""
+    groups = passes(layers, memory_gib)
+    if len(groups) > 1 and isinstance(steps, Iterator):
+        raise StatisticsError(
+            f"second moments of {len(layers)} layers take {memory_bytes(layers) / 2**30:.2f} GiB, which within "
+            f"{memory_gib:g} GiB needs {len(groups)} passes over the batches, and these can be gone through only once: "
+            "give a list or a data loader, or more memory (memory_gib)"
+        )
+    found = ExpertStatistics({layer.name: layer.shape for layer in layers}, text=text)
+    device = layers[0].router_is.parameter().device
+    with modes_kept(model), torch.no_grad(), not_counted():
+        model.eval()
+        for number, group in enumerate(groups, 1):
+            which = f", pass {number} of {len(groups)}" if len(groups) > 1 else ""
+            collector = Collector(model, group)
+            try:
+                shown = tqdm(steps, desc=f"expert statistics{which}", unit="batch", leave=False, disable=None)
+                run_together(shown, device, StatisticsError)
+                collector.take(found)
+            finally:
+                collector.close()
+                _reshard(model)
+    return found.belongs_to(layers)
+
+
+def passes(layers: list[MoELayer], memory_gib: float) -> list[list[MoELayer]]:
+    """Layers in groups whose second moments fit into memory together.
+
+    Raises:
+        StatisticsError: Those of one layer do not.
+    """
+    groups: list[list[MoELayer]] = [[]]
+    for layer in layers:
+        alone = memory_bytes([layer]) / 2**30
+        if alone > memory_gib:
+            raise StatisticsError(
+                f"second moments of layer {layer.name!r} alone take {alone:.3g} GiB, more than the {memory_gib:g} GiB "
+                "of memory_gib"
+            )
+        if memory_bytes([*groups[-1], layer]) / 2**30 > memory_gib:
+            groups.append([])
+        groups[-1].append(layer)
+    return groups
 
 
 def memory_bytes(layers: list[MoELayer]) -> int:
-    """Bytes of all second moments while they are collected."""
+    """Bytes of the second moments of some layers while they are collected together."""
     return sum(4 * layer.num_experts * inp * inp for layer in layers for _, inp in layer.projections.values())
 
 
-class Collector:
-    """Sums ``w**2 x x^T`` over the tokens of every expert until it is closed, float32 on the experts' device.
-
-    Args:
-        model: The model, whose ``attention_mask`` is looked at.
-        layers: Of the model, as found by `find_moe_layers`.
-
-    Raises:
-        StatisticsError: Experts in a layout whose inputs cannot be seen.
-    """
-
-    def __init__(self, model: nn.Module, layers: list[MoELayer]) -> None:
-        self._layers = layers
-        self._sums: dict[str, dict[str, Tensor]] = {layer.name: {} for layer in layers}
-        self._rows = {layer.name: {name: [0] * layer.num_experts for name in layer.banks} for layer in layers}
-        self._masks: dict[str, Tensor | None] = {}  # of the batch: its keyword -> (tokens,) bool
-        self._called: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}  # layer -> hidden, index, weights
-        self._of_rows: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # layer, expert -> weights of its rows, kept
-        self._handles: list[Any] = []
-        try:
-            self._on(root_model(model), self._see_batch)
-            for layer in layers:
-                self._watch(layer)
-        except BaseException:
-            self.close()
-            raise
-
-    def _on(self, module: nn.Module, function: Any, *known: Any) -> None:
-        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            function(*known, args, kwargs)
-
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def _watch(self, layer: MoELayer) -> None:
-        container = layer.container()
-        if layer.fused and runs_through_experts_interface(container):
-            self._on(container, self._fused, layer)
-            return
-        owners = [weight.module for bank in layer.banks.values() for weight in bank.weights]
-        if layer.layout != "modules" or not all(isinstance(owner, nn.Linear) for owner in owners):
-            raise StatisticsError(
-                f"layer {layer.name!r}: the inputs of its experts ({type(container).__name__}, {layer.layout}) cannot "
-                "be seen: expected transformers' experts interface, or nn.Linear layers in a module per expert"
-            )
-        if type(container).forward is not nn.Module.forward:  # else a plain list, which is not called
-            self._on(container, self._call, layer)
-        for expert, module in enumerate(layer.expert_modules()):
-            self._on(module, self._expert, layer, expert)
-            for name, bank in layer.banks.items():
-                self._on(bank.weights[expert].module, self._linear, layer, name, expert)
-
-    def _see_batch(self, args: Any, kwargs: dict[str, Any]) -> None:
-        given = {name: kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
-        self._masks = {
-            name: mask.flatten() != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
-            for name, mask in given.items()
-        }
-
-    def _without_padding(self, layer: MoELayer, index: Tensor) -> Tensor:
-        """Expert indices ``(N, K)``, those of padding replaced, where a mask of the batch is for these tokens."""
-        decoder = "decoder" in layer.name.split(".")
-        mask = self._masks.get("decoder_attention_mask" if decoder else "attention_mask")
-        if mask is None or len(mask) != len(index):
-            return index
-        return torch.where(mask.to(index.device).unsqueeze(1), index, _OUTSIDE)
-
-    def _fused(self, layer: MoELayer, args: Any, kwargs: dict[str, Any]) -> None:
-        given = (*args, *kwargs.values())  # what transformers' experts interface passes
-        hidden, index, weights = given[:3]
-        hidden, container = hidden.reshape(-1, hidden.shape[-1]), layer.container()
-        index = self._without_padding(layer, index.reshape(len(hidden), -1))
-        weights = weights.reshape(index.shape)
-        gated = bool(container.has_gate)
-        first, last = "gate_up_proj" if gated else "up_proj", "down_proj"
-        for expert, matrix in enumerate(layer.banks[first].matrices()):
-            token, place = torch.where(index == expert)
-            if not len(token):
-                continue
-            x = hidden[token]
-            bias = getattr(container, f"{first}_bias")[expert] if container.has_bias else None
-            inner = F.linear(x, matrix.to(x.dtype), bias)
-            inner = apply_gate(container, inner) if gated else container.act_fn(inner)  # type: ignore[operator]
-            self._add(layer, first, expert, x, weights[token, place])
-            self._add(layer, last, expert, inner, weights[token, place])
-
-    def _call(self, layer: MoELayer, args: Any, kwargs: dict[str, Any]) -> None:
-        """A container of modules is called: keeps the routing that it is given, if it is."""
-        given = (*args, *kwargs.values())
-        found = routing(given, layer.num_experts)
-        self._called.pop(layer.name, None)
-        if found is not None:
-            hidden = next(x for x in given if isinstance(x, Tensor) and x.is_floating_point() and x.ndim >= 2)
-            self._called[layer.name] = hidden.reshape(-1, hidden.shape[-1]), *found
-
-    def _expert(self, layer: MoELayer, expert: int, args: Any, kwargs: dict[str, Any]) -> None:
-        """An expert is called: its rows are known to be some of the container's only if they are equal to them."""
-        self._of_rows.pop((layer.name, expert), None)
-        if layer.name not in self._called:
-            return
-        hidden, index, weights = self._called[layer.name]
-        rows = _rows_of((*args, *kwargs.values()))
-        token, place = torch.where(index == expert)
-        token, place = token[place.argsort(stable=True)], place.sort().values  # as experts' own loops have them
-        if rows is None or rows.shape != hidden[token].shape or not torch.equal(rows, hidden[token]):
-            return
-        of_rows = torch.ones(len(rows), device=rows.device) if weights is None else weights[token, place]
-        kept = self._without_padding(layer, index)[token, place] == expert
-        self._of_rows[layer.name, expert] = of_rows, kept
-
-    def _linear(self, layer: MoELayer, projection: str, expert: int, args: Any, kwargs: dict[str, Any]) -> None:
-        x = _rows_of((*args, *kwargs.values()))
-        if x is None:
-            return
-        weights, kept = self._of_rows.get((layer.name, expert), (None, None))
-        if weights is None or kept is None or len(weights) != len(x):
-            self._add(layer, projection, expert, x, torch.ones(len(x), device=x.device))
-        else:
-            self._add(layer, projection, expert, x[kept], weights[kept])
-
-    def _add(self, layer: MoELayer, projection: str, expert: int, x: Tensor, weights: Tensor) -> None:
-        """Adds rows ``(n, in)`` with their weights ``(n,)``."""
-        sums, width = self._sums[layer.name], layer.projections[projection][1]
-        if projection not in sums:
-            sums[projection] = torch.zeros(layer.num_experts, width, width, device=x.device)
-        x = x.detach().float() * weights.detach().float().unsqueeze(1)
-        sums[projection][expert].addmm_(x.T, x)
-        self._rows[layer.name][projection][expert] += len(x)
-
-    def statistics(self, text: str = "") -> ExpertStatistics:
-        """What was collected; the sums are gone afterwards.
-
-        Raises:
-            StatisticsError: No token has reached a matrix of any expert of a layer, or a value is not finite.
-        """
-        found, self._sums = self._sums, {}
-        for layer in self._layers:
-            unseen = [name for name, rows in self._rows[layer.name].items() if not any(rows)]
-            if unseen:
-                raise StatisticsError(
-                    f"layer {layer.name!r}: no input of {unseen} was seen. Was there no batch, or are these experts "
-                    "called in a way that no hook sees (compiled, or through their parameters)?"
-                )
-            for name, sums in found[layer.name].items():
-                rows = torch.tensor(self._rows[layer.name][name], device=sums.device)
-                sums.div_(rows.clamp(min=1).view(-1, 1, 1))
-        tokens = {layer.name: torch.tensor(self._rows[layer.name][layer.first]) for layer in self._layers}
-        return ExpertStatistics.of(self._layers, found, tokens, text)
-
-    def close(self) -> None:
-        """Takes the hooks off; a second call does nothing."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+def peak_bytes(layers: list[MoELayer], memory_gib: float = MEMORY_GIB) -> int:
+    """Bytes of the second moments that are in memory together at most; errors as those of `passes`."""
+    return max(memory_bytes(group) for group in passes(layers, memory_gib))
 
 
-def _rows_of(given: tuple[Any, ...]) -> Tensor | None:
-    """The activations among what a module is called with, ``(rows, in)``."""
-    found = next((x for x in given if isinstance(x, Tensor) and x.is_floating_point()), None)
-    return None if found is None else found.reshape(-1, found.shape[-1])
+def _reshard(model: nn.Module) -> None:
+    """Frees what FSDP2 has gathered in forward passes that no backward pass followed."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _to(value: Any, device: torch.device) -> Any:

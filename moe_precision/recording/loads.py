@@ -98,7 +98,7 @@ class _Hook:
             self._count(module.training, (*args, *kwargs.values()), *self._known)
 
     def __reduce__(self) -> Any:
-        return _Nothing, ()
+        return NoHook, ()
 
 
 _not_counted: list[bool] = []
@@ -114,7 +114,14 @@ def not_counted() -> Iterator[None]:
         _not_counted.pop()
 
 
-class _Nothing:
+def uncounted_depth() -> int:
+    """How many `not_counted` this code is inside of."""
+    return len(_not_counted)
+
+
+class NoHook:
+    """What our hooks become in copies and pickles of a model: it does nothing."""
+
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         pass
 

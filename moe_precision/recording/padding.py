@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
-
-from ..layers.module_tree import root_model
+from torch import Tensor
 
 
 class Padding:
-    """Looks at the masks of every batch that a model is called with, until it is closed.
+    """The masks of the batch that a model is called with."""
 
-    Args:
-        model: The model, or a wrapper around it.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         self._masks: dict[str, Tensor | None] = {}  # keyword -> (tokens,) bool
-        self._handle = root_model(model).register_forward_pre_hook(self._see, with_kwargs=True)
 
-    def _see(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        given = {name: kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
+    def see(self, batch: Mapping[str, Any]) -> None:
+        """Keeps the masks among the keyword arguments of a forward pass."""
+        given = {name: batch.get(name) for name in ("attention_mask", "decoder_attention_mask")}
         self._masks = {
             name: mask.flatten() != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
             for name, mask in given.items()
@@ -33,6 +28,6 @@ class Padding:
         mask = self._masks.get("decoder_attention_mask" if decoder else "attention_mask")
         return None if mask is None or len(mask) != rows else mask
 
-    def close(self) -> None:
-        """Stops looking; a second call does nothing."""
-        self._handle.remove()
+    def forget(self) -> None:
+        """Lets go of the masks."""
+        self._masks = {}

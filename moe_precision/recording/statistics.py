@@ -80,13 +80,34 @@ class ExpertStatistics:
                 above 1.
         """
         found = cls({layer.name: layer.shape for layer in layers}, text=text)
-        found.router_norms = norms_by_layer(layers)
         for name, moments in second_moments.items():
-            packed = {projection: _packed(of_all) for projection, of_all in moments.items()}
-            found.diagonals[name] = {projection: diagonal for projection, (diagonal, _) in packed.items()}
-            found.correlations[name] = {projection: above for projection, (_, above) in packed.items()}
-            found.tokens[name] = tokens[name].to("cpu", torch.int64)
-        return found._check_values()
+            found.add(name, moments, tokens[name])
+        return found.belongs_to(layers)
+
+    def add(self, name: str, moments: Mapping[str, Tensor], tokens: Tensor) -> None:
+        """Takes in one layer's second moments, one matrix at a time; arguments as those of `of` for the layer.
+
+        Raises:
+            StatisticsError: As `of` does, or a layer that these statistics are not for.
+        """
+        if name not in self.layers:
+            raise StatisticsError(f"layer {name!r} is none of {list(self.layers)}")
+        packed = {projection: _packed(of_all) for projection, of_all in moments.items()}
+        self.diagonals[name] = {projection: diagonal for projection, (diagonal, _) in packed.items()}
+        self.correlations[name] = {projection: above for projection, (_, above) in packed.items()}
+        self.tokens[name] = tokens.to("cpu", torch.int64)
+        self._check_layer(name)
+
+    def belongs_to(self, layers: list[MoELayer]) -> ExpertStatistics:
+        """States the weights that these are of, those that the layers have now; a collective where reading norms is.
+
+        Raises:
+            StatisticsError: A layer is missing.
+        """
+        if missing := [layer.name for layer in layers if layer.name not in self.tokens]:
+            raise StatisticsError(f"there are no statistics of {missing}")
+        self.router_norms = norms_by_layer(layers)
+        return self
 
     def second_moment(self, layer: str, projection: str, expert: int) -> Tensor:
         """The second moment of one matrix's inputs, ``(in, in)`` float32."""
@@ -150,26 +171,24 @@ class ExpertStatistics:
         """Raises `StatisticsError` if router norms show that they are of other weights; see `check_same_weights`."""
         check_same_weights(self.router_norms, norms, "set of statistics", StatisticsError)
 
-    def _check_values(self) -> ExpertStatistics:
-        for name, layer in self.layers.items():
-            for projection, (_, inp) in layer.projections.items():
-                where = f"statistics of {projection!r} in layer {name!r}"
-                diagonal, above = self.diagonals[name][projection], self.correlations[name][projection]
-                expected = (layer.num_experts, inp), (layer.num_experts, inp * (inp - 1) // 2)
-                if (diagonal.shape, above.shape) != expected:
-                    raise StatisticsError(
-                        f"{where}: diagonal and correlations have shapes {tuple(diagonal.shape)} and "
-                        f"{tuple(above.shape)}, expected {expected[0]} and {expected[1]}"
-                    )
-                for expert in range(layer.num_experts):  # one at a time: a file is read as it is needed
-                    _check_moment(diagonal[expert], above[expert], f"{where}, expert {expert}")
-            tokens = self.tokens[name]
-            if tokens.shape != (layer.num_experts,) or tokens.dtype != torch.int64 or (tokens < 0).any():
+    def _check_layer(self, name: str) -> None:
+        layer, tokens = self.layers[name], self.tokens[name]
+        for projection, (_, inp) in layer.projections.items():
+            where = f"statistics of {projection!r} in layer {name!r}"
+            diagonal, above = self.diagonals[name][projection], self.correlations[name][projection]
+            expected = (layer.num_experts, inp), (layer.num_experts, inp * (inp - 1) // 2)
+            if (diagonal.shape, above.shape) != expected:
                 raise StatisticsError(
-                    f"statistics of layer {name!r}: tokens are {tokens.tolist()} ({tokens.dtype}), expected "
-                    f"{layer.num_experts} whole numbers of at least 0"
+                    f"{where}: diagonal and correlations have shapes {tuple(diagonal.shape)} and "
+                    f"{tuple(above.shape)}, expected {expected[0]} and {expected[1]}"
                 )
-        return self
+            for expert in range(layer.num_experts):  # one at a time: a file is read as it is needed
+                _check_moment(diagonal[expert], above[expert], f"{where}, expert {expert}")
+        if tokens.shape != (layer.num_experts,) or tokens.dtype != torch.int64 or (tokens < 0).any():
+            raise StatisticsError(
+                f"statistics of layer {name!r}: tokens are {tokens.tolist()} ({tokens.dtype}), expected "
+                f"{layer.num_experts} whole numbers of at least 0"
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes safetensors: ``diagonals/<layer>/<projection>``, ``correlations/...`` alike, ``tokens/<layer>`` and
@@ -196,7 +215,10 @@ class ExpertStatistics:
             {name: file.tensor(f"{kind}/{name}") for name in layers} for kind in ("tokens", "router_norms")
         )
         moments = file.nested("diagonals", layers), file.nested("correlations", layers)
-        return cls(layers, *moments, tokens, norms, file.text("text"))._check_values()
+        found = cls(layers, *moments, tokens, norms, file.text("text"))
+        for name in layers:
+            found._check_layer(name)
+        return found
 
 
 def as_statistics(statistics: ExpertStatistics | str | os.PathLike[str]) -> ExpertStatistics:

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from moe_precision import PrecisionPlan, quantize_model
 from moe_precision.callbacks import RouterNormMonitor, RouterNormTrainerCallback
-from moe_precision.callbacks.extra_batches import announce
+from moe_precision.recording import collecting
 from moe_precision.recording.collecting import collect_statistics
 from moe_precision.recording.statistics import ExpertStatistics, StatisticsError
 from tests.callbacks.test_router_norm_monitor import Module, TwoOptimizers, data, monitor, trainer
@@ -22,6 +22,17 @@ NAME = "precision_plan.statistics.safetensors"
 def rows() -> list[dict[str, torch.Tensor]]:
     ids = torch.randint(3, 128, (12, 10), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": row, "labels": row} for row in ids]
+
+
+class Own(nn.Module):
+    """A linear layer that is no nn.Linear."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T
 
 
 class OfAModel(LightningModule):
@@ -58,6 +69,16 @@ def test_of_a_transformers_model_under_lightning(tmp_path):
     quantize_model(module.model, plan, curvature=callback.curvature, statistics=tmp_path / NAME)
 
 
+def test_a_loader_is_gone_through_once_for_each_pass(tmp_path, monkeypatch):
+    module, batches = OfAModel(), DataLoader(rows(), batch_size=3)
+    monkeypatch.setattr(collecting, "passes", lambda layers, memory: [[layer] for layer in layers])
+    callback = RouterNormMonitor(group_size=64, statistics_batches=2)
+    trainer(tmp_path, callback, max_epochs=1, max_steps=-1).fit(module, batches)
+    monkeypatch.undo()
+    assert_alike(callback.statistics, collect_statistics(module.model, list(batches)[:2]))
+    assert callback.statistics.text.startswith("2 training batches")
+
+
 def test_of_a_module_through_its_training_step(tmp_path):
     class Normed(Module):
         def __init__(self):
@@ -75,7 +96,7 @@ def test_of_a_module_through_its_training_step(tmp_path):
     found = ExpertStatistics.load(tmp_path / NAME)
     assert found.text == "6 training batches of the run that the plan is of"
     assert sum(int(tokens.sum()) for tokens in found.tokens.values()) == 2 * 6 * 8
-    trainer(tmp_path, monitor()).fit(Module(), data())  # a later run that collects none
+    trainer(tmp_path, monitor(statistics_batches=0)).fit(Module(), data())  # a later run that collects none
     assert not (tmp_path / NAME).exists()
 
 
@@ -97,20 +118,37 @@ def test_of_transformers_trainer(tmp_path):
     assert model.training
 
 
-def test_what_cannot_be_collected(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="statistics_batches must be at least 1 or None, got 0"):
-        monitor(statistics_batches=0)
-    with pytest.raises(ValueError, match="statistics_batches=2 needs automatic optimization"):
-        trainer(tmp_path, monitor(statistics_batches=2)).fit(TwoOptimizers(), data())
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"statistics_batches": -1}, "statistics_batches must be at least 0 or None, got -1"),
+        ({"statistics_from": 1.0}, "statistics_from must be a share of training between 0 and 1, got 1.0"),
+        ({"statistics_batches": 2, "statistics_from": 0.9}, "are two ways to collect the same; give one"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        monitor(**arguments)
 
 
-def test_several_processes_are_refused_before_training(monkeypatch):
-    for name, value in (("is_initialized", True), ("get_world_size", 2)):
-        monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
-    with pytest.raises(StatisticsError, match="statistics_batches=7 runs on one process, this run has 2: leave it out"):
-        announce([], 7, "RouterNormMonitor")
-    with pytest.raises(StatisticsError, match="statistics are collected on one process, 2 are running"):
-        collect_statistics(build("mixtral"), [])
+@pytest.mark.parametrize("arguments", [{"statistics_batches": 2}, {"statistics_from": 0.5}])
+def test_a_module_that_steps_itself(arguments, tmp_path):
+    with pytest.raises(ValueError, match=r"statistics_.*=.* needs automatic optimization"):
+        trainer(tmp_path, monitor(**arguments)).fit(TwoOptimizers(), data())
+
+
+def test_experts_that_no_hook_sees_are_said_before_training(tmp_path):
+    class Bilinear(Module):
+        def __init__(self):
+            super().__init__()
+            for expert in self.model[0].experts:
+                expert[0] = Own(32, 64)
+
+    with pytest.raises(StatisticsError, match="cannot be seen: expected transformers'"):
+        trainer(tmp_path, monitor(statistics_batches=2)).fit(Bilinear(), data())
+    trainer(tmp_path, monitor()).fit(Bilinear(), data())
+    assert (tmp_path / "precision_plan.json").is_file()
+    assert not (tmp_path / NAME).exists()
 
 
 def test_a_model_that_is_not_finite_stops_nobody(tmp_path):

@@ -10,6 +10,7 @@ from moe_precision import PrecisionPlan, RouterNormHistory
 from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.quantize.codec.grid import Grid
 from moe_precision.recording.curvature import Curvature
+from moe_precision.recording.statistics import ExpertStatistics
 from tests.cli.test_cli import TEXT
 from tests.support import two_process_run
 from tests.support.processes import finish, start
@@ -66,6 +67,12 @@ def test_two_processes_agree_with_one(strategy, one_process, tmp_path):
     for name in one.layers:  # squares of small gradients, summed in another order
         torch.testing.assert_close(curvatures[0].rows[name], curvatures[1].rows[name], atol=0, rtol=1e-3)
         torch.testing.assert_close(curvatures[0].columns[name], curvatures[1].columns[name], atol=0, rtol=1e-3)
+    found = [ExpertStatistics.load(f / "precision_plan.statistics.safetensors") for f in (one_process[3], tmp_path)]
+    for name in one.layers:  # unasked; both processes see the same batches
+        torch.testing.assert_close(2 * found[0].tokens[name], found[1].tokens[name], atol=8, rtol=1e-2)
+        assert 2 * found[0].tokens[name].sum() == found[1].tokens[name].sum()
+        for projection, diagonal in found[0].diagonals[name].items():
+            torch.testing.assert_close(diagonal, found[1].diagonals[name][projection], atol=1e-3, rtol=5e-2)
     grids = [Grid.load(folder / "annealed_plan.grid.safetensors") for folder in (one_process[3], tmp_path)]
     assert grids[0].plan.diff(grids[1].plan) == []  # made by curvature in the middle of training
     for name in one.layers:

@@ -10,6 +10,7 @@ from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.cli.main import main
 from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.quantize.codec.grid import Grid
+from moe_precision.recording.collecting import memory_bytes
 from moe_precision.recording.curvature import Curvature
 from moe_precision.recording.statistics import ExpertStatistics
 from tests.support.models import logits
@@ -42,6 +43,16 @@ def test_a_checkpoint_that_nobody_watched(saved, tmp_path, capsys):
     assert f"rounds under the statistics of {kept} (from 2 training batches" in capsys.readouterr().out
     assert torch.equal(logits(load_model(tmp_path / "again", dtype="float32")), packed)
     torch.testing.assert_close(packed, logits(quantize_model(model, plan, statistics=kept)))
+
+
+def test_within_a_bound_on_memory(saved, tmp_path, capsys):
+    command = ["quantize", str(tmp_path / "model"), str(tmp_path / "plan.json"), str(tmp_path / "out")]
+    collecting = ["--statistics-batches", "2", "--dataset", str(tmp_path / "text.txt")]
+    bound = 1.5 * memory_bytes(find_moe_layers(saved[0])[:1]) / 2**30
+    assert main([*command, *collecting, "--statistics-memory", str(bound)]) == 0
+    assert "MB afterwards, in 2 passes over the text" in capsys.readouterr().out
+    assert main([*command, *collecting, "--statistics-memory", str(bound / 2)]) == 2
+    assert "more than the" in capsys.readouterr().err
 
 
 def test_a_grid_wins_over_statistics(saved, tmp_path, capsys):

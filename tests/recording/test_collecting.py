@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_precision import find_moe_layers
-from moe_precision.recording.collecting import Collector, collect_statistics, memory_bytes
+from moe_precision.recording.collecting import collect_statistics, memory_bytes
+from moe_precision.recording.collector import Collector
 from moe_precision.recording.statistics import StatisticsError, file_bytes
 from tests.support.models import PlainMoE, build
 

@@ -1,0 +1,70 @@
+"""Sums and decisions over all processes of a run; on a single process they change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_GOES_ON, _ENDED, _FAILED = 0, 1, 2  # in order of weight: the highest of all processes counts
+
+
+def world_size() -> int:
+    """How many processes run together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def highest(value: int, device: torch.device) -> int:
+    """The highest value of all processes; a collective.
+
+    Args:
+        value: Of this process.
+        device: One that the processes communicate from, such as that of the model.
+    """
+    if world_size() == 1:
+        return value
+    together = torch.tensor(value, device=device)
+    dist.all_reduce(together, dist.ReduceOp.MAX)
+    return int(together)
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all processes, in place where the tensor allows it; a collective."""
+    if world_size() > 1:
+        values = values.contiguous()
+        dist.all_reduce(values)
+    return values
+
+
+def run_together(steps: Iterable[Callable[[], object]], device: torch.device, error: type[Exception]) -> None:
+    """Calls each step once, the same number on every process: all stop where the first has no more, or has failed.
+
+    Args:
+        steps: Of this process.
+        device: One that the processes communicate from.
+        error: Raised on a process whose own steps were fine, with a message.
+
+    Raises:
+        Exception: What a step of this process has raised, or ``error``.
+    """
+    remaining, failed = iter(steps), None
+    while True:
+        step = None
+        if failed is None:
+            try:
+                step = next(remaining, None)
+            except Exception as reason:
+                failed = reason
+        state = highest(_FAILED if failed is not None else _ENDED if step is None else _GOES_ON, device)
+        if failed is not None:
+            raise failed
+        if state == _FAILED:
+            raise error("it failed on another process")
+        if step is None or state == _ENDED:
+            return
+        try:
+            step()
+        except Exception as reason:  # raised once the others know
+            failed = reason
