@@ -78,6 +78,8 @@ def _statistics(
 ) -> ExpertStatistics | str | Path | None:
     """Of the file that is named or stands beside the plan, or collected now; a grid leaves nothing to round."""
     given: str | Path | None = options.statistics or existing("statistics", options.plan)
+    if given == "none":
+        return None
     if grid is not None:
         if given is not None or options.statistics_batches is not None:
             print("statistics are not used: training has ended on a grid, which is packed as it is")
@@ -185,7 +187,7 @@ def add_to(commands: Commands) -> None:
         "--statistics",
         metavar="FILE",
         help="second moments of the experts' inputs, which the fit rounds under (default: x.statistics.safetensors "
-        "beside the plan, if there)",
+        "beside the plan, if there; none: leave them out)",
     )
     command.add_argument(
         "--statistics-batches",

@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer
+from ..plans.beside import existing
 from ..plans.document import Document
 from ..plans.methods import reads
 from ..plans.plan import PrecisionPlan, as_plan
@@ -35,7 +36,8 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
     """Tells `from_pretrained` to quantize by a precision plan.
 
     Args:
-        plan: A `PrecisionPlan`, its dict, or the path of its file.
+        plan: A `PrecisionPlan`, its dict, or the path of its file. With a path, the curvature, grid and statistics
+            that a run has left beside the plan are taken where none are given.
         non_expert_bits: 8 or 4 to quantize the other linear layers too; routers, embeddings, norms and the output
             head always keep their precision. None, the default, quantizes experts only.
         curvature: `Curvature`, or the path of its file: errors in input columns where the loss is curved count more in
@@ -76,6 +78,10 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
             raise PlanError(f"non_expert_bits must be 4, 8 or None, got {non_expert_bits!r}")
         self.quant_method = quant_method
         self.plan = as_plan(plan)
+        if isinstance(plan, str | os.PathLike) and os.fspath(plan).endswith(".json"):
+            curvature = existing("curvature", plan) if curvature is None else curvature
+            grid = existing("grid", plan) if grid is None else grid
+            statistics = existing("statistics", plan) if statistics is None and grid is None else statistics
         self.non_expert_bits = non_expert_bits
         self.curvature = None if curvature is None else as_curvature(curvature)
         self.grid = grid if grid is None or isinstance(grid, Grid) else Grid.load(grid)
@@ -107,13 +113,16 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
         return not (self.curvature is None and self.grid is None and self.statistics is None)
 
     def warn_if_unweighted(self) -> None:
-        """Warns where the plan expects a fit weighted by curvature, and no curvature is given."""
-        if reads(self.plan.method, "curvature") and self.curvature is None and self.grid is None:
-            warnings.warn(
-                "the plan was made by curvature, for a fit weighted by curvature: give curvature= (or --curvature), "
-                "the file beside the run's plan; the fit is unweighted now",
-                stacklevel=3,
-            )
+        """Warns where the plan was made for a fit by curvature or statistics, and they are not given."""
+        if self.grid is not None:
+            return
+        for kind, consequence in (("curvature", "is unweighted"), ("statistics", "does not know the inputs")):
+            if reads(self.plan.method, kind) and getattr(self, kind) is None:  # type: ignore[arg-type]
+                warnings.warn(
+                    f"the plan was made by {self.plan.method}, for a fit with {kind}: give {kind}= (or --{kind}), the "
+                    f"file beside the run's plan; the fit {consequence} now",
+                    stacklevel=3,
+                )
 
     @torch.no_grad()
     def check_weights(self, layers: list[MoELayer]) -> None:

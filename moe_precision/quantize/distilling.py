@@ -30,7 +30,7 @@ from .trainable import DistillError, TrainableScales
 
 Through = Literal["layers", "logits"]
 STEPS = 100
-RATE = 2e-3  # of Adam, falling to 0 in a straight line; relative to each scale
+RATE = 5e-3  # of Adam, falling to 0 in a straight line; relative to each scale
 _CHECKED = 8  # batches on which the result is measured, apart from those that are trained on
 
 

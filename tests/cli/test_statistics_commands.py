@@ -55,6 +55,18 @@ def test_within_a_bound_on_memory(saved, tmp_path, capsys):
     assert "more than the" in capsys.readouterr().err
 
 
+def test_statistics_can_be_left_out(saved, tmp_path, capsys):
+    model, plan = saved
+    (tmp_path / "plan.statistics.safetensors").write_bytes(b"")
+    command = ["quantize", str(tmp_path / "model"), str(tmp_path / "plan.json"), str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "plan.statistics.safetensors" in capsys.readouterr().err
+    assert main([*command, "--statistics", "none"]) == 0
+    torch.testing.assert_close(
+        logits(load_model(tmp_path / "out", dtype="float32")), logits(quantize_model(model, plan))
+    )
+
+
 def test_a_grid_wins_over_statistics(saved, tmp_path, capsys):
     model, plan = saved
     Grid.fit(find_moe_layers(model), plan).save(tmp_path / "plan.grid.safetensors")

@@ -47,6 +47,25 @@ def test_the_same_codes_everywhere(model, tmp_path):
     assert "statistics" not in packed.config.quantization_config.to_dict()
 
 
+def test_a_plan_given_by_its_path_brings_the_files_beside_it(model, tmp_path):
+    """Curvature and statistics that a run has left are not forgotten in silence."""
+    statistics, plan = statistics_of(model), plan_of(model)
+    model.save_pretrained(tmp_path / "float")
+    plan.save(tmp_path / "x.json")
+    statistics.save(tmp_path / "x.statistics.safetensors")
+    expected = logits(quantize_model(build("mixtral"), plan, statistics=statistics))
+    config = PlanQuantizationConfig(tmp_path / "x.json")
+    loading = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    assert torch.equal(logits(loading), expected)
+    assert torch.equal(logits(quantize_model(build("mixtral"), str(tmp_path / "x.json"))), expected)
+    quantize_checkpoint(tmp_path / "float", tmp_path / "x.json", tmp_path / "packed")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed")), expected)
+    torch.manual_seed(1)
+    other = build("mixtral", initializer_range=0.05)
+    with pytest.raises(StatisticsError, match="belongs to other weights"):
+        quantize_model(other, tmp_path / "x.json")
+
+
 def test_workers_read_the_file(model, tmp_path):
     statistics, plan = statistics_of(model), plan_of(model)
     model.save_pretrained(tmp_path / "float")
