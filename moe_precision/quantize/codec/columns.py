@@ -1,0 +1,193 @@
+"""What goes column by column in rounding: each code waits for those before it, in a block of few columns.
+
+On a CPU this is C++, compiled at its first use (`columns.cpp`); on a GPU, and where there is no compiler, torch. Both do
+the same operations in the same order and give the same bits. Products with whole matrices are not made here.
+
+All matrices are transposed, ``(in, out)``, and contiguous.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.compiler import compiled
+
+_SOURCE = Path(__file__).with_name("columns.cpp")
+_FLAGS = "-ffp-contract=off",  # a fused product and sum is not what torch gives
+
+
+class Grid(NamedTuple):
+    """Scales and offsets ``(in / group, out)`` float32, the inverse of the scales, 0 for 0, and the largest code."""
+
+    scale: Tensor
+    offset: Tensor
+    inverse: Tensor
+    top: int
+
+    @classmethod
+    def of(cls, scale: Tensor, offset: Tensor, bits: int) -> Grid:
+        """The grid of scales and offsets at a width."""
+        return cls(scale, offset, inverse_of(scale), 2**bits - 1)
+
+
+def inverse_of(scale: Tensor) -> Tensor:
+    """One over the scale; 0 for a constant group."""
+    return torch.where(scale > 0, 1 / scale, 0.0)
+
+
+def round_columns(weight: Tensor, left: Tensor, factor: Tensor, groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Rounds a block of columns one after the other; each makes good what those before it have changed.
+
+    Args:
+        weight: ``(columns, out)`` float32.
+        left: The same, and what it has to make good for columns before the block. It may be overwritten.
+        factor: ``(columns, columns)``, rows of a larger matrix: how much of the error of a column, in its row, is made
+            good by each that follows.
+        groups: ``(columns,)`` int64, the group of each column.
+        grid: Of the whole matrix.
+
+    Returns:
+        Codes, and errors (the quantized value less the weight), both ``(columns, out)`` float32.
+    """
+    built = library() if weight.device.type == "cpu" else None
+    if built is None:
+        return _round(weight, left, factor, groups, grid)
+    return _round_compiled(built, weight, left, factor, groups, grid)
+
+
+def move_columns(
+    codes: Tensor, slope: Tensor, moment: Tensor, per_square: Tensor, scale: Tensor, inverse: Tensor, top: int
+) -> Tensor:
+    """Moves the codes of a block of columns of one group, one after the other, to their best values.
+
+    Args:
+        codes: ``(columns, out)`` float32, changed in place.
+        slope: The same shape: half of the derivative of the error. It may be overwritten.
+        moment: ``(columns, columns)``, rows of a larger matrix.
+        per_square: ``(columns,)``: one over its diagonal; 0 where a code stays.
+        scale: ``(out,)``, of the group.
+        inverse: ``(out,)``, see `inverse_of`.
+        top: The largest code.
+
+    Returns:
+        The change of the values, ``(columns, out)``.
+    """
+    built = library() if codes.device.type == "cpu" else None
+    if built is None:
+        return _move(codes, slope, moment, per_square, scale, inverse, top)
+    return _move_compiled(built, codes, slope, moment, per_square, scale, inverse, top)
+
+
+def _round(weight: Tensor, left: Tensor, factor: Tensor, groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    codes, errors, products = torch.empty_like(weight), torch.empty_like(weight), torch.empty_like(weight)
+    for index, group in enumerate(groups.tolist()):
+        torch.sub(left[index], grid.offset[group], out=codes[index])
+        code = codes[index].mul_(grid.inverse[group]).round_().clamp_(0, grid.top)
+        value = torch.mul(code, grid.scale[group]).add_(grid.offset[group])
+        torch.sub(value, weight[index], out=errors[index])
+        rest = slice(index + 1, None)
+        left[rest].sub_(torch.mul(factor[rest, index, None], errors[index], out=products[rest]))
+    return codes, errors
+
+
+def _move(
+    codes: Tensor, slope: Tensor, moment: Tensor, per_square: Tensor, scale: Tensor, inverse: Tensor, top: int
+) -> Tensor:
+    moved, products = torch.empty_like(codes), torch.empty_like(codes)
+    for index, old in enumerate(codes):
+        step = torch.mul(slope[index], per_square[index]).mul_(inverse)
+        code = torch.sub(old, step, out=step).round_().clamp_(0, top)
+        torch.sub(code, old, out=moved[index]).mul_(scale)
+        old.copy_(code)
+        rest = slice(index + 1, None)
+        slope[rest].add_(torch.mul(moment[rest, index, None], moved[index], out=products[rest]))
+    return moved
+
+
+def _round_compiled(
+    built: ctypes.CDLL, weight: Tensor, left: Tensor, factor: Tensor, groups: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    codes, errors = torch.empty_like(weight), torch.empty_like(weight)
+    scales = (tensor.data_ptr() for tensor in (grid.scale, grid.offset, grid.inverse))
+    matrix = factor.data_ptr(), factor.stride(0)
+    built.round_columns(
+        *(torch.get_num_threads(), *weight.shape, weight.data_ptr(), left.data_ptr(), *matrix, groups.data_ptr()),
+        *(*scales, grid.top, codes.data_ptr(), errors.data_ptr()),
+    )
+    return codes, errors
+
+
+def _move_compiled(
+    built: ctypes.CDLL,
+    codes: Tensor,
+    slope: Tensor,
+    moment: Tensor,
+    per_square: Tensor,
+    scale: Tensor,
+    inverse: Tensor,
+    top: int,
+) -> Tensor:
+    moved = torch.empty_like(codes)
+    scales = (tensor.data_ptr() for tensor in (per_square, scale, inverse))
+    matrix = moment.data_ptr(), moment.stride(0)
+    built.move_columns(
+        *(torch.get_num_threads(), *codes.shape, slope.data_ptr(), *matrix, *scales),
+        *(top, codes.data_ptr(), moved.data_ptr()),
+    )
+    return moved
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel; None, with a warning, where it cannot be compiled or gives other codes than torch."""
+    try:
+        with torch.autocast("cpu", enabled=False), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+            return _checked(compiled(_SOURCE, *_FLAGS))
+    except OSError as error:
+        warnings.warn(
+            f"rounding by statistics takes longer, since its kernel cannot be compiled here ({error}): "
+            "install a C++ compiler with OpenMP (g++), or name one in CXX",
+            stacklevel=2,
+        )
+        return None
+
+
+def _checked(built: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, its functions declared, after a block of columns with every case in it.
+
+    Raises:
+        OSError: Its codes are not those of torch.
+    """
+    number, address, real, threads = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float, ctypes.c_int
+    matrix: list[Any] = [address, number]
+    built.round_columns.argtypes = [threads, number, number, address, address, *matrix, *[address] * 4, real, *[address] * 2]
+    built.move_columns.argtypes = [threads, number, number, address, *matrix, *[address] * 3, real, *[address] * 2]
+    built.round_columns.restype = built.move_columns.restype = None
+    random = torch.Generator().manual_seed(0)
+    columns, rows = 24, 150  # no multiple of a vector's rows
+    weight, left, moment = (
+        torch.randn(columns, size, generator=random, dtype=torch.float32) for size in (rows, rows, columns)
+    )
+    scale = torch.rand(2, rows, generator=random, dtype=torch.float32).mul_(0.5)
+    scale[:, ::7] = 0
+    weight[0, ::2] = left[0, ::2] = 0.25  # half way between two codes
+    scale[0, ::2], low = 0.5, torch.zeros(2, rows, dtype=torch.float32)
+    for bits in (1, 2, 8):
+        grid, groups = Grid.of(scale, low - 2.0 ** (bits - 2) * scale, bits), torch.arange(columns) % 2
+        expected = _round(weight, left.clone(), moment, groups, grid)
+        if not all(map(torch.equal, _round_compiled(built, weight, left, moment, groups, grid), expected)):
+            raise OSError(f"compiled, it rounds otherwise than torch at {bits} bits: please report this")
+        codes, per_square = expected[0], torch.rand(columns, generator=random, dtype=torch.float32)
+        case = moment, per_square, scale[1], grid.inverse[1], grid.top
+        moved, of_torch = codes.clone(), codes.clone()
+        same = torch.equal(_move_compiled(built, moved, left, *case), _move(of_torch, left.clone(), *case))
+        if not same or not torch.equal(moved, of_torch):
+            raise OSError(f"compiled, it moves codes otherwise than torch at {bits} bits: please report this")
+    return built
