@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from moe_precision.quantize.codec.fitting import quantize_matrix
 from moe_precision.quantize.codec.columns import Grid
+from moe_precision.quantize.codec.fitting import quantize_matrix
 from moe_precision.quantize.codec.rounding import check_moment, feedback_factor, half_gain
 from moe_precision.quantize.codec.scales import stored_scales
 from moe_precision.quantize.codec.sweeps import descend, feedback, nearest, refit
@@ -98,7 +98,9 @@ def test_descent_never_raises_the_error_and_ends_where_no_code_can_move(weight, 
             assert (errors(weight, values(other, grid.scale, grid.offset), moment) >= after * (1 - 1e-4)).all()
 
 
-@pytest.mark.parametrize("group", [16, 96, 192])  # several in a block, one that is none of its parts, and one of two blocks
+@pytest.mark.parametrize(
+    "group", [16, 96, 192]
+)  # several in a block, one that is none of its parts, and one of two blocks
 def test_sweeps_that_refit_never_raise_the_error(weight, moment, group):
     _, *scales = quantize_matrix(weight, 2, group)
     grid = Grid.of(*(transposed(one.float()) for one in scales), 2)

@@ -1,7 +1,7 @@
 """What goes column by column in rounding: each code waits for those before it, in a block of few columns.
 
-On a CPU this is C++, compiled at its first use (`columns.cpp`); on a GPU, and where there is no compiler, torch. Both do
-the same operations in the same order and give the same bits. Products with whole matrices are not made here.
+On a CPU this is C++, compiled at its first use (`columns.cpp`); on a GPU, and where there is no compiler, torch. Both
+do the same operations in the same order and give the same bits. Products with whole matrices are not made here.
 
 All matrices are transposed, ``(in, out)``, and contiguous.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..kernels.compiler import compiled
 
 _SOURCE = Path(__file__).with_name("columns.cpp")
-_FLAGS = "-ffp-contract=off",  # a fused product and sum is not what torch gives
+_FLAGS = ("-ffp-contract=off",)  # a fused product and sum is not what torch gives
 
 
 class Grid(NamedTuple):
@@ -35,6 +35,10 @@ class Grid(NamedTuple):
     def of(cls, scale: Tensor, offset: Tensor, bits: int) -> Grid:
         """The grid of scales and offsets at a width."""
         return cls(scale, offset, inverse_of(scale), 2**bits - 1)
+
+    def clone(self) -> Grid:
+        """One that can be changed."""
+        return Grid(self.scale.clone(), self.offset.clone(), self.inverse.clone(), self.top)
 
 
 def inverse_of(scale: Tensor) -> Tensor:
@@ -114,6 +118,7 @@ def _move(
 def _round_compiled(
     built: ctypes.CDLL, weight: Tensor, left: Tensor, factor: Tensor, groups: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor]:
+    weight, left = weight.contiguous(), left.contiguous()
     codes, errors = torch.empty_like(weight), torch.empty_like(weight)
     scales = (tensor.data_ptr() for tensor in (grid.scale, grid.offset, grid.inverse))
     matrix = factor.data_ptr(), factor.stride(0)
@@ -134,7 +139,8 @@ def _move_compiled(
     inverse: Tensor,
     top: int,
 ) -> Tensor:
-    moved = torch.empty_like(codes)
+    assert codes.is_contiguous(), "codes are changed in place"
+    slope, moved = slope.contiguous(), torch.empty_like(codes)
     scales = (tensor.data_ptr() for tensor in (per_square, scale, inverse))
     matrix = moment.data_ptr(), moment.stride(0)
     built.move_columns(
@@ -166,9 +172,9 @@ def _checked(built: ctypes.CDLL) -> ctypes.CDLL:
         OSError: Its codes are not those of torch.
     """
     number, address, real, threads = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float, ctypes.c_int
-    matrix: list[Any] = [address, number]
-    built.round_columns.argtypes = [threads, number, number, address, address, *matrix, *[address] * 4, real, *[address] * 2]
-    built.move_columns.argtypes = [threads, number, number, address, *matrix, *[address] * 3, real, *[address] * 2]
+    sizes: list[Any] = [threads, number, number]
+    built.round_columns.argtypes = [*sizes, *[address] * 3, number, *[address] * 4, real, *[address] * 2]
+    built.move_columns.argtypes = [*sizes, *[address] * 2, number, *[address] * 3, real, *[address] * 2]
     built.round_columns.restype = built.move_columns.restype = None
     random = torch.Generator().manual_seed(0)
     columns, rows = 24, 150  # no multiple of a vector's rows

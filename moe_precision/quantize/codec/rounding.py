@@ -19,15 +19,16 @@ from torch import Tensor
 
 from .columns import Grid
 from .scales import lost_in_float16, stored_scales
-from .sweeps import descend, errors_of, feedback, nearest
+from .sweeps import descend, feedback, nearest, values
 
 Fitted = tuple[Tensor, Tensor, Tensor]  # codes (out, in) uint8, scales and offsets (out, in / group) float16
 
 _DAMPING = (0.01, 0.1)  # of the mean of the diagonal, added to it before the factorization; the second if it fails
 _CHUNK = 1 << 22  # weights rounded at a time: bounds the memory
-_STRIPE = 1 << 22  # values of a second moment checked at a time
-_REFITS = 2  # sweeps that fit scales and offsets too
-_SWEEPS = 1  # over the codes on the stored grid
+_STRIPE = 512  # columns of a second moment at a time
+_SWEEPS = 3, 1  # of scales, offsets and codes; of codes alone, on the stored grid
+_ANEW = 5  # bits from which codes on the stored grid do not start from those before
+_SWEEPS_ANEW = 2, 2
 _ASYMMETRY = 1e-3  # of the largest value; from half precision
 _NEGATIVE = 1e-2  # of the largest eigenvalue; from half precision too
 
@@ -35,9 +36,10 @@ _NEGATIVE = 1e-2  # of the largest eigenvalue; from half precision too
 def round_by_moment(weight: Tensor, scale: Tensor, offset: Tensor, bits: int, second_moment: Tensor) -> Fitted:
     """Codes, scales and offsets that change the matrix's output little, from a first fit of scales and offsets.
 
-    Rounds with feedback, then sweeps over the groups, fitting scales and codes in turn. After that each row is multiplied
-    by half of what would make its gain one, scales and offsets are rounded to what is stored, and the codes are found
-    once more on that grid.
+    Rounds with feedback, then sweeps over the groups, fitting scales and codes in turn. After that each row is
+    multiplied by half of what would make its gain one, and scales and offsets are rounded to what is stored. What was
+    found is rounded to that grid, again with feedback, so that few codes change; from 5 bits on the weight itself is,
+    since there a step of the stored scales is several of the codes. A last sweep moves the codes.
 
     Args:
         weight: ``(out, in)``, any float dtype.
@@ -51,25 +53,32 @@ def round_by_moment(weight: Tensor, scale: Tensor, offset: Tensor, bits: int, se
     """
     moment = check_moment(second_moment.to(weight.device, torch.float32), weight.shape[1])
     factored = feedback_factor(moment)
+    refits, sweeps = _SWEEPS if bits < _ANEW else _SWEEPS_ANEW
     rows = max(128, _CHUNK // weight.shape[1])
     chunks = [slice(start, start + rows) for start in range(0, len(weight), rows)]
+    found = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     found_scale, found_offset = torch.empty_like(scale), torch.empty_like(offset)
     for chunk in chunks:
         matrix = weight[chunk].float().T.contiguous()  # (in, rows)
-        grid = Grid.of(scale[chunk].T.contiguous(), offset[chunk].T.contiguous(), bits)
-        codes, grid = descend(matrix, _start(matrix, grid, factored), grid, moment, sweeps=_REFITS, refits=_REFITS)
+        grid = _grid(scale[chunk], offset[chunk], bits)
+        codes, grid = descend(matrix, _start(matrix, grid, factored), grid, moment, refits, refits)
         gain = half_gain(matrix, codes, grid, moment)
         found_scale[chunk], found_offset[chunk] = (grid.scale * gain).T, (grid.offset * gain).T
-    if lost_in_float16(found_scale, found_offset, 2**bits - 1):
-        found_scale, found_offset = scale, offset
-    stored = stored_scales(found_scale, found_offset, bits)
-    found = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        found[chunk] = codes.T
+    fits = not lost_in_float16(found_scale, found_offset, 2**bits - 1)
+    stored = stored_scales(*((found_scale, found_offset) if fits else (scale, offset)), bits)
     for chunk in chunks:
-        matrix = weight[chunk].float().T.contiguous()
-        grid = Grid.of(*(tensor[chunk].float().T.contiguous() for tensor in stored), bits)
-        codes, _ = descend(matrix, _start(matrix, grid, factored), grid, moment, sweeps=_SWEEPS)
-        found[chunk] = codes.T.to(torch.uint8)
+        matrix, grid = weight[chunk].float().T.contiguous(), _grid(stored[0][chunk], stored[1][chunk], bits)
+        wanted = matrix
+        if fits and bits < _ANEW:
+            wanted = values(found[chunk].T.float().contiguous(), _grid(found_scale[chunk], found_offset[chunk], bits))
+        codes, _ = descend(matrix, _start(wanted, grid, factored), grid, moment, sweeps)
+        found[chunk] = codes.T
     return found, *stored
+
+
+def _grid(scale: Tensor, offset: Tensor, bits: int) -> Grid:
+    return Grid.of(scale.float().T.contiguous(), offset.float().T.contiguous(), bits)
 
 
 def _start(weight: Tensor, grid: Grid, factored: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -96,8 +105,8 @@ def check_moment(moment: Tensor, width: int) -> Tensor:
         )
     symmetric, asymmetry = torch.empty_like(moment), 0.0
     halved = 1 / (2 * diagonal.mean())
-    for rows in torch.arange(width).split(max(1, _STRIPE // width)):
-        one = slice(int(rows[0]), int(rows[-1]) + 1)
+    for start in range(0, width, _STRIPE):
+        one = slice(start, start + _STRIPE)
         other = moment[:, one].T.contiguous()
         torch.add(moment[one], other, out=symmetric[one]).mul_(halved)
         asymmetry = max(asymmetry, float(other.sub_(moment[one]).abs_().max() / diagonal.max()))
@@ -150,7 +159,11 @@ def half_gain(weight: Tensor, codes: Tensor, grid: Grid, moment: Tensor) -> Tens
 
     Codes that fit best have a gain below one, as in `fitting`. At 1 bit half of the correction loses least.
     """
-    by_weight = moment @ weight
-    own = (by_weight * weight).sum(0)
-    shared = own + by_weight.mul_(errors_of(weight, codes, grid.scale, grid.offset)).sum(0)
+    own, shared = torch.zeros_like(weight[0]), torch.zeros_like(weight[0])
+    quantized = values(codes, grid)
+    for start in range(0, len(weight), _STRIPE):
+        rows = slice(start, start + _STRIPE)
+        by_weight = moment[rows] @ weight
+        own += (by_weight * weight[rows]).sum(0)
+        shared += by_weight.mul_(quantized[rows]).sum(0)
     return torch.where(shared > 0, (own / shared).clamp(0.25, 4), 1.0).sqrt()

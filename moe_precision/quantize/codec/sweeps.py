@@ -25,11 +25,11 @@ def nearest(weight: Tensor, grid: Grid) -> Tensor:
     return codes.clamp_(0, grid.top).flatten(0, 1)
 
 
-def errors_of(weight: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """The quantized values less the weight, ``(in, out)``, for scales ``(in / group, out)``."""
-    groups = codes.unflatten(0, (len(scale), -1))
-    values: Tensor = (groups * scale.unsqueeze(1)).add_(offset.unsqueeze(1)).flatten(0, 1)
-    return values.sub_(weight)
+def values(codes: Tensor, grid: Grid) -> Tensor:
+    """The quantized values ``(in, out)`` float32 of codes ``(in, out)``."""
+    groups = codes.unflatten(0, (len(grid.scale), -1))
+    found: Tensor = (groups * grid.scale.unsqueeze(1)).add_(grid.offset.unsqueeze(1)).flatten(0, 1)
+    return found
 
 
 def feedback(weight: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> Tensor:
@@ -71,12 +71,12 @@ def descend(
         Codes ``(in, out)`` and their grid, never with a larger error than before.
     """
     size = len(weight) // len(grid.scale)
-    codes, grid = codes.clone(), Grid(*(tensor.clone() for tensor in grid[:3]), grid.top)
+    codes, grid = codes.clone(), grid.clone()
     per_square = torch.where(moment.diagonal() > 0, 1 / moment.diagonal(), 0.0)
-    errors = errors_of(weight, codes, grid.scale, grid.offset)
+    errors = values(codes, grid).sub_(weight)
     width = max(1, _BLOCK // size) * size  # of a block, which is of whole groups
     for number in range(sweeps):
-        before = codes.clone()
+        before = codes.clone() if refits <= number < sweeps - 1 else None
         for start in range(0, len(weight), width):
             end = min(start + width, len(weight))
             slope = moment[start:end] @ errors  # (block, out), kept up to date from here on
@@ -86,8 +86,8 @@ def descend(
                     own, here = moment[columns, columns], slope[first - start : first - start + size]
                     scale, offset = refit(codes[columns], here, own, grid.scale[group], grid.offset[group])
                     grid.scale[group], grid.offset[group], grid.inverse[group] = scale, offset, inverse_of(scale)
-                    fitted = errors_of(weight[columns], codes[columns], scale[None], offset[None])
-                    slope[first - start :].addmm_(moment[first:end, columns], fitted - errors[columns])
+                    fitted = torch.mul(codes[columns], scale).add_(offset).sub_(weight[columns])
+                    slope[first - start :].addmm_(moment[first:end, columns], errors[columns].neg_().add_(fitted))
                     errors[columns] = fitted
                 for part in (slice(at, min(at + _BLOCK, first + size)) for at in range(first, first + size, _BLOCK)):
                     moved = move_columns(
@@ -100,8 +100,8 @@ def descend(
                         grid.top,
                     )
                     slope[part.stop - start :].addmm_(moment[part.stop : end, part], moved)
-                    errors[part] += moved
-        if number >= refits and torch.equal(before, codes):
+                    errors[part].add_(moved)
+        if before is not None and torch.equal(before, codes):
             break
     return codes, grid
 
