@@ -44,12 +44,16 @@ def second_moment(inp: int) -> Tensor:
     return moment
 
 
-def error(weight: Tensor, quantized: tuple[Tensor, Tensor, Tensor], moment: Tensor) -> float:
+def relative(difference: Tensor, weight: Tensor, moment: Tensor) -> float:
     """Change of the output, relative to the output: ``(q - v) H (q - v)^T / v H v^T``, summed over the rows."""
-    codes, scale, offset = (one.float() for one in quantized)
-    groups = codes.unflatten(1, (-1, GROUP))
-    difference = (groups * scale.unsqueeze(-1) + offset.unsqueeze(-1)).flatten(1) - weight
     return float(((difference @ moment) * difference).sum() / ((weight @ moment) * weight).sum())
+
+
+def error(weight: Tensor, quantized: tuple[Tensor, Tensor, Tensor], moment: Tensor) -> float:
+    """The change of the output by codes, scales and offsets."""
+    codes, scale, offset = (one.float() for one in quantized)
+    values = (codes.unflatten(1, (-1, GROUP)) * scale.unsqueeze(-1) + offset.unsqueeze(-1)).flatten(1)
+    return relative(values - weight, weight, moment)
 
 
 def seconds(function: Callable[[], object], rounds: int) -> float:
@@ -62,17 +66,18 @@ def seconds(function: Callable[[], object], rounds: int) -> float:
     return min(found)
 
 
-def peer(out: int, inp: int, bits: int, rounds: int) -> float | None:
-    """Seconds of GPTQModel's GPTQ, in its own environment; None where it is not installed."""
+def peer(out: int, inp: int, bits: int, rounds: int) -> tuple[float, float] | None:
+    """Seconds and error of GPTQModel's GPTQ, in its own environment; None where it is not installed."""
     if not PEER.exists():
         return None
     command = [str(PEER), "-m", "benchmarks.rounding", "--peer", f"{out}x{inp}", "--bits", str(bits)]
     done = subprocess.run([*command, "--rounds", str(rounds)], check=True, capture_output=True, text=True)
-    return float(done.stdout.split()[-1])
+    time_taken, wrong = done.stdout.split()[-2:]
+    return float(time_taken), float(wrong)
 
 
-def gptqmodel(out: int, inp: int, bits: int, rounds: int) -> float:
-    """Seconds of GPTQModel's GPTQ for one linear layer whose second moment it is given."""
+def gptqmodel(out: int, inp: int, bits: int, rounds: int) -> tuple[float, float]:
+    """Seconds and error of GPTQModel's GPTQ for one linear layer whose second moment it is given."""
     from gptqmodel.quantization import QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ
 
@@ -90,19 +95,19 @@ def gptqmodel(out: int, inp: int, bits: int, rounds: int) -> float:
     for _ in range(rounds):
         task = prepared()
         start = time.perf_counter()
-        task.quantize()
+        quantized = task.quantize()[0]
         found.append(time.perf_counter() - start)
-    return min(found)
+    return min(found), relative(quantized - weight, weight, moment)
 
 
 def compare(bits: int, full: bool) -> None:
     """Prints the table."""
     rounds = 1 if full else 3
     columns.library()  # compiles it
-    print(f"one matrix, {bits} bits, group {GROUP}, {torch.get_num_threads()} threads; seconds, in brackets as a ratio")
-    print("to the fit without statistics; error of the output relative to it\n")
-    print("| out x in | without | torch | C++ | GPTQModel | C++, times as fast | error without | torch | C++ |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(f"one matrix, {bits} bits, group {GROUP}, {torch.get_num_threads()} threads; seconds, in brackets as a ratio to")
+    print("the fit without statistics; errors are the change of the output, relative to it\n")
+    print("| out x in | without | torch | C++ | GPTQModel | C++, times as fast | errors, in the same order |")
+    print("|---|---|---|---|---|---|---|")
     for out, inp in FULL if full else SHAPES:
         weight, moment = matrix(out, inp), second_moment(inp)
         quantize_matrix(weight[:64], bits, GROUP, second_moment=moment[:inp, :inp])  # warms up
@@ -118,8 +123,11 @@ def compare(bits: int, full: bool) -> None:
             errors.append(error(weight, results[-1], moment))
         of_peer = peer(out, inp, bits, rounds)
         ratios = [f"{one:.2f} [{one / times[0]:.1f}]" for one in times[1:]]
-        versus = ["", ""] if of_peer is None else [f"{of_peer:.2f}", f"{of_peer / times[2]:.1f}"]
-        cells = [f"{out} x {inp}", f"{times[0]:.2f}", *ratios, *versus, *(f"{one:.4f}" for one in errors)]
+        versus = ["", ""]
+        if of_peer is not None:
+            versus = [f"{of_peer[0]:.2f}", f"{of_peer[0] / times[2]:.1f}"]
+            errors.append(of_peer[1])
+        cells = [f"{out} x {inp}", f"{times[0]:.2f}", *ratios, *versus, ", ".join(f"{one:.4f}" for one in errors)]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
@@ -132,6 +140,6 @@ if __name__ == "__main__":
     options = parser.parse_args()
     warnings.simplefilter("default")
     if options.peer:
-        print(gptqmodel(*map(int, options.peer.split("x")), options.bits, options.rounds))
+        print(*gptqmodel(*map(int, options.peer.split("x")), options.bits, options.rounds))
     else:
         compare(options.bits, options.full)

@@ -100,7 +100,7 @@ def test_descent_never_raises_the_error_and_ends_where_no_code_can_move(weight, 
 
 @pytest.mark.parametrize(
     "group", [16, 96, 192]
-)  # several in a block, one that is none of its parts, and one of two blocks
+)  # several in a block of columns, one, and one of two
 def test_sweeps_that_refit_never_raise_the_error(weight, moment, group):
     _, *scales = quantize_matrix(weight, 2, group)
     grid = Grid.of(*(transposed(one.float()) for one in scales), 2)

@@ -87,6 +87,51 @@ void round_columns(int threads, int64_t columns, int64_t rows, const float* weig
   }
 }
 
+// As columns.py's `_fit`, and what follows from it. codes, by_code, slope, weight, errors, change: (columns, rows); scale,
+// offset, inverse: (rows). Errors and grid are changed in place. ones: the sum of the group's second moment.
+void fit_columns(int threads, int64_t columns, int64_t rows, const float* codes, const float* by_code,
+                 const float* slope, const float* weight, float ones, float ridge, float* scale, float* offset,
+                 float* inverse, float* errors, float* change) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t first = 0; first < rows; first += WIDTH) {
+    const int64_t count = rows - first < WIDTH ? rows - first : WIDTH;
+    Rows square = {}, mixed = {}, by_scale = {}, by_offset = {};
+    for (int64_t at = first; at < columns * rows; at += rows) {
+      const Rows code = Rows::load(codes + at, count), by = Rows::load(by_code + at, count);
+      const Rows down = Rows::load(slope + at, count);
+      for (int i = 0; i < VECTORS; i++) {
+        square.v[i] += by.v[i] * code.v[i];
+        mixed.v[i] += by.v[i];
+        by_scale.v[i] += down.v[i] * code.v[i];
+        by_offset.v[i] += down.v[i];
+      }
+    }
+    Rows width = Rows::load(scale + first, count), low = Rows::load(offset + first, count), steps;
+    for (int i = 0; i < VECTORS; i++) {
+      const Floats both = square.v[i] * ridge, determinant = both * ones - mixed.v[i] * mixed.v[i];
+      const Floats wider = width.v[i] + (mixed.v[i] * by_offset.v[i] - by_scale.v[i] * ones) / determinant;
+      const Floats higher = low.v[i] + (mixed.v[i] * by_scale.v[i] - both * by_offset.v[i]) / determinant;
+      const Ints taken = (determinant > both * ones * 1e-6f) & (wider > 0.0f) & (wider <= width.v[i] * 3.0f);
+      width.v[i] = taken ? wider : width.v[i];
+      low.v[i] = taken ? higher : low.v[i];
+      steps.v[i] = width.v[i] > 0.0f ? 1.0f / width.v[i] : Floats{};
+    }
+    width.store(scale + first, count);
+    low.store(offset + first, count);
+    steps.store(inverse + first, count);
+    for (int64_t at = first; at < columns * rows; at += rows) {
+      const Rows code = Rows::load(codes + at, count), exact = Rows::load(weight + at, count);
+      Rows before = Rows::load(errors + at, count), after;
+      for (int i = 0; i < VECTORS; i++) {
+        after.v[i] = (code.v[i] * width.v[i] + low.v[i]) - exact.v[i];
+        before.v[i] = after.v[i] - before.v[i];
+      }
+      after.store(errors + at, count);
+      before.store(change + at, count);
+    }
+  }
+}
+
 // As columns.py's `_move`. codes, slope, moved: (columns, rows); moment: (columns, columns), its rows `stride` apart;
 // per_square: (columns); scale, inverse: (rows). Codes are changed in place.
 void move_columns(int threads, int64_t columns, int64_t rows, const float* slope, const float* moment, int64_t stride,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..kernels.compiler import compiled
 
 _SOURCE = Path(__file__).with_name("columns.cpp")
+_RIDGE = 1e-3
 _FLAGS = ("-ffp-contract=off",)  # a fused product and sum is not what torch gives
 
 
@@ -66,6 +67,40 @@ def round_columns(weight: Tensor, left: Tensor, factor: Tensor, groups: Tensor, 
     return _round_compiled(built, weight, left, factor, groups, grid)
 
 
+def fit_columns(
+    weight: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    slope: Tensor,
+    moment: Tensor,
+    grid: Grid,
+    group: int,
+    ridge: float = _RIDGE,
+) -> Tensor:
+    """Least squares under the second moment for one group's scale and offset, while the other groups stay.
+
+    A scale and offset stay where the new scale would not be positive, or more than three times as large.
+
+    Args:
+        weight: The group's columns, ``(group, out)`` float32.
+        codes: The same shape.
+        errors: The same shape: quantized values less the weight, changed in place.
+        slope: The same shape: the second moment times the errors of all columns.
+        moment: ``(group, group)`` float32, symmetric.
+        grid: Of the whole matrix, changed in place.
+        group: Which group.
+        ridge: Shortens the step; 0 for the least squares.
+
+    Returns:
+        The change of the errors, ``(group, out)``.
+    """
+    by_code, ones = moment @ codes, moment.sum() * (1 + ridge)
+    built = library() if codes.device.type == "cpu" else None
+    if built is None:
+        return _fit(weight, codes, errors, slope, by_code, ones, grid, group, ridge)
+    return _fit_compiled(built, weight, codes, errors, slope, by_code, ones, grid, group, ridge)
+
+
 def move_columns(
     codes: Tensor, slope: Tensor, moment: Tensor, per_square: Tensor, scale: Tensor, inverse: Tensor, top: int
 ) -> Tensor:
@@ -101,6 +136,39 @@ def _round(weight: Tensor, left: Tensor, factor: Tensor, groups: Tensor, grid: G
     return codes, errors
 
 
+def _fit(
+    weight: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    slope: Tensor,
+    by_code: Tensor,
+    ones: Tensor,
+    grid: Grid,
+    group: int,
+    ridge: float,
+) -> Tensor:
+    square, mixed, by_scale, by_offset = torch.zeros(4, codes.shape[1], device=codes.device)
+    product = torch.empty_like(square)
+    for index, code in enumerate(codes):  # one after the other: a sum in one call has an order of its own
+        square += torch.mul(by_code[index], code, out=product)
+        mixed += by_code[index]
+        by_scale += torch.mul(slope[index], code, out=product)
+        by_offset += slope[index]
+    square *= 1 + ridge
+    scale, offset = grid.scale[group], grid.offset[group]
+    determinant = square * ones - mixed * mixed
+    wider = scale + (mixed * by_offset - by_scale * ones) / determinant
+    higher = offset + (mixed * by_scale - square * by_offset) / determinant
+    taken = (determinant > square * ones * 1e-6) & (wider > 0) & (wider <= scale * 3)
+    scale.copy_(torch.where(taken, wider, scale))
+    offset.copy_(torch.where(taken, higher, offset))
+    grid.inverse[group] = inverse_of(scale)
+    after = torch.mul(codes, scale).add_(offset).sub_(weight)
+    change = after - errors
+    errors.copy_(after)
+    return change
+
+
 def _move(
     codes: Tensor, slope: Tensor, moment: Tensor, per_square: Tensor, scale: Tensor, inverse: Tensor, top: int
 ) -> Tensor:
@@ -127,6 +195,28 @@ def _round_compiled(
         *(*scales, grid.top, codes.data_ptr(), errors.data_ptr()),
     )
     return codes, errors
+
+
+def _fit_compiled(
+    built: ctypes.CDLL,
+    weight: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    slope: Tensor,
+    by_code: Tensor,
+    ones: Tensor,
+    grid: Grid,
+    group: int,
+    ridge: float,
+) -> Tensor:
+    change, by_code, slope = torch.empty_like(codes), by_code.contiguous(), slope.contiguous()
+    matrices = (tensor.data_ptr() for tensor in (codes, by_code, slope, weight))
+    scales = (tensor[group].data_ptr() for tensor in (grid.scale, grid.offset, grid.inverse))
+    built.fit_columns(
+        *(torch.get_num_threads(), *codes.shape, *matrices, float(ones), 1 + ridge),
+        *(*scales, errors.data_ptr(), change.data_ptr()),
+    )
+    return change
 
 
 def _move_compiled(
@@ -175,7 +265,8 @@ def _checked(built: ctypes.CDLL) -> ctypes.CDLL:
     sizes: list[Any] = [threads, number, number]
     built.round_columns.argtypes = [*sizes, *[address] * 3, number, *[address] * 4, real, *[address] * 2]
     built.move_columns.argtypes = [*sizes, *[address] * 2, number, *[address] * 3, real, *[address] * 2]
-    built.round_columns.restype = built.move_columns.restype = None
+    built.fit_columns.argtypes = [*sizes, *[address] * 4, real, real, *[address] * 5]
+    built.fit_columns.restype = built.round_columns.restype = built.move_columns.restype = None
     random = torch.Generator().manual_seed(0)
     columns, rows = 24, 150  # no multiple of a vector's rows
     weight, left, moment = (
@@ -190,6 +281,13 @@ def _checked(built: ctypes.CDLL) -> ctypes.CDLL:
         expected = _round(weight, left.clone(), moment, groups, grid)
         if not all(map(torch.equal, _round_compiled(built, weight, left, moment, groups, grid), expected)):
             raise OSError(f"compiled, it rounds otherwise than torch at {bits} bits: please report this")
+        fits = []
+        for fit in (partial(_fit_compiled, built), _fit):
+            own, errors = grid.clone(), expected[1].clone()
+            change = fit(weight, expected[0], errors, left, expected[0] + 1, moment.abs().sum() * rows, own, 1, _RIDGE)
+            fits.append((change, errors, *own[:3]))
+        if not all(torch.equal(*pair) for pair in zip(*fits, strict=True)):
+            raise OSError(f"compiled, it fits scales otherwise than torch at {bits} bits: please report this")
         codes, per_square = expected[0], torch.rand(columns, generator=random, dtype=torch.float32)
         case = moment, per_square, scale[1], grid.inverse[1], grid.top
         moved, of_torch = codes.clone(), codes.clone()

@@ -12,10 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .columns import Grid, inverse_of, move_columns, round_columns
+from .columns import Grid, fit_columns, move_columns, round_columns
 
 _BLOCK = 128  # columns at a time
-_RIDGE = 1e-3
 
 
 def nearest(weight: Tensor, grid: Grid) -> Tensor:
@@ -83,12 +82,9 @@ def descend(
             for first in range(start, end, size):
                 group, columns = first // size, slice(first, first + size)
                 if number < refits:
-                    own, here = moment[columns, columns], slope[first - start : first - start + size]
-                    scale, offset = refit(codes[columns], here, own, grid.scale[group], grid.offset[group])
-                    grid.scale[group], grid.offset[group], grid.inverse[group] = scale, offset, inverse_of(scale)
-                    fitted = torch.mul(codes[columns], scale).add_(offset).sub_(weight[columns])
-                    slope[first - start :].addmm_(moment[first:end, columns], errors[columns].neg_().add_(fitted))
-                    errors[columns] = fitted
+                    here, own = slope[first - start :], moment[columns, columns]
+                    change = fit_columns(weight[columns], codes[columns], errors[columns], here[:size], own, grid, group)
+                    here.addmm_(moment[first:end, columns], change)
                 for part in (slice(at, min(at + _BLOCK, first + size)) for at in range(first, first + size, _BLOCK)):
                     moved = move_columns(
                         codes[part],
@@ -104,31 +100,3 @@ def descend(
         if before is not None and torch.equal(before, codes):
             break
     return codes, grid
-
-
-def refit(
-    codes: Tensor, slope: Tensor, moment: Tensor, scale: Tensor, offset: Tensor, ridge: float = _RIDGE
-) -> tuple[Tensor, Tensor]:
-    """Least squares under the second moment for one group's scale and offset, while the other groups stay.
-
-    Args:
-        codes: ``(group, out)`` float32.
-        slope: The same shape: the second moment times the errors of all columns.
-        moment: ``(group, group)`` float32, symmetric.
-        scale: ``(out,)`` float32.
-        offset: The same shape.
-        ridge: Shortens the step; 0 for the least squares.
-
-    Returns:
-        Scale and offset: as they were where the new scale would not be positive, or more than three times as large.
-    """
-    by_code = moment @ codes  # (group, out)
-    square, mixed = (by_code * codes).sum(0) * (1 + ridge), by_code.sum(0)  # (out,)
-    ones = moment.sum() * (1 + ridge)
-    by_scale, by_offset = (slope * codes).sum(0), slope.sum(0)
-    determinant = square * ones - mixed * mixed
-    wider = (mixed * by_offset - ones * by_scale) / determinant
-    higher = (mixed * by_scale - square * by_offset) / determinant
-    new = scale + wider
-    taken = (determinant > 1e-6 * square * ones) & (new > 0) & (new <= 3 * scale)
-    return torch.where(taken, new, scale), torch.where(taken, offset + higher, offset)
