@@ -104,7 +104,9 @@ def compare(bits: int, full: bool) -> None:
     """Prints the table."""
     rounds = 1 if full else 3
     columns.library()  # compiles it
-    print(f"one matrix, {bits} bits, group {GROUP}, {torch.get_num_threads()} threads; seconds, in brackets as a ratio to")
+    print(
+        f"one matrix, {bits} bits, group {GROUP}, {torch.get_num_threads()} threads; seconds, in brackets as a ratio to"
+    )
     print("the fit without statistics; errors are the change of the output, relative to it\n")
     print("| out x in | without | torch | C++ | GPTQModel | C++, times as fast | errors, in the same order |")
     print("|---|---|---|---|---|---|---|")

@@ -60,6 +60,24 @@ def test_the_same_bits_as_torch(count, rows, bits):
     assert torch.equal(moved, (ours - codes) * grid.scale[1])
 
 
+@pytest.mark.parametrize("bits", [1, 3])
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (7, 63), (64, 130)])
+def test_the_same_scales_as_torch(count, rows, bits):
+    if columns.library() is None:
+        pytest.skip("no compiler")
+    weight, slope, _, groups, grid = block(count, rows, bits)
+    codes, errors = columns.round_columns(weight, weight.clone(), torch.zeros(count, count), groups * 0, grid)
+    root = torch.randn(count, count + 1, generator=torch.Generator().manual_seed(0))
+    moment, found = root @ root.T, []
+    for use in (lambda *rest: columns._fit_compiled(columns.library(), *rest), columns._fit):
+        own, kept = grid.clone(), errors.clone()
+        change = use(weight, codes, kept, slope, moment @ codes, moment.sum(), own, 0, 1e-3)
+        found.append((change, kept, *own[:3]))
+        assert torch.equal(own.scale[1:], grid.scale[1:])  # other groups stay
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert count == 1 or not torch.equal(own.scale[0], grid.scale[0])
+
+
 def test_a_code_half_way_is_the_even_one():
     weight = torch.tensor([[0.5, 1.5, 2.5, 3.5, -0.5, 0.49999997]])
     one = torch.ones(1, 6)
@@ -105,6 +123,7 @@ def test_without_a_compiler_torch_rounds(compiler_is, reason, no_library, monkey
     [
         ("0x1.8p23f) -", "0x1.8p23f + 0x1.8p22f) -", "rounds otherwise"),
         ("code.v[i] - old.v[i]", "code.v[i]", "moves codes"),
+        ("width.v[i] * 3.0f", "width.v[i] * 1.0f", "fits scales"),
     ],
 )
 def test_a_kernel_that_miscalculates_is_not_taken(right, wrong, message, no_library, monkeypatch, tmp_path):

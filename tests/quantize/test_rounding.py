@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from moe_precision.quantize.codec.columns import Grid
+from moe_precision.quantize.codec.columns import Grid, fit_columns
 from moe_precision.quantize.codec.fitting import quantize_matrix
 from moe_precision.quantize.codec.rounding import check_moment, feedback_factor, half_gain
 from moe_precision.quantize.codec.scales import stored_scales
-from moe_precision.quantize.codec.sweeps import descend, feedback, nearest, refit
+from moe_precision.quantize.codec.sweeps import descend, feedback, nearest
 
 OUT, IN, GROUP = 24, 192, 32
 
@@ -98,9 +98,7 @@ def test_descent_never_raises_the_error_and_ends_where_no_code_can_move(weight, 
             assert (errors(weight, values(other, grid.scale, grid.offset), moment) >= after * (1 - 1e-4)).all()
 
 
-@pytest.mark.parametrize(
-    "group", [16, 96, 192]
-)  # several in a block of columns, one, and one of two
+@pytest.mark.parametrize("group", [16, 96, 192])  # several in a block of columns, one, and one of two
 def test_sweeps_that_refit_never_raise_the_error(weight, moment, group):
     _, *scales = quantize_matrix(weight, 2, group)
     grid = Grid.of(*(transposed(one.float()) for one in scales), 2)
@@ -117,28 +115,40 @@ def test_sweeps_that_refit_never_raise_the_error(weight, moment, group):
     assert torch.equal(grid.scale, kept[1])
 
 
+def refitted(
+    weight: torch.Tensor, codes: torch.Tensor, grid: Grid, moment: torch.Tensor, group: int, **keywords
+) -> Grid:
+    """The grid after one group's scales and offsets were fitted; checks what else is returned and changed."""
+    columns, on = slice(group * GROUP, (group + 1) * GROUP), grid.clone()
+    before = (values(codes, grid.scale, grid.offset) - weight).T.contiguous()
+    errors = before[columns].clone()
+    own = moment[columns, columns]
+    rest = transposed(weight)[columns], codes[columns], errors, (moment @ before)[columns], own, on, group
+    change = fit_columns(*rest, **keywords)
+    after = (values(codes, on.scale, on.offset) - weight).T
+    torch.testing.assert_close(errors, after[columns], rtol=0, atol=1e-6)
+    torch.testing.assert_close(change, (after - before)[columns], rtol=0, atol=1e-6)
+    assert torch.equal(on.inverse[group], 1 / on.scale[group])
+    return on
+
+
 def test_a_refit_against_brute_force_least_squares(weight, moment):
-    grid = fitted(weight, 3)
-    codes = nearest(transposed(weight), grid)[:GROUP]
-    own, scale, offset = moment[:GROUP, :GROUP], grid.scale[0], grid.offset[0]  # one group: one step is the solution
-    slope = own @ (codes * scale + offset - weight.T[:GROUP])
-    found = refit(codes, slope, own, scale, offset, ridge=0.0)
+    grid = fitted(weight[:, :GROUP], 3)  # one group: one step is the solution
+    codes, own = nearest(transposed(weight[:, :GROUP]), grid), moment[:GROUP, :GROUP]
+    found = refitted(weight[:, :GROUP], codes, grid, own, 0, ridge=0.0)
     root = torch.linalg.cholesky(own.double()).T
     for row in range(OUT):
         design = root @ torch.stack([codes[:, row], torch.ones(GROUP)], dim=1).double()
         solution = torch.linalg.lstsq(design, root @ weight[row, :GROUP].double()).solution
-        torch.testing.assert_close(torch.stack(found)[:, row].double(), solution, atol=1e-3, rtol=1e-3)
+        ours = torch.stack([found.scale[0, row], found.offset[0, row]]).double()
+        torch.testing.assert_close(ours, solution, atol=1e-3, rtol=1e-3)
 
 
 def test_a_refit_keeps_scales_positive(weight, moment):
     grid = fitted(weight, 1)
     codes = 1 - nearest(transposed(weight), grid)  # the wrong way round: the best scale is negative
-    slope = moment @ (values(codes, grid.scale, grid.offset) - weight).T
     for group in range(IN // GROUP):
-        columns = slice(group * GROUP, (group + 1) * GROUP)
-        own = moment[columns, columns]
-        scale, _ = refit(codes[columns], slope[columns], own, grid.scale[group], grid.offset[group])
-        assert (scale > 0).all()
+        assert (refitted(weight, codes, grid, moment, group).scale > 0).all()
 
 
 def test_the_gain(weight, moment):

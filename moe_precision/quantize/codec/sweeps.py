@@ -83,7 +83,9 @@ def descend(
                 group, columns = first // size, slice(first, first + size)
                 if number < refits:
                     here, own = slope[first - start :], moment[columns, columns]
-                    change = fit_columns(weight[columns], codes[columns], errors[columns], here[:size], own, grid, group)
+                    change = fit_columns(
+                        weight[columns], codes[columns], errors[columns], here[:size], own, grid, group
+                    )
                     here.addmm_(moment[first:end, columns], change)
                 for part in (slice(at, min(at + _BLOCK, first + size)) for at in range(first, first + size, _BLOCK)):
                     moved = move_columns(
