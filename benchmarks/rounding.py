@@ -1,10 +1,11 @@
 """Rounding under a second moment: time on single matrices, beside the fit without statistics and GPTQModel's GPTQ.
 
     INSTALL_ONLY=1 tests/export/real_tools/run.sh gptqmodel   # the peer, in an environment of its own
-    python -m benchmarks.rounding [--full] [--bits 2]
+    python -m benchmarks.rounding [--full] [--bits 2] [--cpu]
 
 Two shapes: one of gate and up, and one of down, whose second moment is the larger. By default they are a quarter of
-Mixtral's each way, which takes minutes; ``--full`` takes Mixtral's own. Without the peer its columns are empty. Every
+Mixtral's each way, which takes minutes; ``--full`` takes Mixtral's own. ``--cpu`` measures the CPU time of one thread,
+which tells more than wall time while others use the machine. Without the peer its columns are empty. Every
 one gets the same weight and the same second moment, which is not collected here.
 """
 
@@ -13,9 +14,10 @@ from __future__ import annotations
 import argparse
 import subprocess
 import time
-import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 from unittest.mock import patch
 
 import torch
@@ -27,6 +29,7 @@ from moe_precision.quantize.codec.fitting import quantize_matrix
 SHAPES = (3584, 1024), (1024, 3584)
 FULL = (14336, 4096), (4096, 14336)
 GROUP = 64
+T = TypeVar("T")
 PEER = Path(".venv-exports/gptqmodel/bin/python")
 
 
@@ -56,76 +59,76 @@ def error(weight: Tensor, quantized: tuple[Tensor, Tensor, Tensor], moment: Tens
     return relative(values - weight, weight, moment)
 
 
-def seconds(function: Callable[[], object], rounds: int) -> float:
-    """The least of several times."""
-    found = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        function()
-        found.append(time.perf_counter() - start)
-    return min(found)
+class Clock:
+    """Seconds of wall time, or of CPU time of one thread."""
+
+    def __init__(self, cpu: bool, rounds: int) -> None:
+        self.cpu, self.rounds, self.now = cpu, rounds, time.process_time if cpu else time.perf_counter
+        if cpu:
+            torch.set_num_threads(1)
+
+    def least(self, prepare: Callable[[], Callable[[], T]]) -> tuple[float, T]:
+        """The least of several times of what is prepared, and what it returns."""
+        found = []
+        for _ in range(self.rounds):
+            function = prepare()
+            start = self.now()
+            result = function()
+            found.append(self.now() - start)
+        return min(found), result
 
 
-def peer(out: int, inp: int, bits: int, rounds: int) -> tuple[float, float] | None:
+def peer(out: int, inp: int, bits: int, clock: Clock) -> tuple[float, float] | None:
     """Seconds and error of GPTQModel's GPTQ, in its own environment; None where it is not installed."""
     if not PEER.exists():
         return None
     command = [str(PEER), "-m", "benchmarks.rounding", "--peer", f"{out}x{inp}", "--bits", str(bits)]
-    done = subprocess.run([*command, "--rounds", str(rounds)], check=True, capture_output=True, text=True)
+    command += ["--rounds", str(clock.rounds), *(["--cpu"] if clock.cpu else [])]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     time_taken, wrong = done.stdout.split()[-2:]
     return float(time_taken), float(wrong)
 
 
-def gptqmodel(out: int, inp: int, bits: int, rounds: int) -> tuple[float, float]:
+def gptqmodel(out: int, inp: int, bits: int, clock: Clock) -> tuple[float, float]:
     """Seconds and error of GPTQModel's GPTQ for one linear layer whose second moment it is given."""
     from gptqmodel.quantization import QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ
 
     weight, moment = matrix(out, inp), second_moment(inp)
 
-    def prepared() -> GPTQ:
+    def prepare() -> Callable[[], tuple[Tensor, ...]]:
         layer = torch.nn.Linear(inp, out, bias=False)
         layer.weight.data = weight.clone()
         task = GPTQ(layer, QuantizeConfig(bits=bits, group_size=GROUP, desc_act=True, sym=False))
         task.quantizer.configure(perchannel=True)
         task.H, task.nsamples = moment.clone(), 16 * inp
-        return task
+        return partial(task.quantize)
 
-    found = []
-    for _ in range(rounds):
-        task = prepared()
-        start = time.perf_counter()
-        quantized = task.quantize()[0]
-        found.append(time.perf_counter() - start)
-    return min(found), relative(quantized - weight, weight, moment)
+    spent, quantized = clock.least(prepare)
+    return spent, relative(quantized[0] - weight, weight, moment)
 
 
-def compare(bits: int, full: bool) -> None:
+def compare(bits: int, shapes: tuple[tuple[int, int], ...], clock: Clock) -> None:
     """Prints the table."""
-    rounds = 1 if full else 3
-    columns.library()  # compiles it
-    print(
-        f"one matrix, {bits} bits, group {GROUP}, {torch.get_num_threads()} threads; seconds, in brackets as a ratio to"
-    )
-    print("the fit without statistics; errors are the change of the output, relative to it\n")
+    compiled = columns.library()
+    kind = "CPU seconds of one thread" if clock.cpu else f"seconds, {torch.get_num_threads()} threads"
+    print(f"one matrix, {bits} bits, group {GROUP}: {kind}, in brackets as a ratio to the fit without statistics;")
+    print("errors are the change of the output, relative to it\n")
     print("| out x in | without | torch | C++ | GPTQModel | C++, times as fast | errors, in the same order |")
     print("|---|---|---|---|---|---|---|")
-    for out, inp in FULL if full else SHAPES:
+    for out, inp in shapes:
         weight, moment = matrix(out, inp), second_moment(inp)
-        quantize_matrix(weight[:64], bits, GROUP, second_moment=moment[:inp, :inp])  # warms up
-        results: list[tuple[Tensor, Tensor, Tensor]] = []
-
-        def fit(second: Tensor | None, weight: Tensor = weight, results: list = results) -> None:  # type: ignore[type-arg]
-            results.append(quantize_matrix(weight, bits, GROUP, second_moment=second))
-
+        quantize_matrix(weight[:64], bits, GROUP, second_moment=moment)  # warms up
         times, errors = [], []
-        for compiled, second in ((True, None), (False, moment), (True, moment)):
-            with patch.object(columns, "library", columns.library if compiled else lambda: None):
-                times.append(seconds(lambda second=second: fit(second), rounds))  # type: ignore[misc]
-            errors.append(error(weight, results[-1], moment))
-        of_peer = peer(out, inp, bits, rounds)
+        for library, second in ((compiled, None), (None, moment), (compiled, moment)):
+            fit = partial(quantize_matrix, weight, bits, GROUP, second_moment=second)
+            with patch.object(columns, "library", partial(_given, library)):
+                spent, quantized = clock.least(partial(_given, fit))
+            times.append(spent)
+            errors.append(error(weight, quantized, moment))
         ratios = [f"{one:.2f} [{one / times[0]:.1f}]" for one in times[1:]]
         versus = ["", ""]
+        of_peer = peer(out, inp, bits, clock)
         if of_peer is not None:
             versus = [f"{of_peer[0]:.2f}", f"{of_peer[0] / times[2]:.1f}"]
             errors.append(of_peer[1])
@@ -133,15 +136,21 @@ def compare(bits: int, full: bool) -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
+def _given(value: T) -> T:
+    return value
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="Mixtral's own shapes, 14336 x 4096 and 4096 x 14336")
     parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--cpu", action="store_true", help="CPU time of one thread")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
-    parser.add_argument("--rounds", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    warnings.simplefilter("default")
+    clock = Clock(options.cpu, options.rounds or (1 if options.full else 3))
     if options.peer:
-        print(*gptqmodel(*map(int, options.peer.split("x")), options.bits, options.rounds))
+        out, inp = map(int, options.peer.split("x"))
+        print(*gptqmodel(out, inp, options.bits, clock))
     else:
-        compare(options.bits, options.full)
+        compare(options.bits, FULL if options.full else SHAPES, clock)

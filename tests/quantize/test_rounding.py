@@ -115,9 +115,7 @@ def test_sweeps_that_refit_never_raise_the_error(weight, moment, group):
     assert torch.equal(grid.scale, kept[1])
 
 
-def refitted(
-    weight: torch.Tensor, codes: torch.Tensor, grid: Grid, moment: torch.Tensor, group: int, **keywords
-) -> Grid:
+def refitted(weight, codes, grid: Grid, moment, group: int, **keywords) -> Grid:
     """The grid after one group's scales and offsets were fitted; checks what else is returned and changed."""
     columns, on = slice(group * GROUP, (group + 1) * GROUP), grid.clone()
     before = (values(codes, grid.scale, grid.offset) - weight).T.contiguous()

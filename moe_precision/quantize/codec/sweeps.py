@@ -82,10 +82,8 @@ def descend(
             for first in range(start, end, size):
                 group, columns = first // size, slice(first, first + size)
                 if number < refits:
-                    here, own = slope[first - start :], moment[columns, columns]
-                    change = fit_columns(
-                        weight[columns], codes[columns], errors[columns], here[:size], own, grid, group
-                    )
+                    here, own = slope[first - start :], (weight[columns], codes[columns], errors[columns])
+                    change = fit_columns(*own, here[:size], moment[columns, columns], grid, group)
                     here.addmm_(moment[first:end, columns], change)
                 for part in (slice(at, min(at + _BLOCK, first + size)) for at in range(first, first + size, _BLOCK)):
                     moved = move_columns(
