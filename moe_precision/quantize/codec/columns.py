@@ -1,7 +1,9 @@
 """What goes column by column in rounding: each code waits for those before it, in a block of few columns.
 
 On a CPU this is C++, compiled at its first use (`columns.cpp`); on a GPU, and where there is no compiler, torch. Both
-do the same operations in the same order and give the same bits. Products with whole matrices are not made here.
+do the same operations in the same order and give the same bits. Products with whole matrices are torch's on either way;
+on another device, or with another number of threads or rows, they are summed in another order, and codes that are about
+half way between two may differ.
 
 All matrices are transposed, ``(in, out)``, and contiguous.
 """
