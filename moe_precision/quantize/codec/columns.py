@@ -110,7 +110,7 @@ def move_columns(
 
     Args:
         codes: ``(columns, out)`` float32, changed in place.
-        slope: The same shape: half of the derivative of the error. It may be overwritten.
+        slope: The same shape: half of the derivative of the error.
         moment: ``(columns, columns)``, rows of a larger matrix.
         per_square: ``(columns,)``: one over its diagonal; 0 where a code stays.
         scale: ``(out,)``, of the group.
@@ -174,7 +174,7 @@ def _fit(
 def _move(
     codes: Tensor, slope: Tensor, moment: Tensor, per_square: Tensor, scale: Tensor, inverse: Tensor, top: int
 ) -> Tensor:
-    moved, products = torch.empty_like(codes), torch.empty_like(codes)
+    moved, products, slope = torch.empty_like(codes), torch.empty_like(codes), slope.clone()
     for index, old in enumerate(codes):
         step = torch.mul(slope[index], per_square[index]).mul_(inverse)
         code = torch.sub(old, step, out=step).round_().clamp_(0, top)

@@ -26,9 +26,9 @@ Fitted = tuple[Tensor, Tensor, Tensor]  # codes (out, in) uint8, scales and offs
 _DAMPING = (0.01, 0.1)  # of the mean of the diagonal, added to it before the factorization; the second if it fails
 _CHUNK = 1 << 22  # weights rounded at a time: bounds the memory
 _STRIPE = 512  # columns of a second moment at a time
-_SWEEPS = 3, 1  # of scales, offsets and codes; of codes alone, on the stored grid
+_SWEEPS = 2, 1  # of scales, offsets and codes; of codes alone, on the stored grid
 _ANEW = 5  # bits from which codes on the stored grid do not start from those before
-_SWEEPS_ANEW = 2, 2
+_SWEEPS_ANEW = 1, 2
 _ASYMMETRY = 1e-3  # of the largest value; from half precision
 _NEGATIVE = 1e-2  # of the largest eigenvalue; from half precision too
 

@@ -64,39 +64,40 @@ def descend(
         grid: Scales and offsets, left as they are.
         moment: ``(in, in)`` float32, symmetric.
         sweeps: Over all columns, at most.
-        refits: Sweeps, the first, in which each group's scale and offset are fitted before its codes move.
+        refits: The first sweeps, in which each group's scale and offset are fitted, then its codes moved, and both again.
 
     Returns:
         Codes ``(in, out)`` and their grid, never with a larger error than before.
     """
-    size = len(weight) // len(grid.scale)
     codes, grid = codes.clone(), grid.clone()
-    per_square = torch.where(moment.diagonal() > 0, 1 / moment.diagonal(), 0.0)
     errors = values(codes, grid).sub_(weight)
-    width = max(1, _BLOCK // size) * size  # of a block, which is of whole groups
     for number in range(sweeps):
         before = codes.clone() if refits <= number < sweeps - 1 else None
-        for start in range(0, len(weight), width):
-            end = min(start + width, len(weight))
-            slope = moment[start:end] @ errors  # (block, out), kept up to date from here on
-            for first in range(start, end, size):
-                group, columns = first // size, slice(first, first + size)
-                if number < refits:
+        _sweep(weight, codes, errors, grid, moment, number < refits)
+        if before is not None and torch.equal(before, codes):
+            break
+    return codes, grid
+
+
+def _sweep(weight: Tensor, codes: Tensor, errors: Tensor, grid: Grid, moment: Tensor, refits: bool) -> None:
+    """Changes codes, errors and grid in place; see `descend`."""
+    size = len(weight) // len(grid.scale)
+    per_square = torch.where(moment.diagonal() > 0, 1 / moment.diagonal(), 0.0)
+    width = max(1, _BLOCK // size) * size  # of a block, which is of whole groups
+    for start in range(0, len(weight), width):
+        end = min(start + width, len(weight))
+        slope = moment[start:end] @ errors  # (block, out), kept up to date from here on
+        for first in range(start, end, size):
+            group, columns = first // size, slice(first, first + size)
+            for again in (True, False) if refits else (False,):
+                if refits:
                     here, own = slope[first - start :], (weight[columns], codes[columns], errors[columns])
                     change = fit_columns(*own, here[:size], moment[columns, columns], grid, group)
                     here.addmm_(moment[first:end, columns], change)
                 for part in (slice(at, min(at + _BLOCK, first + size)) for at in range(first, first + size, _BLOCK)):
-                    moved = move_columns(
-                        codes[part],
-                        slope[part.start - start : part.stop - start],
-                        moment[part, part],
-                        per_square[part],
-                        grid.scale[group],
-                        grid.inverse[group],
-                        grid.top,
-                    )
-                    slope[part.stop - start :].addmm_(moment[part.stop : end, part], moved)
+                    of_group = grid.scale[group], grid.inverse[group], grid.top
+                    here = slope[part.start - start : part.stop - start]
+                    moved = move_columns(codes[part], here, moment[part, part], per_square[part], *of_group)
                     errors[part].add_(moved)
-        if before is not None and torch.equal(before, codes):
-            break
-    return codes, grid
+                    needed = first if again else part.stop  # where the slope is read again
+                    slope[needed - start :].addmm_(moment[needed:end, part], moved)
