@@ -64,7 +64,7 @@ def descend(
         grid: Scales and offsets, left as they are.
         moment: ``(in, in)`` float32, symmetric.
         sweeps: Over all columns, at most.
-        refits: The first sweeps, in which each group's scale and offset are fitted, then its codes moved, and both again.
+        refits: The first sweeps, in which a group's scale and offset are fitted and its codes moved, twice in turn.
 
     Returns:
         Codes ``(in, out)`` and their grid, never with a larger error than before.
