@@ -1,7 +1,7 @@
 """Rounding under a second moment: time on single matrices, beside the fit without statistics and GPTQModel's GPTQ.
 
     INSTALL_ONLY=1 tests/export/real_tools/run.sh gptqmodel   # the peer, in an environment of its own
-    python -m benchmarks.rounding [--full] [--bits 2] [--cpu]
+    python -m benchmarks.rounding [--full] [--bits 2] [--cpu] [--no-torch]
 
 Two shapes: one of gate and up, and one of down, whose second moment is the larger. By default they are a quarter of
 Mixtral's each way, which takes minutes; ``--full`` takes Mixtral's own. ``--cpu`` measures the CPU time of one thread,
@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
+from math import isnan, nan
 from pathlib import Path
 from typing import TypeVar
 from unittest.mock import patch
@@ -108,8 +109,8 @@ def gptqmodel(out: int, inp: int, bits: int, clock: Clock) -> tuple[float, float
     return spent, relative(quantized[0] - weight, weight, moment)
 
 
-def compare(bits: int, shapes: tuple[tuple[int, int], ...], clock: Clock) -> None:
-    """Prints the table."""
+def compare(bits: int, shapes: tuple[tuple[int, int], ...], clock: Clock, torch_too: bool = True) -> None:
+    """Prints the table; without torch its cells hold a dash."""
     compiled = columns.library()
     kind = "CPU seconds of one thread" if clock.cpu else f"seconds, {torch.get_num_threads()} threads"
     print(f"one matrix, {bits} bits, group {GROUP}: {kind}, in brackets as a ratio to the fit without statistics;")
@@ -121,18 +122,28 @@ def compare(bits: int, shapes: tuple[tuple[int, int], ...], clock: Clock) -> Non
         quantize_matrix(weight[:64], bits, GROUP, second_moment=moment)  # warms up
         times, errors = [], []
         for library, second in ((compiled, None), (None, moment), (compiled, moment)):
+            if second is not None and library is None and not torch_too:
+                times.append(nan)
+                errors.append(nan)
+                continue
             fit = partial(quantize_matrix, weight, bits, GROUP, second_moment=second)
             with patch.object(columns, "library", partial(_given, library)):
                 spent, quantized = clock.least(partial(_given, fit))
             times.append(spent)
             errors.append(error(weight, quantized, moment))
-        ratios = [f"{one:.2f} [{one / times[0]:.1f}]" for one in times[1:]]
+        ratios = ["-" if isnan(one) else f"{one:.2f} [{one / times[0]:.1f}]" for one in times[1:]]
         versus = ["", ""]
         of_peer = peer(out, inp, bits, clock)
         if of_peer is not None:
             versus = [f"{of_peer[0]:.2f}", f"{of_peer[0] / times[2]:.1f}"]
             errors.append(of_peer[1])
-        cells = [f"{out} x {inp}", f"{times[0]:.2f}", *ratios, *versus, ", ".join(f"{one:.4f}" for one in errors)]
+        cells = [
+            f"{out} x {inp}",
+            f"{times[0]:.2f}",
+            *ratios,
+            *versus,
+            ", ".join("-" if isnan(one) else f"{one:.4f}" for one in errors),
+        ]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
@@ -145,6 +156,7 @@ if __name__ == "__main__":
     parser.add_argument("--full", action="store_true", help="Mixtral's own shapes, 14336 x 4096 and 4096 x 14336")
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--cpu", action="store_true", help="CPU time of one thread")
+    parser.add_argument("--no-torch", action="store_true", help="leave out torch, which takes the longest")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -153,4 +165,4 @@ if __name__ == "__main__":
         out, inp = map(int, options.peer.split("x"))
         print(*gptqmodel(out, inp, options.bits, clock))
     else:
-        compare(options.bits, FULL if options.full else SHAPES, clock)
+        compare(options.bits, FULL if options.full else SHAPES, clock, not options.no_torch)
