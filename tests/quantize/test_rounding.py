@@ -4,17 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from moe_precision.quantize.codec.columns import Grid, fit_columns
 from moe_precision.quantize.codec.fitting import quantize_matrix
-from moe_precision.quantize.codec.rounding import (
-    check_moment,
-    descend,
-    feedback,
-    half_gain,
-    inverse_factor,
-    nearest,
-    refit,
-)
+from moe_precision.quantize.codec.rounding import check_moment, feedback_factor, half_gain
 from moe_precision.quantize.codec.scales import stored_scales
+from moe_precision.quantize.codec.sweeps import descend, feedback, nearest
 
 OUT, IN, GROUP = 24, 192, 32
 
@@ -39,10 +33,14 @@ def moment():
     return check_moment(second_moment(correlated_inputs()), IN)
 
 
-def fitted(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def fitted(weight: torch.Tensor, bits: int) -> Grid:
     """Scale and offset of a plain fit, transposed as `rounding` takes them."""
     _, scale, offset = quantize_matrix(weight, bits, GROUP)
-    return scale.float().T.contiguous(), offset.float().T.contiguous()
+    return Grid.of(scale.float().T.contiguous(), offset.float().T.contiguous(), bits)
+
+
+def transposed(weight: torch.Tensor) -> torch.Tensor:
+    return weight.T.contiguous()
 
 
 def values(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
@@ -64,9 +62,9 @@ def error(weight: torch.Tensor, quantized: tuple[torch.Tensor, ...], moment: tor
 
 def test_feedback_against_a_textbook_loop(weight, moment):
     """GPTQ as published: after each column, Gaussian elimination of the inverse and an update of all later columns."""
-    scale, offset = fitted(weight, 2)
-    order, factor = inverse_factor(moment)
-    codes = feedback(weight.T, scale, offset, 2, order, factor)
+    grid = fitted(weight, 2)
+    order, factor = feedback_factor(moment)
+    codes = feedback(transposed(weight), grid, order, factor)
 
     h = moment.double().numpy()
     columns = np.argsort(-np.diag(h), kind="stable")
@@ -74,7 +72,7 @@ def test_feedback_against_a_textbook_loop(weight, moment):
     left = weight.double().numpy()[:, columns].copy()
     expected = np.empty((OUT, IN))
     for j, column in enumerate(columns):
-        s, o = scale[column // GROUP].double().numpy(), offset[column // GROUP].double().numpy()
+        s, o = (one[column // GROUP].double().numpy() for one in (grid.scale, grid.offset))
         expected[:, column] = np.clip(np.rint((left[:, j] - o) / s), 0, 3)
         wrong = left[:, j] - (expected[:, column] * s + o)
         left[:, j:] -= np.outer(wrong / inverse[j, j], inverse[j, j:])
@@ -85,12 +83,11 @@ def test_feedback_against_a_textbook_loop(weight, moment):
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_descent_never_raises_the_error_and_ends_where_no_code_can_move(weight, moment, bits):
-    scale, offset = fitted(weight, bits)
-    start = nearest(weight.T, scale, offset, bits)
-    before = errors(weight, values(start, scale, offset), moment)
-    one = descend(weight.T, start, scale, offset, bits, moment, sweeps=1)
-    end = descend(weight.T, start, scale, offset, bits, moment, sweeps=100)
-    after_one, after = (errors(weight, values(codes, scale, offset), moment) for codes in (one, end))
+    grid = fitted(weight, bits)
+    start = nearest(transposed(weight), grid)
+    before = errors(weight, values(start, grid.scale, grid.offset), moment)
+    (one, _), (end, _) = (descend(transposed(weight), start, grid, moment, sweeps) for sweeps in (1, 100))
+    after_one, after = (errors(weight, values(codes, grid.scale, grid.offset), moment) for codes in (one, end))
     assert (after_one <= before * (1 + 1e-5)).all()
     assert (after <= after_one * (1 + 1e-5)).all()
     assert after.sum() < 0.5 * before.sum()
@@ -98,49 +95,75 @@ def test_descent_never_raises_the_error_and_ends_where_no_code_can_move(weight, 
         for code in range(2**bits):
             other = end.clone()
             other[column] = code
-            assert (errors(weight, values(other, scale, offset), moment) >= after * (1 - 1e-4)).all()
+            assert (errors(weight, values(other, grid.scale, grid.offset), moment) >= after * (1 - 1e-4)).all()
+
+
+@pytest.mark.parametrize("group", [16, 96, 192])  # several in a block of columns, one, and one of two
+def test_sweeps_that_refit_never_raise_the_error(weight, moment, group):
+    _, *scales = quantize_matrix(weight, 2, group)
+    grid = Grid.of(*(transposed(one.float()) for one in scales), 2)
+    codes = nearest(transposed(weight), grid)
+    last = errors(weight, values(codes, grid.scale, grid.offset), moment)
+    kept = codes.clone(), grid.scale.clone()
+    for sweeps in (1, 2, 4):
+        found, on = descend(transposed(weight), codes, grid, moment, sweeps, refits=sweeps)
+        after = errors(weight, values(found, on.scale, on.offset), moment)
+        assert (after < last * (1 + 1e-4)).all()
+        last = after
+    assert torch.equal(on.inverse, 1 / on.scale)
+    assert torch.equal(codes, kept[0])
+    assert torch.equal(grid.scale, kept[1])
+
+
+def refitted(weight, codes, grid: Grid, moment, group: int, **keywords) -> Grid:
+    """The grid after one group's scales and offsets were fitted; checks what else is returned and changed."""
+    columns, on = slice(group * GROUP, (group + 1) * GROUP), grid.clone()
+    before = (values(codes, grid.scale, grid.offset) - weight).T.contiguous()
+    errors = before[columns].clone()
+    own = moment[columns, columns]
+    rest = transposed(weight)[columns], codes[columns], errors, (moment @ before)[columns], own, on, group
+    change = fit_columns(*rest, **keywords)
+    after = (values(codes, on.scale, on.offset) - weight).T
+    torch.testing.assert_close(errors, after[columns], rtol=0, atol=1e-6)
+    torch.testing.assert_close(change, (after - before)[columns], rtol=0, atol=1e-6)
+    assert torch.equal(on.inverse[group], 1 / on.scale[group])
+    return on
 
 
 def test_a_refit_against_brute_force_least_squares(weight, moment):
-    scale, offset = fitted(weight, 3)
-    codes = nearest(weight.T, scale, offset, 3)
-    start = errors(weight, values(codes, scale, offset), moment)
-    refitted = refit(weight.T, codes, scale, offset, moment)
-    assert (errors(weight, values(codes, *refitted), moment) < start).all()
-
-    one = moment[:GROUP, :GROUP]  # a matrix of one group, where one step is the whole solution
-    found = refit(weight.T[:GROUP], codes[:GROUP], scale[:1], offset[:1], one, sweeps=1, ridge=0.0)
-    root = torch.linalg.cholesky(one.double()).T
+    grid = fitted(weight[:, :GROUP], 3)  # one group: one step is the solution
+    codes, own = nearest(transposed(weight[:, :GROUP]), grid), moment[:GROUP, :GROUP]
+    found = refitted(weight[:, :GROUP], codes, grid, own, 0, ridge=0.0)
+    root = torch.linalg.cholesky(own.double()).T
     for row in range(OUT):
-        design = root @ torch.stack([codes[:GROUP, row], torch.ones(GROUP)], dim=1).double()
+        design = root @ torch.stack([codes[:, row], torch.ones(GROUP)], dim=1).double()
         solution = torch.linalg.lstsq(design, root @ weight[row, :GROUP].double()).solution
-        torch.testing.assert_close(
-            torch.stack([found[0][0, row], found[1][0, row]]).double(), solution, atol=1e-3, rtol=1e-3
-        )
+        ours = torch.stack([found.scale[0, row], found.offset[0, row]]).double()
+        torch.testing.assert_close(ours, solution, atol=1e-3, rtol=1e-3)
 
 
 def test_a_refit_keeps_scales_positive(weight, moment):
-    scale, offset = fitted(weight, 1)
-    codes = 1 - nearest(weight.T, scale, offset, 1)  # the wrong way round: the best scale is negative
-    refitted, _ = refit(weight.T, codes, scale, offset, moment)
-    assert (refitted > 0).all()
+    grid = fitted(weight, 1)
+    codes = 1 - nearest(transposed(weight), grid)  # the wrong way round: the best scale is negative
+    for group in range(IN // GROUP):
+        assert (refitted(weight, codes, grid, moment, group).scale > 0).all()
 
 
 def test_the_gain(weight, moment):
-    scale, offset = fitted(weight, 1)
-    codes = nearest(weight.T, scale, offset, 1)
-    quantized, h = values(codes, scale, offset).double(), moment.double()
+    grid = fitted(weight, 1)
+    codes = nearest(transposed(weight), grid)
+    quantized, h = values(codes, grid.scale, grid.offset).double(), moment.double()
     whole = torch.einsum("ri,ij,rj->r", weight.double(), h, weight.double()) / torch.einsum(
         "ri,ij,rj->r", weight.double(), h, quantized
     )
-    gain = half_gain(weight.T, codes, scale, offset, moment)
+    gain = half_gain(transposed(weight), codes, grid, moment)
     torch.testing.assert_close(gain.double().square(), whole, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 8])
 def test_the_identity_gives_nearest_codes(weight, bits):
     codes, scale, offset = quantize_matrix(weight, bits, GROUP, second_moment=torch.eye(IN))
-    expected = nearest(weight.T, scale.float().T, offset.float().T, bits).T
+    expected = nearest(weight.T, Grid.of(scale.float().T, offset.float().T, bits)).T
     torch.testing.assert_close(codes.float(), expected, rtol=0, atol=0)
     torch.testing.assert_close((scale, offset), stored_scales(scale.float(), offset.float(), bits), rtol=0, atol=0)
 
@@ -186,10 +209,10 @@ def test_constant_groups(weight):
 
 def test_descent_alone_where_there_is_no_factor(weight, monkeypatch):
     width = 1024  # half precision can make eigenvalues below 0 of zeros, which are small beside the largest
-    assert inverse_factor(torch.ones(width, width) - 0.5 * torch.eye(width)) is None
+    assert feedback_factor(torch.ones(width, width) - 0.5 * torch.eye(width)) is None
     moment = second_moment(correlated_inputs())
     whole = error(weight, quantize_matrix(weight, 2, GROUP, second_moment=moment), moment)
-    monkeypatch.setattr("moe_precision.quantize.codec.rounding.inverse_factor", lambda moment: None)
+    monkeypatch.setattr("moe_precision.quantize.codec.rounding.feedback_factor", lambda moment: None)
     alone = error(weight, quantize_matrix(weight, 2, GROUP, second_moment=moment), moment)
     assert whole < alone < 0.8 * error(weight, quantize_matrix(weight, 2, GROUP), moment)
 

@@ -128,8 +128,7 @@ def quantize_matrix(
             f"magnitudes up to {weight.abs().max().item():.3g}; leave it at 16 bits"
         )
     if second_moment is not None:
-        found, scale, offset = round_by_moment(weight, fitted_scale, fitted_offset, bits, second_moment)
-        return found.to(torch.uint8), scale, offset
+        return round_by_moment(weight, fitted_scale, fitted_offset, bits, second_moment)
     scale, offset = stored_scales(fitted_scale, fitted_offset, bits)
     # where what is stored moves a code by more than half a step, code again on the stored scale
     first = (offset - fitted_offset).abs()

@@ -6,10 +6,10 @@ time cannot see.
 
 1. Columns are rounded one after the other, those with the largest inputs first. The columns that follow make good what
    each rounding has changed in the output (GPTQ, arXiv 2210.17323; LDLQ, arXiv 2307.13304).
-2. Each code moves to its best value while the others stay (QuantEase, arXiv 2309.01885).
-3. Scales and offsets are fitted to the codes again, group by group under ``H`` (arXiv 2602.02126).
+2. Scales and offsets are fitted to the codes again, group by group under ``H`` (arXiv 2602.02126).
+3. Each code moves to its best value while the others stay (QuantEase, arXiv 2309.01885).
 
-The functions take matrices transposed, ``(in, out)``, so that one input column is one contiguous row of memory.
+The second and third step are one sweep over the groups (`sweeps`).
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .columns import Grid
 from .scales import lost_in_float16, stored_scales
+from .sweeps import descend, feedback, nearest, values
 
-Fitted = tuple[Tensor, Tensor, Tensor]  # codes (out, in) float32, scales and offsets (out, in / group) float16
+Fitted = tuple[Tensor, Tensor, Tensor]  # codes (out, in) uint8, scales and offsets (out, in / group) float16
 
 _DAMPING = (0.01, 0.1)  # of the mean of the diagonal, added to it before the factorization; the second if it fails
-_BLOCK = 128  # columns whose updates wait for one matrix product
 _CHUNK = 1 << 22  # weights rounded at a time: bounds the memory
-_SWEEPS = 3
-_REFITS = 2
-_RIDGE = 1e-3
+_STRIPE = 512  # columns of a second moment at a time
+_SWEEPS = 2, 1  # of scales, offsets and codes; of codes alone, on the stored grid
+_ANEW = 5  # bits from which codes on the stored grid do not start from those before
+_SWEEPS_ANEW = 1, 2
 _ASYMMETRY = 1e-3  # of the largest value; from half precision
 _NEGATIVE = 1e-2  # of the largest eigenvalue; from half precision too
 
@@ -34,9 +36,10 @@ _NEGATIVE = 1e-2  # of the largest eigenvalue; from half precision too
 def round_by_moment(weight: Tensor, scale: Tensor, offset: Tensor, bits: int, second_moment: Tensor) -> Fitted:
     """Codes, scales and offsets that change the matrix's output little, from a first fit of scales and offsets.
 
-    Rounds with feedback, then alternates between the codes (descent) and the scales (refits). After that each row is
-    multiplied by half of what would make its gain one, scales and offsets are rounded to what is stored, and the codes
-    are found once more on that grid.
+    Rounds with feedback, then sweeps over the groups, fitting scales and codes in turn. After that each row is
+    multiplied by half of what would make its gain one, and scales and offsets are rounded to what is stored. What was
+    found is rounded to that grid, again with feedback, so that few codes change; from 5 bits on the weight itself is,
+    since there a step of the stored scales is several of the codes. A last sweep moves the codes.
 
     Args:
         weight: ``(out, in)``, any float dtype.
@@ -49,42 +52,38 @@ def round_by_moment(weight: Tensor, scale: Tensor, offset: Tensor, bits: int, se
         ValueError: The second moment is none.
     """
     moment = check_moment(second_moment.to(weight.device, torch.float32), weight.shape[1])
-    factored = inverse_factor(moment)
-    rows = [slice(start, start + _rows(weight)) for start in range(0, len(weight), _rows(weight))]
+    factored = feedback_factor(moment)
+    refits, sweeps = _SWEEPS if bits < _ANEW else _SWEEPS_ANEW
+    rows = max(128, _CHUNK // weight.shape[1])
+    chunks = [slice(start, start + rows) for start in range(0, len(weight), rows)]
+    found = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     found_scale, found_offset = torch.empty_like(scale), torch.empty_like(offset)
-    for chunk in rows:
+    for chunk in chunks:
         matrix = weight[chunk].float().T.contiguous()  # (in, rows)
-        grid = scale[chunk].T.contiguous(), offset[chunk].T.contiguous()
-        codes = _round(matrix, *grid, bits, moment, factored)
-        for _ in range(_REFITS):
-            grid = refit(matrix, codes, *grid, moment)
-            codes = descend(matrix, codes, *grid, bits, moment)
-        gain = half_gain(matrix, codes, *grid, moment)
-        found_scale[chunk], found_offset[chunk] = (grid[0] * gain).T, (grid[1] * gain).T
-    if lost_in_float16(found_scale, found_offset, 2**bits - 1):
-        found_scale, found_offset = scale, offset
-    stored = stored_scales(found_scale, found_offset, bits)
-    found = torch.empty(weight.shape, device=weight.device)
-    for chunk in rows:
-        matrix = weight[chunk].float().T.contiguous()
-        grid = stored[0][chunk].float().T.contiguous(), stored[1][chunk].float().T.contiguous()
-        found[chunk] = _round(matrix, *grid, bits, moment, factored).T
+        grid = _grid(scale[chunk], offset[chunk], bits)
+        codes, grid = descend(matrix, _start(matrix, grid, factored), grid, moment, refits, refits)
+        gain = half_gain(matrix, codes, grid, moment)
+        found_scale[chunk], found_offset[chunk] = (grid.scale * gain).T, (grid.offset * gain).T
+        found[chunk] = codes.T
+    fits = not lost_in_float16(found_scale, found_offset, 2**bits - 1)
+    stored = stored_scales(*((found_scale, found_offset) if fits else (scale, offset)), bits)
+    for chunk in chunks:
+        matrix, grid = weight[chunk].float().T.contiguous(), _grid(stored[0][chunk], stored[1][chunk], bits)
+        wanted = matrix
+        if fits and bits < _ANEW:
+            wanted = values(found[chunk].T.float().contiguous(), _grid(found_scale[chunk], found_offset[chunk], bits))
+        codes, _ = descend(matrix, _start(wanted, grid, factored), grid, moment, sweeps)
+        found[chunk] = codes.T
     return found, *stored
 
 
-def _rows(weight: Tensor) -> int:
-    return max(_BLOCK, _CHUNK // weight.shape[1])
+def _grid(scale: Tensor, offset: Tensor, bits: int) -> Grid:
+    return Grid.of(scale.float().T.contiguous(), offset.float().T.contiguous(), bits)
 
 
-def _round(
-    weight: Tensor, scale: Tensor, offset: Tensor, bits: int, moment: Tensor, factored: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """Feedback and descent; descent alone, from the nearest codes, where there is no factor."""
-    if factored is None:
-        codes = nearest(weight, scale, offset, bits)
-    else:
-        codes = feedback(weight, scale, offset, bits, *factored)
-    return descend(weight, codes, scale, offset, bits, moment)
+def _start(weight: Tensor, grid: Grid, factored: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Codes by feedback; the nearest where there is no factor."""
+    return nearest(weight, grid) if factored is None else feedback(weight, grid, *factored)
 
 
 def check_moment(moment: Tensor, width: int) -> Tensor:
@@ -92,11 +91,11 @@ def check_moment(moment: Tensor, width: int) -> Tensor:
 
     Raises:
         ValueError: It has another shape, is not finite or not symmetric, or has a negative value on its diagonal or no
-            positive one. What is indefinite in another way shows in `inverse_factor`.
+            positive one. What is indefinite in another way shows in `feedback_factor`.
     """
     if moment.shape != (width, width):
         raise ValueError(f"the second moment has shape {tuple(moment.shape)}, expected ({width}, {width})")
-    if not moment.isfinite().all():
+    if not moment.sum().isfinite() and not moment.isfinite().all():
         raise ValueError(f"the second moment holds {int((~moment.isfinite()).sum())} values that are not finite")
     diagonal = moment.diagonal()
     if (diagonal < 0).any() or not (diagonal > 0).any():
@@ -104,36 +103,47 @@ def check_moment(moment: Tensor, width: int) -> Tensor:
             f"the second moment has a diagonal from {float(diagonal.min()):.3g} to {float(diagonal.max()):.3g}, "
             "expected mean squares of inputs: at least 0, and not all of them 0"
         )
-    mean = diagonal.mean()
-    asymmetry = float((moment - moment.T).abs().max() / diagonal.max())
+    symmetric, asymmetry = torch.empty_like(moment), 0.0
+    halved = 1 / (2 * diagonal.mean())
+    for start in range(0, width, _STRIPE):
+        one = slice(start, start + _STRIPE)
+        other = moment[:, one].T.contiguous()
+        torch.add(moment[one], other, out=symmetric[one]).mul_(halved)
+        asymmetry = max(asymmetry, float(other.sub_(moment[one]).abs_().max() / diagonal.max()))
     if asymmetry > _ASYMMETRY:
         raise ValueError(f"the second moment differs from its transpose by {asymmetry:.2%} of its largest value")
-    return (moment + moment.T) / (2 * mean)
+    return symmetric
 
 
-def inverse_factor(moment: Tensor) -> tuple[Tensor, Tensor] | None:
+def feedback_factor(moment: Tensor) -> tuple[Tensor, Tensor] | None:
     """The order in which columns are rounded, and how an error in one is made good by those that follow.
+
+    With ``H = R D R^T``, ``R`` upper triangular with ones on its diagonal, a column makes good its errors in the
+    columns before it by ``R``. This is what GPTQ finds from the Cholesky factor of the inverse of ``H``
+    (shown in arXiv 2307.13304), without the inverse.
 
     Args:
         moment: ``(in, in)`` float32, as `check_moment` gives it.
 
     Returns:
-        Column indices ``(in,)`` int64 by falling diagonal, and the upper Cholesky factor ``(in, in)`` of the damped
-        inverse in that order. None where float32 cannot factorize it, damped by a hundredth or a tenth.
+        Column indices ``(in,)`` int64 by falling diagonal, and the transpose of ``R`` ``(in, in)`` of the damped second
+        moment in that order. None where float32 cannot factorize it, damped by a hundredth or a tenth.
 
     Raises:
         ValueError: An eigenvalue is more negative than rounding explains.
     """
     order = moment.diagonal().argsort(descending=True, stable=True)
-    ordered, mean = moment[order][:, order], moment.diagonal().mean()
+    backwards = order.flip(0)
+    ordered, mean = moment[backwards.unsqueeze(1), backwards], moment.diagonal().mean()
+    damped = 0.0
     for damping in _DAMPING:
-        damped = ordered.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        ordered.diagonal().add_((damping - damped) * mean)
+        damped = damping
+        lower, failed = torch.linalg.cholesky_ex(ordered)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed:
-            return order, upper
+            del ordered
+            factor = lower.T.flip(0, 1)
+            return order, factor.div_(factor.diagonal().unsqueeze(1).clone())
     values = torch.linalg.eigvalsh(moment)
     least, largest = float(values[0]), float(values[-1])
     if least < -_NEGATIVE * largest:
@@ -144,149 +154,16 @@ def inverse_factor(moment: Tensor) -> tuple[Tensor, Tensor] | None:
     return None
 
 
-def nearest(weight: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
-    """Nearest codes ``(in, out)`` float32 for a weight ``(in, out)`` and its grid, each ``(in / group, out)``."""
-    groups = weight.unflatten(0, (len(scale), -1))  # (in / group, group, out)
-    codes: Tensor = (groups - offset.unsqueeze(1)).mul_(_inverse(scale).unsqueeze(1)).round_()
-    return codes.clamp_(0, 2**bits - 1).flatten(0, 1)
-
-
-def feedback(weight: Tensor, scale: Tensor, offset: Tensor, bits: int, order: Tensor, factor: Tensor) -> Tensor:
-    """Rounds column after column; those that follow make good what each has changed in the output.
-
-    Args:
-        weight: ``(in, out)`` float32.
-        scale: ``(in / group, out)`` float32; 0 for a constant group.
-        offset: The same shape.
-        bits: Width of a code.
-        order: ``(in,)``, see `inverse_factor`.
-        factor: ``(in, in)``.
-
-    Returns:
-        Codes ``(in, out)`` float32.
-    """
-    size, top = len(weight) // len(scale), 2**bits - 1
-    inverse = _inverse(scale)
-    groups = (order // size).tolist()
-    left = weight[order]  # what is still to be rounded
-    codes = torch.empty_like(left)
-    for start in range(0, len(left), _BLOCK):
-        block = slice(start, min(start + _BLOCK, len(left)))
-        rest, own = left[block], factor[block, block]
-        errors = torch.empty_like(rest)
-        for index, group in enumerate(groups[block]):
-            code = torch.sub(rest[index], offset[group]).mul_(inverse[group]).round_().clamp_(0, top)
-            codes[start + index] = code
-            error = torch.sub(rest[index], torch.addcmul(offset[group], code, scale[group])).div_(own[index, index])
-            errors[index] = error
-            rest[index + 1 :].addr_(own[index, index + 1 :], error, alpha=-1)
-        left[block.stop :].addmm_(factor[block, block.stop :].T, errors, alpha=-1)
-    found = torch.empty_like(codes)
-    found[order] = codes
-    return found
-
-
-def descend(
-    weight: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, bits: int, moment: Tensor, sweeps: int = _SWEEPS
-) -> Tensor:
-    """Moves each code to its best value while the others stay, column by column, until none changes.
-
-    Args:
-        weight: ``(in, out)`` float32.
-        codes: ``(in, out)`` float32, left as they are.
-        scale: ``(in / group, out)`` float32; 0 for a constant group.
-        offset: The same shape.
-        bits: Width of a code.
-        moment: ``(in, in)`` float32, symmetric.
-        sweeps: Over all columns, at most.
-
-    Returns:
-        Codes ``(in, out)``, never with a larger error than before.
-    """
-    size, top = len(weight) // len(scale), 2**bits - 1
-    inverse, codes = _inverse(scale), codes.clone()
-    per_square = torch.where(moment.diagonal() > 0, 1 / moment.diagonal(), 0.0)
-    slope = moment @ (_values(codes, scale, offset) - weight)  # (in, out)
-    for _ in range(sweeps):
-        before = codes.clone()
-        for start in range(0, len(codes), _BLOCK):
-            block = slice(start, min(start + _BLOCK, len(codes)))
-            own, here = moment[block, block], slope[block].clone()
-            moved = torch.empty_like(here)
-            for index in range(len(here)):
-                group, old = (start + index) // size, codes[start + index]
-                step = torch.mul(here[index], per_square[start + index]).mul_(inverse[group])
-                code = torch.sub(old, step).round_().clamp_(0, top)
-                torch.sub(code, old, out=moved[index]).mul_(scale[group])
-                codes[start + index] = code
-                here.addr_(own[index], moved[index])
-            slope.addmm_(moment[:, block], moved)
-        if torch.equal(before, codes):
-            break
-    return codes
-
-
-def refit(
-    weight: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    moment: Tensor,
-    sweeps: int = 2,
-    ridge: float = _RIDGE,
-) -> tuple[Tensor, Tensor]:
-    """Least squares under the second moment for each group's scale and offset in turn, while the other groups stay.
-
-    Args:
-        weight: ``(in, out)`` float32.
-        codes: ``(in, out)`` float32.
-        scale: ``(in / group, out)`` float32, left as it is.
-        offset: The same shape.
-        moment: ``(in, in)`` float32, symmetric.
-        sweeps: Over all groups.
-        ridge: Shortens each step; 0 for the least squares of a group.
-
-    Returns:
-        Scale and offset. A group keeps its own where the new scale would not be positive, or more than three times as
-        large.
-    """
-    size = len(weight) // len(scale)
-    scale, offset = scale.clone(), offset.clone()
-    slope = moment @ (_values(codes, scale, offset) - weight)  # (in, out)
-    for _ in range(sweeps):
-        for group in range(len(scale)):
-            rows = slice(group * size, (group + 1) * size)
-            own, code = moment[rows, rows], codes[rows]
-            by_code, here = own @ code, slope[rows]  # (group, out)
-            square, mixed = (by_code * code).sum(0) * (1 + ridge), by_code.sum(0)  # (out,)
-            ones = own.sum() * (1 + ridge)
-            by_scale, by_offset = (here * code).sum(0), here.sum(0)
-            determinant = square * ones - mixed * mixed
-            wider = (mixed * by_offset - ones * by_scale) / determinant
-            higher = (mixed * by_scale - square * by_offset) / determinant
-            new = scale[group] + wider
-            taken = (determinant > 1e-6 * square * ones) & (new > 0) & (new <= 3 * scale[group])
-            wider, higher = torch.where(taken, wider, 0.0), torch.where(taken, higher, 0.0)
-            scale[group] += wider
-            offset[group] += higher
-            slope.addmm_(moment[:, rows], code * wider + higher)
-    return scale, offset
-
-
-def half_gain(weight: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, moment: Tensor) -> Tensor:
+def half_gain(weight: Tensor, codes: Tensor, grid: Grid, moment: Tensor) -> Tensor:
     """Half of what makes a row's gain one under the second moment, ``(v H v^T / v H q^T) ** (1/2)``, ``(out,)``.
 
     Codes that fit best have a gain below one, as in `fitting`. At 1 bit half of the correction loses least.
     """
-    by_weight = moment @ weight
-    own, shared = (by_weight * weight).sum(0), (by_weight * _values(codes, scale, offset)).sum(0)
+    own, shared = torch.zeros_like(weight[0]), torch.zeros_like(weight[0])
+    quantized = values(codes, grid)
+    for start in range(0, len(weight), _STRIPE):
+        rows = slice(start, start + _STRIPE)
+        by_weight = moment[rows] @ weight
+        own += (by_weight * weight[rows]).sum(0)
+        shared += by_weight.mul_(quantized[rows]).sum(0)
     return torch.where(shared > 0, (own / shared).clamp(0.25, 4), 1.0).sqrt()
-
-
-def _values(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    groups: Tensor = codes.unflatten(0, (len(scale), -1))
-    return torch.addcmul(offset.unsqueeze(1), groups, scale.unsqueeze(1)).flatten(0, 1)
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, 1 / scale, 0.0)

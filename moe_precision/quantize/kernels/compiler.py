@@ -20,12 +20,16 @@ _SECONDS = 300  # until a compiler counts as hung
 log = logging.getLogger(__name__)
 
 
-def compiled(source: Path) -> ctypes.CDLL:
+def compiled(source: Path, *flags: str) -> ctypes.CDLL:
     """The library that a C++ file gives, from the cache if this compiler made it from this source for this kind of CPU.
 
     The compiler is ``$CXX``, or ``c++``. The cache is ``$XDG_CACHE_HOME/moe_precision``, by default in ``~/.cache``. It
     may be shared by machines of different kinds. A library's hash is in its name: a damaged one is compiled again. If
     several processes need one at the same time, the first compiles it and the others wait.
+
+    Args:
+        source: The file.
+        flags: For the compiler, beside its usual ones.
 
     Raises:
         OSError: There is no compiler, it fails, its library cannot be loaded, or the cache cannot be written to.
@@ -36,7 +40,8 @@ def compiled(source: Path) -> ctypes.CDLL:
         raise OSError(f"no C++ compiler {' '.join(wanted)!r}")
     wanted[0] = os.path.abspath(found)
     # what -march=native means here, and which version of the compiler it is: the command that it would run
-    said = _run([*wanted, *_FLAGS, "-###", "-E", "-x", "c++", os.devnull]).splitlines()
+    wanted += [*_FLAGS, *flags]
+    said = _run([*wanted, "-###", "-E", "-x", "c++", os.devnull]).splitlines()
     meaning = [line for line in said if "cc1" in line or " version " in line]
     key = _hash("\n".join(meaning).encode() + source.read_bytes())
     cache, name = _cache(), f"{source.stem}-{key}"
@@ -56,10 +61,10 @@ def _cached(cache: Path, name: str) -> Path | None:
 
 def _made(compiler: list[str], source: Path, cache: Path, name: str) -> Path:
     """Compiles a file into the cache."""
-    log.info("compiling %s with %s: a few seconds, once on this machine", source.name, " ".join(compiler))
+    log.info("compiling %s with %s: a few seconds, once on this machine", source.name, compiler[0])
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         made = Path(folder, "made.so")
-        _run([*compiler, *_FLAGS, "-o", str(made), os.path.abspath(source)])
+        _run([*compiler, "-o", str(made), os.path.abspath(source)])
         library = cache / f"{name}-{_hash(made.read_bytes())}.so"
         made.replace(library)
     return library
