@@ -146,6 +146,8 @@ def make_plan(
             final = weights.snapshot(variance="max_variance" in method.reads)
             if baseline is not None:
                 baseline.check_same_model(final)
+            if recorded is not None:
+                final = final.at_the_end_of(recorded)
         elif recorded is not None:
             final = Snapshot.last_of(recorded)
         else:

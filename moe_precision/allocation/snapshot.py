@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from ..layers.patterns import Patterns
@@ -57,6 +58,13 @@ class Snapshot:
         if len(history.steps) == 1:
             raise HistoryError("the history holds the baseline alone: no training step was recorded")
         return cls._of(history, -1)
+
+    def at_the_end_of(self, history: RouterNormHistory) -> Snapshot:
+        """The same with the step of a history's last record, if that was taken of these weights."""
+        if not history.steps or history.last.keys() != self.router_norms.keys():
+            return self
+        same = all(torch.equal(norms, self.router_norms[name]) for name, norms in history.last.items())
+        return replace(self, step=history.steps[-1]) if same else self
 
     @classmethod
     def _of(cls, history: RouterNormHistory, record: int) -> Snapshot:

@@ -160,9 +160,9 @@ def _variants(
         for level in (3, 2):
             uniform = allocate(history=history, method="uniform", average_bits=level, group_size=plan.group_size)
             found[f"uniform {level} bits" + ("" if under else ", no statistics")] = _Variant(uniform, statistics=under)
-    order = replace(plan.settings, bits=None, granularity=None)
     for name, method in _ORDERS.items():
-        found[name] = _Variant(make_plan(replace(order, method=method), history=history))
+        order = replace(plan.settings, method=method, bits=None, granularity=None)
+        found[name] = _Variant(make_plan(order, history=history))
     found["plan"] = _Variant(plan)
     for bits in _SMALLER:
         smaller = make_plan(replace(plan.settings, average_bits=bits), checkpoint, history, curvature, statistics)

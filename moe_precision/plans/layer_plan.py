@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import mul
 
 from ..layers.shape import LayerShape
 from .document import Document
@@ -40,6 +41,13 @@ class LayerPlan:
         if any(other != first for other in others):
             raise PlanError("projections of one expert have different bits here: read .projection_bits")
         return list(first)
+
+    @property
+    def mean_bits(self) -> list[float]:
+        """Bits of each expert, the mean over its weights where its projections have different widths."""
+        sizes = [out * inp for out, inp in self.shape.projections.values()]
+        by_expert = zip(*(self.projection_bits[name] for name in self.shape.projections), strict=True)
+        return [sum(map(mul, sizes, widths)) / sum(sizes) for widths in by_expert]
 
     def to_dict(self) -> Document:
         """The layer as the plan's file holds it."""

@@ -17,19 +17,23 @@ _MAX_COLUMNS = 4
 
 
 def plot_router_norms(history: RouterNormHistory, plan: PrecisionPlan | None = None) -> Figure:
-    """One panel per layer, one curve per expert; with a plan, curves are colored by the expert's bits."""
+    """One panel per layer, one curve per expert; with a plan, curves are colored by the expert's bits.
+
+    An expert whose matrices have different widths counts with their mean.
+    """
     columns = min(_MAX_COLUMNS, len(history.layers))
     rows = math.ceil(len(history.layers) / columns)
     figure = Figure(figsize=(3.6 * columns, 2.8 * rows), layout="constrained")
     axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
-    widths = sorted({b for layer in plan.layers.values() for b in layer.bits}) if plan else []
+    of_layers = {} if plan is None else {name: layer.mean_bits for name, layer in plan.layers.items()}
+    widths = sorted({bits for of_layer in of_layers.values() for bits in of_layer})
     for axis, (name, norms) in zip(axes, history.norms.items(), strict=False):
         for expert in range(norms.shape[1]):
             color, label = None, None
             if plan is not None:
-                bits = plan.layers[name].bits[expert]
+                bits = of_layers[name][expert]
                 color = f"C{widths.index(bits)}"
-                label = f"{bits} bits" if plan.layers[name].bits.index(bits) == expert else None
+                label = f"{bits:.3g} bits" if of_layers[name].index(bits) == expert else None
             axis.plot(history.steps, norms[:, expert], lw=1.2, color=color, label=label)
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("optimizer step")

@@ -42,7 +42,7 @@ def test_records_plan_and_history(tmp_path):
 
     # the file holds everything that a plan with other bits needs, without the model
     saved = RouterNormHistory.load(tmp_path / "precision_plan.history.safetensors")
-    again = allocate(history=saved, average_bits=2.5, bits=(2, 3), group_size=32)
+    again = allocate(history=saved, method="router_norm", average_bits=2.5, bits=(2, 3), group_size=32)
     assert again == plan
 
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer as HFTrainer
 from transformers import TrainingArguments
 
-from moe_precision import PrecisionPlan, quantize_model
+from moe_precision import PrecisionPlan, allocate, quantize_model
 from moe_precision.callbacks import RouterNormMonitor, RouterNormTrainerCallback
 from moe_precision.recording import collecting
 from moe_precision.recording.collecting import collect_statistics
@@ -54,6 +54,7 @@ def assert_alike(found: ExpertStatistics, expected: ExpertStatistics) -> None:
             torch.testing.assert_close(getattr(found, kind)[name], getattr(expected, kind)[name], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("error:the plan was made by")
 def test_of_a_transformers_model_under_lightning(tmp_path):
     module, batches = OfAModel(), DataLoader(rows(), batch_size=3)
     callback = RouterNormMonitor(group_size=64, statistics_batches=2)
@@ -66,7 +67,11 @@ def test_of_a_transformers_model_under_lightning(tmp_path):
     loads = callback.history.loads["training"]
     assert all(load[0].sum() == 12 * 10 * 2 for load in loads.values())  # the extra batches are not counted
     plan = PrecisionPlan.load(tmp_path / "precision_plan.json")
-    quantize_model(module.model, plan, curvature=callback.curvature, statistics=tmp_path / NAME)
+    assert (plan.method, plan.last_step, plan.baseline_step) == ("statistics", 4, 0)
+    assert plan.notes["auto"] == "there are curvature and expert statistics"
+    expected = allocate(module.model, callback.history, curvature=callback.curvature, statistics=found, group_size=64)
+    assert plan.diff(expected) == []
+    quantize_model(module.model, tmp_path / "precision_plan.json")  # with the files beside it: no warning
 
 
 def test_a_loader_is_gone_through_once_for_each_pass(tmp_path, monkeypatch):
@@ -160,3 +165,18 @@ def test_a_model_that_is_not_finite_stops_nobody(tmp_path):
     with pytest.warns(UserWarning, match="no statistics are written: .*not finite"):
         trainer(tmp_path, monitor(statistics_batches=2)).fit(Diverging(), data())
     assert not (tmp_path / NAME).exists()
+
+
+def test_without_curvature_the_default_is_the_papers_rule(tmp_path):
+    """And the log says so."""
+
+    class ByGradient(OfAModel):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    callback = RouterNormMonitor(group_size=64, average_bits=1.5)
+    trainer(tmp_path, callback, max_epochs=1, max_steps=-1).fit(ByGradient(), DataLoader(rows(), batch_size=3))
+    plan = PrecisionPlan.load(tmp_path / "precision_plan.json")
+    assert (plan.method, plan.settings.levels, plan.granularity) == ("router_norm", (1, 2), "expert")
+    assert plan.notes["auto"] == "without curvature, what a width costs the loss is not known"
+    assert plan.layers["model.layers.0.mlp"].order == callback.plan.layers["model.layers.0.mlp"].order

@@ -78,7 +78,9 @@ def data(batches=6):
 
 
 def monitor(**changes):
-    return RouterNormMonitor(**{"average_bits": 2.5, "bits": (2, 3), "group_size": 32, **changes})
+    return RouterNormMonitor(
+        **{"method": "router_norm", "average_bits": 2.5, "bits": (2, 3), "group_size": 32, **changes}
+    )
 
 
 def trainer(tmp_path, *callbacks, logger=False, **changes):

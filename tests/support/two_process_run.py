@@ -27,5 +27,9 @@ def main(folder: str, strategy: str) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        callbacks=[RouterNormMonitor(group_size=64), PrecisionAnneal(start=2, group_size=64), SavePretrained()],
+        callbacks=[
+            RouterNormMonitor(group_size=64, method="router_norm"),
+            PrecisionAnneal(start=2, group_size=64),
+            SavePretrained(),
+        ],
     ).fit(module, data)
