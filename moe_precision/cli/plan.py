@@ -40,8 +40,8 @@ class _Known:
 def run(options: argparse.Namespace) -> None:
     """Makes the plan, writes it, and prints it."""
     files = PlanFiles.of(options.output)  # ends in .json, so that the files beside it are found
-    made = ("curvature", options.curvature_batches), ("statistics", options.statistics_batches)
-    for path in (files.plan, *(files.path(kind) for kind, batches in made if batches is not None)):
+    made = (files.curvature, options.curvature_batches), (files.statistics, options.statistics_batches)
+    for path in (files.plan, *(path for path, batches in made if batches is not None)):
         if path.exists():
             raise FileExistsError(f"{str(path)!r} exists; name another file with -o")
     check_writable(options.output)
@@ -122,8 +122,7 @@ def _run_batches(
         found.statistics = collect_statistics(model, batches, text=text, **patterns)
     if (asked := options.curvature_batches) is not None:
         model.train()
-        batches = islice(data.train_dataloader(), asked)
-        bar = tqdm(batches, desc="gradients", total=asked, unit="batch", disable=None)
+        bar = tqdm(islice(data.train_dataloader(), asked), desc="gradients", total=asked, unit="batch", disable=None)
         losses = (partial(lambda batch: model(**batch).loss, batch) for batch in bar)
         found.curvature = curvature_of_losses(layers, losses)
 

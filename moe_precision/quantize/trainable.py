@@ -156,7 +156,7 @@ def _matrices(name: str, bank: Bank, layer: MoELayer, packed: nn.Module) -> dict
         projection = module.get_submodule(f"packed.{leaf}")
         assert isinstance(projection, PackedProjection)
         places = [projection.place(expert) for expert in range(layer.num_experts)]
-        found = {e: _Matrix(*place) for e, place in enumerate(places) if isinstance(place[0], PackedMatrices)}
+        found = {e: _Matrix(held, i) for e, (held, i) in enumerate(places) if isinstance(held, PackedMatrices)}
     elif isinstance(module, nn.Linear):
         found = {}
     else:
