@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint, load_model
+from ..checkpoints.folders import check_quantizing
 from ..files import check_writable
 from ..layers.moe_layers import find_moe_layers
 from ..plans.beside import existing
@@ -30,6 +31,9 @@ def run(options: argparse.Namespace) -> None:
         return
     curvature = options.curvature or existing("curvature", options.plan)
     grid = options.grid or existing("grid", options.plan)
+    named = options.statistics or existing("statistics", options.plan)
+    with Checkpoint(options.checkpoint) as source:  # all that is read, before any work
+        check_quantizing(source, options.out, options.plan, curvature, grid, None if named == "none" else named)
     statistics = _statistics(options, plan, grid)
     if grid is not None:
         print(f"takes scales and offsets from {grid}, which training ended on")
@@ -37,6 +41,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"weights the fit by {curvature}")
     else:
         print("no curvature file: errors in all columns count equally")
+    batches = _batches(options) if options.distill_steps else None  # found before hours of packing, not after
     out = Path(options.out)
     undistilled = out.with_name(f".{out.name}.undistilled")
     quantize_checkpoint(
@@ -52,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.distill_steps:
         try:
-            _distill(options, undistilled)
+            _distill(options, undistilled, batches)
         finally:
             shutil.rmtree(undistilled)
     before, after = Checkpoint(options.checkpoint), Checkpoint(options.out)
@@ -117,10 +122,13 @@ def _collected(options: argparse.Namespace, plan: PrecisionPlan) -> ExpertStatis
     return statistics
 
 
-def _distill(options: argparse.Namespace, packed: Path) -> None:
+def _batches(options: argparse.Namespace) -> Any:
+    """Training batches for the checkpoint's model."""
+    return data_of(options, options.checkpoint, Checkpoint(options.checkpoint).meta_model()).train_dataloader()
+
+
+def _distill(options: argparse.Namespace, packed: Path, batches: Any) -> None:
     """Trains the scales of what was packed on training batches."""
-    data = data_of(options, options.checkpoint, Checkpoint(options.checkpoint).meta_model())
-    batches = data.train_dataloader()
     found = distill_checkpoint(
         options.checkpoint,
         packed,

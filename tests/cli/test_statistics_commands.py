@@ -127,3 +127,22 @@ def test_a_grid_is_not_distilled(saved, tmp_path, capsys):
     command = ["quantize", str(tmp_path / "model"), str(tmp_path / "plan.json"), str(tmp_path / "out")]
     assert main([*command, "--distill-steps", "2"]) == 2
     assert "would change the grid that training has ended on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--distill-steps", "2"]])
+def test_what_is_read_is_not_replaced(saved, tmp_path, capsys, options):
+    """The plan and the files beside it lie in a folder that was packed before."""
+    out = tmp_path / "out"
+    assert main(["quantize", str(tmp_path / "model"), str(tmp_path / "plan.json"), str(out)]) == 0
+    plan = (tmp_path / "plan.json").rename(out / "plan.json")
+    assert main(["quantize", str(tmp_path / "model"), str(plan), str(out), *options]) == 2
+    assert "would be replaced, and" in capsys.readouterr().err
+    assert plan.is_file()
+
+
+def test_text_to_distill_on_is_looked_for_before_packing(saved, tmp_path, capsys):
+    command = ["quantize", str(tmp_path / "model"), str(tmp_path / "plan.json"), str(tmp_path / "out")]
+    assert main([*command, "--distill-steps", "2", "--dataset", str(tmp_path / "nothing.txt")]) != 0
+    printed = capsys.readouterr()
+    assert "no curvature file" in printed.out
+    assert "Quantizing" not in printed.err
