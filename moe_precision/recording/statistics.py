@@ -131,7 +131,7 @@ class ExpertStatistics:
             layer: Name of the layer.
             projection: Name of the matrix.
             expert: Its expert.
-            column_weights: ``(in,)``, see `Curvature.fit_weights`; None for all alike.
+            column_weights: ``(in,)``, see `Curvature.fit_weights`; None, or 0 in all columns, for all alike.
 
         Returns:
             ``(in, in)`` float32; None for an expert that no token has reached, or whose inputs were all 0: its matrix
@@ -142,8 +142,10 @@ class ExpertStatistics:
             return None
         share = SHRINK * len(diagonal) / (tokens + SHRINK * len(diagonal))
         weights = torch.ones_like(diagonal) if column_weights is None else column_weights.to(diagonal)
+        if not weights.any():  # an expert that never had a gradient
+            weights = torch.ones_like(diagonal)
         moment = self.second_moment(layer, projection, expert).mul_(1 - share)
-        moment.diagonal().add_(weights * (share * diagonal.mean() / weights.mean()))
+        moment.diagonal().add_(weights / weights.mean() * (share * diagonal.mean()))
         return moment
 
     @property

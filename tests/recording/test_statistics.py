@@ -74,6 +74,8 @@ def test_shrinkage(statistics):
     torch.testing.assert_close(found, (1 - share) * whole + share * target)
     alike = statistics.fit_moment(LAYER, "gate_up_proj", 2)
     torch.testing.assert_close(alike, (1 - share) * whole + share * whole.diagonal().mean() * torch.eye(64))
+    without_gradient = statistics.fit_moment(LAYER, "gate_up_proj", 2, torch.zeros(64))
+    torch.testing.assert_close(without_gradient, alike)
     assert statistics.fit_moment(LAYER, "gate_up_proj", 0) is None  # no token
     statistics.diagonals[LAYER]["gate_up_proj"][3] = 0  # tokens, and all of their inputs 0
     assert statistics.fit_moment(LAYER, "gate_up_proj", 3) is None
