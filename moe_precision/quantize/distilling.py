@@ -26,7 +26,7 @@ from ..layers.module_tree import modes_kept, root_model
 from ..layers.moe_layers import find_moe_layers
 from ..recording.loads import not_counted
 from ..recording.padding import Padding
-from .trainable import DistillError, TrainableScales
+from .trainable import DistillError, TrainableScales, check_routers
 
 Through = Literal["layers", "logits"]
 STEPS = 100
@@ -108,6 +108,10 @@ def distill_scales(
         )
     layers = find_moe_layers(model, **patterns)
     scales = [TrainableScales(layer, packed) for layer in layers]
+    check_routers(layers, packed)
+    matrices = [matrix for one in scales for matrix in one.matrices]
+    if not matrices:
+        raise DistillError("all experts of the packed model are at 16 bits: there are no scales to distill")
     taken = list(islice(batches, _CHECKED + steps))
     if not taken:
         raise DistillError("there is no batch to distill on")
@@ -125,18 +129,18 @@ def distill_scales(
                 run(model, scales, [next(source)], optimizer)
                 falling.step()
                 bar.update()
-        for one in scales:
-            for matrix in one.matrices:
-                matrix.store()
+        for matrix in matrices:
+            matrix.store()
         after = run(model, scales, checked, None)
-    errors = {name: (before[name], after[name]) for name in before}
-    kept = [name for name, (first, last) in errors.items() if not last < first]
-    for one, state in zip(scales, states, strict=True):
-        if one.unit in kept or "logits" in kept:
-            one.go_back(state)
-        for matrix in one.matrices:
-            matrix.put()
-    return Distilled(errors, kept)
+        kept = [name for name in before if not after[name] < before[name]]
+        for one, state in zip(scales, states, strict=True):
+            if one.unit in kept or "logits" in kept:
+                one.go_back(state)
+        if kept:  # what is put into the model is what is reported
+            after = before if len(kept) == len(before) else run(model, scales, checked, None)
+    for matrix in matrices:
+        matrix.put()
+    return Distilled({name: (before[name], after[name]) for name in before}, kept)
 
 
 def _through_layers(
@@ -198,10 +202,10 @@ def _through_logits(
     total, tokens = 0.0, 0
     for batch in batches:
         with torch.no_grad():
-            target = _logits(_forward(model, batch), batch)
+            target = _logits(model, _forward(model, batch), batch)
         with torch.set_grad_enabled(optimizer is not None):
             weights = {name: weight for one in scales for name, weight in one.weights().items()}
-            found = _logits(_forward(model, batch, weights), batch)
+            found = _logits(model, _forward(model, batch, weights), batch)
             kl = F.kl_div(found.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True)
             if optimizer is not None:
                 (kl / len(target)).backward()
@@ -226,15 +230,16 @@ def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _logits(output: Any, batch: Any) -> Tensor:
+def _logits(model: nn.Module, output: Any, batch: Any) -> Tensor:
     """Of the tokens that count, ``(tokens, vocabulary)`` float32."""
     logits = output.logits if hasattr(output, "logits") else output
     if not isinstance(logits, Tensor):
         raise DistillError(f"the model returns {type(output).__name__}, expected logits or an output that has them")
     mask = None
-    if isinstance(batch, Mapping):  # what is predicted in an encoder-decoder model is where the labels are
-        labels, mask = batch.get("labels"), batch.get("attention_mask")
-        if mask is None or mask.shape != logits.shape[:-1]:
+    if isinstance(batch, Mapping):
+        both = getattr(getattr(root_model(model), "config", None), "is_encoder_decoder", False)
+        labels, mask = batch.get("labels"), batch.get("decoder_attention_mask" if both else "attention_mask")
+        if mask is None or mask.shape != logits.shape[:-1]:  # an encoder's input is often of another length
             mask = None if labels is None else labels != -100
     flat = logits.flatten(0, -2).float()
     if mask is None or mask.numel() != len(flat):

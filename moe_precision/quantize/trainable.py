@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ..errors import MoEPrecisionError
 from ..layers.banks import Bank
 from ..layers.moe_layers import MoELayer
+from ..layers.router_rows import router_row_norms
+from ..recording.router_norms import check_same_weights
 from .codec.packing import unpack
 from .codec.scales import compress, expand, lost_in_float16
 from .kernels import Matrices
@@ -140,6 +142,25 @@ class TrainableScales:
         """Takes what `state` returned."""
         for matrix, (scale, offset) in zip(self.matrices, state, strict=True):
             matrix.scale, matrix.offset = scale, offset
+
+
+@torch.no_grad()
+def check_routers(layers: list[MoELayer], packed: nn.Module) -> None:
+    """Checks that a packed model is of the float model with these layers, by the routers, which packing leaves.
+
+    Raises:
+        DistillError: Its routers are others.
+    """
+    own = dict(packed.named_parameters(remove_duplicate=False))
+    if missing := [layer.router for layer in layers if layer.router not in own]:
+        raise DistillError(f"the packed model has no {missing[0]!r}: it is not of this float model")
+    norms = {
+        layer.name: router_row_norms(
+            own[layer.router], num_experts=layer.num_experts, transposed=layer.router_transposed
+        ).cpu()
+        for layer in layers
+    }
+    check_same_weights(norms, {layer.name: layer.row_norms() for layer in layers}, "packed model", DistillError)
 
 
 def _matrices(name: str, bank: Bank, layer: MoELayer, packed: nn.Module) -> dict[int | None, _Matrix]:

@@ -17,6 +17,7 @@ from moe_precision import (
     quantize_checkpoint,
     quantize_model,
 )
+from moe_precision.quantize.distilling import _logits
 from moe_precision.quantize.matrices import PackedMatrices
 from moe_precision.quantize.trainable import TrainableScales
 from tests.support.models import build, logits
@@ -134,6 +135,7 @@ def test_what_does_not_get_better_is_left():
     before = codes_and_scales(packed)
     found = distill_scales(packed, model, text(4), steps=3, rate=100.0)
     assert found.kept == list(found.errors)
+    assert all(last == first for first, last in found.errors.values())
     assert "left as they were: model.layers.0.mlp" in found.described()
     for name, (codes, scales) in codes_and_scales(packed).items():
         assert torch.equal(codes, before[name][0])
@@ -187,3 +189,38 @@ def test_errors():
         distill_scales(packed_of(build("mixtral", intermediate_size=64)), model, text(1))
     with pytest.raises(DistillError, match="is not of this float model"):
         distill_scales(packed_of(build("mixtral", num_hidden_layers=1)), model, text(1))
+
+
+def test_the_report_is_of_what_is_put_into_the_model():
+    """At 8 bits one layer gets no better, and the error of what was tried for it is not that of the model."""
+    model = build("mixtral")
+    plan = allocate(model, method="uniform", average_bits=2, group_size=32)
+    packed = quantize_model(copy.deepcopy(model), plan.with_bits({"model.layers.1.mlp": [8] * 8}))
+    found = distill_scales(packed, model, text(8), steps=20, rate=0.02)
+    assert found.kept == ["model.layers.1.mlp"]
+    measured = distill_scales(packed, model, text(8), steps=1, rate=1e-9).errors  # on the same two batches
+    assert {name: first for name, (first, _) in measured.items()} == pytest.approx(
+        {name: last for name, (_, last) in found.errors.items()}, rel=1e-5
+    )
+
+
+def test_tokens_that_count_in_an_encoder_decoder():
+    """The mask of the encoder's input is not that of the labels, even where both have the same shape."""
+    model = build("switch_transformers")
+    ids = text(1)[0]["input_ids"]
+    labels = torch.where(torch.arange(32) < 5, ids.flip(1), -100)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    found = _logits(model, model(**batch), batch)
+    torch.testing.assert_close(found, model(**batch).logits[:, :5].flatten(0, 1))
+
+
+def test_a_packed_model_of_other_weights():
+    model, other = build("mixtral"), build("mixtral")
+    with torch.no_grad():
+        other.get_parameter(f"{LAYER}.gate.weight").mul_(1.01)
+    with pytest.raises(DistillError, match=r"belongs to other weights: router norms in 'model.layers.0.mlp' differ"):
+        distill_scales(packed_of(model), other, text(1))
+    half = packed_of(copy.deepcopy(model).bfloat16())
+    distill_scales(half, model, text(1), steps=1)  # another dtype of the same weights
+    with pytest.raises(DistillError, match="all experts of the packed model are at 16 bits"):
+        distill_scales(packed_of(model, average_bits=16), model, text(1))
