@@ -80,6 +80,8 @@ class PlanAnnealer:
         self.settings.check_plannable()
         if not 0 <= start < float("inf") or (start >= 1 and start != int(start)):
             raise ValueError(f"start must be a share of max_steps below 1 or a whole step, got {start}")
+        if plan is None and reads(method, "statistics"):
+            raise ValueError(f"method {method!r} needs expert statistics, which are not there when annealing begins")
         self._files = RunFiles(export_to, type(self).__name__, _RESCUE)
         self.start, self.export_to = start, export_to
         self._given = None if plan is None else as_plan(plan)

@@ -92,6 +92,8 @@ class PlanRecorder:
         self.every_n_steps, self.export_to = every_n_steps, export_to
         self.log_experts = log_experts
         self.curvature_batches = curvature_batches
+        if reads(method, "statistics") and statistics_batches == 0 and statistics_from is None:
+            raise ValueError(f"method {method!r} needs expert statistics, and statistics_batches=0 collects none")
         self._collecting = StatisticsRecorder(type(self).__name__, statistics_batches, statistics_from)
         self.history = RouterNormHistory()
         self.curvature: Curvature | None = None
@@ -129,7 +131,8 @@ class PlanRecorder:
         self.settings.check_fits(fresh.layers)
         rank_zero_info(f"{type(self).__name__}: recording\n{as_text(layers_table(self._layers))}")
         folder = self._files.paths.plan.parent if self._files.written else None
-        self._collecting.start(model, self._layers, step, total, folder, obstacle)
+        needed = reads(self.settings.method, "statistics")
+        self._collecting.start(model, self._layers, step, total, folder, obstacle, needed)
         if fresh.caveats:
             rank_zero_warn(f"{type(self).__name__}: {caveat_text(fresh.caveats)}.")
         if self.history.steps and self.history.steps[-1] <= step:  # else it is from an earlier run

@@ -65,7 +65,14 @@ class StatisticsRecorder:
         self._turns: StatisticsInTurn | None = None
 
     def start(
-        self, model: nn.Module, layers: list[MoELayer], step: int, total: float, folder: Path | None, obstacle: str
+        self,
+        model: nn.Module,
+        layers: list[MoELayer],
+        step: int,
+        total: float,
+        folder: Path | None,
+        obstacle: str,
+        needed: bool = False,
     ) -> None:
         """Before the first step.
 
@@ -76,9 +83,10 @@ class StatisticsRecorder:
             total: Steps taken when training ends; infinite or not positive if nobody knows.
             folder: Where the file goes; None for a run that writes none.
             obstacle: Why this run can run no batch without a step, if it cannot.
+            needed: Without statistics there is no plan.
 
         Raises:
-            ValueError: What was asked for cannot be done in this run.
+            ValueError: What was asked for, or is needed, cannot be done in this run.
             StatisticsError: No hook can see the inputs of some experts, or one layer takes too much memory.
         """
         self.close()
@@ -90,6 +98,8 @@ class StatisticsRecorder:
             if folder is None:  # a trial run, which writes no files
                 return
             if reason := _why_not(layers, size, folder, obstacle):
+                if needed:
+                    raise ValueError(f"the method needs expert statistics, and none are collected: {reason}")
                 rank_zero_info(f"{self._owner}: no expert statistics are collected: {reason}")
                 return
             self._batches = AUTOMATIC

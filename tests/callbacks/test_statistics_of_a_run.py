@@ -9,7 +9,12 @@ from transformers import Trainer as HFTrainer
 from transformers import TrainingArguments
 
 from moe_precision import PrecisionPlan, allocate, quantize_model
-from moe_precision.callbacks import RouterNormMonitor, RouterNormTrainerCallback
+from moe_precision.callbacks import (
+    PrecisionAnneal,
+    RouterNormMonitor,
+    RouterNormTrainerCallback,
+    statistics_recorder,
+)
 from moe_precision.recording import collecting
 from moe_precision.recording.collecting import collect_statistics
 from moe_precision.recording.statistics import ExpertStatistics, StatisticsError
@@ -129,6 +134,7 @@ def test_of_transformers_trainer(tmp_path):
         ({"statistics_batches": -1}, "statistics_batches must be at least 0 or None, got -1"),
         ({"statistics_from": 1.0}, "statistics_from must be a share of training between 0 and 1, got 1.0"),
         ({"statistics_batches": 2, "statistics_from": 0.9}, "are two ways to collect the same; give one"),
+        ({"method": "statistics", "statistics_batches": 0}, "method 'statistics' needs expert statistics, and"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -180,3 +186,13 @@ def test_without_curvature_the_default_is_the_papers_rule(tmp_path):
     assert (plan.method, plan.settings.levels, plan.granularity) == ("router_norm", (1, 2), "expert")
     assert plan.notes["auto"] == "without curvature, what a width costs the loss is not known"
     assert plan.layers["model.layers.0.mlp"].order == callback.plan.layers["model.layers.0.mlp"].order
+
+
+def test_a_method_that_needs_statistics_is_refused_before_training_where_none_are_collected(tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics_recorder, "AUTOMATIC_BYTES", 1000)
+    module = Module()
+    with pytest.raises(ValueError, match="the method needs expert statistics, and none are collected: their file"):
+        trainer(tmp_path, monitor(method="statistics")).fit(module, data())
+    assert not module.norms
+    with pytest.raises(ValueError, match="method 'statistics' needs expert statistics, which are not there when"):
+        PrecisionAnneal(method="statistics", group_size=32)
