@@ -56,8 +56,9 @@ def run(options: argparse.Namespace) -> None:
     show(plan_table(plan))
     print(f"wrote {options.output}")
     elsewhere = {"--curvature": known.curvature, "--statistics": known.statistics}
-    given = [f"{option} {path}" for option, path in elsewhere.items() if isinstance(path, Path | str)]
-    if given and Path(given[0].split(" ", 1)[1]) not in files.all:
+    named = {option: Path(path) for option, path in elsewhere.items() if isinstance(path, Path | str)}
+    given = [f"{option} {path}" for option, path in named.items() if path not in files.all]
+    if given and reads(plan.method, "curvature"):
         print(f"give quantize what this plan was made with: {' '.join(given)}")
 
 
@@ -93,8 +94,7 @@ def _known(options: argparse.Namespace, settings: PlanSettings, final: str | Non
     for kind in ("curvature", "statistics"):
         file, batches = getattr(options, kind), getattr(options, f"{kind}_batches")
         if batches is None:
-            auto = settings.method == AUTO and final is not None
-            if file is None and (auto or reads(settings.method, kind)):
+            if file is None and (settings.method == AUTO or reads(settings.method, kind)):
                 setattr(found, kind, existing(kind, history))
         elif file is not None:
             raise ValueError(f"--{kind} and --{kind}-batches are two sources of one thing; give one")

@@ -8,6 +8,7 @@ import torch
 from moe_precision import PrecisionPlan, RouterNormHistory, find_moe_layers, quantize_model
 from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.cli.main import main
+from moe_precision.recording.collecting import collect_statistics
 from moe_precision.recording.curvature import Curvature
 from moe_precision.recording.router_norms import router_norms
 from moe_precision.recording.second_moments import curvature_of
@@ -31,6 +32,13 @@ def test_the_plan_command_finds_the_curvature_beside_the_history(tmp_path, capsy
     curvature_of(layers, [optimizer]).save(tmp_path / "x.curvature.safetensors")
     assert main(arguments) == 0
     assert PrecisionPlan.load(tmp_path / "plan.json").method == "curvature"
+    assert f"give quantize what this plan was made with: --curvature {tmp_path}" in capsys.readouterr().out
+    alone = ["plan", str(tmp_path / "x.history.safetensors"), "--group-size", "64", "-o", str(tmp_path / "alone.json")]
+    assert main(alone) == 0
+    plan = PrecisionPlan.load(tmp_path / "alone.json")
+    assert plan.method == "router_norm"
+    assert plan.notes["auto"] == "without the trained weights, no width's cost can be measured"
+    assert "give quantize" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -76,3 +84,18 @@ def test_the_plan_command_takes_gradients_of_a_checkpoint(tmp_path, capsys):
     (tmp_path / "kept.curvature.safetensors").write_text("precious")
     assert main([*arguments[:-1], str(tmp_path / "kept.json")]) == 2
     assert (tmp_path / "kept.curvature.safetensors").read_text() == "precious"
+
+
+def test_every_file_that_is_not_beside_the_plan_is_named(tmp_path, capsys):
+    model = build("mixtral")
+    optimizer = trained_with(torch.optim.AdamW, model)
+    model.eval().save_pretrained(tmp_path / "model")
+    curvature_of(find_moe_layers(model), [optimizer]).save(tmp_path / "plan.curvature.safetensors")
+    statistics = collect_statistics(model, [{"input_ids": torch.arange(3, 100)[None]}])
+    statistics.save(tmp_path / "other.safetensors")
+    arguments = ["plan", str(tmp_path / "model"), "--curvature", str(tmp_path / "plan.curvature.safetensors")]
+    arguments += ["--statistics", str(tmp_path / "other.safetensors"), "--bits", "2", "3", "--group-size", "64"]
+    assert main([*arguments, "-o", str(tmp_path / "plan.json")]) == 0
+    printed = capsys.readouterr().out
+    assert f"what this plan was made with: --statistics {tmp_path}" in printed
+    assert "--curvature" not in printed
