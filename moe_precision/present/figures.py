@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -27,12 +29,13 @@ def plot_router_norms(history: RouterNormHistory, plan: PrecisionPlan | None = N
     axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
     of_layers = {} if plan is None else {name: layer.mean_bits for name, layer in plan.layers.items()}
     widths = sorted({bits for of_layer in of_layers.values() for bits in of_layer})
+    colors = _colors(len(widths))
     for axis, (name, norms) in zip(axes, history.norms.items(), strict=False):
         for expert in range(norms.shape[1]):
             color, label = None, None
             if plan is not None:
                 bits = of_layers[name][expert]
-                color = f"C{widths.index(bits)}"
+                color = colors[widths.index(bits)]
                 label = f"{bits:.3g} bits" if of_layers[name].index(bits) == expert else None
             axis.plot(history.steps, norms[:, expert], lw=1.2, color=color, label=label)
         axis.set_title(name, fontsize=9)
@@ -43,6 +46,13 @@ def plot_router_norms(history: RouterNormHistory, plan: PrecisionPlan | None = N
     for axis in axes[len(history.layers) :]:
         axis.remove()
     return figure
+
+
+def _colors(count: int) -> list[Any]:
+    """Different colors; matplotlib's own are ten, and then begin again."""
+    if count <= 10:
+        return [f"C{index}" for index in range(count)]
+    return [colormaps["viridis"](index / (count - 1)) for index in range(count)]
 
 
 def plot_change_heatmap(history: RouterNormHistory) -> Figure:
