@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -32,14 +33,16 @@ def plot_router_norms(history: RouterNormHistory, plan: PrecisionPlan | None = N
             color, label = None, None
             if plan is not None:
                 bits = of_layers[name][expert]
-                color = f"C{widths.index(bits)}"
+                color = colormaps["viridis_r"](0.1 + 0.9 * widths.index(bits) / max(1, len(widths) - 1))
                 label = f"{bits:.3g} bits" if of_layers[name].index(bits) == expert else None
             axis.plot(history.steps, norms[:, expert], lw=1.2, color=color, label=label)
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("optimizer step")
         axis.set_ylabel("router L2 norm")
         if plan is not None:
-            axis.legend(fontsize=7)
+            curves, labels = axis.get_legend_handles_labels()
+            by_bits = sorted(zip(labels, curves, strict=True), key=lambda pair: float(pair[0].split()[0]))
+            axis.legend([curve for _, curve in by_bits], [label for label, _ in by_bits], fontsize=7)
     for axis in axes[len(history.layers) :]:
         axis.remove()
     return figure
