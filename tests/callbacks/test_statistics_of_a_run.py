@@ -9,7 +9,7 @@ from transformers import Trainer as HFTrainer
 from transformers import TrainingArguments
 
 from moe_precision import PrecisionPlan, allocate, quantize_model
-from moe_precision.callbacks import RouterNormMonitor, RouterNormTrainerCallback
+from moe_precision.callbacks import RouterNormMonitor, RouterNormTrainerCallback, plan_of_run
 from moe_precision.recording import collecting
 from moe_precision.recording.collecting import collect_statistics
 from moe_precision.recording.statistics import ExpertStatistics, StatisticsError
@@ -180,3 +180,16 @@ def test_without_curvature_the_default_is_the_papers_rule(tmp_path):
     assert (plan.method, plan.settings.levels, plan.granularity) == ("router_norm", (1, 2), "expert")
     assert plan.notes["auto"] == "without curvature, what a width costs the loss is not known"
     assert plan.layers["model.layers.0.mlp"].order == callback.plan.layers["model.layers.0.mlp"].order
+
+
+def test_costs_of_many_weights_are_not_measured_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_of_run, "UNASKED_WEIGHTS", 1000)
+    callback = RouterNormMonitor(group_size=64)
+    trainer(tmp_path, callback, max_epochs=1, max_steps=-1).fit(OfAModel(), DataLoader(rows(), batch_size=3))
+    plan = PrecisionPlan.load(tmp_path / "precision_plan.json")
+    assert plan.method == "router_norm"
+    assert plan.notes["auto"].startswith("measuring what each width costs takes long for 0.0 billion expert weights")
+    assert (tmp_path / NAME).exists()
+    asked = RouterNormMonitor(group_size=64, method="curvature", export_to="asked.json")
+    trainer(tmp_path, asked, max_epochs=1, max_steps=-1).fit(OfAModel(), DataLoader(rows(), batch_size=3))
+    assert PrecisionPlan.load(tmp_path / "asked.json").method == "curvature"
