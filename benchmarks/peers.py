@@ -1,11 +1,13 @@
-"""Ours beside AutoRound on the demo's model, each carried out by the real tool, by KL to the float model and seconds.
+"""Ours, AutoRound and GPTQModel on the demo's model, each by the real tool: KL to the float model, and seconds.
 
-    INSTALL_ONLY=1 tests/export/real_tools/run.sh autoround
-    .venv-exports/autoround/bin/python -m benchmarks.peers [--run runs/demo]
+    python -m benchmarks.peers ours [--run runs/demo]
+    INSTALL_ONLY=1 tests/export/real_tools/run.sh autoround gptqmodel
+    .venv-exports/autoround/bin/python -m benchmarks.peers autoround
+    .venv-exports/gptqmodel/bin/python -m benchmarks.peers gptqmodel
 
-Both tune on the training split of the run's text. Stored bits are counted from the bytes of the files. Other text is
-Python's language reference, which neither training nor tuning has seen. AutoRound's checkpoints are measured in a
-process of their own, which loads the float model first: AutoRound changes transformers for the whole process.
+All tune on the training split of the run's text. Stored bits are counted from the bytes of the files. Other text is
+Python's language reference, which neither training nor tuning has seen. Each checkpoint is measured in a process of its
+own, which loads the float model first: AutoRound changes transformers for the whole process.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import torch
 from benchmarks.studies.study_models import language_reference, merged
 from moe_precision import PrecisionPlan, allocate, distill_checkpoint, quantize_checkpoint
 from moe_precision.checkpoints import Checkpoint, load_model
+from moe_precision.export import export
 from moe_precision.export.auto_round_backend import quantize_with_auto_round
 from moe_precision.judging.reference import Reference
 from moe_precision.plans.beside import PlanFiles
@@ -48,7 +51,7 @@ def measured(checkpoint: str, folder: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as topics:
         texts = {"own": text_of(checkpoint), "other": text_of(checkpoint, dataset=language_reference(Path(topics)))}
         references = {name: Reference(model, merged(text.val_dataloader())) for name, text in texts.items()}
-    packed = load_model(folder, dtype=torch.float32)
+    packed = _loaded(folder)
     found: dict[str, float] = {}
     for name, reference in references.items():
         result = reference.measure(packed)
@@ -59,8 +62,17 @@ def measured(checkpoint: str, folder: str) -> dict[str, float]:
     return found
 
 
-def compare(run: Path) -> None:
-    """Prints the table, a row at a time."""
+def _loaded(folder: str) -> Any:
+    """A quantized checkpoint, by the tool that wrote it."""
+    if Checkpoint(folder).config.quantization_config.get("quant_method") != "gptq":
+        return load_model(folder, dtype=torch.float32)
+    from gptqmodel import GPTQModel
+
+    return GPTQModel.load(folder, device="cpu").model.float()
+
+
+def compare(tool: str, run: Path) -> None:
+    """Prints a tool's rows of the table, one at a time."""
     checkpoint = run / "checkpoint"
     files = PlanFiles.of(run / "precision_plan.json")
     known: dict[str, Any] = {"curvature": files.curvature, "statistics": files.statistics}
@@ -76,6 +88,14 @@ def compare(run: Path) -> None:
     def auto_round(plan: PrecisionPlan, out: Path) -> None:
         quantize_with_auto_round(checkpoint, plan, out, blocks, ITERATIONS)
 
+    def gptq(plan: PrecisionPlan, out: Path) -> None:
+        from gptqmodel import GPTQModel, QuantizeConfig
+
+        config = QuantizeConfig(bits=4, group_size=GROUP_SIZE, sym=False, dynamic=export(plan, "gptqmodel").config)
+        model = GPTQModel.load(str(checkpoint), config, device="cpu")
+        model.quantize([{"input_ids": block, "attention_mask": torch.ones_like(block)} for block in blocks])
+        model.save(str(out))
+
     def ours(plan: PrecisionPlan, out: Path) -> None:
         quantize_checkpoint(checkpoint, plan, out, **known)
 
@@ -84,24 +104,36 @@ def compare(run: Path) -> None:
         distill_checkpoint(checkpoint, out.with_name("undistilled"), out, training, through=through)
 
     layers, logits = partial(distilled, "layers"), partial(distilled, "logits")
-    rows: list[tuple[str, Callable[[], PrecisionPlan], Callable[[PrecisionPlan, Path], None]]] = [
-        ("AutoRound, 2 bits", partial(uniform, 2), auto_round),
-        ("AutoRound, 3 bits", partial(uniform, 3), auto_round),
-        ("AutoRound, our plan of 2 and 3 bits", partial(by_statistics, 2.5, (2, 3)), auto_round),
-        ("ours, 2 bits", partial(uniform, 2), ours),
-        ("ours, 3 bits", partial(uniform, 3), ours),
-        ("ours, 2 bits, distilled by layer", partial(uniform, 2), layers),
-        ("ours, plan of 1.5 bits", partial(by_statistics, 1.5), ours),
-        ("ours, plan of 1.5 bits, distilled by layer", partial(by_statistics, 1.5), layers),
-        ("ours, plan of 1.5 bits, distilled by logits", partial(by_statistics, 1.5), logits),
-        ("ours, plan of 2 bits", partial(by_statistics, 2.0), ours),
-        ("ours, plan of 2 bits, distilled by layer", partial(by_statistics, 2.0), layers),
-        ("ours, plan of 2 bits, distilled by logits", partial(by_statistics, 2.0), logits),
-        ("ours, plan of 2.5 bits, distilled by layer", partial(by_statistics, 2.5), layers),
-    ]
+    two_and_three = partial(by_statistics, 2.5, (2, 3))
+    one_and_a_half, two = partial(by_statistics, 1.5), partial(by_statistics, 2.0)
+    rows: dict[str, list[tuple[str, Callable[[], PrecisionPlan], Callable[[PrecisionPlan, Path], None]]]] = {
+        "autoround": [
+            ("AutoRound, 2 bits", partial(uniform, 2), auto_round),
+            ("AutoRound, 3 bits", partial(uniform, 3), auto_round),
+            ("AutoRound, our plan of 2 and 3 bits", two_and_three, auto_round),
+        ],
+        "gptqmodel": [
+            ("GPTQModel, 2 bits", partial(uniform, 2), gptq),
+            ("GPTQModel, 3 bits", partial(uniform, 3), gptq),
+            ("GPTQModel, our plan of 2 and 3 bits", two_and_three, gptq),
+        ],
+        "ours": [
+            ("ours, 2 bits", partial(uniform, 2), ours),
+            ("ours, 3 bits", partial(uniform, 3), ours),
+            ("ours, 2 bits, distilled by layer", partial(uniform, 2), layers),
+            ("ours, our plan of 2 and 3 bits", two_and_three, ours),
+            ("ours, plan of 1.5 bits", one_and_a_half, ours),
+            ("ours, plan of 1.5 bits, distilled by layer", one_and_a_half, layers),
+            ("ours, plan of 1.5 bits, distilled by logits", one_and_a_half, logits),
+            ("ours, plan of 2 bits", two, ours),
+            ("ours, plan of 2 bits, distilled by layer", two, layers),
+            ("ours, plan of 2 bits, distilled by logits", two, logits),
+            ("ours, plan of 2.5 bits, distilled by layer", partial(by_statistics, 2.5), layers),
+        ],
+    }
     print("| quantizer | stored bits | KL, own text | KL, other text | loss | top-1 | plan, s | quantize, s |")
     print("|---|---|---|---|---|---|---|---|")
-    for name, make, quantize in rows:
+    for name, make, quantize in rows[tool]:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "out")
             start = time.perf_counter()
@@ -120,13 +152,14 @@ def compare(run: Path) -> None:
 def main() -> None:
     """Compares, or measures one checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tool", nargs="?", default="ours", choices=["ours", "autoround", "gptqmodel"])
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of `make demo`")
     parser.add_argument("--measure", nargs=2, metavar=("FLOAT", "QUANTIZED"), help="only measure, and print JSON")
     options = parser.parse_args()
     if options.measure is not None:
         print(json.dumps(measured(*options.measure)))
         return
-    compare(options.run)
+    compare(options.tool, options.run)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from moe_precision.allocation.allocator import make_plan
 from moe_precision.allocation.planning import caveat_text
 from moe_precision.callbacks.extra_batches import Loss, curvature_of_run
+from moe_precision.callbacks.plan_of_run import plan_of_run
 from moe_precision.callbacks.run_files import RunFiles
 from moe_precision.callbacks.statistics_recorder import StatisticsRecorder, Step
 from moe_precision.layers.module_tree import root_model
@@ -272,7 +272,7 @@ class PlanRecorder:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                self.plan = self._make_plan()
+                self.plan = plan_of_run(self.settings, self._model, self.history, self.curvature, self.statistics)
         except ValueError as error:  # norms that are not finite, no second moments; other callbacks have work to do
             rank_zero_warn(f"{type(self).__name__}: no plan is written: {error}")
             return None
@@ -284,13 +284,6 @@ class PlanRecorder:
         chosen = f", method {self.plan.method}: {self.plan.notes['auto']}" if "auto" in self.plan.notes else ""
         rank_zero_info(f"{type(self).__name__}: wrote {path} ({self.plan.average_bits:.3g} bits on average{chosen})")
         return self.plan
-
-    def _make_plan(self) -> PrecisionPlan:
-        """From what was recorded; the weights are read only where widths have costs."""
-        method, curvature = self.settings.method, self.curvature
-        model = self._model if self.settings.knows_costs and not (method == AUTO and curvature is None) else None
-        statistics = self.statistics if method == AUTO or reads(method, "curvature") else None
-        return make_plan(self.settings, model, self.history, curvature, statistics)
 
     def _save_history(self) -> bool:
         """Writes what was recorded, without any collective; returns whether that worked."""

@@ -163,6 +163,7 @@ def make_plan(
             if under is not None:
                 under.check_layers(final.layers)
                 under.check_router_norms(final.router_norms)
+                notes["statistics"] = {"text": under.text, "tokens": under.tokens_by_layer()}
             settings.check_fits(final.layers)
             assert weights is not None
             together = "statistics" in method.reads

@@ -31,6 +31,7 @@ from ..plans.methods import MethodName
 from ..plans.plan import PrecisionPlan
 from ..present.figures import plot_router_norms
 from ..present.tables import show
+from ..quantize.distilling import STEPS
 from ..quantize.writer import distill_checkpoint, quantize_checkpoint
 from ..recording.curvature import Curvature
 from ..recording.history import RouterNormHistory
@@ -80,7 +81,7 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
 
     Args:
         output: Folder of the run.
-        max_steps: Optimizer steps; None takes the recipe's.
+        max_steps: Optimizer steps; None takes the recipe's. Scales are distilled for no more.
 
     Returns:
         The rows of the table.
@@ -110,7 +111,9 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
             first = folder.with_name(f"{folder.name}-undistilled") if variant.distilled else folder
             quantize_checkpoint(checkpoint, chosen, first, curvature=curvature, statistics=under)
             if variant.distilled:
-                distill_checkpoint(checkpoint, first, folder, data.train_dataloader())
+                distill_checkpoint(
+                    checkpoint, first, folder, data.train_dataloader(), steps=min(STEPS, max_steps or STEPS)
+                )
                 shutil.rmtree(first)
         written = Checkpoint(folder)
         model = written.load(dtype=torch.float32)  # float32 activations: compares weights, not rounding

@@ -12,6 +12,16 @@ class SpreadOfNorms(TypedDict):
     largest: float
 
 
+class StatisticsNote(TypedDict):
+    """What expert statistics rest on: their text in words, and tokens per expert.
+
+    ``tokens`` is layer -> those of the expert with the least, of the median one, and of the one with the most.
+    """
+
+    text: str
+    tokens: dict[str, list[int]]
+
+
 class PlanNotes(TypedDict, total=False):
     """Each key is present only where it applies.
 
@@ -19,6 +29,7 @@ class PlanNotes(TypedDict, total=False):
         auto: Why ``method="auto"`` stands for the plan's method.
         initial: Name of the checkpoint folder from which the change of norm was measured.
         final: Name of the checkpoint folder that was measured.
+        statistics: What the expert statistics rest on that costs were measured with.
         predicted_cost: Sum of the costs of the chosen widths, for a method that knows costs.
         gap: How far that sum may be above the least possible one, as a share of it.
         without_gradient: Number of choices for which all widths cost the same.
@@ -34,6 +45,7 @@ class PlanNotes(TypedDict, total=False):
     auto: str
     initial: str
     final: str
+    statistics: StatisticsNote
     predicted_cost: float
     gap: float
     without_gradient: int

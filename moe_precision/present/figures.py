@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from matplotlib import colormaps
@@ -29,30 +28,24 @@ def plot_router_norms(history: RouterNormHistory, plan: PrecisionPlan | None = N
     axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
     of_layers = {} if plan is None else {name: layer.mean_bits for name, layer in plan.layers.items()}
     widths = sorted({bits for of_layer in of_layers.values() for bits in of_layer})
-    colors = _colors(len(widths))
     for axis, (name, norms) in zip(axes, history.norms.items(), strict=False):
         for expert in range(norms.shape[1]):
             color, label = None, None
             if plan is not None:
                 bits = of_layers[name][expert]
-                color = colors[widths.index(bits)]
+                color = colormaps["viridis_r"](0.1 + 0.9 * widths.index(bits) / max(1, len(widths) - 1))
                 label = f"{bits:.3g} bits" if of_layers[name].index(bits) == expert else None
             axis.plot(history.steps, norms[:, expert], lw=1.2, color=color, label=label)
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("optimizer step")
         axis.set_ylabel("router L2 norm")
         if plan is not None:
-            axis.legend(fontsize=7)
+            curves, labels = axis.get_legend_handles_labels()
+            by_bits = sorted(zip(labels, curves, strict=True), key=lambda pair: float(pair[0].split()[0]))
+            axis.legend([curve for _, curve in by_bits], [label for label, _ in by_bits], fontsize=7)
     for axis in axes[len(history.layers) :]:
         axis.remove()
     return figure
-
-
-def _colors(count: int) -> list[Any]:
-    """Different colors; matplotlib's own are ten, and then begin again."""
-    if count <= 10:
-        return [f"C{index}" for index in range(count)]
-    return [colormaps["viridis"](index / (count - 1)) for index in range(count)]
 
 
 def plot_change_heatmap(history: RouterNormHistory) -> Figure:

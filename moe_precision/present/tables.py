@@ -74,7 +74,9 @@ def plan_table(plan: PrecisionPlan) -> Table:
     else:
         title = _plan_title(plan)
     table = Table(title=title, box=box.MARKDOWN, title_justify="left")
-    for column in ("layer", "projection", "experts by bits", "most bits to experts"):
+    seen = plan.notes["statistics"]["tokens"] if "statistics" in plan.notes else {}
+    tokens = ["tokens per expert: least, median, most"] if seen else []
+    for column in ("layer", "projection", "experts by bits", "most bits to experts", *tokens):
         table.add_column(column, overflow="fold")
     for name, layer in plan.layers.items():
         projections = layer.projection_bits
@@ -84,7 +86,8 @@ def plan_table(plan: PrecisionPlan) -> Table:
             counts = sorted(Counter(widths).items(), reverse=True)
             by_bits = ", ".join(f"{count} x {bits}" for bits, count in counts)
             top = [e for e in layer.order or range(len(widths)) if widths[e] == counts[0][0]]
-            table.add_row(name, projection, by_bits, "all" if len(counts) == 1 else " ".join(map(str, top)))
+            most = "all" if len(counts) == 1 else " ".join(map(str, top))
+            table.add_row(name, projection, by_bits, most, *([", ".join(f"{n:,}" for n in seen[name])] if seen else []))
     return table
 
 

@@ -153,6 +153,11 @@ class ExpertStatistics:
         """How many experts no token has reached."""
         return sum(int((tokens == 0).sum()) for tokens in self.tokens.values())
 
+    def tokens_by_layer(self) -> dict[str, list[int]]:
+        """Layer name -> tokens of the expert with the least, of the median one, and of the one with the most."""
+        of_layers = self.tokens.items()
+        return {name: [int(of.min()), int(of.median()), int(of.max())] for name, of in of_layers}
+
     def described(self) -> str:
         """How many tokens the experts' statistics rest on, in words."""
         tokens = torch.cat(list(self.tokens.values()))

@@ -5,6 +5,7 @@ import torch
 
 from moe_precision import AllocationError, PlanSettings, allocate, collect_statistics, find_moe_layers
 from moe_precision.allocation.costs import curvature_cost, expert_costs, statistics_cost
+from moe_precision.present.tables import as_text, plan_table
 from moe_precision.quantize.codec.guided import fit_of
 from moe_precision.quantize.kernels import scaled
 from moe_precision.recording.history import RouterNormHistory
@@ -87,6 +88,13 @@ def test_the_plan_says_what_auto_stands_for(known, tmp_path):
         paper = allocate(**options, history=history, **given)
         assert (paper.method, paper.granularity, paper.settings.levels) == ("router_norm", "expert", (2, 3))
         assert paper.notes["auto"].startswith("without ")
+    note = both.notes["statistics"]
+    assert note == {
+        "text": "",
+        "tokens": {name: of.sort().values[[0, 3, 7]].tolist() for name, of in statistics.tokens.items()},
+    }
+    assert ", ".join(f"{n:,}" for n in note["tokens"][LAYER]) in as_text(plan_table(both))
+    assert "statistics" not in allocate(model, history, curvature=curvature, **given).notes
     both.save(tmp_path / "plan.json")
     assert type(both).load(tmp_path / "plan.json").notes == both.notes
 

@@ -13,6 +13,7 @@ from moe_precision.callbacks import (
     PrecisionAnneal,
     RouterNormMonitor,
     RouterNormTrainerCallback,
+    plan_of_run,
     statistics_recorder,
 )
 from moe_precision.recording import collecting
@@ -196,3 +197,16 @@ def test_a_method_that_needs_statistics_is_refused_before_training_where_none_ar
     assert not module.norms
     with pytest.raises(ValueError, match="method 'statistics' needs expert statistics, which are not there when"):
         PrecisionAnneal(method="statistics", group_size=32)
+
+
+def test_costs_of_many_weights_are_not_measured_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_of_run, "UNASKED_WEIGHTS", 1000)
+    callback = RouterNormMonitor(group_size=64)
+    trainer(tmp_path, callback, max_epochs=1, max_steps=-1).fit(OfAModel(), DataLoader(rows(), batch_size=3))
+    plan = PrecisionPlan.load(tmp_path / "precision_plan.json")
+    assert plan.method == "router_norm"
+    assert plan.notes["auto"].startswith("measuring what each width costs takes long for 0.0 billion expert weights")
+    assert (tmp_path / NAME).exists()
+    asked = RouterNormMonitor(group_size=64, method="curvature", export_to="asked.json")
+    trainer(tmp_path, asked, max_epochs=1, max_steps=-1).fit(OfAModel(), DataLoader(rows(), batch_size=3))
+    assert PrecisionPlan.load(tmp_path / "asked.json").method == "curvature"

@@ -1,0 +1,50 @@
+"""The plan at the end of a run, from what was recorded: what the method asked for needs, and no more."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from moe_precision.allocation.allocator import make_plan
+from moe_precision.plans.methods import AUTO, reads
+from moe_precision.plans.plan import PrecisionPlan
+from moe_precision.plans.settings import PlanSettings, expert_weights
+from moe_precision.recording.curvature import Curvature
+from moe_precision.recording.history import RouterNormHistory
+from moe_precision.recording.statistics import ExpertStatistics
+
+UNASKED_WEIGHTS = 10**9  # of all experts, up to which "auto" measures what widths cost: minutes on a CPU
+
+
+def plan_of_run(
+    settings: PlanSettings,
+    model: nn.Module,
+    history: RouterNormHistory,
+    curvature: Curvature | None,
+    statistics: ExpertStatistics | None,
+) -> PrecisionPlan:
+    """Makes the plan; reads weights, a collective where they are sharded, only if widths have costs.
+
+    With ``method="auto"`` and more than `UNASKED_WEIGHTS`, the paper's rule is taken, and the plan says how to get the
+    other one: measuring costs quantizes every expert at every width, which nobody expects at the end of a large run.
+
+    Args:
+        settings: What is asked.
+        model: The trained model, or what is around it.
+        history: The recorded norms.
+        curvature: Of the trained model, if it is known.
+        statistics: Of the experts' inputs, if they are known.
+
+    Raises:
+        AllocationError: What the method reads is missing, or a norm is not finite.
+    """
+    method, weights = settings.method, expert_weights(history.layers.values())
+    if method == AUTO and curvature is not None and weights > UNASKED_WEIGHTS:
+        plan = make_plan(settings.resolved("router_norm", history.layers), history=history)
+        plan.notes["auto"] = (
+            f"measuring what each width costs takes long for {weights / 1e9:.1f} billion expert weights; to have it "
+            "measured, name a method, or run `moe-precision plan HISTORY --final CHECKPOINT`"
+        )
+        return plan
+    priced = curvature is not None if method == AUTO else settings.knows_costs
+    known = statistics if method == AUTO or reads(method, "curvature") else None
+    return make_plan(settings, model if priced else None, history, curvature, known)
