@@ -38,6 +38,7 @@ class RouterNormMonitor(PlanRecorder, Callback):
     ``expert_load/layer_03/{min,median,max}`` tokens of the least, median and most loaded expert since the last record,
                                               1 is an equal share of the tokens
     ``plan/changed``                          share of experts whose bits the last record changed: 0 once settled
+                                              (``method="router_norm"`` alone)
     ========================================  ======================================================================
 
     Args:
