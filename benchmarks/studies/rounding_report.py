@@ -12,8 +12,8 @@ HEADER = """# Tables of the study of rounding
 
 Printed by `python -m benchmarks.studies.rounding_study --report`. KL is the mean divergence from the float model's
 predictions in nats per token, loss the increase over the float model's, *rare* that on the rarest tenth of the target
-tokens. *Other text* was seen neither in training nor by the statistics. Entries are means over seeds ± half of the 95 %
-interval, or ratios with their interval.
+tokens. *Other text* was not seen by the statistics, and not in the last training. Entries are means over seeds ± half
+of the 95 % interval, or ratios with their interval; of one seed, values alone.
 """
 
 Runs = list[dict[str, Any]]  # the results of one model, one per seed
@@ -23,6 +23,11 @@ def values(runs: Runs, plan: str, fit: str, text: str, key: str) -> list[float]:
     """One number per seed; empty where it was not measured."""
     found = [one for run in runs for one in run["results"] if (one["plan"], one["fit"]) == (plan, fit) and text in one]
     return [float(one[text][key]) for one in found]
+
+
+def _mean(numbers: list[float]) -> str:
+    """With its interval, where there are several seeds."""
+    return f"{numbers[0]:.5f}" if len(numbers) == 1 else of_runs(numbers, 5)
 
 
 def report(study: dict[str, Any], root: Path) -> str:
@@ -45,12 +50,12 @@ def report(study: dict[str, Any], root: Path) -> str:
                 if not values(runs, plan, fit, "own", "kl"):
                     continue
                 cells = [("own", "kl"), ("own", "loss"), ("own", "rare"), ("other", "kl"), ("other", "loss")]
-                numbers = [of_runs(values(runs, plan, fit, *cell), 5) for cell in cells]
+                numbers = [_mean(values(runs, plan, fit, *cell)) for cell in cells]
                 stored = next(one["stored_bits"] for one in runs[0]["results"] if one["plan"] == plan)
                 top1 = values(runs, plan, fit, "own", "top1")
                 rows.append([plan, f"{stored:.2f}", fit, *numbers, f"{sum(top1) / len(top1):.1%}"])
         head = ["plan", "stored bits", "fit", "KL", "loss", "rare", "KL, other text", "loss, other text", "top-1"]
-        title = f"{study['models'][name]['title']} ({len(runs)} seeds)"
+        title = f"{study['models'][name]['title']} ({'one seed' if len(runs) == 1 else f'{len(runs)} seeds'})"
         parts.append(markdown_table(title, head, rows))
     return "\n".join(parts)
 
@@ -60,7 +65,8 @@ def _ratios(study: dict[str, Any], found: dict[str, Runs]) -> str:
 
     def ratios(runs: Runs, plan: str, base: list[float], text: str) -> list[str]:
         fits = (ROUNDED, LAYERS, LOGITS)
-        return [between(ratio_of_runs(values(runs, plan, fit, text, "kl"), base)) for fit in fits]
+        found = [ratio_of_runs(values(runs, plan, fit, text, "kl"), base) for fit in fits]
+        return [f"{ratio.value:.2f}" if len(runs) == 1 else between(ratio) for ratio in found]
 
     rows = []
     for name, runs in found.items():
