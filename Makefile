@@ -34,6 +34,7 @@ benchmarks: .venv/installed
 	$(BIN)/python -m benchmarks.recording
 	$(BIN)/python -m benchmarks.quantizing --run runs/demo
 	$(BIN)/python -m benchmarks.rounding
+	$(BIN)/python -m benchmarks.peers ours --run runs/demo
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.checkpoint_plan
 	$(BIN)/python -m benchmarks.allocating

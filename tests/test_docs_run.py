@@ -19,6 +19,8 @@ from moe_precision.callbacks import RouterNormMonitor, SavePretrained
 from tests.support.markdown import PAGES, blocks
 from tests.support.models import build
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_local_experts": 4}
 NOT_RUN = "not run:"
 RUNNABLE = [

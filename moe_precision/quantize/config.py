@@ -37,7 +37,7 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
 
     Args:
         plan: A `PrecisionPlan`, its dict, or the path of its file. With a path, the curvature, grid and statistics
-            that a run has left beside the plan are taken where none are given.
+            that a run has left beside the plan are taken where none are given; with a plan they are not.
         non_expert_bits: 8 or 4 to quantize the other linear layers too; routers, embeddings, norms and the output
             head always keep their precision. None, the default, quantizes experts only.
         curvature: `Curvature`, or the path of its file: errors in input columns where the loss is curved count more in

@@ -68,6 +68,7 @@ def test_an_expert_without_tokens_is_priced_by_curvature(known):
     assert not torch.equal(together[2], alone[2])
 
 
+@pytest.mark.slow
 def test_the_plan_says_what_auto_stands_for(known, tmp_path):
     model, curvature, statistics = known
     history = RouterNormHistory.of(find_moe_layers(model), "mixtral")

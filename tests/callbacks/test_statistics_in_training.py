@@ -20,6 +20,8 @@ from tests.callbacks.test_statistics_of_a_run import NAME, OfAModel, rows
 from tests.support.models import build
 from tests.support.trainers import Module, TwoOptimizers, data, monitor, trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def one_layer_at_a_time(monkeypatch):

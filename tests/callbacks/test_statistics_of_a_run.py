@@ -22,6 +22,8 @@ from moe_precision.recording.statistics import ExpertStatistics, StatisticsError
 from tests.callbacks.test_router_norm_monitor import Module, TwoOptimizers, data, monitor, trainer
 from tests.support.models import build
 
+pytestmark = pytest.mark.slow
+
 NAME = "precision_plan.statistics.safetensors"
 
 

@@ -14,6 +14,8 @@ from moe_precision.recording.gradients import curvature_of_losses
 from tests.support.models import build
 from tests.support.wandb_file import read_artifacts, read_curves
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(3, 128, (12,), generator=torch.Generator().manual_seed(0)).tolist()
 ITEM = {"input_ids": IDS, "labels": IDS}
 

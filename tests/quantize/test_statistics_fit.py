@@ -14,6 +14,8 @@ from moe_precision.recording.statistics import StatisticsError
 from tests.support.models import build, logits, train_on_stdlib
 from tests.support.optimizers import trained_with
 
+pytestmark = pytest.mark.slow
+
 LAYER = "model.layers.0.mlp"
 
 
