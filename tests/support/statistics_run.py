@@ -1,5 +1,7 @@
 """Collects statistics on two CPU processes under DDP or FSDP2; see test_statistics_processes.py."""
 
+import os
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -53,3 +55,4 @@ def main(folder: str, rank: int, strategy: str, model_type: str) -> None:
     except (RuntimeError, StatisticsError) as error:
         torch.save({"error": repr(error)}, f"{folder}/said_{rank}.pt")
     torch.distributed.destroy_process_group()
+    os._exit(0)  # freeing DDP's group now may hang: its destructor holds the GIL and waits for a thread that wants it
