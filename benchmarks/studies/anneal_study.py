@@ -216,7 +216,9 @@ class AnnealStudy:
         else:
             model = load_model(checkpoint, dtype=torch.float32)
         if budget is not None and not anneals:
-            model = quantize_model(model, PrecisionPlan.load(recovery.plan), curvature=None if steps else recovery.curvature)
+            model = quantize_model(
+                model, PrecisionPlan.load(recovery.plan), curvature=None if steps else recovery.curvature
+            )
         return self.losses(model)
 
     def afterwards(self) -> None:
