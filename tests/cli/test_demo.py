@@ -7,6 +7,7 @@ from datasets import DatasetDict
 
 from moe_precision import PrecisionPlan, RouterNormHistory
 from moe_precision.checkpoints import Checkpoint, load_model
+from moe_precision.cli import demo as demo_command
 from moe_precision.cli.main import main
 from moe_precision.recipes import corpus
 from tests.support.processes import finish, start
@@ -21,6 +22,7 @@ def run_on_little_text(folder):
     whole = corpus.python_stdlib()
     little = DatasetDict({name: rows.select(range(0, len(rows), 20)) for name, rows in whole.items()})
     corpus.python_stdlib = lambda: little
+    demo_command._SMALLER = (1.5,)  # one of the two smaller budgets takes all paths
     assert main(["demo", "--output", str(folder), "--max-steps", str(STEPS)]) == 0
 
 
@@ -61,8 +63,6 @@ def test_table(demo):
         "uniform 2 bits",
         *ORDERS,
         "plan",
-        "plan, 2 bits",
-        "plan, 2 bits, distilled",
         "plan, 1.5 bits",
         "plan, 1.5 bits, distilled",
     ]
@@ -71,12 +71,12 @@ def test_table(demo):
     for name in ORDERS:
         assert rows[name]["nominal_bits"] == 2.5
         assert rows[name]["stored_bits"] == pytest.approx(2.5 + 18 / 64, abs=0.01)
-    for name, bits in {"plan": 2.5, "plan, 2 bits": 2, "plan, 1.5 bits, distilled": 1.5}.items():
+    for name, bits in {"plan": 2.5, "plan, 1.5 bits": 1.5, "plan, 1.5 bits, distilled": 1.5}.items():
         assert bits - 0.1 < rows[name]["nominal_bits"] <= bits
         assert rows[name]["stored_bits"] <= bits + 18 / 64 + 0.01
-    for name in ("plan, 2 bits", "plan, 1.5 bits"):
-        assert rows[f"{name}, distilled"]["divergence"]["kl"] != rows[name]["divergence"]["kl"]
-        assert rows[f"{name}, distilled"]["file_mb"] == pytest.approx(rows[name]["file_mb"], rel=0.01)
+    plain, distilled = rows["plan, 1.5 bits"], rows["plan, 1.5 bits, distilled"]
+    assert distilled["divergence"]["kl"] != plain["divergence"]["kl"]
+    assert distilled["file_mb"] == pytest.approx(plain["file_mb"], rel=0.01)
     measured = Checkpoint(folder / "quantized-plan").stored_bits_per_expert_weight(plan)
     assert rows["plan"]["stored_bits"] == measured
     assert rows["uniform 2 bits"]["file_mb"] < rows["plan"]["file_mb"] < rows["uniform 3 bits"]["file_mb"]
