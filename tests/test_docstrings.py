@@ -13,6 +13,8 @@ from moe_precision.recording.gradients import curvature_of_losses
 from moe_precision.recording.router_norms import router_norms
 from tests.support.models import build
 
+pytestmark = pytest.mark.slow
+
 PUBLIC = {  # what is raised is explained where it is raised
     name: thing
     for name in moe_precision.__all__

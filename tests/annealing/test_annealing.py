@@ -22,6 +22,8 @@ from moe_precision.quantize.kernels import scaled
 from tests.support.models import PlainMoE, build, logits
 from tests.support.trainers import MemoryLogger
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(3, 128, (40, 12), generator=torch.Generator().manual_seed(0))
 
 

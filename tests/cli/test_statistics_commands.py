@@ -15,6 +15,8 @@ from moe_precision.recording.curvature import Curvature
 from moe_precision.recording.statistics import ExpertStatistics
 from tests.support.models import logits
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def saved(tmp_path, model_with_text):

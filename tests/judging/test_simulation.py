@@ -14,6 +14,8 @@ from moe_precision.recording.statistics import ExpertStatistics, StatisticsError
 from tests.support.models import build, logits
 from tests.support.optimizers import trained_with
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])

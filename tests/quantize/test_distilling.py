@@ -22,6 +22,8 @@ from moe_precision.quantize.matrices import PackedMatrices
 from moe_precision.quantize.trainable import TrainableScales
 from tests.support.models import build, logits
 
+pytestmark = pytest.mark.slow
+
 LAYER = "model.layers.0.mlp"
 
 
