@@ -45,12 +45,12 @@ class PrecisionAnneal(PlanAnnealer, Callback):
         average_bits: Budget in nominal bits per expert weight; 2.5 if no budget is given.
         stored_bits: Budget with scales and offsets included, instead of ``average_bits``.
         expert_gib: Budget as the size of all routed experts in the file, in GiB, instead of ``average_bits``.
-        bits: Levels to choose from, of 1 to 8, or 16: one, two, or three that are equally spaced; any number for a
-            method that knows costs (``curvature``, ``weight_error``).
+        bits: Levels to choose from, of 1 to 8, or 16: one, two, or three that are equally spaced, by default 2 and 3;
+            any number for a method that knows costs (``curvature``, ``weight_error``), by default 1 to 4.
         group_size: Weights that share a scale and an offset when the plan is carried out; divides every expert's input
             width.
-        granularity: What shares a width: ``expert``; for methods that know costs also ``expert+projection``, ``layer``
-            or ``layer+projection``.
+        granularity: What shares a width: ``expert``; for methods that know costs also ``expert+projection``, their
+            default, ``layer`` or ``layer+projection``.
         seed: For ``method="random"`` and ``"shuffled_curvature"``.
         zeta: Factor of the paper's reorder rule.
         router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by

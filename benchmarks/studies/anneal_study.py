@@ -166,7 +166,9 @@ class AnnealStudy:
         """An annealed run with an allocator's plan from the levels that all of them can use."""
         if method == "random":  # another draw for each seed
             return self.annealed(share, plan=self.random_plan(budget))
-        return self.annealed(share, method=method, average_bits=budget, bits=self.settings["plan_bits"])
+        return self.annealed(
+            share, method=method, average_bits=budget, bits=self.settings["plan_bits"], granularity="expert"
+        )
 
     def random_plan(self, budget: float) -> PrecisionPlan:
         """A random plan of this seed."""

@@ -109,7 +109,8 @@ def module_of(study: Setting, name: str, seed: int, root: Path) -> Any:
 def monitor_of(study: Setting, name: str) -> RouterNormMonitor:
     """The callback that records a model's router norms."""
     group_size = study["models"][name]["group_size"]
-    return RouterNormMonitor(group_size=group_size, every_n_steps=study["record_every"], statistics_batches=0)
+    recorded = {"every_n_steps": study["record_every"], "statistics_batches": 0}
+    return RouterNormMonitor(method="router_norm", group_size=group_size, **recorded)  # the study makes its own plans
 
 
 def train(study: Setting, name: str, seed: int, root: Path, save_at: Sequence[int] = ()) -> Any:

@@ -31,10 +31,11 @@ def run(options: argparse.Namespace) -> None:
         return
     curvature = options.curvature or existing("curvature", options.plan)
     grid = options.grid or existing("grid", options.plan)
-    named = options.statistics or existing("statistics", options.plan)
+    given = options.statistics or existing("statistics", options.plan)
+    named = None if given == "none" else given
     with Checkpoint(options.checkpoint) as source:  # all that is read, before any work
-        check_quantizing(source, options.out, options.plan, curvature, grid, None if named == "none" else named)
-    statistics = _statistics(options, plan, grid)
+        check_quantizing(source, options.out, options.plan, curvature, grid, named)
+    statistics = _statistics(options, plan, grid, named)
     if grid is not None:
         print(f"takes scales and offsets from {grid}, which training ended on")
     elif curvature is not None:
@@ -79,12 +80,9 @@ def _check_statistics(options: argparse.Namespace) -> None:
 
 
 def _statistics(
-    options: argparse.Namespace, plan: PrecisionPlan, grid: str | Path | None
+    options: argparse.Namespace, plan: PrecisionPlan, grid: str | Path | None, given: str | Path | None
 ) -> ExpertStatistics | str | Path | None:
     """Of the file that is named or stands beside the plan, or collected now; a grid leaves nothing to round."""
-    given: str | Path | None = options.statistics or existing("statistics", options.plan)
-    if given == "none":
-        return None
     if grid is not None:
         if given is not None or options.statistics_batches is not None:
             print("statistics are not used: training has ended on a grid, which is packed as it is")

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LinearLR
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from ..layers.module_tree import modes_kept, root_model
 from ..layers.moe_layers import find_moe_layers
+from ..recording.batches import run_batch
 from ..recording.loads import not_counted
 from ..recording.padding import Padding
 from .trainable import DistillError, TrainableScales, check_routers
@@ -182,7 +182,7 @@ def _through_layers(
         with torch.no_grad():
             for batch in batches:
                 padding.see(batch if isinstance(batch, Mapping) else {})
-                _forward(model, batch)
+                run_batch(model, batch)
                 if optimizer is not None:
                     optimizer.step()
                     optimizer.zero_grad()
@@ -202,10 +202,10 @@ def _through_logits(
     total, tokens = 0.0, 0
     for batch in batches:
         with torch.no_grad():
-            target = _logits(model, _forward(model, batch), batch)
+            target = _logits(model, run_batch(model, batch), batch)
         with torch.set_grad_enabled(optimizer is not None):
             weights = {name: weight for one in scales for name, weight in one.weights().items()}
-            found = _logits(model, _forward(model, batch, weights), batch)
+            found = _logits(model, run_batch(model, batch, weights), batch)
             kl = F.kl_div(found.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True)
             if optimizer is not None:
                 (kl / len(target)).backward()
@@ -213,21 +213,6 @@ def _through_logits(
                 optimizer.zero_grad()
         total, tokens = total + float(kl.detach()), tokens + len(target)
     return {"logits": total / tokens}
-
-
-def _forward(model: nn.Module, batch: Any, weights: dict[str, Tensor] | None = None) -> Any:
-    device = next(model.parameters()).device
-    extra = {"use_cache": False} if isinstance(root_model(model), PreTrainedModel) else {}
-    if isinstance(batch, Mapping):
-        args: tuple[Any, ...] = ()
-        kwargs = {key: _to(value, device) for key, value in batch.items()} | extra
-    else:
-        args, kwargs = (_to(batch, device),), {}
-    return model(*args, **kwargs) if weights is None else functional_call(model, weights, args, kwargs)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _logits(model: nn.Module, output: Any, batch: Any) -> Tensor:
@@ -249,7 +234,12 @@ def _logits(model: nn.Module, output: Any, batch: Any) -> Tensor:
 
 def _rows(output: Any) -> Tensor:
     """A module's output, or the first activations in it, ``(rows, width)``."""
-    found = output if isinstance(output, Tensor) else next(x for x in output if isinstance(x, Tensor))
+    parts = (output,) if isinstance(output, Tensor) else output
+    found = next((x for x in parts if isinstance(x, Tensor) and x.is_floating_point()), None)
+    if found is None:
+        raise DistillError(
+            f"a layer returns {type(output).__name__}, expected a tensor or a tuple that begins with one"
+        )
     return found.reshape(-1, found.shape[-1])
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from ..layers.module_tree import modes_kept, root_model
+from ..layers.module_tree import modes_kept
 from ..layers.moe_layers import MoELayer, find_moe_layers
+from .batches import run_batch
 from .collector import Collector
 from .loads import not_counted
 from .processes import run_together
@@ -53,15 +53,7 @@ def collect_statistics(
         >>> plan = allocate(model, method="uniform", average_bits=2, group_size=64)
         >>> packed = quantize_model(model, plan, statistics=statistics)
     """
-    root, device = root_model(model), next(model.parameters()).device
-    extra = {"use_cache": False} if isinstance(root, PreTrainedModel) else {}
-
-    def forward(batch: Any) -> None:
-        if isinstance(batch, Mapping):
-            model(**{key: _to(value, device) for key, value in batch.items()}, **extra)
-        else:
-            model(_to(batch, device))
-
+    forward = partial(run_batch, model)
     steps = (partial(forward, batch) for batch in batches) if isinstance(batches, Iterator) else Steps(forward, batches)
     return collect_from_steps(model, find_moe_layers(model, **patterns), steps, text=text, memory_gib=memory_gib)
 
@@ -149,7 +141,3 @@ def _reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

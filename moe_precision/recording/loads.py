@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..compat import in_backward_pass
 from ..layers.moe_layers import MoELayer, find_moe_layers
+from .batches import run_batch
 from .signals import expert_load
 
 Loads = dict[str, Tensor]  # layer -> (2, E) float64: tokens, summed routing weight (NaN where it cannot be seen)
@@ -136,11 +137,10 @@ def count_loads(model: nn.Module, batches: Iterable[dict[str, Tensor]], **patter
     """
     model.eval()
     counter = LoadCounter(find_moe_layers(model, **patterns))
-    device = next(model.parameters()).device
     try:
         with torch.inference_mode():
             for batch in tqdm(batches, desc="expert load", unit="batch", leave=False):
-                model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
+                run_batch(model, batch)
         return counter.take(training=False)
     finally:
         counter.close()

@@ -9,8 +9,8 @@ import torch
 from moe_precision.quantize.codec import columns
 from moe_precision.quantize.codec.columns import Grid
 from moe_precision.quantize.codec.fitting import quantize_matrix
-from moe_precision.quantize.kernels import compiler
 from tests.quantize.test_rounding import correlated_inputs, error, second_moment
+from tests.support.packed import compile_for
 
 
 @pytest.fixture
@@ -150,9 +150,6 @@ def test_fused_products_are_other_bits(no_library, monkeypatch):
 @pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3", "x86-64-v4"])
 def test_older_cpus(cpu, no_library, monkeypatch):
     """SSE2, AVX2 and AVX-512: the check after compiling compares them with torch."""
-    wanted = {"x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512f"}[cpu]
-    if wanted not in Path("/proc/cpuinfo").read_text():
-        pytest.skip(f"this CPU has no {wanted}")
-    monkeypatch.setattr(compiler, "_FLAGS", [f"-march={cpu}" if "march" in f else f for f in compiler._FLAGS])
+    compile_for(cpu, monkeypatch)
     assert columns.library() is not None
     assert len(list(no_library.glob("columns-*.so"))) == 1

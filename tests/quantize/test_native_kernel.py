@@ -11,7 +11,7 @@ from moe_precision.quantize import kernels
 from moe_precision.quantize.codec.packing import pack
 from moe_precision.quantize.kernels import Matrices, compiler, native
 from moe_precision.quantize.kernels.native import Native
-from tests.support.packed import bucket, use
+from tests.support.packed import bucket, compile_for, use
 
 
 @pytest.fixture
@@ -85,10 +85,7 @@ def test_of_several_processes_one_compiles(no_library, unoptimized, monkeypatch)
 @pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3", "x86-64-v4"])
 def test_older_cpus(cpu, no_library, monkeypatch):
     """SSE2, AVX2, and AVX-512 without bfloat16: the check after compiling is of every width and both dtypes."""
-    wanted = {"x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512f"}[cpu]
-    if wanted not in Path("/proc/cpuinfo").read_text():
-        pytest.skip(f"this CPU has no {wanted}")
-    monkeypatch.setattr(compiler, "_FLAGS", [f"-march={cpu}" if "march" in f else f for f in compiler._FLAGS])
+    compile_for(cpu, monkeypatch)
     library = native.library()
     assert library.lanes() == {"x86-64": 4, "x86-64-v3": 8, "x86-64-v4": 16}[cpu]
     assert not library.knows_bfloat16()

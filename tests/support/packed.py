@@ -1,19 +1,29 @@
 """Random packed matrices and projections, and the choice of kernels."""
 
 import itertools
+from pathlib import Path
 
+import pytest
 import torch
 
 from moe_precision.quantize import kernels
 from moe_precision.quantize.codec.packing import pack
 from moe_precision.quantize.codec.scales import compress, expand
-from moe_precision.quantize.kernels import Matrices
+from moe_precision.quantize.kernels import Matrices, compiler
 from moe_precision.quantize.matrices import PackedMatrices
 from moe_precision.quantize.modules import PackedProjection
 
 
 def use(monkeypatch, *only):
     monkeypatch.setattr(kernels, "KERNELS", only)
+
+
+def compile_for(cpu, monkeypatch):
+    """Has kernels compiled for another level of CPU than this one; skips the test if this one cannot run it."""
+    wanted = {"x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512f"}[cpu]
+    if wanted not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this CPU has no {wanted}")
+    monkeypatch.setattr(compiler, "_FLAGS", [f"-march={cpu}" if "march" in f else f for f in compiler._FLAGS])
 
 
 def stored(scale, offset):
