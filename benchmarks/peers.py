@@ -115,7 +115,6 @@ def compare(tool: str, run: Path) -> None:
         "gptqmodel": [
             ("GPTQModel, 2 bits", partial(uniform, 2), gptq),
             ("GPTQModel, 3 bits", partial(uniform, 3), gptq),
-            ("GPTQModel, our plan of 2 and 3 bits", two_and_three, gptq),
         ],
         "ours": [
             ("ours, 2 bits", partial(uniform, 2), ours),
