@@ -15,8 +15,8 @@ EVERY = [
     *((Native, bits, 64, torch.bfloat16) for bits in range(1, 9)),
     *((Native, bits, 32, torch.float32) for bits in range(1, 9)),
     (Native, 3, 64, torch.float16),
-    *((Ark, bits, 64, torch.bfloat16) for bits in (2, 3, 4, 8)),
-    *((Ark, bits, 32, torch.float32) for bits in (5, 6, 7)),
+    *((Ark, bits, 64, torch.bfloat16) for bits in (2, 3, 4)),
+    (Ark, 3, 32, torch.float16),
 ]
 
 
@@ -51,7 +51,8 @@ def test_the_form_takes_little_more_memory_than_the_codes(monkeypatch, any_cpu):
         matrices = bucket(bits, 128, inp=2048, out=1024)
         packed = sum(buffer.nbytes for buffer in matrices.buffers())
         matrices.linear(0, torch.randn(1, 2048).bfloat16())
-        assert sum(buffer.nbytes for buffer in matrices.buffers()) <= 1.2 * packed, (kernel, bits)
+        most = 1.3 if kernel is Ark else 1.2  # its scales are float32
+        assert sum(buffer.nbytes for buffer in matrices.buffers()) <= most * packed, (kernel, bits)
 
 
 def test_the_order_of_choice(monkeypatch, any_cpu):
@@ -68,4 +69,6 @@ def test_the_order_of_choice(monkeypatch, any_cpu):
     assert choice(8) is choice(2, torch.float32) is None
     pytest.importorskip("auto_round_kernel")
     use(monkeypatch, Ark, Native, Int4)
-    assert [choice(bits) for bits in (1, 2, 4, 8)] == [Int4, Ark, Ark, Ark]
+    assert [choice(bits) for bits in (1, 2, 4, 8)] == [Int4, Ark, Ark, None]
+    assert choice(2, torch.float16) is Ark
+    assert choice(2, torch.float32) is None  # it would be rounded to int8 in silence

@@ -220,7 +220,10 @@ quantize_checkpoint(*sys.argv[1:4], max_shard_size="20MB")
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
 def test_a_checkpoint_larger_than_memory(tmp_path):
-    """Four times the memory that the process may take beyond its imports: 2 layers of 25 MB in float, and a margin."""
+    """Three times the memory that the process may take beyond its imports: 2 layers of 25 MB in float, and a margin.
+
+    The margin is for code that is loaded late and for the stacks of threads; what they take varies by 30 MB.
+    """
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": 16, "num_hidden_layers": 24}
     model = build("mixtral", **sizes).bfloat16()
     plan = allocate(model, method="uniform", average_bits=2, bits=(2,), group_size=128)
@@ -228,8 +231,8 @@ def test_a_checkpoint_larger_than_memory(tmp_path):
     model.save_pretrained(tmp_path / "float", max_shard_size="30MB")
     total = Checkpoint(tmp_path / "float").nbytes
     layer = total // 24
-    allowed = 2 * layer + 95_000_000
-    assert total > 4 * allowed
+    allowed = 2 * layer + 140_000_000
+    assert total > 3 * allowed
     paths = [str(tmp_path / name) for name in ("float", "plan.json", "out")]
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", BOUNDED, *paths, str(allowed)]

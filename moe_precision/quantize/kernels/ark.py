@@ -1,4 +1,7 @@
-"""Intel's ARK kernels (package ``auto-round-lib``, extra ``moe-precision[cpu]``): 2 to 8 bits at their own width.
+"""Intel's ARK kernels (package ``auto-round-lib``, extra ``moe-precision[cpu]``): 2 to 4 bits at their own width.
+
+ARK rounds activations to int8, which is about as coarse as bfloat16: it takes 16-bit activations only. Beyond 4 bits
+it would have to compute in float32, where it is no faster than `native.py`.
 
 ARK has no float offset: its part of the product is ``scale * (code - half)``. The rest, ``offset + half * scale``, is
 constant within a group, so it is multiplied by the sum of the group's activations.
@@ -34,7 +37,8 @@ class Ark(Kernel):
     def fits(request: Request) -> bool:
         return (
             request.device == "cpu"
-            and 2 <= request.bits <= 8
+            and 2 <= request.bits <= 4
+            and request.dtype in (torch.bfloat16, torch.float16)
             and request.out % 16 == 0
             and request.group_size % 32 == 0
             and is_intel()  # elsewhere it computes in float32, slower than `native.py`
@@ -59,8 +63,8 @@ class Ark(Kernel):
 
     @property
     def _types(self) -> tuple[str, str, str]:
-        """Types of computing, weight and scale; "auto" rounds activations to int8, too coarse beyond 4 bits."""
-        return "auto" if self.bits <= 4 else "fp32", f"int{self.bits}", "fp32"
+        """Types of computing, weight and scale; "auto" rounds activations to int8."""
+        return "auto", f"int{self.bits}", "fp32"
 
     def multiply(self, index: int, x: Tensor) -> Tensor:
         exact = x.float().contiguous()
