@@ -333,7 +333,7 @@ def test_annealing_beats_quantizing_afterwards(trained):
         packed = quantize_model(one, plan, grid=grid)
         with torch.no_grad():
             loss_of[on] = packed(input_ids=held_out[:64], labels=held_out[:64]).loss.item()
-    assert loss_of[True] < loss_of[False] - 0.05
+    assert loss_of[True] < loss_of[False] - 0.03
 
 
 def test_a_given_plan_and_one_by_router_norms(tmp_path):

@@ -18,9 +18,9 @@ ORDERS = ["paper's order", "reversed order", "random order"]
 
 
 def run_on_little_text(folder):
-    """The command, on a twentieth of the standard library."""
+    """The command, on a fiftieth of the standard library."""
     whole = corpus.python_stdlib()
-    little = DatasetDict({name: rows.select(range(0, len(rows), 20)) for name, rows in whole.items()})
+    little = DatasetDict({name: rows.select(range(0, len(rows), 50)) for name, rows in whole.items()})
     corpus.python_stdlib = lambda: little
     demo_command._SMALLER = (1.5,)  # one of the two smaller budgets takes all paths
     assert main(["demo", "--output", str(folder), "--max-steps", str(STEPS)]) == 0

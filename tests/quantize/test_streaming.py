@@ -225,9 +225,13 @@ def test_a_checkpoint_larger_than_memory(tmp_path):
     The margin is for code that is loaded late and for the stacks of threads; what they take varies by 30 MB.
     """
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": 16, "num_hidden_layers": 24}
-    model = build("mixtral", **sizes).bfloat16()
-    plan = allocate(model, method="uniform", average_bits=2, bits=(2,), group_size=128)
-    plan.save(tmp_path / "plan.json")
+    with torch.device("meta"):
+        model = build("mixtral", **sizes).bfloat16()
+    model.to_empty(device="cpu")
+    row = torch.randn(1024)
+    for parameter in model.parameters():
+        parameter.data.copy_(row[: parameter.shape[-1]])
+    allocate(model, method="uniform", average_bits=2, bits=(2,), group_size=128).save(tmp_path / "plan.json")
     model.save_pretrained(tmp_path / "float", max_shard_size="30MB")
     total = Checkpoint(tmp_path / "float").nbytes
     layer = total // 24

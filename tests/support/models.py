@@ -150,7 +150,7 @@ def train_on_stdlib(model: PreTrainedModel, steps: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     model.train()
     for _ in range(steps):
-        batch = train[torch.randint(len(train), (16,), generator=generator)]
+        batch = train[torch.randint(len(train), (8,), generator=generator)]
         optimizer.zero_grad()
         model(input_ids=batch, labels=batch, output_router_logits=True).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
