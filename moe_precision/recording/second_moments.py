@@ -6,7 +6,7 @@ That second moment estimates the diagonal of the empirical Fisher matrix, at no 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,78 +14,117 @@ from torch import Tensor
 from ..layers.module_tree import Weight
 from ..layers.moe_layers import MoELayer
 from .curvature import Curvature, CurvatureError, Means, row_and_column_means
+from .trusted import problem_of
 
-_ADAPTIVE = ("betas", "beta2_decay", "decay_rate")  # in groups of Adam, of torch's Adafactor and of transformers'
+_COARSE = 2**-7  # a 16-bit moment that should lose less than this share of itself per step does not decay at all
 _BNB_BLOCK = 256  # weights that share a scale in bitsandbytes' optimizer state
 
 
 def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature:
     """Reads the second moments of all expert weights from Adam-like optimizers; a collective under FSDP2.
 
-    Supported optimizers: Adam and AdamW (fused, and torchao's in 8 and 4 bits), Adafactor, whose state is these very
-    means, and bitsandbytes' 8-bit Adam.
+    Optimizers that `problem_of` accepts: AdamW, Adam without coupled weight decay, and their kin in torch, torchao and
+    bitsandbytes, 8-bit states included, and Adafactor, whose state is these very means.
 
     The optimizer skips an expert with parameters of its own in a step where it got no token, so that its moment is a
-    mean over fewer steps. It is scaled by the share of steps that the expert took part in, which puts it on the scale
-    of a slice of a fused bank, whose gradient in such a step is zero.
+    mean over fewer steps. It is scaled by the share of the layer's steps that the expert took part in, which puts it on
+    the scale of a slice of a fused bank, whose gradient in such a step is zero.
 
     Args:
         layers: As found by `find_moe_layers`.
         optimizers: Optimizers that have taken a step; Lightning's or accelerate's wrappers are looked through.
 
     Raises:
-        CurvatureError: An expert weight has no second moment in any of them: the optimizer is of
-            another kind, the experts are frozen, or its state is a flat shard (FSDP1, DeepSpeed).
+        CurvatureError: An expert weight has no second moment that can be trusted in any of them: the optimizer is of
+            another kind, the experts are frozen, or its state is a flat shard (FSDP1, DeepSpeed) or too coarse.
     """
-    moments = _second_moments(optimizers)
+    moments, problems = _second_moments(optimizers)
+    steps = _steps_of(layers, moments)
 
     def means_of(weight: Weight) -> Means | None:
-        shape = weight.shape
-        found = moments.get(id(weight.parameter()), ())
+        found = moments.get(id(weight.parameter()))
         if found is None:
+            problem = problems.get(id(weight.parameter()), "the optimizer has none: are the experts frozen?")
+            raise _cannot(weight, problem)
+        if found.means is None:
             return None
-        if not found or tuple(found[0].shape) != shape[:-1] or tuple(found[1].shape) != (*shape[:-2], shape[-1]):
-            raise CurvatureError(
-                f"the optimizer has no second moment of shape {shape} for {weight.name!r}: curvature is read from "
-                "Adam, AdamW and Adafactor with whole state. Are the experts frozen, is this another optimizer, or is "
-                "its state in flat shards (FSDP1, DeepSpeed)? curvature_batches=N takes squared gradients instead"
-            )
-        return found
+        rows, columns = found.means
+        shape = weight.shape
+        if tuple(rows.shape) != shape[:-1] or tuple(columns.shape) != (*shape[:-2], shape[-1]):
+            raise _cannot(weight, "the optimizer's has another shape: is its state in flat shards (FSDP1, DeepSpeed)?")
+        share = found.step / steps[id(weight.parameter())]
+        return rows * share, columns * share
 
     return Curvature.of(layers, means_of)
 
 
-def _second_moments(optimizers: Iterable[Any]) -> dict[int, Means | None]:
-    """Parameter id -> means of its second moment; None for a parameter in training that never had a gradient."""
-    found: dict[int, tuple[Means, float]] = {}
-    idle: list[int] = []
+def _cannot(weight: Weight, problem: str) -> CurvatureError:
+    return CurvatureError(
+        f"no second moment of shape {weight.shape} for {weight.name!r} can be read: {problem}. curvature_batches=N "
+        "takes squared gradients of N more batches instead, whatever the optimizer"
+    )
+
+
+class _Moment(NamedTuple):
+    means: Means | None  # None: in training, and never had a gradient
+    step: float
+
+
+def _second_moments(optimizers: Iterable[Any]) -> tuple[dict[int, _Moment], dict[int, str]]:
+    """By parameter id: the means of its second moment, unbiased, or why there are none."""
+    found: dict[int, _Moment] = {}
+    problems: dict[int, str] = {}
     for optimizer in optimizers:
         inner = getattr(optimizer, "optimizer", optimizer)
+        problem = problem_of(inner)
         for group in inner.param_groups:
             beta = float(group.get("betas", (0.0, 0.0))[1])
             for parameter in group["params"]:
-                state = inner.state.get(parameter, {})
-                step = float(state.get("step", 0))
-                means = _means_in(state, parameter) if parameter.ndim >= 2 else None
-                if means is not None:
-                    unbiased = 1 - beta**step if step and beta else 1.0
-                    found[id(parameter)] = ((means[0] / unbiased, means[1] / unbiased), step)
-                elif not state and parameter.requires_grad and any(key in group for key in _ADAPTIVE):
-                    idle.append(id(parameter))
-    most = max((step for _, step in found.values()), default=0.0) or 1.0
-    moments: dict[int, Means | None] = dict.fromkeys(idle)
-    for key, (means, step) in found.items():
-        share = (step or most) / most
-        moments[key] = (means[0] * share, means[1] * share)
-    return moments
+                key, state = id(parameter), inner.state.get(parameter, {})
+                if problem is not None:
+                    problems[key] = problem
+                elif not state:
+                    if parameter.requires_grad:
+                        found[key] = _Moment(None, 0.0)
+                elif parameter.ndim < 2:
+                    found[key] = _Moment(None, float(state.get("step", 0)))
+                else:
+                    try:
+                        found[key] = _moment(state, parameter, beta)
+                    except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+                        problems[key] = f"the optimizer's state is unlike any known one ({error})"
+    return found, problems
 
 
-def _means_in(state: dict[str, Any], parameter: Tensor) -> Means | None:
-    """Means of a second moment in the form that each optimizer keeps it, float32 on the CPU."""
+def _moment(state: dict[str, Any], parameter: Tensor, beta: float) -> _Moment:
+    means, step = _means_in(state, parameter, beta), float(state["step"])
+    unbiased = 1 - beta**step if step and beta else 1.0
+    return _Moment((means[0] / unbiased, means[1] / unbiased), step)
+
+
+def _steps_of(layers: list[MoELayer], moments: dict[int, _Moment]) -> dict[int, float]:
+    """By id of an expert's parameter: how many steps its layer took, its router's or its most used expert's."""
+    found: dict[int, float] = {}
+    for layer in layers:
+        experts = [id(weight.parameter()) for bank in layer.banks.values() for weight in bank.weights]
+        everything = [*experts, id(layer.router_is.parameter())]
+        most = max((moments[key].step for key in everything if key in moments), default=0.0) or 1.0
+        found.update(dict.fromkeys(experts, most))
+    return found
+
+
+def _means_in(state: dict[str, Any], parameter: Tensor, beta: float) -> Means:
+    """Means of a second moment in the form that each optimizer keeps it, float32 on the CPU.
+
+    Raises:
+        ValueError: There is none, or its dtype cannot hold a running mean at this rate.
+    """
     if isinstance(moment := state.get("exp_avg_sq"), Tensor):  # Adam
         if hasattr(moment, "dequantize") and hasattr(moment, "block_size"):  # torchao's
             moment = moment.dequantize()
-        return row_and_column_means(moment) if moment.is_floating_point() and moment.ndim >= 2 else None
+        if moment.dtype in (torch.bfloat16, torch.float16) and 0 < 1 - beta < _COARSE:
+            raise ValueError(f"a moment in {moment.dtype} hardly decays with beta2={beta:g}: train in float32")
+        return row_and_column_means(moment)
     for rows, columns in (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col")):  # Adafactor, torch's and HF's
         if isinstance(state.get(rows), Tensor):
             leading, inp = parameter.shape[:-1], (*parameter.shape[:-2], parameter.shape[-1])
@@ -98,4 +137,4 @@ def _means_in(state: dict[str, Any], parameter: Tensor) -> Means | None:
         return row_and_column_means(moment.view(parameter.shape))
     if isinstance(state.get("state2"), Tensor):  # its float32 form, for small tensors
         return row_and_column_means(state["state2"].view(parameter.shape))
-    return None
+    raise ValueError(f"keys {sorted(state)}")

@@ -32,8 +32,93 @@ def test_means_of_the_second_moment(family):
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adagrad])
 def test_other_optimizers_are_named(optimizer_class):
     model = build("mixtral")
-    with pytest.raises(CurvatureError, match=r"no second moment of shape \(8, 256, 64\) for .*gate_up_proj'"):
+    found = r"no second moment of shape \(8, 256, 64\) for .*gate_up_proj'.*torch.\w+ is not among.*curvature_batches=N"
+    with pytest.raises(CurvatureError, match=found):
         curvature_of(find_moe_layers(model), [trained_with(optimizer_class, model)])
+
+
+class Renamed(torch.optim.AdamW):
+    """AdamW under another name is AdamW."""
+
+
+class Normalizing(torch.optim.AdamW):
+    """Holds the same keys, of another gradient."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad /= parameter.grad.norm()
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "settings", "problem"),
+    [
+        (torch.optim.Adam, {"weight_decay": 0.01}, "torch.optim.Adam adds the weight decay of 0.01 to the gradient"),
+        (torch.optim.NAdam, {"weight_decay": 0.01}, "torch.optim.NAdam adds the weight decay"),
+        (torch.optim.RAdam, {"weight_decay": 0.01}, "torch.optim.RAdam adds the weight decay"),
+        (Normalizing, {}, "Normalizing is not among the optimizers"),
+        (torch.optim.Adam, {}, None),
+        (torch.optim.AdamW, {"weight_decay": 0.1}, None),
+        (torch.optim.AdamW, {"weight_decay": 0.1, "amsgrad": True}, None),
+        (torch.optim.NAdam, {"weight_decay": 0.01, "decoupled_weight_decay": True}, None),
+        (torch.optim.RAdam, {}, None),
+        (Renamed, {}, None),
+    ],
+)
+def test_only_running_means_of_squared_gradients_are_read(optimizer_class, settings, problem):
+    """Against means that are taken here, of the gradients themselves."""
+    model = build("mixtral", num_hidden_layers=1)
+    layers = find_moe_layers(model)
+    optimizer = optimizer_class(model.parameters(), lr=1e-3, betas=(0.9, 0.95), **settings)
+    bank = layers[0].banks["down_proj"].weights[0].parameter()
+    mean, rate = 0.0, 0.05
+    for seed in range(5):
+        ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        mean = (1 - rate) * mean + rate * bank.grad.double().square()
+        optimizer.step()
+    if problem is not None:
+        with pytest.raises(CurvatureError, match=problem):
+            curvature_of(layers, [optimizer])
+        return
+    rows = curvature_of(layers, [optimizer]).rows[layers[0].name]["down_proj"]
+    torch.testing.assert_close(rows.double(), mean.mean(2) / (1 - 0.95**5), rtol=1e-4, atol=0)
+
+
+def test_sixteen_bit_moments_that_cannot_decay_are_refused():
+    model = build("mixtral").bfloat16()
+    curvature_of(find_moe_layers(model), [trained_with(torch.optim.AdamW, model, betas=(0.9, 0.95))])
+    optimizer = trained_with(torch.optim.AdamW, model, betas=(0.9, 0.999))
+    with pytest.raises(CurvatureError, match=r"torch.bfloat16 hardly decays with beta2=0.999"):
+        curvature_of(find_moe_layers(model), [optimizer])
+
+
+def test_a_state_of_another_shape_is_an_error_of_curvature():
+    """And not one that ends a run before its model is saved."""
+    model = build("mixtral")
+    optimizer = trained_with(Adafactor, model, relative_step=False, scale_parameter=False)
+    for state in optimizer.state.values():
+        if "exp_avg_sq_row" in state:
+            state["exp_avg_sq_row"] = state["exp_avg_sq_row"].flatten()[:-1]
+    with pytest.raises(CurvatureError, match="the optimizer's state is unlike any known one"):
+        curvature_of(find_moe_layers(model), [optimizer])
+
+
+def test_experts_unfrozen_late_cost_what_others_do():
+    model = build("mixtral", num_hidden_layers=2)
+    layers = find_moe_layers(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95))
+    for step in range(10):
+        for layer in layers if step > 6 else layers[:1]:
+            for parameter in (*layer.container().parameters(), layer.router_is.parameter()):
+                parameter.grad = torch.full_like(parameter, 0.1)
+        optimizer.step()
+    early, late = (curvature_of(layers, [optimizer]).rows[layer.name]["down_proj"] for layer in layers)
+    torch.testing.assert_close(late, early, rtol=1e-4, atol=0)
+    torch.testing.assert_close(early, torch.full_like(early, 0.01), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])

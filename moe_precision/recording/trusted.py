@@ -1,0 +1,61 @@
+"""Which optimizers hold what curvature needs: for each weight, a running mean of its own squared gradient.
+
+Many more keep a tensor under the same name that is something else: the squared gradient with the L2 penalty in it
+(coupled weight decay), in another basis (SOAP), of a normalized gradient (StableSPAM), or weighted by a growing
+learning rate (Prodigy). Read as curvature it gives plans that are up to three times as costly, and nothing shows it. So
+only those that were compared with independently taken squared gradients are read (docs/recording.md); any other is
+refused by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+_DECOUPLED = "decoupled"  # weight decay never enters the moment
+_BY_GROUP = "by group"  # the group's key "decoupled_weight_decay" says whether it does
+_BY_ATTRIBUTE = "by attribute"  # the optimizer's attribute "is_adamw" says it
+
+_KNOWN = {  # package and class that defines `step`
+    ("torch", "Adam"): _BY_GROUP,  # AdamW too
+    ("torch", "AdamW"): _DECOUPLED,  # where it is no subclass of Adam
+    ("torch", "NAdam"): _BY_GROUP,
+    ("torch", "RAdam"): _BY_GROUP,
+    ("torch", "Adafactor"): _DECOUPLED,
+    ("transformers", "Adafactor"): _DECOUPLED,
+    ("torchao", "_AdamBase"): _BY_ATTRIBUTE,
+    ("bitsandbytes", "Optimizer8bit"): _DECOUPLED,
+}
+
+
+def problem_of(optimizer: Any) -> str | None:
+    """Why an optimizer's second moments cannot be taken as running means of squared gradients; None if they can.
+
+    Args:
+        optimizer: A torch optimizer, or Lightning's or accelerate's wrapper around one.
+
+    Example:
+        >>> import torch
+        >>> weights = [torch.nn.Parameter(torch.zeros(2, 2))]
+        >>> problem_of(torch.optim.AdamW(weights))
+        >>> problem_of(torch.optim.Adam(weights, weight_decay=0.1)).split(", so")[0]
+        'torch.optim.Adam adds the weight decay of 0.1 to the gradient'
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    name = f"{type(inner).__module__.split('.')[0]}.{type(inner).__name__}"
+    step = inspect.unwrap(type(inner).step)
+    decay = _KNOWN.get((step.__module__.split(".")[0], step.__qualname__.split(".")[0]))
+    if decay is None or name.endswith("4bit"):  # 4 bits round small moments up
+        return f"{name} is not among the optimizers whose moments were found to be means of squared gradients"
+    for group in inner.param_groups:
+        amount = group.get("weight_decay", 0)
+        coupled = (decay == _BY_GROUP and not group.get("decoupled_weight_decay", False)) or (
+            decay == _BY_ATTRIBUTE and not getattr(inner, "is_adamw", False)
+        )
+        if amount and coupled:
+            shown = name.replace("torch.", "torch.optim.", 1) if name.startswith("torch.") else name
+            return (
+                f"{shown} adds the weight decay of {amount:g} to the gradient, so that its moment is not of the "
+                "gradient: take AdamW"
+            )
+    return None
