@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from itertools import chain
+
+from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
 from moe_precision.allocation.allocator import make_plan
+from moe_precision.allocation.calibration import Calibration, check_whole
+from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.plans.methods import AUTO, reads
 from moe_precision.plans.plan import PrecisionPlan
 from moe_precision.plans.settings import PlanSettings, expert_weights
 from moe_precision.recording.curvature import Curvature
+from moe_precision.recording.gradients import left_as_it_is
 from moe_precision.recording.history import RouterNormHistory
+from moe_precision.recording.processes import world_size
 from moe_precision.recording.statistics import ExpertStatistics
 
 UNASKED_WEIGHTS = 10**9  # of all experts, up to which "auto" measures what widths cost: minutes on a CPU
@@ -21,6 +30,7 @@ def plan_of_run(
     history: RouterNormHistory,
     curvature: Curvature | None,
     statistics: ExpertStatistics | None,
+    steps: Iterable[Callable[[], object]] = (),
 ) -> PrecisionPlan:
     """Makes the plan; reads weights, a collective where they are sharded, only if widths have costs.
 
@@ -33,6 +43,8 @@ def plan_of_run(
         history: The recorded norms.
         curvature: Of the trained model, if it is known.
         statistics: Of the experts' inputs, if they are known.
+        steps: Forward passes of training batches, to calibrate costs with. Where that cannot be done (several
+            processes, sharded experts, a model that gives no logits), costs stay as they are, and the log says why.
 
     Raises:
         AllocationError: What the method reads is missing, or a norm is not finite.
@@ -47,4 +59,26 @@ def plan_of_run(
         return plan
     priced = curvature is not None if method == AUTO else settings.knows_costs
     known = statistics if method == AUTO or reads(method, "curvature") else None
-    return make_plan(settings, model if priced else None, history, curvature, known)
+    if not priced:
+        return make_plan(settings, None, history, curvature, known)
+    with isolate_rng(), left_as_it_is(model):
+        calibration = _calibration(model, history, steps)
+        return make_plan(settings, model, history, curvature, known, calibration)
+
+
+def _calibration(
+    model: nn.Module, history: RouterNormHistory, steps: Iterable[Callable[[], object]]
+) -> Calibration | None:
+    steps = iter(steps)
+    first = next(steps, None)
+    if first is None:
+        return None
+    if world_size() > 1:
+        rank_zero_info("costs are not calibrated: that runs in one process alone")
+        return None
+    try:
+        check_whole(find_moe_layers(model, **history.patterns))
+        return Calibration(model, chain([first], steps))
+    except Exception as error:  # whatever a training step raises here, the plan is still to be written
+        rank_zero_info(f"costs are not calibrated: {error}")
+        return None

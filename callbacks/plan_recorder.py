@@ -272,7 +272,8 @@ class PlanRecorder:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                self.plan = plan_of_run(self.settings, self._model, self.history, self.curvature, self.statistics)
+                recorded = self.history, self.curvature, self.statistics
+                self.plan = plan_of_run(self.settings, self._model, *recorded, self._collecting.calibrating(steps))
         except ValueError as error:  # norms that are not finite, no second moments; other callbacks have work to do
             rank_zero_warn(f"{type(self).__name__}: no plan is written: {error}")
             return None

@@ -198,6 +198,10 @@ class StatisticsRecorder:
         found.text = f"{taken * world_size()} training batches of the run that the plan is of"
         return found
 
+    def calibrating(self, steps: Iterable[Step]) -> Iterable[Step]:
+        """Those of the forward passes that costs may be calibrated on: none where no statistics are collected."""
+        return steps if self._batches or self._share is not None else ()
+
     def close(self) -> None:
         """Takes the hooks off, for good; a second call does nothing."""
         if self._turns is not None:

@@ -7,6 +7,7 @@ transformers, so that packed checkpoints load with ``from_pretrained``.
 
 from .allocation.allocator import allocate
 from .allocation.orders import bits_from_order, rank_experts
+from .allocation.replanning import replan
 from .checkpoints import Checkpoint, CheckpointError, StreamingError, load_model
 from .errors import MoEPrecisionError
 from .layers import MoELayer, MoELayerError, find_moe_layers
@@ -58,5 +59,6 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_model",
     "rank_experts",
+    "replan",
     "router_norms",
 ]

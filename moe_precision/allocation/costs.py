@@ -27,6 +27,7 @@ class CostError(MoEPrecisionError, ValueError):
 
 
 Costs = dict[str, dict[str, Tensor]]  # layer -> projection -> (E, widths) float64
+Place = tuple[str, str, int]  # layer, projection, expert
 Price = Callable[[Tensor, Tensor], float]  # of a weight and what it becomes, both (out, in)
 
 
@@ -93,26 +94,31 @@ def costs_of_matrices(
     return costs
 
 
-def _of_matrix(
-    weight: Tensor,
-    widths: Sequence[int],
-    group_size: int,
-    fit: Fit,
-    price: Price,
-    place: tuple[str, str, int],
-) -> Tensor:
-    layer, projection, expert = place
-    found = []
-    for bits in widths:
-        if bits == 16:
-            found.append(0.0)
-            continue
-        try:
-            quantized = scaled(*fit(weight, bits, group_size))
-        except ValueError as error:
-            raise CostError(f"{projection!r} of expert {expert} in layer {layer!r}: {error}") from error
-        found.append(price(weight, quantized))
+def _of_matrix(weight: Tensor, widths: Sequence[int], group_size: int, fit: Fit, price: Price, place: Place) -> Tensor:
+    found = [
+        0.0 if bits == 16 else price(weight, quantized_matrix(weight, bits, group_size, fit, place)) for bits in widths
+    ]
     return torch.tensor(found, dtype=torch.float64)
+
+
+def quantized_matrix(weight: Tensor, bits: int, group_size: int, fit: Fit, place: Place) -> Tensor:
+    """What a matrix is at a width, ``(out, in)`` float32.
+
+    Args:
+        weight: ``(out, in)``.
+        bits: The width, below 16.
+        group_size: Weights that share a scale and an offset.
+        fit: As `fit_of` gives it.
+        place: Layer, projection and expert, for the error's message.
+
+    Raises:
+        CostError: It cannot be quantized.
+    """
+    layer, projection, expert = place
+    try:
+        return scaled(*fit(weight, bits, group_size))
+    except ValueError as error:
+        raise CostError(f"{projection!r} of expert {expert} in layer {layer!r}: {error}") from error
 
 
 def pricing(

@@ -106,7 +106,7 @@ def _by_cost(
     if settings.method == "shuffled_curvature":
         costs = shuffled_costs(costs, settings.seed)
     least = least_cost_bits(final.layers, costs, settings)
-    notes |= {"predicted_cost": _rounded(least.cost), "gap": _rounded(least.gap)}
+    notes |= {"predicted_cost": rounded(least.cost), "gap": rounded(least.gap)}
     if least.indifferent:
         notes["without_gradient"] = least.indifferent
         warnings.warn(
@@ -160,7 +160,7 @@ _NOT_MEASURED = _Reservation(
 
 def _equal_norms_assumed(final: Snapshot) -> _Reservation:
     spreads = sorted(float((n.max() - n.min()) / n.mean().clamp(min=1e-30)) for n in final.router_norms.values())
-    spread = {"median": _rounded(spreads[len(spreads) // 2]), "largest": _rounded(spreads[-1])}
+    spread = {"median": rounded(spreads[len(spreads) // 2]), "largest": rounded(spreads[-1])}
     return _Reservation(
         "spread_of_final_norms",
         spread,
@@ -208,7 +208,7 @@ def _norms(name: str, final: Snapshot, baseline: Snapshot | None) -> dict[str, l
     return first | {"last": _readable(final.router_norms[name])}
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 

@@ -16,11 +16,13 @@ from ..layers.module_tree import root_model
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..layers.patterns import Patterns
 from ..layers.router_rows import router_row_norms
+from ..plans.numbers import AllocationError
 from ..plans.plan import model_type_of
 from ..recording.curvature import Curvature
 from ..recording.router_norms import max_variances, norms_by_layer
 from ..recording.signals import max_variance
 from ..recording.statistics import ExpertStatistics
+from .calibration import Calibration, calibrated_costs
 from .costs import Costs, costs_of_matrices, expert_costs
 from .snapshot import Snapshot
 
@@ -39,8 +41,9 @@ class Weights(Protocol):
         statistics: ExpertStatistics | None = None,
         *,
         together: bool = False,
+        calibration: Calibration | None = None,
     ) -> Costs:
-        """What each width costs each expert matrix, as `expert_costs`."""
+        """What each width costs each expert matrix, as `expert_costs`, or `calibrated_costs` if that can be done."""
 
 
 class LiveWeights:
@@ -74,9 +77,13 @@ class LiveWeights:
         statistics: ExpertStatistics | None = None,
         *,
         together: bool = False,
+        calibration: Calibration | None = None,
     ) -> Costs:
-        """What each width costs each expert matrix, as `expert_costs`."""
-        return expert_costs(self.layers, widths, group_size, curvature, statistics, together=together)
+        """What each width costs each expert matrix, as `expert_costs`, or as `calibrated_costs` with a calibration."""
+        given = self.layers, widths, group_size, curvature, statistics
+        if calibration is not None:
+            return calibrated_costs(*given, calibration, together=together)
+        return expert_costs(*given, together=together)
 
 
 class StoredWeights:
@@ -123,14 +130,18 @@ class StoredWeights:
         statistics: ExpertStatistics | None = None,
         *,
         together: bool = False,
+        calibration: Calibration | None = None,
     ) -> Costs:
         """What each width costs each expert matrix, as `expert_costs`, with one matrix in memory at a time.
 
         Raises:
+            AllocationError: There is a calibration, which runs the model.
             CheckpointError: A tensor is missing or damaged.
             StreamingError: As in `snapshot`.
             CostError: A matrix cannot be quantized.
         """
+        if calibration is not None:
+            raise AllocationError("calibration runs the model: load it and give it in the place of its folder")
         read = self._checkpoint.matrices
         return costs_of_matrices(self._layers, read, widths, group_size, curvature, statistics, together=together)
 

@@ -22,6 +22,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from ..allocation.allocator import allocate, make_plan
+from ..allocation.replanning import replan
 from ..checkpoints.checkpoint import Checkpoint
 from ..judging.divergence import Divergence
 from ..judging.evaluation import Evaluation, summarize_losses
@@ -100,7 +101,7 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
     plot_router_norms(history, plan).savefig(picture, dpi=120)
 
     statistics, curvature = ExpertStatistics.load(run.statistics), Curvature.load(run.curvature)
-    variants = _variants(plan, checkpoint, history, curvature, statistics)
+    variants = _variants(plan, history)
     rows = []
     reference: Reference | None = None  # the first row, the float model's
     for name, variant in {"float": None, **variants}.items():
@@ -149,13 +150,7 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
     return rows
 
 
-def _variants(
-    plan: PrecisionPlan,
-    checkpoint: Path,
-    history: RouterNormHistory,
-    curvature: Curvature,
-    statistics: ExpertStatistics,
-) -> dict[str, _Variant]:
+def _variants(plan: PrecisionPlan, history: RouterNormHistory) -> dict[str, _Variant]:
     """What the table compares, by name."""
     assert plan.settings is not None
     found: dict[str, _Variant] = {}
@@ -168,7 +163,7 @@ def _variants(
         found[name] = _Variant(make_plan(order, history=history))
     found["plan"] = _Variant(plan)
     for bits in _SMALLER:
-        smaller = make_plan(replace(plan.settings, average_bits=bits), checkpoint, history, curvature, statistics)
+        smaller = replan(plan, average_bits=bits)
         found[f"plan, {bits:g} bits"] = _Variant(smaller)
         found[f"plan, {bits:g} bits, distilled"] = _Variant(smaller, distilled=True)
     return found

@@ -10,8 +10,10 @@ from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from ..allocation.allocator import make_plan
+from ..allocation.calibration import Calibration, calibration_on
 from ..checkpoints.checkpoint import Checkpoint, load_model
 from ..checkpoints.sources import StreamingError
 from ..files import check_writable
@@ -35,6 +37,8 @@ class _Known:
 
     curvature: Curvature | Path | str | None = None
     statistics: ExpertStatistics | Path | str | None = None
+    model: PreTrainedModel | None = None
+    calibration: Calibration | None = None
 
 
 def run(options: argparse.Namespace) -> None:
@@ -79,13 +83,18 @@ def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, _Known]:
             Checkpoint(folder)  # before any work
     known = _known(options, settings, final, source)
     history = source if source is not None else initial
+    sources = known.curvature, known.statistics
+    if known.model is not None:
+        plan = make_plan(settings, known.model, history, *sources, known.calibration)
+        plan.notes["final"] = Checkpoint(str(final)).name
+        return plan, known
     try:
-        return make_plan(settings, final, history, known.curvature, known.statistics), known
+        return make_plan(settings, final, history, *sources), known
     except StreamingError as error:
         if initial is not None:
             raise
         print(f"{error}: loading the whole model instead", file=sys.stderr)
-        return make_plan(settings, load_model(final), history, known.curvature, known.statistics), known
+        return make_plan(settings, load_model(final), history, *sources), known
 
 
 def _known(options: argparse.Namespace, settings: PlanSettings, final: str | None, history: str | None) -> _Known:
@@ -116,6 +125,7 @@ def _run_batches(
     layers = find_moe_layers(model, **patterns)
     settings.check_fits({layer.name: layer.shape for layer in layers})
     data = data_of(options, checkpoint, model)
+    found.model = model
     if (asked := options.statistics_batches) is not None:
         batches = list(islice(data.train_dataloader(), asked))
         text = f"{asked} training batches of {dataset_name(options)}"
@@ -125,6 +135,10 @@ def _run_batches(
         bar = tqdm(islice(data.train_dataloader(), asked), desc="gradients", total=asked, unit="batch", disable=None)
         losses = (partial(lambda batch: model(**batch).loss, batch) for batch in bar)
         found.curvature = curvature_of_losses(layers, losses)
+        model.zero_grad(set_to_none=True)
+    model.eval()
+    if settings.method == AUTO or settings.knows_costs:
+        found.calibration = calibration_on(model, data.train_dataloader())
 
 
 def add_to(commands: Commands) -> None:

@@ -30,6 +30,8 @@ class PlanNotes(TypedDict, total=False):
         initial: Name of the checkpoint folder from which the change of norm was measured.
         final: Name of the checkpoint folder that was measured.
         statistics: What the expert statistics rest on that costs were measured with.
+        calibration_tokens: Number of tokens on which costs were scaled to the measured divergence; they are then in
+            nats per token.
         predicted_cost: Sum of the costs of the chosen widths, for a method that knows costs.
         gap: How far that sum may be above the least possible one, as a share of it.
         without_gradient: Number of choices for which all widths cost the same.
@@ -46,6 +48,7 @@ class PlanNotes(TypedDict, total=False):
     initial: str
     final: str
     statistics: StatisticsNote
+    calibration_tokens: int
     predicted_cost: float
     gap: float
     without_gradient: int

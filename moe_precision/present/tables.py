@@ -98,9 +98,10 @@ def _plan_title(plan: PrecisionPlan) -> str:
         baseline += f", as if initial norms were equal (final norms spread up to {spread['largest']:.1%} per layer)"
     asked = "" if plan.settings is None else f"asked for {plan.settings.budget}, "
     chosen = f" ({plan.notes['auto']})" if "auto" in plan.notes else ""
+    calibrated = ", costs calibrated" if "calibration_tokens" in plan.notes else ""
     edited = ", edited by hand" if plan.notes.get("edited") else ""
     return (
-        f"{plan.model_type}, method {plan.method}{chosen}{edited}, {baseline}; {asked}"
+        f"{plan.model_type}, method {plan.method}{chosen}{calibrated}{edited}, {baseline}; {asked}"
         f"reached {plan.average_bits:.4g} bits on average, {plan.stored_bits:.4g} stored (group {plan.group_size})"
     )
 

@@ -77,8 +77,11 @@ def test_of_a_transformers_model_under_lightning(tmp_path):
     plan = PrecisionPlan.load(tmp_path / "precision_plan.json")
     assert (plan.method, plan.last_step, plan.baseline_step) == ("statistics", 4, 0)
     assert plan.notes["auto"] == "there are curvature and expert statistics"
-    expected = allocate(module.model, callback.history, curvature=callback.curvature, statistics=found, group_size=64)
+    known = {"curvature": callback.curvature, "statistics": found, "group_size": 64}
+    expected = allocate(module.model, callback.history, calibration=batches, **known)
     assert plan.diff(expected) == []
+    assert plan.notes["calibration_tokens"] == expected.notes["calibration_tokens"] == 120
+    assert plan.diff(allocate(module.model, callback.history, **known)) != []
     quantize_model(module.model, tmp_path / "precision_plan.json")  # with the files beside it: no warning
 
 

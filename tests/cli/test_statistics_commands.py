@@ -108,7 +108,14 @@ def test_a_plan_by_statistics_of_a_checkpoint_and_scales_distilled(tmp_path, mod
     expected = allocate(
         tmp_path / "model", curvature=curvature, statistics=tmp_path / "plan.statistics.safetensors", group_size=64
     )
-    assert made.diff(expected) == []
+    assert made.notes["calibration_tokens"] > 0
+    assert made.notes["final"] == "model"
+    for name, layer in made.layers.items():  # calibrated: in the same proportions, layer by layer
+        for projection, by in layer.costs.items():
+            for bits, found in by.items():
+                plain = torch.tensor(expected.layers[name].costs[projection][bits])
+                found = torch.tensor(found)
+                torch.testing.assert_close(found / found.sum(), plain / plain.sum(), rtol=2e-3, atol=0)
     folders = [str(tmp_path / name) for name in ("model", "plain", "distilled")]
     assert main(["quantize", folders[0], plan, folders[1]]) == 0
     assert main(["quantize", folders[0], plan, folders[2], "--distill-steps", "4", *dataset]) == 0

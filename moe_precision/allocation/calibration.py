@@ -1,0 +1,190 @@
+"""Costs in proportion to what quantizing really does to the model's predictions, measured one projection at a time.
+
+Costs by curvature or statistics rank the experts of one projection well. Between layers they can be off by a factor of
+three, since they see neither what later layers make of an error (a token that is routed to other experts) nor that one
+bit hurts more than in proportion. Both show in the divergence of the model whose experts of one layer and projection
+are all quantized: one number for each layer, projection and width, to which the experts' costs are scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..layers.module_tree import modes_kept, root_model
+from ..layers.moe_layers import MoELayer
+from ..plans.numbers import AllocationError
+from ..quantize.codec.guided import fit_of
+from ..recording.batches import run_batch
+from ..recording.curvature import Curvature
+from ..recording.statistics import ExpertStatistics
+from .costs import Costs, pricing, quantized_matrix
+
+TOKENS = 4096  # enough: factors from 16,384 gave the same plans
+_KEPT_BYTES = 2**29  # of log-probabilities
+
+
+class Calibration:
+    """Divergence from a model's predictions as they are now, on a few training batches.
+
+    Args:
+        model: A transformers model, or what is around it, with its float weights.
+        steps: Forward passes of training batches, which go through the transformers model; as many are taken as
+            `TOKENS` need.
+
+    Attributes:
+        tokens: Number of tokens that are compared.
+
+    Raises:
+        AllocationError: The model is none of transformers', there is no batch, or no logits come out.
+    """
+
+    def __init__(self, model: nn.Module, steps: Iterable[Callable[[], Any]]) -> None:
+        root = root_model(model)
+        if not isinstance(root, PreTrainedModel):
+            raise AllocationError(f"calibration compares the logits of a transformers model, got {type(root).__name__}")
+        self._model, self._root = model, root
+        self._steps: list[Callable[[], Any]] = []
+        self._float: list[Tensor] = []
+        self._every = 0  # how many tokens for one that is compared
+        self.tokens = 0
+        for step in steps:
+            self._steps.append(step)
+            self._float.append(self._logits(step).log_softmax(-1))
+            self.tokens += len(self._float[-1])
+            if self.tokens * self._every >= TOKENS:
+                break
+        if not self.tokens:
+            raise AllocationError("calibration needs at least one batch with tokens")
+
+    def divergence(self) -> float:
+        """Mean KL divergence of the model as it is now from what it was, in nats per token."""
+        total = 0.0
+        for step, before in zip(self._steps, self._float, strict=True):
+            now = self._logits(step).log_softmax(-1)
+            total += float((before.exp() * (before - now)).sum(dtype=torch.float64))
+        return max(total, 0.0) / self.tokens
+
+    @torch.no_grad()
+    def _logits(self, step: Callable[[], Any]) -> Tensor:
+        """Logits of every k-th token that is not padding, ``(N, vocab)`` float32."""
+        seen: list[Tensor] = []
+
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            logits = getattr(output, "logits", None)
+            if not isinstance(logits, Tensor):
+                raise AllocationError(f"calibration needs logits, and {type(module).__name__} gives none")
+            chosen = logits[_kept(kwargs, logits)]
+            self._every = self._every or max(1, 4 * chosen.numel() // _KEPT_BYTES)
+            seen.append(chosen[:: self._every].float())
+
+        handle = self._root.register_forward_hook(hook, with_kwargs=True)
+        try:
+            with modes_kept(self._model):
+                self._model.eval()
+                step()
+        finally:
+            handle.remove()
+        if not seen:
+            raise AllocationError("calibration needs batches that go through the transformers model")
+        return torch.cat(seen)
+
+
+def calibration_on(model: nn.Module, batches: Iterable[Any]) -> Calibration:
+    """`Calibration` on batches, mappings of the model's arguments."""
+    return Calibration(model, (partial(run_batch, model, batch) for batch in batches))
+
+
+def _kept(kwargs: Mapping[str, Any], logits: Tensor) -> Tensor:
+    """Which positions are compared, ``(B, T)`` bool: those with a label, else those that are not padding."""
+    for name, padding in (("labels", -100), ("attention_mask", 0)):
+        given = kwargs.get(name)
+        if isinstance(given, Tensor) and given.shape == logits.shape[:-1]:
+            return given != padding
+    return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+
+
+@torch.no_grad()
+def calibrated_costs(
+    layers: Sequence[MoELayer],
+    widths: Sequence[int],
+    group_size: int,
+    curvature: Curvature | None,
+    statistics: ExpertStatistics | None,
+    calibration: Calibration,
+    *,
+    together: bool = False,
+) -> Costs:
+    """`expert_costs`, scaled so that those of a projection add up to the measured divergence, in nats per token.
+
+    Each projection of each layer takes its quantized values for a moment, at one width after another, and gets the
+    float ones back. Memory: the float experts of one projection more.
+
+    Args:
+        layers: As found by `find_moe_layers`, whole on this process, with plain parameters.
+        widths: Candidate widths; 16 costs nothing.
+        group_size: Weights that share a scale and an offset.
+        curvature: As in `expert_costs`.
+        statistics: As in `expert_costs`.
+        calibration: Of the same model.
+        together: As in `expert_costs`.
+
+    Raises:
+        AllocationError: The experts are sharded, or behind adapters.
+        CostError: A matrix cannot be quantized.
+
+    Returns:
+        For each layer and projection ``(E, len(widths))`` float64.
+    """
+    check_whole(layers)
+    costs: Costs = {}
+    total = sum(len(layer.banks) * len(widths) for layer in layers)
+    by = statistics if together else None
+    with tqdm(total=total, desc="calibrating", unit="width", disable=None) as bar:
+        for layer in layers:
+            costs[layer.name] = {}
+            for name, bank in layer.banks.items():
+                live = [bank.read(expert) for expert in range(layer.num_experts)]
+                kept = [matrix.clone() for matrix in live]
+                found = torch.zeros(len(live), len(widths), dtype=torch.float64)
+                try:
+                    for index, bits in enumerate(widths):
+                        if bits != 16:
+                            for expert, matrix in enumerate(kept):
+                                place = layer.name, name, expert
+                                fit = fit_of(*place, curvature, statistics)
+                                quantized = quantized_matrix(matrix, bits, group_size, fit, place)
+                                found[expert, index] = pricing(curvature, by, *place)(matrix, quantized)
+                                live[expert].copy_(quantized)
+                            measured, predicted = calibration.divergence(), float(found[:, index].sum())
+                            if predicted > 0:
+                                found[:, index] *= measured / predicted
+                        bar.update()
+                finally:
+                    for matrix, before in zip(live, kept, strict=True):
+                        matrix.copy_(before)
+                costs[layer.name][name] = found
+    return costs
+
+
+def check_whole(layers: Sequence[MoELayer]) -> None:
+    """Checks that quantized values can be written into the experts.
+
+    Raises:
+        AllocationError: They are sharded, or behind adapters.
+    """
+    for weight in _weights(layers):
+        read = weight.read()
+        if isinstance(read, DTensor) or type(read.data) is not Tensor or read is not weight.parameter():
+            raise AllocationError(f"{weight.name!r} is sharded or behind an adapter: costs cannot be calibrated there")
+
+
+def _weights(layers: Sequence[MoELayer]) -> Iterator[Any]:
+    return (weight for layer in layers for bank in layer.banks.values() for weight in bank.weights)
