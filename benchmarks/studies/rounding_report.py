@@ -42,7 +42,7 @@ def report(study: dict[str, Any], root: Path) -> str:
         return f"no result in {root}: run the study first"
     parts.append(_ratios(study, found))
     plans = [f"uniform {bits}" for bits in UNIFORM]
-    plans += [f"{method} {budget:g}" for budget in BUDGETS for method in ("curvature", "statistics")]
+    plans += [f"{method} {budget:g}" for budget in BUDGETS for method in ("curvature", "uncalibrated", "statistics")]
     for name, runs in found.items():
         rows = []
         for plan in plans:

@@ -67,15 +67,16 @@ class RoundingStudy:
         self.results: list[dict[str, Any]] = []
 
     def plans(self) -> Iterator[tuple[str, PrecisionPlan]]:
-        """All plans by name; those by curvature as they were before there were statistics."""
+        """All plans by name; those by curvature are as they were before there were statistics."""
         for bits in UNIFORM:
             uniform = allocate(self.model, method="uniform", average_bits=bits, group_size=self.group_size)
             yield f"uniform {bits}", uniform
         known = {"curvature": self.curvature, "group_size": self.group_size}
         for budget in BUDGETS:
             yield f"curvature {budget:g}", allocate(self.model, method="curvature", average_bits=budget, **known)
-            asked = {"method": "statistics", "average_bits": budget, "statistics": self.statistics}
-            yield f"statistics {budget:g}", allocate(self.model, **asked, **known)
+            asked = {"method": "statistics", "average_bits": budget, "statistics": self.statistics, **known}
+            yield f"uncalibrated {budget:g}", allocate(self.model, **asked)
+            yield f"statistics {budget:g}", allocate(self.model, **asked, calibration=self.training)
 
     def measure(self) -> list[dict[str, Any]]:
         """Quantizes by every plan, with and without statistics, and distilled in both ways."""
@@ -83,7 +84,7 @@ class RoundingStudy:
             self._add(name, NONE, plan, self._packed(plan, statistics=None))
             rounded = self._packed(plan, statistics=self.statistics)
             self._add(name, ROUNDED, plan, rounded)
-            if not name.startswith("curvature"):
+            if name.startswith(("uniform", "statistics")):
                 for fit, through in ((LAYERS, "layers"), (LOGITS, "logits")):
                     distilled = copy.deepcopy(rounded)
                     distill_scales(distilled, self.model, self.training, steps=STEPS, through=through)
