@@ -28,6 +28,7 @@ from moe_precision.quantize.codec.grid import Grid
 from moe_precision.quantize.replace import check_packable
 from moe_precision.recording.curvature import Curvature, CurvatureError
 from moe_precision.recording.history import RouterNormHistory
+from moe_precision.recording.optimizer_check import check_second_moments
 from moe_precision.recording.router_norms import norms_by_layer
 from moe_precision.recording.second_moments import curvature_of
 
@@ -45,6 +46,8 @@ class PlanAnnealer:
         plan: The plan, once it is known.
         grid: The grid, once annealing has begun.
     """
+
+    _recorder = "RouterNormMonitor"
 
     def __init__(
         self,
@@ -110,7 +113,7 @@ class PlanAnnealer:
         self._files.prepare(folder)
 
     def _check(
-        self, model: nn.Module, step: int, total: float, history: RouterNormHistory | None, each: int = 1
+        self, model: nn.Module, step: int, total: float, history: RouterNormHistory | None, optimizers: Sequence[Any]
     ) -> None:
         """Checks everything before the first step; continues with the grid if a checkpoint brought one.
 
@@ -119,7 +122,7 @@ class PlanAnnealer:
             step: Where training starts.
             total: Where it ends.
             history: Of the callback that records router norms, if there is one.
-            each: Steps in a batch, one of each optimizer.
+            optimizers: Those that train it.
         """
         layers = find_moe_layers(model, **self._patterns())
         uncover(layers)
@@ -132,6 +135,8 @@ class PlanAnnealer:
             self.settings.check_fits(shapes)
             if history is None and reads(self.settings.method, "norm_change", "load"):
                 raise AnnealError(f"method {self.settings.method!r} reads what {self._recorder} records: add it too")
+            if reads(self.settings.method, "curvature"):
+                check_second_moments(layers, optimizers)
         if self.start < 1 and total == float("inf"):
             raise AnnealError(f"start={self.start} is a share of max_steps, which is not set: set it, or give a step")
         self._set_first_step(total)
@@ -148,7 +153,7 @@ class PlanAnnealer:
             curvature.check_layers(shapes)
             curvature.check_router_norms(norms_by_layer(layers))
         self._started_at, self._checked, self._used = step, False, False
-        if self.grid is None and step - each >= self._first_step:
+        if self.grid is None and step - max(1, len(optimizers)) >= self._first_step:  # a batch has a step of each
             raise AnnealError(
                 f"training resumes at step {step}, annealing began at {self._first_step}, and the checkpoint has no "
                 f"grid of a callback with export_to={self.export_to!r}: resume with the callback that the run had"
@@ -181,12 +186,8 @@ class PlanAnnealer:
             self.plan = make_plan(self.settings, model, history, curvature)
         self.grid = Grid.fit(layers, self.plan, curvature)
         self._hooks, self._began_at = GridHooks(layers, self.grid), step
-        rank_zero_info(
-            f"{type(self).__name__}: from step {step} on the experts are trained at "
-            f"{self.plan.average_bits:.3g} bits on average"
-        )
-
-    _recorder = "RouterNormMonitor"
+        bits = f"{self.plan.average_bits:.3g} bits on average"
+        rank_zero_info(f"{type(self).__name__}: from step {step} on the experts are trained at {bits}")
 
     def _curvature(self, layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature | None:
         """The optimizer's second moments, or before it has any, the file beside a plan that was given."""
@@ -261,8 +262,7 @@ class PlanAnnealer:
         if self._seen.changed(layers):
             rank_zero_warn(
                 f"{type(self).__name__}: the experts' weights were changed after the last step, by another callback "
-                "(weight averaging, or the best checkpoint loaded at the end): those that are moved onto the grid now "
-                "are not what training ended on"
+                "(weight averaging, the best checkpoint): what is moved onto the grid is not what training ended on"
             )
         self._hooks.settle()
         self._seen.look(layers)
@@ -286,9 +286,9 @@ class PlanAnnealer:
         """After all callbacks are done: warns if the weights have left the grid."""
         if self._settled and self._seen.changed(self._settled):
             rank_zero_warn(
-                f"{type(self).__name__}: the weights were changed after they had been moved onto the grid, by a "
-                "callback that comes later in the list (weight averaging) or in the module's on_train_end: they are "
-                "not on the grid that was written, and quantizing them does not give what training ended on"
+                f"{type(self).__name__}: the weights were changed after they had been moved onto the grid, by a later "
+                "callback (weight averaging) or the module's on_train_end: quantizing them does not give what training "
+                "ended on"
             )
         self._settled = []
 

@@ -106,7 +106,7 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
         _refuse_averaging(trainer)  # once all callbacks are set up, it shows in those of other packages too
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which is too short to anneal anything
             total = total_steps(trainer, pl_module)
-            self._check(self._part(pl_module), trainer.global_step, total, _history(trainer), len(trainer.optimizers))
+            self._check(self._part(pl_module), trainer.global_step, total, _history(trainer), trainer.optimizers)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

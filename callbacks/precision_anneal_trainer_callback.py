@@ -9,10 +9,10 @@ from pytorch_lightning.utilities import rank_zero_info
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moe_precision.annealing.covers import AnnealError
+from moe_precision.callbacks.of_trainer import optimizers_of, run_folder, save_state, saved_file
 from moe_precision.callbacks.plan_annealer import PlanAnnealer
 from moe_precision.callbacks.restored import NOT_RESTORED
 from moe_precision.callbacks.router_norm_trainer_callback import RouterNormTrainerCallback
-from moe_precision.callbacks.trainer_folders import run_folder, save_state, saved_file
 from moe_precision.layers.module_tree import modes_kept
 from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.present.wandb_media import current_run
@@ -79,12 +79,12 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
                 raise GridError(f"{error} {NOT_RESTORED}") from error
             rank_zero_info(f"PrecisionAnnealTrainerCallback: continues with the grid of {saved}")
         history = None if self._history_of is None else self._history_of.history
-        self._check(self._part(model), state.global_step, state.max_steps, history)
+        self._check(self._part(model), state.global_step, state.max_steps, history, optimizers_of(kwargs))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        optimizers = [kwargs["optimizer"]] if kwargs.get("optimizer") is not None else []
+        optimizers = optimizers_of(kwargs)
         history = None if self._history_of is None else self._history_of.history
         step = state.global_step
         self._before_step(self._part(model), optimizers, history, step, _logs(args, state, step + 1))

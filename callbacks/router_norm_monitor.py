@@ -158,7 +158,9 @@ class RouterNormMonitor(PlanRecorder, LightningCallback):
         if not self._layers and is_finished(trainer) and len(self.history.steps) > 0:
             self._finish_late(trainer, pl_module)
         elif not self._layers:  # on_train_start was never called
-            rank_zero_warn("RouterNormMonitor: no plan is written, because training took no step (max_steps=0?).")
+            why = "training had ended before this start, and the checkpoint has no router norms"
+            why = why if is_finished(trainer) else "training took no step (max_steps=0?)"
+            rank_zero_warn(f"RouterNormMonitor: no plan is written, because {why}.")
         elif self._seen.changed(self._layers):
             rank_zero_warn(
                 "RouterNormMonitor: the weights were changed after training had ended and the last norms were read: by "

@@ -11,9 +11,9 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from moe_precision.callbacks.of_trainer import optimizers_of, run_folder, save_state, saved_file
 from moe_precision.callbacks.plan_recorder import PlanRecorder
 from moe_precision.callbacks.statistics_recorder import Again
-from moe_precision.callbacks.trainer_folders import run_folder, save_state, saved_file
 from moe_precision.present.wandb_media import current_run
 from moe_precision.recording.history import RouterNormHistory
 
@@ -97,7 +97,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
             self.history = RouterNormHistory.load(saved)
             self.history.max_variance = {}
             rank_zero_info(f"RouterNormTrainerCallback: continues with the router norms of {saved}")
-        if self._start(model, state.global_step, state.max_steps, optimizers=_optimizers(kwargs)):
+        if self._start(model, state.global_step, state.max_steps, optimizers=optimizers_of(kwargs)):
             self._log(state)
         self._running = True
         if earlier is not None and earlier.steps and self.history.replace_last(torch.cat(list(earlier.first.values()))):
@@ -146,7 +146,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         if args.world_size == 1:  # else the model is inside DDP or FSDP, where a callback cannot reach
             losses = _losses(kwargs["model"], kwargs.get("train_dataloader"))
         steps = Again(partial(_steps, kwargs["model"], kwargs.get("train_dataloader")))
-        plan = self._finish(state.is_world_process_zero, _optimizers(kwargs), losses, steps)
+        plan = self._finish(state.is_world_process_zero, optimizers_of(kwargs), losses, steps)
         if plan is not None and current_run() is not None:
             self._ending.media(current_run, self.history, plan, self._files.paths.plan)
         self._ending.report(self._files.folder)
@@ -156,10 +156,6 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         run = current_run()
         if run is not None and state.is_world_process_zero:
             run.log({**self._metrics(), "train/global_step": state.global_step})
-
-
-def _optimizers(known: dict[str, Any]) -> list[Any]:
-    return [known["optimizer"]] if known.get("optimizer") is not None else []
 
 
 def _losses(model: Any, batches: Any) -> Iterator[Callable[[], Tensor | None]]:

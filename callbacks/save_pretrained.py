@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from moe_precision.callbacks.late_finish import is_finished, why_not_late
 from moe_precision.callbacks.lightning_packages import LightningCallback
 from moe_precision.callbacks.trained_part import submodule
 from moe_precision.checkpoints.config import config_of
-from moe_precision.checkpoints.folders import folder_replaced_when_done
+from moe_precision.checkpoints.folders import check_replaceable, folder_replaced_when_done
 from moe_precision.files import check_writable
 from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.roots import is_trained, transformers_models
@@ -34,8 +35,8 @@ class SavePretrained(LightningCallback):
 
     Raises:
         ValueError: An unknown dtype; when training starts, if the LightningModule holds no transformers model, several
-            that are trained, or one with PEFT adapters.
-        OSError: In ``setup``, if the folder cannot be written to.
+            that are trained, or one with PEFT adapters; if another callback of the run writes into the folder.
+        OSError: In ``setup``, if the folder cannot be written to, or holds something other than a checkpoint.
     """
 
     def __init__(self, dirpath: str = "checkpoint", dtype: str | None = None, module: str | None = None) -> None:
@@ -45,7 +46,7 @@ class SavePretrained(LightningCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            check_writable(Path(trainer.default_root_dir, self.dirpath, "config.json"))
+            self._check_folder(trainer, Path(trainer.default_root_dir, self.dirpath))
 
     _started = False
 
@@ -73,6 +74,19 @@ class SavePretrained(LightningCallback):
         else:
             self.on_train_end(trainer, pl_module)
 
+    def _check_folder(self, trainer: Trainer, folder: Path) -> None:
+        check_writable(folder / "config.json")
+        check_replaceable(folder)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            place = getattr(other, "export_to", None) or getattr(other, "dirpath", None)
+            # What is ours is relative to the run, Lightning's own to the working directory.
+            known = Path(trainer.default_root_dir if isinstance(other, LightningCallback) else "", str(place or folder))
+            if place and other is not self and known.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(
+                    f"SavePretrained replaces the folder {str(folder)!r} at the end, and {type(other).__name__} writes "
+                    f"into it ({str(place)!r}): give one of them a folder of its own"
+                )
+
     def _model(self, pl_module: LightningModule) -> PreTrainedModel:
         """What is saved; raises if there is no such model, or one that cannot be saved."""
         model = root_model(pl_module if self.module is None else submodule(pl_module, self.module))
@@ -98,7 +112,7 @@ class SavePretrained(LightningCallback):
         dtype = model.dtype if self.dtype is None or packed else _DTYPES[self.dtype]
         if self.dtype is not None and not packed:
             state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
-        folder = Path(trainer.default_root_dir, self.dirpath)
+        folder = _free(Path(trainer.default_root_dir, self.dirpath))
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         with folder_replaced_when_done(folder) as temporary:
             model.save_pretrained(temporary, state_dict=state)
@@ -108,3 +122,15 @@ class SavePretrained(LightningCallback):
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
         rank_zero_info(f"SavePretrained: wrote {folder}")
+
+
+def _free(folder: Path) -> Path:
+    """The folder, or another beside it if something that is no checkpoint has come into it during training."""
+    try:
+        check_replaceable(folder)
+    except FileExistsError as error:
+        names = (folder.with_name(f"{folder.name}-{number}") for number in count(1))
+        spare = next(name for name in names if not name.exists())
+        rank_zero_warn(f"SavePretrained: {error}. The model is saved in {str(spare)!r}")
+        return spare
+    return folder

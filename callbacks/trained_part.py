@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,8 +30,11 @@ def trained_part(module: nn.Module, name: str | None, patterns: Patterns) -> nn.
     if name is not None:
         return submodule(module, name)
     models = transformers_models(module)
-    if len(models) < 2 or isinstance(root_model(module), PreTrainedModel):
+    if isinstance(root_model(module), PreTrainedModel):
         return module  # in which `root_model` finds it
+    if len(models) < 2:
+        _warn_of_frozen(module, patterns)
+        return module
     trained = [path for path, model in models.items() if is_trained(model)]
     layers = [layer.name for layer in find_moe_layers(module, **patterns)]
     holders = {path for path in trained if any(layer.startswith(f"{path}.") for layer in layers)}
@@ -42,6 +46,24 @@ def trained_part(module: nn.Module, name: str | None, patterns: Patterns) -> nn.
         )
     inside = [layer for layer in layers if any(layer.startswith(f"{path}.") for path in models)]
     return submodule(module, holders.pop()) if holders and len(inside) == len(layers) else module
+
+
+def _warn_of_frozen(module: nn.Module, patterns: Patterns) -> None:
+    """Nothing tells a frozen teacher from the first layers of a model, where neither is a transformers model."""
+    trained = {
+        layer.name: any(
+            weight.parameter().requires_grad
+            for weight in (layer.router_is, *(weight for bank in layer.banks.values() for weight in bank.weights))
+        )
+        for layer in find_moe_layers(module, **patterns)
+    }
+    frozen = [name for name, is_trained in trained.items() if not is_trained]
+    if frozen and len(frozen) < len(trained):
+        rank_zero_warn(
+            f"{type(module).__name__}: {len(frozen)} of {len(trained)} layers are frozen, {frozen[0]!r} the first, and "
+            "the plan is for all of them. If they are another model, such as a teacher, name the one that is trained, "
+            "as in module='student'"
+        )
 
 
 class TrainedPart:

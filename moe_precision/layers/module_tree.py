@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 from ..compat import (
     FLAT_PARAMETER,
@@ -195,7 +196,7 @@ def _node(path: str, module: nn.Module, sharded: _Shapes) -> Node:
         added = tuple(adapter for adapter in adapters if getattr(adapter, "parameter_name", "weight") == name)
         node.weights[name] = Weight(prefix + name, shape, dtype, unit, gathers, module, name, added)
     for name, child in module.named_children():
-        if name != "parametrizations":
+        if name != "parametrizations" and not isinstance(child, AveragedModel):  # a copy of what is trained
             node.children[name] = _node(prefix + name, child, sharded)
     return node
 

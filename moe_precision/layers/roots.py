@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel
 
 from ..compat import WRAPPED_AS
@@ -21,14 +22,17 @@ def root_model(module: nn.Module) -> nn.Module:
 
 
 def transformers_models(module: nn.Module) -> dict[str, PreTrainedModel]:
-    """The outermost transformers models in a module, itself included, by their path without wrappers."""
+    """The outermost transformers models in a module, itself included, by their path without wrappers.
+
+    Averages of weights that a module keeps beside its model (torch's ``AveragedModel``) are not among them.
+    """
     found: dict[str, PreTrainedModel] = {}
 
     def search(path: str, part: nn.Module) -> None:
         if isinstance(part, PreTrainedModel):
             found[path] = part
             return
-        children = dict(part.named_children())
+        children = {name: child for name, child in part.named_children() if not isinstance(child, AveragedModel)}
         for name, child in children.items():
             wrapped = len(children) == 1 and name in WRAPPED_AS
             search(path if wrapped else f"{path}.{name}".lstrip("."), child)

@@ -16,7 +16,7 @@ _WIDTH, _EXPERTS = 64, 2
 
 
 def check_second_moments(layers: list[MoELayer], optimizers: Iterable[Any]) -> None:
-    """Raises `CurvatureError` if the optimizers that train the experts are of a kind that keeps no second moment.
+    """Raises `CurvatureError` if the optimizers that train the experts can keep no second moment of their weights.
 
     An optimizer that cannot be made anew, or that trains no expert yet, is given the benefit of the doubt.
 
@@ -24,7 +24,15 @@ def check_second_moments(layers: list[MoELayer], optimizers: Iterable[Any]) -> N
         layers: As found by `find_moe_layers`.
         optimizers: Lightning's or accelerate's wrappers are looked through.
     """
-    experts = {id(w.parameter()) for layer in layers for bank in layer.banks.values() for w in bank.weights}
+    weights = [weight for layer in layers for bank in layer.banks.values() for weight in bank.weights]
+    for weight in weights:
+        if weight.gathers or weight.is_adapted:
+            what = "in flat shards (FSDP1, DeepSpeed)" if weight.gathers else "behind an adapter"
+            raise CurvatureError(
+                f"{weight.name!r} is {what}: the optimizer keeps no second moment of the whole weight. Let "
+                "curvature_batches=64 take squared gradients after the last step"
+            )
+    experts = {id(weight.parameter()) for weight in weights}
     for optimizer in optimizers:
         inner = getattr(optimizer, "optimizer", optimizer)
         for group in inner.param_groups:

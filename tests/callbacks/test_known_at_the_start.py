@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -14,7 +17,7 @@ from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.quantize.codec.grid import Grid
 from moe_precision.recording.curvature import CurvatureError
 from moe_precision.recording.optimizer_check import check_second_moments
-from tests.support.models import DECODER, build
+from tests.support.models import DECODER, PlainMoE, build
 from tests.support.trainers import Module, data, monitor, trainer
 
 IDS = torch.randint(3, 128, (8, 8), generator=torch.Generator().manual_seed(0))
@@ -204,3 +207,90 @@ def test_what_an_optimizer_will_keep(optimizer, keeps, family):
 class NeedsMore(torch.optim.SGD):
     def __init__(self, params, what):
         super().__init__(params, lr=0.1)
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (
+            lambda folder: [monitor(export_to="checkpoint/plan.json")],
+            "RouterNormMonitor writes into it",
+        ),
+        (lambda folder: [ModelCheckpoint(folder / "checkpoint")], "ModelCheckpoint writes into it"),
+        (lambda folder: [SavePretrained(dtype="bfloat16")], "SavePretrained writes into it"),
+    ],
+)
+def test_two_callbacks_in_the_folder_of_the_model(others, message, tmp_path):
+    with pytest.raises(ValueError, match=f"SavePretrained replaces the folder .*{message}"):
+        fit(tmp_path, Distill(), *others(tmp_path), SavePretrained(), enable_checkpointing=None)
+    fit(
+        tmp_path,
+        Distill(),
+        ModelCheckpoint(tmp_path),
+        monitor(group_size=64),
+        SavePretrained(),
+        enable_checkpointing=None,
+    )
+    assert (tmp_path / "checkpoint" / "config.json").is_file()
+    assert (tmp_path / "precision_plan.json").is_file()
+
+
+def test_a_folder_that_holds_something_else(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not a checkpoint folder"):
+        fit(tmp_path, Distill(), SavePretrained())
+
+    class Writes(Distill):
+        def on_train_epoch_end(self):
+            (tmp_path / "later" / "notes.txt").write_text("mine")
+
+    with pytest.warns(UserWarning, match="The model is saved in .*later-1"):
+        fit(tmp_path, Writes(), SavePretrained("later"))
+    assert load_model(tmp_path / "later-1").num_parameters() > 0
+    assert [file.name for file in (tmp_path / "later").iterdir()] == ["notes.txt"]
+
+
+# -- modules that are not of transformers -----------------------------------------------------------------------------
+
+
+class PlainPair(Module):
+    def __init__(self):
+        super().__init__()
+        self.teacher = nn.Sequential(PlainMoE(experts=6)).requires_grad_(False)
+        self.average = AveragedModel(self.model)
+
+    def on_train_batch_end(self, *args):
+        self.average.update_parameters(self.model)
+
+
+def test_a_frozen_part_is_asked_about_and_an_average_is_no_model(tmp_path):
+    recorded = monitor()
+    with pytest.warns(UserWarning, match=r"1 of 3 layers are frozen, 'teacher\.0' the first.*module='student'"):
+        trainer(tmp_path, recorded).fit(PlainPair(), data())
+    assert list(recorded.plan.layers) == ["model.0", "model.1", "teacher.0"]
+    named = monitor(module="model")
+    trainer(tmp_path, named).fit(PlainPair(), data())
+    assert list(named.plan.layers) == ["0", "1"]
+
+
+def test_an_average_beside_the_model(tmp_path):
+    class Averaged(Distill):
+        def __init__(self):
+            super().__init__()
+            self.average = AveragedModel(self.student)
+
+    recorded = monitor(group_size=64)
+    fit(tmp_path, Averaged(), recorded, SavePretrained())
+    recorded.plan.check(load_model(tmp_path / "checkpoint"))
+
+
+def test_experts_behind_adapters(tmp_path):
+    module = Module(build("switch_transformers"))
+    inject_adapter_in_model(LoraConfig(target_modules=["wi"]), module.model)
+    layers = find_moe_layers(module)
+    with pytest.raises(CurvatureError, match=r"behind an adapter.*curvature_batches=64"):
+        check_second_moments(layers, [])

@@ -1,9 +1,10 @@
-"""Where transformers' Trainer puts the checkpoints of a run, and where ours keep what they need to resume."""
+"""What a callback needs of transformers' Trainer: its folders, the state of ours in them, its optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_warn
 from transformers import TrainerState, TrainingArguments
@@ -36,3 +37,8 @@ def saved_file(args: TrainingArguments, state: TrainerState, name: str) -> Path 
     places.append(str(run_folder(args) / f"checkpoint-{state.global_step}"))
     found = (Path(place, name) for place in places if isinstance(place, str))
     return next((path for path in found if path.is_file()), None)
+
+
+def optimizers_of(known: dict[str, Any]) -> list[Any]:
+    """The optimizer among what a callback is given, if it is there yet."""
+    return [known["optimizer"]] if known.get("optimizer") is not None else []
