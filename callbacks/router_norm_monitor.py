@@ -123,6 +123,7 @@ class RouterNormMonitor(PlanRecorder, LightningCallback):
             self._log(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._loads.counts_as(training=True)
         self._collecting.before_batch(trainer.global_step)
 
     def on_train_batch_end(
@@ -189,7 +190,9 @@ class RouterNormMonitor(PlanRecorder, LightningCallback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._loads.count_validation()
+            self._loads.count_validation()  # what runs until the next batch is neither
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._loads.counts_as(training=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

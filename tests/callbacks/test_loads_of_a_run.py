@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pytorch_lightning import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -73,9 +74,16 @@ def test_rollouts_are_training(tmp_path):
     assert totals(callback.history, "validation") == set()
 
 
+class SamplesAfterwards(Callback):
+    """Runs the model when a validation has ended, to show what it has learned."""
+
+    def on_validation_end(self, trainer, pl_module):
+        pl_module.loss(IDS[:5])
+
+
 def test_a_validation_in_training_mode(tmp_path):
     callback = monitor(group_size=64)
-    trainer(tmp_path, callback, val_check_interval=2).fit(Validated(), loader(), loader(4))
+    trainer(tmp_path, callback, SamplesAfterwards(), val_check_interval=2).fit(Validated(), loader(), loader(4))
     assert totals(callback.history, "training") == {12 * 8 * 2}
     assert totals(callback.history, "validation") == {4 * 8 * 2}
 
