@@ -14,7 +14,7 @@ from moe_precision.allocation.planning import caveat_text
 from moe_precision.callbacks.end_logging import EndLogging
 from moe_precision.callbacks.extra_batches import Loss, curvature_of_run
 from moe_precision.callbacks.load_recorder import LoadRecorder
-from moe_precision.callbacks.plan_of_run import plan_of_run
+from moe_precision.callbacks.plan_of_run import check_run, plan_of_run
 from moe_precision.callbacks.restored import check_restored
 from moe_precision.callbacks.run_files import RunFiles
 from moe_precision.callbacks.statistics_recorder import StatisticsRecorder, Step
@@ -32,7 +32,6 @@ from moe_precision.present.tables import as_text, layers_table
 from moe_precision.recording.curvature import Curvature
 from moe_precision.recording.gradients import left_as_it_is
 from moe_precision.recording.history import RouterNormHistory
-from moe_precision.recording.optimizer_check import check_second_moments
 from moe_precision.recording.router_norms import router_norms
 from moe_precision.recording.statistics import ExpertStatistics
 
@@ -147,8 +146,8 @@ class PlanRecorder:
         rank_zero_info(f"{type(self).__name__}: recording\n{as_text(layers_table(self._layers))}")
         folder = self._files.folder
         needed = reads(self.settings.method, "statistics")
-        if reads(self.settings.method, "curvature") and self.curvature_batches is None:
-            check_second_moments(self._layers, optimizers)
+        if self.curvature_batches is None:
+            check_run(self.settings, self._layers, optimizers)
         self._collecting.start(model, self._layers, step, total, folder, obstacle, needed)
         if fresh.caveats:
             rank_zero_warn(f"{type(self).__name__}: {caveat_text(fresh.caveats)}.")

@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from moe_precision import MoELayerError
+from moe_precision import AllocationError, MoELayerError
 from moe_precision.callbacks import PrecisionAnneal, RouterNormTrainerCallback, SavePretrained
 from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.layers.module_tree import root_model
@@ -174,6 +174,18 @@ def test_a_method_that_reads_moments_and_an_optimizer_without(method, tmp_path):
     automatic = monitor(method="auto")
     trainer(tmp_path, automatic).fit(WithSGD(), data())
     assert automatic.plan.method == "router_norm"
+
+
+def test_what_the_papers_rule_cannot_do_instead_of_auto(tmp_path, monkeypatch):
+    """Whole layers share a width only by costs, which SGD leaves no way to know."""
+    module, asked = WithSGD(), {"method": "auto", "granularity": "layer", "bits": (1, 2, 3)}
+    with pytest.raises(AllocationError, match="granularity='layer' needs what each width costs"):
+        trainer(tmp_path, monitor(**asked)).fit(module, data())
+    assert module.norms == {}
+    monkeypatch.setattr("moe_precision.callbacks.plan_of_run.UNASKED_WEIGHTS", 10)  # a large model
+    recorded = monitor(**asked)
+    trainer(tmp_path, recorded).fit(Module(), data())
+    assert recorded.plan.settings.granularity == "layer"
 
 
 @pytest.mark.parametrize(
