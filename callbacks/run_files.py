@@ -31,12 +31,17 @@ class RunFiles:
             raise ValueError(f"export_to must end in .json, got {export_to!r}")
         self._export_to, self._owner, self._rescue = export_to, owner, rescue
         self._files: PlanFiles | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
 
     @property
     def written(self) -> bool:
         """Whether this run writes files at all."""
         return self._files is not None
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the plan; None for a run that writes no files."""
+        return None if self._files is None else self._files.plan.parent
 
     @property
     def paths(self) -> PlanFiles:
@@ -69,8 +74,13 @@ class RunFiles:
             return False
         return True
 
+    def keep(self, error: Exception) -> None:
+        """Warns that nothing more is written, because of an error, and remembers it."""
+        rank_zero_warn(f"{self._owner}: no plan is written: {type(error).__name__}: {error}. {self._rescue}")
+        self._error = error
+
     def raise_error(self) -> None:
-        """Raises what `write` could not write.
+        """Raises what `write` could not write, or what `keep` was given.
 
         Raises:
             OSError: The path and the reason.

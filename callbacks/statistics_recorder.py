@@ -204,6 +204,7 @@ class StatisticsRecorder:
 
     def close(self) -> None:
         """Takes the hooks off, for good; a second call does nothing."""
+        self._batches = 0
         if self._turns is not None:
             self._turns.close()
             self._turns = None

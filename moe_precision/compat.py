@@ -6,10 +6,11 @@ that a release that changes one of them fails there first, by name.
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -186,6 +187,30 @@ def save_under_module_names(model: PreTrainedModel) -> None:
 def mark_as_quantized(config: Any) -> None:
     """Tells transformers that the model of a config is quantized, as its own quantizers do."""
     config._is_quantized = True
+
+
+class TrainerRun(NamedTuple):
+    """What a callback of transformers' Trainer is not told.
+
+    Attributes:
+        folder: Where the checkpoints of the run go, in a hyperparameter search those of the trial.
+        resumed_from: The checkpoint that the run has started from, if any.
+    """
+
+    folder: str | None
+    resumed_from: str | None
+
+
+def trainer_run() -> TrainerRun:
+    """The run whose callback this is called from, read from the Trainer's loop; None where it is not found."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_inner_training_loop" and isinstance(known := frame.f_locals, Mapping):
+            trainer: Any = known.get("self")
+            if hasattr(trainer, "_get_output_dir"):
+                return TrainerRun(trainer._get_output_dir(known.get("trial")), known.get("resume_from_checkpoint"))
+        frame = frame.f_back
+    return TrainerRun(None, None)
 
 
 def layer_classes(model: PreTrainedModel) -> set[str]:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import silu
-from transformers import MixtralForCausalLM
+from transformers import MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -170,6 +170,30 @@ def test_conversion_ops(tmp_path):
     build("mixtral").save_pretrained(tmp_path)
     MixtralForCausalLM.from_pretrained(tmp_path, quantization_config=Config())
     assert seen == dict.fromkeys((f"model.layers.{i}.mlp.experts.gate_up_proj" for i in (0, 1)), MixtralForCausalLM)
+
+
+def test_trainer_run(tmp_path):
+    """Neither is among what a callback is given."""
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            seen.append(compat.trainer_run())
+
+        on_save = on_train_end = on_train_begin
+
+    def train(folder, resume=None):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / folder), max_steps=2 if resume else 1, use_cpu=True, report_to=[], save_steps=1
+        )
+        rows = [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 4
+        Trainer(build("gpt_oss"), arguments, train_dataset=rows, callbacks=[Look()]).train(resume)
+
+    train("one")
+    assert set(seen) == {(str(tmp_path / "one"), None)}
+    train("two", resume=str(tmp_path / "one" / "checkpoint-1"))
+    assert set(seen[3:]) == {(str(tmp_path / "two"), str(tmp_path / "one" / "checkpoint-1"))}
+    assert compat.trainer_run() == (None, None)
 
 
 # -- PEFT and DeepSpeed -----------------------------------------------------------------------------------------------

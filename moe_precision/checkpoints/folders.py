@@ -49,7 +49,7 @@ def folder_replaced_when_done(path: str | os.PathLike[str]) -> Iterator[Path]:
         FileExistsError: ``path`` is a folder that holds something other than a checkpoint, a mount point, or a file.
     """
     path = Path(path)
-    _check_replaceable(path)
+    check_replaceable(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield temporary
@@ -75,7 +75,7 @@ def resumable_folder(path: str | os.PathLike[str], job: str) -> Iterator[Path]:
         BlockingIOError: Another process is working on the same job.
     """
     path = Path(path).resolve()
-    _check_replaceable(path)
+    check_replaceable(path)
     partial = path.parent / f".{path.name}.{job[:12]}.partial"
     for other in path.parent.glob(f".{path.name}.*.partial"):
         if other != partial:
@@ -108,7 +108,8 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _check_replaceable(path: Path) -> None:
+def check_replaceable(path: Path) -> None:
+    """Raises `FileExistsError` if a folder holds something other than a checkpoint, which is not to be replaced."""
     if os.path.ismount(path):
         raise FileExistsError(f"{str(path)!r} is a mount point, which cannot be replaced; name a folder inside it")
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file()):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrize
-from transformers import PreTrainedModel
+from torch.optim.swa_utils import AveragedModel
 
 from ..compat import (
     FLAT_PARAMETER,
@@ -28,6 +28,7 @@ from ..compat import (
     own_parameters,
 )
 from ..errors import MoEPrecisionError
+from .roots import root_model as root_model
 
 _NUMBERED = re.compile(r"^(?:expert_?)?\d+$", re.IGNORECASE)
 _ADDITIVE_TUNERS = ("lora", "loha", "lokr", "adalora", "vera")
@@ -65,6 +66,11 @@ class Weight:
     def is_floating_point(self) -> bool:
         """Whether it is a weight at all; packed codes are not."""
         return self.dtype.is_floating_point
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether PEFT adapters are around it, which change what the forward pass uses."""
+        return bool(self._adapters)
 
     def parameter(self) -> Tensor:
         """The parameter itself, without adapters, as this rank holds it."""
@@ -156,24 +162,6 @@ def module_tree(model: nn.Module) -> Node:
     return _node("", root_model(model), _sharded_shapes(model))
 
 
-def root_model(module: nn.Module) -> nn.Module:
-    """The transformers model inside a LightningModule or a wrapper, or the module itself if it holds none or several.
-
-    Layer names are relative to it, so that a plan made in training fits the checkpoint saved afterwards.
-    """
-    outermost: list[PreTrainedModel] = []
-
-    def search(part: nn.Module) -> None:
-        if isinstance(part, PreTrainedModel):
-            outermost.append(part)
-        else:
-            for child in part.children():
-                search(child)
-
-    search(module)
-    return outermost[0] if len(outermost) == 1 else module
-
-
 _Shapes = dict[int, dict[str, tuple[FullyShardedDataParallel, tuple[int, ...], torch.dtype]]]
 
 
@@ -208,7 +196,7 @@ def _node(path: str, module: nn.Module, sharded: _Shapes) -> Node:
         added = tuple(adapter for adapter in adapters if getattr(adapter, "parameter_name", "weight") == name)
         node.weights[name] = Weight(prefix + name, shape, dtype, unit, gathers, module, name, added)
     for name, child in module.named_children():
-        if name != "parametrizations":
+        if name != "parametrizations" and not isinstance(child, AveragedModel):  # a copy of what is trained
             node.children[name] = _node(prefix + name, child, sharded)
     return node
 

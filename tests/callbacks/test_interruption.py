@@ -151,3 +151,30 @@ def test_a_norm_that_is_not_finite_is_said_when_it_happens(tmp_path):
 
     with pytest.warns(UserWarning, match=r"expert 2 of layer 'model\.1' has router norm nan at step 4"):
         trainer(tmp_path, Diverges(), monitor()).fit(Module(), data(6))
+
+
+def test_an_error_in_the_making_of_the_plan_costs_no_model(tmp_path):
+    """Whatever it is, here an optimizer's state that nobody expects: it is raised once the others are done."""
+
+    class Odd(Module):
+        def __init__(self):
+            super().__init__(build("mixtral"))
+
+        def loss(self, x):
+            return self.model(input_ids=x, labels=x).loss
+
+        def on_train_batch_end(self, *args):
+            pass
+
+        def on_train_epoch_end(self):
+            for state in self.optimizers().optimizer.state.values():
+                state["step"] = "many"
+
+    ids = torch.randint(3, 128, (4, 8), generator=torch.Generator().manual_seed(0))
+    with (
+        pytest.warns(UserWarning, match=r"no plan is written: ValueError: could not convert string"),
+        pytest.raises(ValueError, match="could not convert string"),
+    ):
+        trainer(tmp_path, monitor(), SavePretrained()).fit(Odd(), torch.utils.data.DataLoader(ids, batch_size=2))
+    assert load_model(tmp_path / "checkpoint").num_parameters() > 0
+    assert RouterNormHistory.load(tmp_path / "precision_plan.history.safetensors").steps == [0, 2]
