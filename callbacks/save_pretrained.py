@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel
 
 from moe_precision.checkpoints.config import config_of
+from moe_precision.checkpoints.dtypes import cast
 from moe_precision.checkpoints.folders import folder_replaced_when_done
 from moe_precision.files import check_writable
 from moe_precision.layers.module_tree import root_model
@@ -24,8 +25,8 @@ class SavePretrained(Callback):
 
     Args:
         dirpath: Folder of the checkpoint, relative to the Trainer's ``default_root_dir``.
-        dtype: ``bfloat16``, ``float16`` or ``float32`` to save in, or None to keep the training dtype. A model whose
-            experts are packed is saved as it is.
+        dtype: ``bfloat16``, ``float16`` or ``float32`` to save in, or None to keep the training dtype. Tensors that the
+            model's family keeps in float32 stay in it. A model whose experts are packed is saved as it is.
 
     Raises:
         ValueError: An unknown dtype, or the LightningModule holds no transformers model, or one with PEFT adapters.
@@ -62,7 +63,7 @@ class SavePretrained(Callback):
         packed = getattr(model, "is_quantized", False)  # whose scales have a dtype of their own
         dtype = model.dtype if self.dtype is None or packed else _DTYPES[self.dtype]
         if self.dtype is not None and not packed:
-            state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+            state = cast(model, state, dtype)
         folder = Path(trainer.default_root_dir, self.dirpath)
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         with folder_replaced_when_done(folder) as temporary:

@@ -16,12 +16,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.config import config_of
+from ..checkpoints.dtypes import meta_model_of
 from ..checkpoints.folders import check_quantizing, folder_replaced_when_done
+from ..checkpoints.headers import header
 from ..errors import MoEPrecisionError
+from ..files import save_tensors
 from ..plans.plan import PrecisionPlan
 from . import export, plan_of_checkpoint
 
@@ -84,6 +89,7 @@ def quantize_with_auto_round(
         if done.returncode:
             raise AutoRoundError(f"AutoRound ended with status {done.returncode}; its messages are above")
         _lift(temporary)
+        _restore_float32(temporary, source)
         differences = plan_of_checkpoint(temporary).diff(exported.plan)
         if differences:
             raise AutoRoundError("AutoRound did not carry the plan out: " + "; ".join(differences[:5]))
@@ -98,6 +104,28 @@ def _lift(folder: Path) -> None:
     (config,) = found
     for path in () if config.parent == folder else list(config.parent.iterdir()):
         path.rename(folder / path.name)
+
+
+def _restore_float32(folder: Path, source: Checkpoint) -> None:
+    """Writes tensors that the family keeps in float32 as the float checkpoint has them: AutoRound rounds them too."""
+    dtype = config_of(folder).dtype or source.dtype
+    kept = meta_model_of(source.model_class(), source.config, dtype).state_dict()
+    names = [name for name, tensor in kept.items() if tensor.dtype == torch.float32 != dtype]
+    stored = {
+        on_disk: one[0].name
+        for name in names
+        if len(one := source.sources.get(name, [])) == 1
+        for on_disk in (name, one[0].name)
+    }
+    for file in folder.glob("*.safetensors"):
+        written = header(file)
+        rounded = [name for name in stored.keys() & written.keys() if written[name].dtype in ("BF16", "F16")]
+        if not rounded:
+            continue
+        with safe_open(file, "pt", backend="pread") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            about = opened.metadata()
+        save_tensors(tensors | {name: source.read(stored[name]).float() for name in rounded}, file, about)
 
 
 def _run(checkpoint: str, out: str, given: str, group_size: int, iterations: int) -> None:
