@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps as ConversionOps  # what transformers hands weights to
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
@@ -43,6 +45,19 @@ def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 def is_convolution(module: nn.Module) -> bool:
     """Whether a module is a convolution, whose 3-D weight is not a bank of experts."""
     return isinstance(module, nn.modules.conv._ConvNd)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no values, as torch traces models with them."""
+    return isinstance(tensor, FakeTensor)
+
+
+def inside(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a wrapper holds, such as codes and scales under one name; empty for a tensor that is none."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return []
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
 
 
 def forget_compiled_code() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .banks import Bank, Experts, with_count
 from .experts import find_experts, not_understood
+from .floats import held_as_codes, held_by_others, quantizer_of
 from .module_tree import MoELayerError, Node, Weight, module_tree, numbered_children, root_model, whole
 from .orientation import maps_back, oriented
 from .patterns import check_pattern, experts_by_pattern
@@ -171,7 +172,7 @@ def find_moe_layers(
 
     Raises:
         MoELayerError: No layer at all, experts without a router, two equally good routers, banks whose orientation
-            nothing shows, or a pattern that matches nothing.
+            nothing shows, a pattern that matches nothing, or a model that is quantized, here or by another quantizer.
 
     Example:
         >>> [layer.name for layer in find_moe_layers(model)]
@@ -180,6 +181,9 @@ def find_moe_layers(
     for argument, pattern in (("router_pattern", router_pattern), ("expert_pattern", expert_pattern)):
         check_pattern(argument, pattern)
     tree = module_tree(model)
+    held = held_by_others(tree)
+    if "" in held:
+        raise MoELayerError(held[""])
     candidates = find_experts(tree) if expert_pattern is None else experts_by_pattern(tree, expert_pattern)
     paths = [experts.path for experts in candidates]
     layers: list[MoELayer] = []
@@ -205,6 +209,8 @@ def find_moe_layers(
                 f"experts at {experts.path!r} are those at {first.path!r}, under another router: one width cannot "
                 "serve two orders"
             )
+    problems += [text for path, text in held.items() if any(layer.name.startswith(f"{path}.") for layer in layers)]
+    problems += held_as_codes(tree, [experts.path for experts in taken])
     problems += not_understood(tree, taken) + product_keys(tree)
     if expert_pattern is not None:
         problems += _missed(tree, taken)
@@ -212,7 +218,9 @@ def find_moe_layers(
     problems += [] if skip_unrouted else unrouted
     if problems:
         raise MoELayerError("; ".join(problems))
-    if not layers and getattr(root_model(model), "is_quantized", False):
+    if not layers and held:
+        raise MoELayerError("; ".join(held.values()))
+    if not layers and quantizer_of(root_model(model)):
         raise MoELayerError(f"the experts of this {type(model).__name__} are quantized already; take the float model")
     if not layers:
         raise MoELayerError(

@@ -13,6 +13,7 @@ from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import MoEPrecisionError
+from ..layers.floats import QUANT_METHOD as QUANT_METHOD
 from ..layers.moe_layers import MoELayer
 from ..plans.beside import existing
 from ..plans.document import Document
@@ -23,7 +24,6 @@ from ..recording.curvature import Curvature, as_curvature
 from ..recording.statistics import ExpertStatistics, as_statistics
 from .codec.grid import Grid
 
-QUANT_METHOD = "moe_precision"
 FORMAT_VERSION = 3  # of the packed checkpoint: docs/checkpoint-format.md; 1 had no checksums and no version field
 
 

@@ -7,12 +7,15 @@ saved from such a model loads like any other.
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantizer
 
+from ..checkpoints.headers import StoredTensor, header
+from ..checkpoints.sources import check_all_float, sources_of
 from ..compat import ConversionOps, may_be_missing, register_experts_function, save_under_module_names, was_read
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..plans.plan import PrecisionPlan
@@ -70,6 +73,7 @@ class PlanHfQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         if not self.pre_quantized:
             self.quantization_config.warn_if_unweighted()
+            _check_files_float(model, checkpoint_files or [])
         elif checkpoint_files:
             check_files(checkpoint_files, self.quantization_config.digest())
         config = self.quantization_config
@@ -147,6 +151,15 @@ class PlanHfQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         return True  # transformers' Trainer accepts a quantized model without adapters only then
+
+
+def _check_files_float(model: PreTrainedModel, files: list[str]) -> None:
+    """Raises `CheckpointError` where a file that will be read holds codes of a quantizer for a float weight."""
+    stored: dict[str, StoredTensor] = {}
+    for file in files:
+        if file.endswith(".safetensors"):
+            stored |= header(Path(file))
+    check_all_float(model, sources_of(model, stored), stored)
 
 
 def finish(model: PreTrainedModel) -> None:
