@@ -158,7 +158,8 @@ class PlanRecorder:
         return recorded
 
     def _start_counting(self) -> None:
-        self._counter, self._logged_load = LoadCounter(self._layers), dict(self.history.loads.get("training", {}))
+        self._counter = LoadCounter(self._layers, self._model)
+        self._logged_load = dict(self.history.loads.get("training", {}))
 
     def _stop_counting(self) -> None:
         if self._counter is not None:

@@ -167,6 +167,14 @@ def was_read(tensor: Tensor) -> bool:
     return getattr(tensor, "_is_hf_initialized", False)
 
 
+def split_by(model: PreTrainedModel) -> dict[str, int]:
+    """How transformers splits a model over processes: ``tp_size``, ``ep_size``, ... above 1; empty if it is whole."""
+    config = getattr(model.config, "distributed_config", None)
+    kinds = ("tp_size", "ep_size", "pp_size", "fsdp_size", "dp_replicate_size")
+    sizes = {kind: getattr(config, kind, None) or 1 for kind in kinds}
+    return {kind: size for kind, size in sizes.items() if size > 1}
+
+
 def may_be_missing(model: PreTrainedModel, name: str) -> bool:
     """Whether a model can do without a tensor in its checkpoint, because it computes it."""
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or [])

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import silu
 from transformers import MixtralForCausalLM
+from transformers.distributed import DistributedConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -170,6 +171,16 @@ def test_conversion_ops(tmp_path):
     build("mixtral").save_pretrained(tmp_path)
     MixtralForCausalLM.from_pretrained(tmp_path, quantization_config=Config())
     assert seen == dict.fromkeys((f"model.layers.{i}.mlp.experts.gate_up_proj" for i in (0, 1)), MixtralForCausalLM)
+
+
+def test_split_by():
+    model = build("mixtral")
+    assert compat.split_by(model) == {}
+    model.config.distributed_config = DistributedConfig(tp_size=1)
+    assert compat.split_by(model) == {}
+    model.config.distributed_config = DistributedConfig(tp_size=2, ep_size=2, fsdp_size=3)  # from_pretrained sets it
+    assert compat.split_by(model) == {"tp_size": 2, "ep_size": 2, "fsdp_size": 3}
+    assert "distributed_config" not in model.config.to_dict()  # a checkpoint never says how its model was split
 
 
 # -- PEFT and DeepSpeed -----------------------------------------------------------------------------------------------
