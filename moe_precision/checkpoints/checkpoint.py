@@ -125,6 +125,11 @@ class Checkpoint:
         """Whether config.json names a quantizer."""
         return self.quantization is not None
 
+    @property
+    def quantizer(self) -> str:
+        """Name of the quantizer in config.json, for messages; empty for a float checkpoint."""
+        return "" if self.quantization is None else str(self.quantization.get("quant_method", "unknown"))
+
     @cached_property
     def config(self) -> PreTrainedConfig:
         """config.json as transformers reads it."""

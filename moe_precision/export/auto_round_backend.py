@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.config import config_of
 from ..checkpoints.dtypes import meta_model_of
 from ..checkpoints.folders import check_quantizing, folder_replaced_when_done
 from ..checkpoints.headers import header
@@ -108,24 +107,26 @@ def _lift(folder: Path) -> None:
 
 def _restore_float32(folder: Path, source: Checkpoint) -> None:
     """Writes tensors that the family keeps in float32 as the float checkpoint has them: AutoRound rounds them too."""
-    dtype = config_of(folder).dtype or source.dtype
-    kept = meta_model_of(source.model_class(), source.config, dtype).state_dict()
-    names = [name for name, tensor in kept.items() if tensor.dtype == torch.float32 != dtype]
-    stored = {
-        on_disk: one[0].name
-        for name in names
-        if len(one := source.sources.get(name, [])) == 1
-        for on_disk in (name, one[0].name)
-    }
+    kept = {"BF16": _kept(source, torch.bfloat16), "F16": _kept(source, torch.float16)}
     for file in folder.glob("*.safetensors"):
         written = header(file)
-        rounded = [name for name in stored.keys() & written.keys() if written[name].dtype in ("BF16", "F16")]
+        rounded = {name: kept[one.dtype][name] for name, one in written.items() if name in kept.get(one.dtype, {})}
         if not rounded:
             continue
         with safe_open(file, "pt", backend="pread") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             about = opened.metadata()
-        save_tensors(tensors | {name: source.read(stored[name]).float() for name in rounded}, file, about)
+        save_tensors(tensors | {name: source.read(own).float() for name, own in rounded.items()}, file, about)
+
+
+def _kept(source: Checkpoint, dtype: torch.dtype) -> dict[str, str]:
+    """Names of the tensors that are float32 in a model of ``dtype``, in the model and on disk -> name on disk."""
+    found: dict[str, str] = {}
+    for name, tensor in meta_model_of(source.model_class(), source.config, dtype).state_dict().items():
+        made_of = source.sources.get(name, [])
+        if tensor.dtype == torch.float32 and len(made_of) == 1 and made_of[0].converter is None:
+            found |= dict.fromkeys((name, made_of[0].name), made_of[0].name)
+    return found
 
 
 def _run(checkpoint: str, out: str, given: str, group_size: int, iterations: int) -> None:
