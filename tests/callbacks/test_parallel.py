@@ -5,7 +5,7 @@ import socket
 import pytest
 import torch
 
-from moe_precision import allocate, find_moe_layers, quantize_model
+from moe_precision import PrecisionPlan, allocate, find_moe_layers, quantize_model
 from moe_precision.checkpoints import load_model
 from moe_precision.recording.loads import LoadCounter
 from moe_precision.recording.router_norms import max_variances, norms_by_layer
@@ -55,17 +55,23 @@ def test_split_models(split, sizes, batches, folders):
     counter = LoadCounter(layers)
     expected = logits(model)
     loads = counter.take(training=False)
+    plan = allocate(model, method="weight_error", average_bits=3, bits=(2, 4), group_size=32)
+    curvature = parallel_run.curvature_of_a_step(model)
     for rank in (0, 1):
-        found = torch.load(folder / f"{split}_{rank}.pt")
-        packed, loading, live = found["refusals"]
-        for text in (packed, loading):
+        found = torch.load(folder / f"{split}_{rank}.pt", weights_only=False)
+        *packed, live = found["refusals"]
+        for text in packed:
             assert text.startswith(f"QuantizationError: the model is to be split over processes ({sizes}), and packed")
         assert live.startswith("QuantizationError: ")
         assert "split over processes" in live
         torch.testing.assert_close(found["logits"], expected, atol=1e-5, rtol=1e-4)  # float models run as they did
+        assert PrecisionPlan.from_dict(found["plan"]).diff(plan) == []
         for name in norms:
             torch.testing.assert_close(found["norms"][name], norms[name])
             torch.testing.assert_close(found["variances"][name], variances[name])
+            for kind in ("rows", "columns"):
+                means = (getattr(one, kind)[name] for one in (found["curvature"], curvature))
+                torch.testing.assert_close(*means, rtol=1e-4, atol=0)
             assert torch.equal(found["loads"][name][0], batches * loads[name][0])  # both ranks have the same batch
 
 

@@ -8,13 +8,15 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from moe_precision import PlanQuantizationConfig, PrecisionPlan, find_moe_layers, quantize_model
+from moe_precision import PlanQuantizationConfig, PrecisionPlan, allocate, find_moe_layers, quantize_model
+from moe_precision.recording.curvature import Curvature
 from moe_precision.recording.loads import LoadCounter
 from moe_precision.recording.processes import processes_per_batch
 from moe_precision.recording.router_norms import max_variances, norms_by_layer
+from moe_precision.recording.second_moments import curvature_of
 from tests.support.models import build, logits
 
 SPLITS = {
@@ -23,6 +25,15 @@ SPLITS = {
     "ep_of_own_batches": {"fsdp_size": 2, "ep_size": 2},
     "fsdp": {"fsdp_size": 2},
 }
+
+
+def curvature_of_a_step(model: PreTrainedModel) -> Curvature:
+    """What Adam has seen of the experts in one step."""
+    ids = torch.arange(3, 90)[None]
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3, foreach=False)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    return curvature_of(find_moe_layers(model), [optimizer])
 
 
 def main(folder: str, split: str) -> None:
@@ -42,6 +53,8 @@ def main(folder: str, split: str) -> None:
 
     load = AutoModelForCausalLM.from_pretrained
     refused(lambda: load(path / "packed", distributed_config=config))
+    if split == "tp":
+        refused(lambda: load(path / "packed", tp_plan="auto"))
     refused(lambda: load(path / "float", distributed_config=config, quantization_config=PlanQuantizationConfig(plan)))
     model = load(path / "float", distributed_config=config)
     refused(lambda: quantize_model(model, plan))
@@ -51,6 +64,8 @@ def main(folder: str, split: str) -> None:
     counter = LoadCounter(layers, model)
     found["logits"] = logits(model)
     found["loads"] = counter.take(training=False)
+    found["plan"] = allocate(model, method="weight_error", average_bits=3, bits=(2, 4), group_size=32).to_dict()
+    found["curvature"] = curvature_of_a_step(model)
     torch.save(found, path / f"{split}_{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
