@@ -191,6 +191,12 @@ def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dt
     return plan
 
 
+def kept_in_float32(model: nn.Module) -> list[re.Pattern[str]]:
+    """Patterns of the names of weights that a family keeps in float32 in a model of 16 bits, of either kind."""
+    plan = dtype_plan(model, torch.float16) if isinstance(model, PreTrainedModel) else {}
+    return [re.compile(pattern.replace("*", ".*")) for pattern in plan]
+
+
 def model_of_config(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """A new model of a class in the dtype of its config, which calling the class ignores."""
     return model_class._from_config(config)

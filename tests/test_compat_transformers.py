@@ -91,6 +91,10 @@ def test_dtype_plan():
     ((pattern, dtype),) = compat.dtype_plan(model, torch.bfloat16).items()
     assert "gate" in pattern
     assert dtype == torch.float32
+    model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict = {"norm"}, {"gate.weight"}  # one in float16 alone
+    kept = compat.kept_in_float32(model)
+    names = [name for name, _ in model.named_parameters() if any(pattern.search(name) for pattern in kept)]
+    assert {name.split(".")[-2] for name in names} == {"gate", "norm", "input_layernorm", "post_attention_layernorm"}
 
 
 def test_model_of_config():

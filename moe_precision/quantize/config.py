@@ -38,8 +38,8 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
     Args:
         plan: A `PrecisionPlan`, its dict, or the path of its file. With a path, the curvature, grid and statistics
             that a run has left beside the plan are taken where none are given; with a plan they are not.
-        non_expert_bits: 8 or 4 to quantize the other linear layers too; routers, embeddings, norms and the output
-            head always keep their precision. None, the default, quantizes experts only.
+        non_expert_bits: 8 or 4 to quantize the other linear layers too; routers, embeddings, norms, the output head and
+            what the family keeps in float32 always keep their precision. None, the default, quantizes experts only.
         curvature: `Curvature`, or the path of its file: errors in input columns where the loss is curved count more in
             the fit. It changes values, not sizes, and is not needed again for loading.
         grid: `Grid`, or the path of its file: scales and offsets that training with `PrecisionAnneal` ended on;

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from moe_precision import PlanQuantizationConfig, allocate, find_moe_layers
+from moe_precision import PlanQuantizationConfig, allocate, find_moe_layers, quantize_model
 from moe_precision.callbacks import SavePretrained
 from moe_precision.checkpoints import Checkpoint, load_model
 from moe_precision.checkpoints.dtypes import cast
@@ -120,3 +120,17 @@ def test_what_auto_round_has_rounded_is_restored(tmp_path):
     found, expected = load_file(file), load_file(tmp_path / "float" / "model.safetensors")
     assert {name for name, t in found.items() if t.dtype == torch.float32} == {n for n in found if n.endswith(BIAS)}
     assert all(torch.equal(found[name], expected[name]) for name in found if name.endswith(BIAS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["deepseek_v32", "mistral_large4_text"])
+def test_linear_layers_that_stay_in_float32_are_not_packed(family):
+    model = build_tiny(family).float()
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    kept = {name for name in linears if name.endswith("indexer.weights_proj")}
+    assert kept
+    plan = allocate(model, method="uniform", average_bits=4, bits=(4,), group_size=32)
+    quantize_model(model, plan, non_expert_bits=8)
+    left = {name for name in linears if isinstance(model.get_submodule(name), torch.nn.Linear)}
+    assert kept <= left
+    assert len(left) < len(linears) / 2
