@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -218,7 +218,8 @@ def _save_pretrained(
     **kwargs: Any,
 ) -> None:
     """``save_pretrained`` that writes a given ``state_dict`` of a packed model too."""
-    with model.hf_quantizer.saving(state_dict):
+    quantizer = getattr(model, "hf_quantizer", None)
+    with quantizer.saving(state_dict) if isinstance(quantizer, PlanHfQuantizer) else nullcontext():
         type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **kwargs)
 
 
