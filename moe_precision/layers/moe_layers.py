@@ -10,7 +10,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from ..compat import split_by
 from .banks import Bank, Experts, with_count
 from .experts import find_experts, not_understood
 from .floats import held_as_codes, held_by_others, quantizer_of
@@ -172,7 +174,8 @@ def find_moe_layers(
 
     Raises:
         MoELayerError: No layer at all, experts without a router, two equally good routers, banks whose orientation
-            nothing shows, a pattern that matches nothing, or a model that is quantized, here or by another quantizer.
+            nothing shows, a pattern that matches nothing, a model that is quantized, here or by another quantizer, or
+            one whose layers are split over processes (pipeline parallelism).
 
     Example:
         >>> [layer.name for layer in find_moe_layers(model)]
@@ -180,6 +183,7 @@ def find_moe_layers(
     """
     for argument, pattern in (("router_pattern", router_pattern), ("expert_pattern", expert_pattern)):
         check_pattern(argument, pattern)
+    _check_all_layers_here(model)
     tree = module_tree(model)
     held = held_by_others(tree)
     if "" in held:
@@ -229,6 +233,17 @@ def find_moe_layers(
             "name its weights with router_pattern and expert_pattern"
         )
     return layers
+
+
+def _check_all_layers_here(model: nn.Module) -> None:
+    """Raises for a model whose layers are on several processes, each with some: a plan of some would look whole."""
+    root = root_model(model)
+    stages = split_by(root).get("pp_size", 1) if isinstance(root, PreTrainedModel) else 1
+    if stages > 1:
+        raise MoELayerError(
+            f"the layers of this {type(root).__name__} are split over processes by pipeline parallelism "
+            f"(pp_size={stages}), so that this one holds only some of them; load it without pp_size"
+        )
 
 
 def _missed(tree: Node, taken: list[Experts]) -> list[str]:

@@ -76,6 +76,14 @@ def test_split_models(split, sizes, batches, folders):
 
 
 @pytest.mark.slow
+def test_half_the_layers_are_no_model(folders):
+    folder, _ = folders
+    on_two_processes(folder, parallel_run.pipeline)
+    for rank in (0, 1):
+        assert "by pipeline parallelism (pp_size=2), so that this one" in torch.load(folder / f"pipeline_{rank}.pt")
+
+
+@pytest.mark.slow
 def test_a_packed_model_under_fsdp2_is_saved_whole(folders):
     folder, _ = folders
     on_two_processes(folder, parallel_run.packed_under_fsdp2)

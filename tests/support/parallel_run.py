@@ -11,7 +11,14 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from moe_precision import PlanQuantizationConfig, PrecisionPlan, allocate, find_moe_layers, quantize_model
+from moe_precision import (
+    MoELayerError,
+    PlanQuantizationConfig,
+    PrecisionPlan,
+    allocate,
+    find_moe_layers,
+    quantize_model,
+)
 from moe_precision.recording.curvature import Curvature
 from moe_precision.recording.loads import LoadCounter
 from moe_precision.recording.processes import processes_per_batch
@@ -67,6 +74,20 @@ def main(folder: str, split: str) -> None:
     found["plan"] = allocate(model, method="weight_error", average_bits=3, bits=(2, 4), group_size=32).to_dict()
     found["curvature"] = curvature_of_a_step(model)
     torch.save(found, path / f"{split}_{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+def pipeline(folder: str) -> None:
+    """Looks for layers in a model of which each process holds half."""
+    dist.init_process_group("gloo")
+    model = AutoModelForCausalLM.from_pretrained(
+        Path(folder) / "float", distributed_config=DistributedConfig(pp_size=2)
+    )
+    try:
+        found = str([layer.name for layer in find_moe_layers(model)])
+    except MoELayerError as error:
+        found = str(error)
+    torch.save(found, Path(folder) / f"pipeline_{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 
