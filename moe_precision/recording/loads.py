@@ -139,7 +139,7 @@ def count_loads(model: nn.Module, batches: Iterable[dict[str, Tensor]], **patter
         patterns: ``router_pattern`` and ``expert_pattern``, as in `find_moe_layers`.
     """
     model.eval()
-    counter = LoadCounter(find_moe_layers(model, **patterns))
+    counter = LoadCounter(find_moe_layers(model, **patterns), model)
     try:
         with torch.inference_mode():
             for batch in tqdm(batches, desc="expert load", unit="batch", leave=False):

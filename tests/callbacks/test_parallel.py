@@ -65,6 +65,7 @@ def test_split_models(split, sizes, batches, folders):
         assert live.startswith("QuantizationError: ")
         assert "split over processes" in live
         torch.testing.assert_close(found["logits"], expected, atol=1e-5, rtol=1e-4)  # float models run as they did
+        assert found["counted"]["model.layers.0.mlp"][0].sum() == batches * 87 * 2  # tokens, experts per token
         assert PrecisionPlan.from_dict(found["plan"]).diff(plan) == []
         for name in norms:
             torch.testing.assert_close(found["norms"][name], norms[name])

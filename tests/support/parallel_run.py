@@ -20,7 +20,7 @@ from moe_precision import (
     quantize_model,
 )
 from moe_precision.recording.curvature import Curvature
-from moe_precision.recording.loads import LoadCounter
+from moe_precision.recording.loads import LoadCounter, count_loads
 from moe_precision.recording.processes import processes_per_batch
 from moe_precision.recording.router_norms import max_variances, norms_by_layer
 from moe_precision.recording.second_moments import curvature_of
@@ -71,6 +71,8 @@ def main(folder: str, split: str) -> None:
     counter = LoadCounter(layers, model)
     found["logits"] = logits(model)
     found["loads"] = counter.take(training=False)
+    counter.close()
+    found["counted"] = count_loads(model, [{"input_ids": torch.arange(3, 90)[None]}])
     found["plan"] = allocate(model, method="weight_error", average_bits=3, bits=(2, 4), group_size=32).to_dict()
     found["curvature"] = curvature_of_a_step(model)
     torch.save(found, path / f"{split}_{dist.get_rank()}.pt")
