@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from moe_precision.layers.moe_layers import MoELayer
 from moe_precision.present.metrics import load_metrics
 from moe_precision.recording.history import RouterNormHistory
@@ -16,10 +18,10 @@ class LoadRecorder:
         self._history = RouterNormHistory()
         self._logged: Loads = {}  # tokens so far, at the last log
 
-    def start(self, layers: list[MoELayer], history: RouterNormHistory) -> None:
+    def start(self, layers: list[MoELayer], history: RouterNormHistory, model: nn.Module) -> None:
         """Begins to count, on top of what the history has already."""
         self.stop()
-        self._counter, self._history = LoadCounter(layers), history
+        self._counter, self._history = LoadCounter(layers, model), history
         self._logged = dict(history.loads.get("training", {}))
 
     def stop(self) -> None:

@@ -155,7 +155,7 @@ class PlanRecorder:
             check_restored(self.history, fresh, self._layers, step, type(self).__name__)
             self.history.caveats, self.history.patterns = fresh.caveats, fresh.patterns
             self.history.dtypes = fresh.dtypes
-            self._loads.start(self._layers, self.history)
+            self._loads.start(self._layers, self.history, model)
             return False
         self.history = fresh
         if step > 0:
@@ -165,7 +165,7 @@ class PlanRecorder:
                 f'the plan will have "baseline": {{"step": {step}}}.'
             )
         recorded = self._record(step)
-        self._loads.start(self._layers, self.history)
+        self._loads.start(self._layers, self.history, model)
         return recorded
 
     def _start_late(self, model: nn.Module, step: int) -> None:

@@ -16,6 +16,7 @@ from moe_precision.callbacks.late_finish import is_finished, why_not_late
 from moe_precision.callbacks.lightning_packages import LightningCallback
 from moe_precision.callbacks.trained_part import submodule
 from moe_precision.checkpoints.config import config_of
+from moe_precision.checkpoints.dtypes import cast
 from moe_precision.checkpoints.folders import check_replaceable, folder_replaced_when_done
 from moe_precision.files import check_writable
 from moe_precision.layers.module_tree import root_model
@@ -29,8 +30,8 @@ class SavePretrained(LightningCallback):
 
     Args:
         dirpath: Folder of the checkpoint, relative to the Trainer's ``default_root_dir``.
-        dtype: ``bfloat16``, ``float16`` or ``float32`` to save in, or None to keep the training dtype. A model whose
-            experts are packed is saved as it is.
+        dtype: ``bfloat16``, ``float16`` or ``float32`` to save in, or None to keep the training dtype. Tensors that the
+            model's family keeps in float32 stay in it. A model whose experts are packed is saved as it is.
         module: Path of the model in the LightningModule, such as ``student``; None takes the only one that is trained.
 
     Raises:
@@ -111,7 +112,7 @@ class SavePretrained(LightningCallback):
         packed = getattr(model, "is_quantized", False)  # whose scales have a dtype of their own
         dtype = model.dtype if self.dtype is None or packed else _DTYPES[self.dtype]
         if self.dtype is not None and not packed:
-            state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+            state = cast(model, state, dtype)
         folder = _free(Path(trainer.default_root_dir, self.dirpath))
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         with folder_replaced_when_done(folder) as temporary:

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps as ConversionOps  # what transformers hands weights to
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
@@ -44,6 +46,19 @@ def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 def is_convolution(module: nn.Module) -> bool:
     """Whether a module is a convolution, whose 3-D weight is not a bank of experts."""
     return isinstance(module, nn.modules.conv._ConvNd)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no values, as torch traces models with them."""
+    return isinstance(tensor, FakeTensor)
+
+
+def inside(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a wrapper holds, such as codes and scales under one name; empty for a tensor that is none."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return []
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
 
 
 def forget_compiled_code() -> None:
@@ -153,6 +168,14 @@ def was_read(tensor: Tensor) -> bool:
     return getattr(tensor, "_is_hf_initialized", False)
 
 
+def split_by(model: PreTrainedModel) -> dict[str, int]:
+    """How transformers splits a model over processes: ``tp_size``, ``ep_size``, ... above 1; empty if it is whole."""
+    config = getattr(model.config, "distributed_config", None)
+    kinds = ("tp_size", "ep_size", "pp_size", "fsdp_size", "dp_replicate_size")
+    sizes = {kind: getattr(config, kind, None) or 1 for kind in kinds}
+    return {kind: size for kind, size in sizes.items() if size > 1}
+
+
 def may_be_missing(model: PreTrainedModel, name: str) -> bool:
     """Whether a model can do without a tensor in its checkpoint, because it computes it."""
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or [])
@@ -167,6 +190,12 @@ def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dt
     """Patterns of the names of weights that loading keeps in another dtype than ``dtype`` -> that dtype."""
     plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
     return plan
+
+
+def kept_in_float32(model: nn.Module) -> list[re.Pattern[str]]:
+    """Patterns of the names of weights that a family keeps in float32 in a model of 16 bits, of either kind."""
+    plan = dtype_plan(model, torch.float16) if isinstance(model, PreTrainedModel) else {}
+    return [re.compile(pattern.replace("*", ".*")) for pattern in plan]
 
 
 def model_of_config(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

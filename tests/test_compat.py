@@ -53,6 +53,23 @@ def test_flat_parameter(one_process):
     assert list(compat.own_parameters(linear)) == [compat.FLAT_PARAMETER]
 
 
+def test_what_wrappers_hold():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    linear = nn.Linear(64, 4)
+    assert compat.inside(linear.weight) == []
+    quantize_(linear, Int8WeightOnlyConfig())
+    assert {tensor.dtype for tensor in compat.inside(linear.weight)} == {torch.int8, torch.float32}
+
+
+def test_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert compat.is_fake(nn.Linear(2, 2).weight)
+    assert not compat.is_fake(nn.Linear(2, 2, device="meta").weight)
+
+
 def test_own_parameters():
     linear = nn.Linear(2, 2, bias=False)
     linear.__dict__["weight"] = torch.zeros(2, 2)  # as hooks cover it

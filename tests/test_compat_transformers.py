@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import silu
 from transformers import MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.distributed import DistributedConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -90,6 +91,10 @@ def test_dtype_plan():
     ((pattern, dtype),) = compat.dtype_plan(model, torch.bfloat16).items()
     assert "gate" in pattern
     assert dtype == torch.float32
+    model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict = {"norm"}, {"gate.weight"}  # one in float16 alone
+    kept = compat.kept_in_float32(model)
+    names = [name for name, _ in model.named_parameters() if any(pattern.search(name) for pattern in kept)]
+    assert {name.split(".")[-2] for name in names} == {"gate", "norm", "input_layernorm", "post_attention_layernorm"}
 
 
 def test_model_of_config():
@@ -132,7 +137,7 @@ def test_layer_classes():
 
 
 def test_methods_of_quantizers_that_ours_overrides():
-    own = {"pack", "plan", "waiting"}  # not transformers'
+    own = {"pack", "plan", "saving", "waiting"}  # not transformers'
     overridden = {name for name in vars(PlanHfQuantizer) if not name.startswith(("__", "_abc_"))} - own
     assert "_process_model_before_weight_loading" in overridden
     assert [name for name in overridden if not hasattr(HfQuantizer, name)] == []
@@ -194,6 +199,16 @@ def test_trainer_run(tmp_path):
     train("two", resume=str(tmp_path / "one" / "checkpoint-1"))
     assert set(seen[3:]) == {(str(tmp_path / "two"), str(tmp_path / "one" / "checkpoint-1"))}
     assert compat.trainer_run() == (None, None)
+
+
+def test_split_by():
+    model = build("mixtral")
+    assert compat.split_by(model) == {}
+    model.config.distributed_config = DistributedConfig(tp_size=1)
+    assert compat.split_by(model) == {}
+    model.config.distributed_config = DistributedConfig(tp_size=2, ep_size=2, fsdp_size=3)  # from_pretrained sets it
+    assert compat.split_by(model) == {"tp_size": 2, "ep_size": 2, "fsdp_size": 3}
+    assert "distributed_config" not in model.config.to_dict()  # a checkpoint never says how its model was split
 
 
 # -- PEFT and DeepSpeed -----------------------------------------------------------------------------------------------

@@ -100,7 +100,10 @@ class StoredWeights:
 
     def __init__(self, checkpoint: Checkpoint, patterns: Patterns | None = None) -> None:
         if checkpoint.is_quantized:
-            raise CheckpointError(f"{str(checkpoint.folder)!r} is quantized; give the float checkpoint")
+            raise CheckpointError(
+                f"{str(checkpoint.folder)!r} is quantized; give the float checkpoint (config.json names "
+                f"{checkpoint.quantizer!r})"
+            )
         self._checkpoint, self._patterns = checkpoint, patterns or Patterns()
         self._layers = checkpoint.layers(self._patterns)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from ..errors import MoEPrecisionError
+
+FLOATS = ("F32", "BF16", "F16", "F64")  # safetensors' names; those of 8 bits have a scale beside them
 
 
 class CheckpointError(MoEPrecisionError, ValueError):
@@ -30,6 +33,21 @@ class StoredTensor:
     shape: tuple[int, ...]
     nbytes: int
     file: Path
+
+    @property
+    def is_float(self) -> bool:
+        """Whether its values are the weights themselves."""
+        return self.dtype in FLOATS
+
+
+def check_float(names: Iterable[str], tensors: Mapping[str, StoredTensor]) -> None:
+    """Raises `CheckpointError` for the first of some weights that holds codes of a quantizer instead of floats."""
+    for name in names:
+        if not tensors[name].is_float:
+            raise CheckpointError(
+                f"{str(tensors[name].file.parent)!r}: {name!r} is stored as {tensors[name].dtype}, which a quantizer "
+                "writes, and its values are not the weights; give the float checkpoint"
+            )
 
 
 def weight_files(folder: Path) -> list[Path]:

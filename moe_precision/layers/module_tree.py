@@ -30,6 +30,9 @@ from ..compat import (
 from ..errors import MoEPrecisionError
 from .roots import root_model as root_model
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes whose values are the weights themselves; those of 8 bits have a scale beside them."""
+
 _NUMBERED = re.compile(r"^(?:expert_?)?\d+$", re.IGNORECASE)
 _ADDITIVE_TUNERS = ("lora", "loha", "lokr", "adalora", "vera")
 
@@ -81,9 +84,12 @@ class Weight:
         """The values that the forward pass uses, of `shape`; a DTensor under FSDP2, with the whole shape.
 
         Raises:
-            MoELayerError: The tensor here is a shard, or an adapter whose effect on the weight is not known.
+            MoELayerError: The tensor here is a shard, holds a quantizer's codes, or has an adapter whose effect on the
+                weight is not known.
         """
         value = self.parameter()
+        if value.dtype not in FLOATS:
+            raise MoELayerError(f"{self.name!r} holds {value.dtype}: it was quantized after its layer was found")
         if value.shape != self.shape or (self.unit is not None and not self._open):
             raise MoELayerError(
                 f"{self.name!r} has shape {tuple(value.shape)} on this rank, expected {self.shape}: it is a shard "

@@ -13,6 +13,7 @@ from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import MoEPrecisionError
+from ..layers.floats import QUANT_METHOD as QUANT_METHOD
 from ..layers.moe_layers import MoELayer
 from ..plans.beside import existing
 from ..plans.document import Document
@@ -23,7 +24,6 @@ from ..recording.curvature import Curvature, as_curvature
 from ..recording.statistics import ExpertStatistics, as_statistics
 from .codec.grid import Grid
 
-QUANT_METHOD = "moe_precision"
 FORMAT_VERSION = 3  # of the packed checkpoint: docs/checkpoint-format.md; 1 had no checksums and no version field
 
 
@@ -38,8 +38,8 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
     Args:
         plan: A `PrecisionPlan`, its dict, or the path of its file. With a path, the curvature, grid and statistics
             that a run has left beside the plan are taken where none are given; with a plan they are not.
-        non_expert_bits: 8 or 4 to quantize the other linear layers too; routers, embeddings, norms and the output
-            head always keep their precision. None, the default, quantizes experts only.
+        non_expert_bits: 8 or 4 to quantize the other linear layers too; routers, embeddings, norms, the output head and
+            what the family keeps in float32 always keep their precision. None, the default, quantizes experts only.
         curvature: `Curvature`, or the path of its file: errors in input columns where the loss is curved count more in
             the fit. It changes values, not sizes, and is not needed again for loading.
         grid: `Grid`, or the path of its file: scales and offsets that training with `PrecisionAnneal` ended on;

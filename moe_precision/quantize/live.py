@@ -17,7 +17,7 @@ from ..recording.curvature import Curvature
 from ..recording.statistics import ExpertStatistics
 from .codec.grid import Grid
 from .config import QUANT_METHOD, PlanQuantizationConfig, QuantizationError
-from .hf import PlanHfQuantizer, finish
+from .hf import PlanHfQuantizer, check_not_split, finish
 from .modules import kernels_of
 from .replace import EXPERTS_IMPLEMENTATION, find_targets, replace_weight
 
@@ -47,6 +47,7 @@ def quantize_model(
     Raises:
         PlanError: The plan is for another model.
         UnsupportedLayoutError: Experts in a layout that cannot be packed yet.
+        QuantizationError: The model is split over processes, or a weight is not finite.
 
     Example:
         >>> plan = allocate(model, method="weight_error", average_bits=2.5, group_size=64)
@@ -55,6 +56,7 @@ def quantize_model(
     config = PlanQuantizationConfig(
         plan, non_expert_bits=non_expert_bits, curvature=curvature, grid=grid, statistics=statistics
     )
+    check_not_split(model)
     layers = find_moe_layers(model, **config.plan.patterns)
     targets = find_targets(
         model, layers, config.plan, non_expert_bits, config.curvature, config.grid, config.statistics

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..compat import mark_as_read, runs_through_experts_interface, tied_names
+from ..compat import kept_in_float32, mark_as_read, runs_through_experts_interface, tied_names
 from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer
 from ..plans.plan import PrecisionPlan, model_type_of
@@ -195,17 +195,18 @@ def _fit(
 
 
 def _non_expert_targets(model: nn.Module, layers: list[MoELayer], bits: int, group_size: int) -> list[Target]:
-    """Every ``nn.Linear`` outside experts, except routers, the output embeddings and tied weights."""
+    """Every ``nn.Linear`` outside experts, but routers, output embeddings, tied weights and what stays in float32."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     tied = set(tied_names(model))
     routers = {layer.router for layer in layers}
+    kept = kept_in_float32(model)
     targets = []
     for path, module in model.named_modules():
         name = f"{path}.weight"
         inside = any(path.startswith(layer.experts + ".") for layer in layers)
         if not isinstance(module, nn.Linear) or module is head or inside or name in routers | tied:
             continue
-        if any(router.startswith(path + ".") for router in routers):
+        if any(router.startswith(path + ".") for router in routers) or any(one.search(name) for one in kept):
             continue
         check_group_size(group_size, path, {"weight": (module.out_features, module.in_features)})
         targets.append(Target(name, [bits], (module.out_features, module.in_features), fused=False))

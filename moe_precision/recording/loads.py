@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..compat import in_backward_pass
+from ..compat import forget_compiled_code, in_backward_pass
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from .batches import run_batch
+from .processes import processes_per_batch, summed
 from .signals import expert_load
 
 Loads = dict[str, Tensor]  # layer -> (2, E) float64: tokens, summed routing weight (NaN where it cannot be seen)
@@ -33,15 +33,18 @@ class LoadCounter:
 
     Args:
         layers: As found by `find_moe_layers`. The hooks are on their modules, under every wrapper.
+        model: The whole model, which shows whether several processes run each batch together (tensor parallelism):
+            their tokens count once.
 
     Attributes:
         training: Whether what runs now is training.
         unseen: Names of the layers that were called in a way that shows nothing.
     """
 
-    def __init__(self, layers: list[MoELayer]) -> None:
+    def __init__(self, layers: list[MoELayer], model: nn.Module | None = None) -> None:
         self.training, self.unseen = True, set[str]()
         self._layers = layers
+        self._together = 1 if model is None else processes_per_batch(model)
         self._counts: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}  # training -> layer -> (2, E)
         self._handles: list[Any] = []
         for layer in layers:
@@ -51,6 +54,7 @@ class LoadCounter:
                     self._hook(module, self._one_expert, layer, expert)
             else:
                 self._hook(container, self.count, layer)
+        forget_compiled_code()  # that was compiled in a validation before training
 
     def _hook(self, module: nn.Module, count: Any, *known: Any) -> None:
         self._handles.append(module.register_forward_pre_hook(_Hook(count, known), with_kwargs=True))
@@ -84,8 +88,7 @@ class LoadCounter:
         # layers that were not called have no tokens, and no weight either
         flat = [counted.get(layer.name, torch.zeros(2, layer.num_experts)).to(device) for layer in self._layers]
         together = torch.cat([one.double() if device.type != "mps" else one for one in flat], dim=1)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(together)
+        together = summed(together) / self._together
         sizes = [layer.num_experts for layer in self._layers]
         by_layer = zip(self._layers, together.cpu().double().split(sizes, dim=1), strict=True)
         return {layer.name: load.clone() for layer, load in by_layer if load[0].sum() > 0}
@@ -151,7 +154,7 @@ def count_loads(model: nn.Module, batches: Iterable[dict[str, Tensor]], **patter
         patterns: ``router_pattern`` and ``expert_pattern``, as in `find_moe_layers`.
     """
     model.eval()
-    counter = LoadCounter(find_moe_layers(model, **patterns))
+    counter = LoadCounter(find_moe_layers(model, **patterns), model)
     counter.training = False
     try:
         with torch.inference_mode():

@@ -209,7 +209,7 @@ def test_what_an_optimizer_will_keep(optimizer, keeps, family):
     if keeps:
         check_second_moments(layers, [made])
     else:
-        with pytest.raises(CurvatureError, match="is not among the optimizers|adds the weight decay"):
+        with pytest.raises(CurvatureError, match=r"is not among the optimizers|adds the weight decay"):
             check_second_moments(layers, [made])
     assert torch.equal(torch.get_rng_state(), state)
     assert not made.state

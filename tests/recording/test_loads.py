@@ -234,3 +234,15 @@ def test_a_family_whose_experts_are_not_called_with_indices_has_no_load():
     counter = LoadCounter(find_moe_layers(model))
     model.experts(torch.randn(3, config["hidden_size"]))
     assert counter.take(training=True) == {}
+
+
+def test_hooks_count_in_code_that_was_compiled_before_them():
+    """As in Lightning: the sanity check compiles the model before training begins, and validation runs it again."""
+    model = build("mixtral").eval()
+    compiled = torch.compile(model, backend="eager")
+    ids = torch.randint(3, 128, (2, 9))
+    with torch.no_grad():
+        compiled(input_ids=ids)
+        counter = LoadCounter(find_moe_layers(compiled), compiled)
+        compiled(input_ids=ids)
+    assert {load[0].sum().item() for load in counter.take(training=True).values()} == {18 * 2}
