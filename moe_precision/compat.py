@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.autograd.graph import Node
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps as ConversionOps  # what transformers hands weights to
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 # -- torch: modules ---------------------------------------------------------------------------------------------------
 
@@ -38,6 +41,12 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
 def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks that run before a module's forward pass."""
     return list(module._forward_pre_hooks.values())
+
+
+def forget_forward_pre_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Removes a hook that runs before a module's forward pass, also from a copy of the module that was hooked."""
+    for key in [key for key, one in module._forward_pre_hooks.items() if one is hook]:
+        del module._forward_pre_hooks[key]
 
 
 def is_convolution(module: nn.Module) -> bool:
@@ -120,6 +129,13 @@ def runs_through_experts_interface(experts: nn.Module) -> bool:
     return hasattr(experts, "has_gate") and hasattr(experts, "is_transposed")
 
 
+def experts_implementation(experts: nn.Module) -> str | None:
+    """Name of the function that a module of fused experts runs through."""
+    config: Any = experts.config
+    found: str | None = config._experts_implementation
+    return found
+
+
 def apply_gate(experts: Any, hidden: Tensor) -> Tensor:
     """Activation and gate of a module of fused experts, ``(tokens, 2 * neurons) -> (tokens, neurons)``."""
     found: Tensor = experts._apply_gate(hidden)
@@ -186,6 +202,37 @@ def save_under_module_names(model: PreTrainedModel) -> None:
 def mark_as_quantized(config: Any) -> None:
     """Tells transformers that the model of a config is quantized, as its own quantizers do."""
     config._is_quantized = True
+
+
+def save_under_hub_names(model: PreTrainedModel) -> None:
+    """Undoes `save_under_module_names`: ``save_pretrained`` writes the names that the family has on the Hub."""
+    if hasattr(model, "_weight_conversions"):
+        del model._weight_conversions
+
+
+def was_dequantized_on_loading(model: PreTrainedModel) -> bool:
+    """Whether `from_pretrained` made a float model of another tool's packed weights, which saving cannot undo."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    operations = [operation for one in conversions for operation in getattr(one, "operations", ())]
+    return any(getattr(operation, "hf_quantizer", None) is not None for operation in operations)
+
+
+def mark_as_float(model: PreTrainedModel) -> None:
+    """Undoes `mark_as_quantized` for a model and all models inside it."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
+            del module.config._is_quantized
+
+
+@cache
+def parts_of_configs() -> dict[str, frozenset[str]]:
+    """Model type -> the types of the models that transformers builds inside it, such as its text model."""
+    found = {}
+    for model_type in CONFIG_MAPPING_NAMES:
+        with suppress(ImportError, AttributeError):  # what is not installed
+            parts = CONFIG_MAPPING[model_type].sub_configs.values()
+            found[model_type] = frozenset(part.model_type for part in parts if getattr(part, "model_type", ""))
+    return found
 
 
 def layer_classes(model: PreTrainedModel) -> set[str]:

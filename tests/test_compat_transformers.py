@@ -38,6 +38,12 @@ def test_runs_through_experts_interface():
     assert not compat.runs_through_experts_interface(PlainMoE().experts)
 
 
+def test_experts_implementation():
+    model = build("mixtral")
+    model.set_experts_implementation("eager")
+    assert compat.experts_implementation(model.model.layers[0].mlp.experts) == "eager"
+
+
 def test_apply_gate():
     experts, hidden = build("mixtral").model.layers[0].mlp.experts, torch.randn(3, 256)
     torch.testing.assert_close(compat.apply_gate(experts, hidden), silu(hidden[:, :128]) * hidden[:, 128:])
@@ -124,6 +130,39 @@ def test_mark_as_quantized():
     compat.mark_as_quantized(model.config)
     assert model.config._is_quantized
     assert "_is_quantized" not in model.config.to_dict()  # config.json never holds it
+
+
+def test_save_under_hub_names(tmp_path):
+    build("mixtral").save_pretrained(tmp_path / "hub")
+    model = MixtralForCausalLM.from_pretrained(tmp_path / "hub")
+    compat.save_under_module_names(model)
+    compat.save_under_hub_names(model)
+    model.save_pretrained(tmp_path / "again")
+    names = [set(load_file(tmp_path / folder / "model.safetensors")) for folder in ("hub", "again")]
+    assert names[0] == names[1]
+    compat.save_under_hub_names(build("mixtral"))  # which never had anything to undo
+
+
+def test_mark_as_float():
+    model = build("mixtral")
+    compat.mark_as_quantized(model.config)
+    compat.mark_as_float(model)
+    assert not hasattr(model.config, "_is_quantized")
+    compat.mark_as_float(model)
+
+
+def test_was_dequantized_on_loading():
+    """By the attribute of transformers' operations; real releases are in tests/callbacks/test_save_of_releases.py."""
+    model = build("mixtral")
+    assert not compat.was_dequantized_on_loading(model)
+    model._weight_conversions = [SimpleNamespace(operations=[SimpleNamespace(hf_quantizer=object())])]
+    assert compat.was_dequantized_on_loading(model)
+
+
+def test_parts_of_configs():
+    parts = compat.parts_of_configs()
+    assert "qwen3_5_moe_text" in parts["qwen3_5_moe"]
+    assert parts["mixtral"] == frozenset()
 
 
 def test_layer_classes():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from ..files import umask
+from .config import released
 from .headers import CheckpointError
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ def check_quantizing(checkpoint: Checkpoint, out: str | os.PathLike[str], *sourc
         CheckpointError: The checkpoint is quantized already, or ``out`` lies in what is read or contains it.
     """
     if checkpoint.is_quantized:
-        raise CheckpointError(f"{str(checkpoint.folder)!r} is quantized already; quantize the float checkpoint instead")
+        raise CheckpointError(
+            f"{str(checkpoint.folder)!r} is quantized already; quantize the float checkpoint instead"
+            + released(checkpoint.quantization)
+        )
     if Path(out).resolve().is_relative_to(checkpoint.folder.resolve()):
         raise CheckpointError(f"{os.fspath(out)!r} is, or lies in, the float checkpoint; choose another folder")
     for source in (checkpoint.folder, *sources):
