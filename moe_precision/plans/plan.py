@@ -12,12 +12,16 @@ from typing import Any, cast
 
 from torch import nn
 
+from ..layers.module_tree import root_model
 from ..layers.moe_layers import find_moe_layers
 from ..layers.patterns import Patterns
+from ..layers.prefixes import prefixes_of
 from ..layers.shape import LayerShape
 from ..version import __version__
 from . import document
 from .layer_plan import LayerPlan
+from .model_types import model_type_of as model_type_of
+from .model_types import related_types
 from .notes import PlanNotes
 from .numbers import whole_number
 from .settings import PlanSettings
@@ -30,12 +34,6 @@ Bits = Mapping[str, Sequence[int] | Mapping[str, Sequence[int]]]  # layer -> wid
 def _versions() -> tuple[tuple[str, str], ...]:
     libraries = ("torch", "transformers", "pytorch-lightning")
     return (("moe-precision", __version__), *((name, importlib.metadata.version(name)) for name in libraries))
-
-
-def model_type_of(model: nn.Module) -> str:
-    """transformers' ``config.model_type`` where there is one, else the name of the class."""
-    config = getattr(model, "config", None)
-    return str(getattr(config, "model_type", None) or type(model).__name__)
 
 
 @dataclass(frozen=True)
@@ -155,8 +153,27 @@ class PrecisionPlan:
             PlanError: The model type differs, a layer is missing on either side, or shapes differ.
             MoELayerError: The model has no Mixture-of-Experts layer.
         """
-        found = {layer.name: layer.shape for layer in find_moe_layers(model, **self.patterns)}
-        self.check_layers(found, model_type_of(model))
+        self.for_model(model, {layer.name: layer.shape for layer in find_moe_layers(model, **self.patterns)})
+
+    def for_model(self, model: nn.Module, found: Mapping[str, LayerShape]) -> PrecisionPlan:
+        """The plan in the names of this model: itself, or under another prefix in another class of the same model.
+
+        ``AutoModel``, ``ForCausalLM`` and a model of text and images that holds the same text model can share a plan.
+
+        Args:
+            model: The model, on any device.
+            found: Its layers by name, as found by `find_moe_layers` with the plan's patterns.
+
+        Raises:
+            PlanError: As in `check`.
+        """
+        change = prefixes_of({name: layer.shape for name, layer in self.layers.items()}, found)
+        related = self.model_type in related_types(root_model(model))
+        if change is None or not related or (change.equal and self.model_type == model_type_of(model)):
+            self.check_layers(dict(found), model_type_of(root_model(model)))
+            return self
+        layers = {change(name): replace(layer, shape=change.shape(layer.shape)) for name, layer in self.layers.items()}
+        return replace(self, layers=layers, model_type=model_type_of(root_model(model)))
 
     def check_layers(self, found: dict[str, LayerShape], model_type: str) -> None:
         """`check` for layers that were found already."""

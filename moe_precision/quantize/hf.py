@@ -18,8 +18,14 @@ from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..plans.plan import PrecisionPlan
 from .checksums import check_files, metadata
 from .config import QUANT_METHOD, PlanQuantizationConfig, QuantizationError
-from .modules import kernels_of, packed_experts_forward
-from .replace import EXPERTS_IMPLEMENTATION, Target, find_targets, replace_weight
+from .dequantizing import restore_floats
+from .modules import EXPERTS_IMPLEMENTATION, kernels_of, packed_experts_forward
+from .replace import Target, find_targets, replace_weight
+
+_NO_DISK = (
+    "the device map puts parts of the model on 'disk', from where packed experts cannot run: give devices with enough "
+    "memory, or device_map='cpu'. `moe-precision quantize` packs a checkpoint that is larger than memory"
+)
 
 
 class _PackWeight(ConversionOps):
@@ -65,6 +71,15 @@ class PlanHfQuantizer(HfQuantizer):
         """The plan that this quantizer carries out."""
         return self.quantization_config.plan
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuses what cannot work before anything is read.
+
+        Raises:
+            QuantizationError: A device map with ``disk`` in it.
+        """
+        if device_map == "disk" or (isinstance(device_map, dict) and "disk" in device_map.values()):
+            raise QuantizationError(_NO_DISK)
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
@@ -74,6 +89,7 @@ class PlanHfQuantizer(HfQuantizer):
             check_files(checkpoint_files, self.quantization_config.digest())
         config = self.quantization_config
         self.layers = find_moe_layers(model, **self.plan.patterns)
+        config.in_names_of(model, self.layers)
         targets = find_targets(
             model,
             self.layers,
@@ -110,6 +126,8 @@ class PlanHfQuantizer(HfQuantizer):
         return [] if self.pre_quantized else weight_conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if "disk" in (getattr(model, "hf_device_map", None) or {}).values():  # as device_map="auto" turned out
+            raise QuantizationError(_NO_DISK)
         if self._waiting:
             raise QuantizationError(
                 f"{len(self._waiting)} expert weights were not in the checkpoint, the first is "
@@ -120,6 +138,7 @@ class PlanHfQuantizer(HfQuantizer):
             for name, tensor in model.state_dict(keep_vars=True).items()
             if (self.pre_quantized or any(name.startswith(layer + ".") for layer in self.plan.layers))
             and not may_be_missing(model, name)
+            and not _is_of_a_new_head(model, name)
             and not was_read(tensor)
         ]
         if unread:
@@ -140,6 +159,10 @@ class PlanHfQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        """What ``model.dequantize()`` calls."""
+        return restore_floats(model, dtype)
+
     @property
     def is_trainable(self) -> bool:
         return True  # routers, adapters and whatever else is not packed: gradients pass through packed experts
@@ -147,6 +170,12 @@ class PlanHfQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         return True  # transformers' Trainer accepts a quantized model without adapters only then
+
+
+def _is_of_a_new_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor belongs to a head that the class which wrote the checkpoint does not have."""
+    body, written_by = model.base_model_prefix, model.config.architectures or [type(model).__name__]
+    return type(model).__name__ not in written_by and hasattr(model, body) and not name.startswith(f"{body}.")
 
 
 def finish(model: PreTrainedModel) -> None:
