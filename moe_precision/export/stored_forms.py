@@ -15,21 +15,21 @@ from ..checkpoints.headers import CheckpointError, StoredTensor
 Tensors = Mapping[str, StoredTensor]
 FLOAT = ("BF16", "F16", "F32")
 GPTQ, AWQ, COMPRESSED_TENSORS, MLX = "gptq", "awq", "compressed-tensors", "mlx"
-_FORMS: dict[str, tuple[str, dict[str, str]]] = {  # quant_method -> key of the config, its value -> form
-    "gptq": ("checkpoint_format", dict.fromkeys(("gptq", "gptq_v2", "gptq_p"), GPTQ)),
+_FORMS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {  # quant_method -> keys of the config, their value -> form
+    "gptq": (("checkpoint_format",), dict.fromkeys(("gptq", "gptq_v2", "gptq_p"), GPTQ)),
     "auto-round": (
-        "packing_format",
+        ("packing_format",),
         dict.fromkeys(("auto_round", "auto_round:auto_gptq", "auto_round:gptqmodel"), GPTQ)
         | {"auto_round:auto_awq": AWQ},
     ),
-    "awq": ("version", {"gemm": AWQ}),
+    "awq": (("version", "checkpoint_format"), {"gemm": AWQ}),
     "compressed-tensors": (
-        "format",
+        ("format",),
         dict.fromkeys(
             ("pack-quantized", "int-quantized", "naive-quantized", "dense", "mixed-precision"), COMPRESSED_TENSORS
         ),
     ),
-    "mlx": ("mode", {"affine": MLX}),
+    "mlx": (("mode",), {"affine": MLX}),
 }
 METHODS = tuple(_FORMS)
 PACKED = (
@@ -64,17 +64,18 @@ def form_of(quantization: Mapping[str, Any], name: str) -> str:
         raise CheckpointError(
             f"{name} was quantized by {method!r}; supported are {', '.join(METHODS)} and moe_precision"
         )
-    key, forms = _FORMS[method]
-    stated = [quantization.get(key)]
+    keys, forms = _FORMS[method]
+    stated = [(key, quantization.get(key)) for key in keys]
     if method == "compressed-tensors":  # a group may have a format of its own
-        stated += [group.get("format") for group in (quantization.get("config_groups") or {}).values()]
-    other = [one for one in stated if one is not None and str(one).lower() not in forms]
-    if other:
-        raise CheckpointError(
-            f"{name} was quantized by {method!r} with {key}={other[0]!r}, whose bits cannot be read; known are "
-            f"{', '.join(forms)}"
-        )
-    return next((forms[str(one).lower()] for one in stated if one is not None), next(iter(forms.values())))
+        stated += [("format", group.get("format")) for group in (quantization.get("config_groups") or {}).values()]
+    said = [(key, one) for key, one in stated if one is not None]
+    for key, one in said:
+        if str(one).lower() not in forms:
+            raise CheckpointError(
+                f"{name} was quantized by {method!r} with {key}={one!r}, whose bits cannot be read; known are "
+                f"{', '.join(forms)}"
+            )
+    return forms[str(said[0][1]).lower()] if said else next(iter(forms.values()))
 
 
 def widths_of(quantization: Mapping[str, Any]) -> list[int]:

@@ -169,11 +169,12 @@ class PrecisionPlan:
         """
         change = prefixes_of({name: layer.shape for name, layer in self.layers.items()}, found)
         related = self.model_type in related_types(root_model(model))
-        if change is None or not related or (change.equal and self.model_type == model_type_of(model)):
-            self.check_layers(dict(found), model_type_of(root_model(model)))
+        own_type = model_type_of(root_model(model))
+        if change is None or not related or (change.equal and self.model_type == own_type):
+            self.check_layers(dict(found), self.model_type if related else own_type)
             return self
         layers = {change(name): replace(layer, shape=change.shape(layer.shape)) for name, layer in self.layers.items()}
-        return replace(self, layers=layers, model_type=model_type_of(root_model(model)))
+        return replace(self, layers=layers, model_type=own_type)
 
     def check_layers(self, found: dict[str, LayerShape], model_type: str) -> None:
         """`check` for layers that were found already."""

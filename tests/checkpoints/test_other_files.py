@@ -77,7 +77,9 @@ def saved(tmp_path):
 
 def test_quantizing_takes_along_what_belongs_to_the_model(saved):
     _, plan, source, out, _ = saved
-    with pytest.warns(UserWarning, match=r"left out, as weights of another kind.*checkpoint-5/.*model.Q4_K_M.gguf"):
+    with pytest.warns(
+        UserWarning, match=r"left out, as weights of another kind.*checkpoint-5/.*model.Q4_K_M.gguf.*pytorch_model.bin"
+    ):
         quantize_checkpoint(source, plan, out)
     assert files_in(out) == {"config.json", "model.safetensors", *BELONGS}
     assert {name: (out / name).read_text() for name in BELONGS} == BELONGS
@@ -114,12 +116,17 @@ def test_a_plain_folder_warns_of_nothing(tmp_path):
 def test_nothing_is_written_over_and_links_end(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     put(source, {"config.json": "{}", "a.txt": "theirs", "part/b.txt": "theirs"})
+    put(source, {"one/c.txt": "1", "two/d.txt": "2"})
     (source / "part" / "round").symlink_to(source, target_is_directory=True)
+    (source / "part" / "itself").symlink_to(source / "part", target_is_directory=True)
+    (source / "one" / "two").symlink_to(source / "two", target_is_directory=True)
+    (source / "two" / "one").symlink_to(source / "one", target_is_directory=True)
     (source / "linked.txt").symlink_to(source / "a.txt")
     (source / "gone.txt").symlink_to(source / "nowhere")
     put(out, {"a.txt": "ours"})
     copy_other_files(source, out)
-    assert files_in(out) == {"a.txt", "part/b.txt", "linked.txt"}
+    found = {"a.txt", "part/b.txt", "linked.txt", "one/c.txt", "one/two/d.txt", "two/d.txt", "two/one/c.txt"}
+    assert files_in(out) == found
     assert (out / "a.txt").read_text() == "ours"
     assert not (out / "linked.txt").is_symlink()
     shutil.rmtree(source)

@@ -31,6 +31,7 @@ def awq(out: int, inp: int, bits: int) -> dict:
         ({"quant_method": "auto-round", "packing_format": "auto_round"}, gptq),
         ({"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}, awq),
         ({"quant_method": "awq", "version": "GEMM"}, awq),
+        ({"quant_method": "awq", "checkpoint_format": "gemm"}, awq),
     ],
 )
 def test_the_config_says_the_form(tmp_path, quantization, suffixes):

@@ -118,18 +118,28 @@ def test_what_lies_beside_a_plan_takes_on_the_names_too(mixtral, tmp_path):
         assert torch.equal(quantize_model(body, plan, grid=grid)(IDS).last_hidden_state, expected)
 
 
-def test_a_text_models_plan_on_the_model_that_contains_it():
-    text, both = build_tiny("qwen3_5_moe_text"), build_tiny("qwen3_5_moe")
+@pytest.mark.parametrize("family", ["gemma4", "qwen3_vl_moe"])
+def test_a_text_models_plan_on_the_model_that_contains_it(family, tmp_path):
+    text, both = build_tiny(f"{family}_text"), build_tiny(family)
     plan = allocate(text, method="uniform", average_bits=4, bits=(4,), group_size=32)
-    assert "qwen3_5_moe" in related_types(text)
+    assert text.config.model_type != both.config.model_type
+    assert family in related_types(text)
     for model, of in ((both, plan), (text, allocate(both, method="uniform", average_bits=4, bits=(4,), group_size=32))):
         of.check(model)
         names = [layer.name for layer in find_moe_layers(model)]
         fitted = of.for_model(model, {layer.name: layer.shape for layer in find_moe_layers(model)})
         assert list(fitted.layers) == names
         assert fitted.model_type == model.config.model_type
+    both.save_pretrained(tmp_path / "float")
     packed = quantize_model(both, plan)
-    assert packed.moe_precision_kernels()
+    expected = {name: tensor for name, tensor in packed.state_dict().items() if ".packed." in name}
+    loaded = type(both).from_pretrained(tmp_path / "float", quantization_config=PlanQuantizationConfig(plan))
+    loaded.save_pretrained(tmp_path / "packed")
+    again = type(both).from_pretrained(tmp_path / "packed")
+    for model in (loaded, again):
+        found = {name: tensor for name, tensor in model.state_dict().items() if ".packed." in name}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def test_what_only_looks_alike_is_refused(mixtral):
@@ -140,6 +150,10 @@ def test_what_only_looks_alike_is_refused(mixtral):
         plan.check(build("mixtral", num_hidden_layers=3).model)
     with pytest.raises(PlanError, match="the model lacks"):
         plan.check(build("mixtral", num_local_experts=4).model)
+    text = allocate(build_tiny("gemma4_text"), method="uniform", average_bits=4, bits=(4,), group_size=32)
+    fewer = replace(text, layers=dict(list(text.layers.items())[:2]))
+    with pytest.raises(PlanError, match="of its layers the model lacks"):
+        fewer.check(build_tiny("gemma4"))
 
 
 def test_a_tensor_of_the_body_that_is_missing_is_still_an_error(mixtral, tmp_path):
