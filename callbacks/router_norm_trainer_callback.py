@@ -9,10 +9,11 @@ from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moe_precision.callbacks.plan_recorder import PlanRecorder
 from moe_precision.callbacks.statistics_recorder import Again
+from moe_precision.compat import save_under_module_names, was_dequantized_on_loading
 from moe_precision.present.wandb_media import current_run, log_to_run
 from moe_precision.recording.history import RouterNormHistory
 
@@ -76,6 +77,8 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        if isinstance(model, PreTrainedModel) and was_dequantized_on_loading(model):
+            save_under_module_names(model)  # else the Trainer saves float tensors under a release's packed names
         self._prepare(args.output_dir, anew=True)
         saved = saved_file(args, state, _STATE)
         if saved is not None:

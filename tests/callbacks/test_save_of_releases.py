@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Mxfp4Config
+from transformers import Mxfp4Config, Trainer, TrainingArguments
 
 from moe_precision import allocate, quantize_model
-from moe_precision.callbacks import SavePretrained
+from moe_precision.callbacks import RouterNormTrainerCallback, SavePretrained
 from moe_precision.checkpoints import Checkpoint, CheckpointError, load_model
 from moe_precision.compat import was_dequantized_on_loading
 from moe_precision.quantize.writer import quantize_checkpoint
@@ -65,6 +65,20 @@ def test_what_is_saved_loads_with_the_same_weights(release, tmp_path):
         assert torch.equal(again.state_dict()[name], tensor), name
     assert torch.equal(logits(again), logits(model.eval()))
     assert [layer.name for layer in Checkpoint(tmp_path / "saved").layers()]  # which plan and quantize read
+
+
+@pytest.mark.parametrize("release", [gpt_oss, block_fp8])
+def test_transformers_trainer_beside_our_callback(release, tmp_path):
+    release(tmp_path / "release")
+    model = auto_class("").from_pretrained(tmp_path / "release", dtype=torch.float32)
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[], save_strategy="no")
+    callback = RouterNormTrainerCallback(method="router_norm", group_size=32)
+    ids = list(range(3, 11))
+    trained = Trainer(model, arguments, train_dataset=[{"input_ids": ids, "labels": ids}] * 8, callbacks=[callback])
+    trained.train()
+    trained.save_model(tmp_path / "saved")
+    again = load_model(tmp_path / "saved", dtype=torch.float32).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_a_release_that_cannot_be_quantized_says_how_to_make_it_float(tmp_path):
