@@ -60,6 +60,7 @@ class PlanHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.layers: list[MoELayer] = []  # while a checkpoint loads
         self._waiting: dict[str, Target] = {}  # parameters of a float checkpoint not packed yet
+        self._stored: set[str] = set()  # names of the tensors of a packed checkpoint
 
     @property
     def waiting(self) -> list[Target]:
@@ -86,7 +87,7 @@ class PlanHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self.quantization_config.warn_if_unweighted()
         elif checkpoint_files:
-            check_files(checkpoint_files, self.quantization_config.digest())
+            self._stored = check_files(checkpoint_files, self.quantization_config.digest())
         config = self.quantization_config
         self.layers = find_moe_layers(model, **self.plan.patterns)
         config.in_names_of(model, self.layers)
@@ -138,7 +139,7 @@ class PlanHfQuantizer(HfQuantizer):
             for name, tensor in model.state_dict(keep_vars=True).items()
             if (self.pre_quantized or any(name.startswith(layer + ".") for layer in self.plan.layers))
             and not may_be_missing(model, name)
-            and not _is_of_a_new_head(model, name)
+            and not self._is_of_a_new_head(model, name)
             and not was_read(tensor)
         ]
         if unread:
@@ -150,6 +151,12 @@ class PlanHfQuantizer(HfQuantizer):
         finish(model)
         model.moe_precision_kernels = partial(kernels_of, model)
         return model
+
+    def _is_of_a_new_head(self, model: PreTrainedModel, name: str) -> bool:
+        """Whether a tensor is of a head that the checkpoint's class lacks, or has in another, ignored, size."""
+        body, written_by = model.base_model_prefix, model.config.architectures or [type(model).__name__]
+        outside = hasattr(model, body) and not name.startswith(f"{body}.")
+        return outside and (type(model).__name__ not in written_by or name in self._stored)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What ``save_pretrained`` writes: a checksum for every tensor."""
@@ -170,12 +177,6 @@ class PlanHfQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         return True  # transformers' Trainer accepts a quantized model without adapters only then
-
-
-def _is_of_a_new_head(model: PreTrainedModel, name: str) -> bool:
-    """Whether a tensor belongs to a head that the class which wrote the checkpoint does not have."""
-    body, written_by = model.base_model_prefix, model.config.architectures or [type(model).__name__]
-    return type(model).__name__ not in written_by and hasattr(model, body) and not name.startswith(f"{body}.")
 
 
 def finish(model: PreTrainedModel) -> None:

@@ -66,6 +66,14 @@ def test_a_packed_checkpoint_as_its_body_and_with_another_head(mixtral, tmp_path
     with torch.no_grad():
         assert torch.equal(classifier.model(IDS).last_hidden_state, expected)
     assert 0.005 < classifier.score.weight.std() < 0.05  # new, as transformers initializes it
+    classifier.save_pretrained(tmp_path / "classifier")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier")
+    assert torch.equal(again.score.weight, classifier.score.weight)
+    wider = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "classifier", num_labels=7, ignore_mismatched_sizes=True
+    )
+    assert wider.score.weight.shape == (7, 64)
+    assert 0.005 < wider.score.weight.std() < 0.05
     # what the body writes loads as the body, and as what it came from
     body.save_pretrained(tmp_path / "body")
     again = AutoModel.from_pretrained(tmp_path / "body")
