@@ -192,10 +192,15 @@ class PrecisionPlan:
                 raise PlanError(f"the plan is for another model: layer {name!r} is {shape}, the plan expects {planned}")
 
     def diff(self, other: PrecisionPlan) -> list[str]:
-        """One line for each expert matrix whose bits differ, and for each layer that only one of the plans has."""
+        """One line for each expert matrix whose bits differ, and for each layer that only one of the plans has.
+
+        Layers that have another prefix in the other plan, which is for another class of the model, are the same.
+        """
         lines = []
-        for name in self.layers.keys() | other.layers.keys():
-            mine, theirs = self.layers.get(name), other.layers.get(name)
+        change = prefixes_of(*({name: layer.shape for name, layer in plan.layers.items()} for plan in (other, self)))
+        others_layers = other.layers if change is None else change.keys(other.layers)
+        for name in self.layers.keys() | others_layers.keys():
+            mine, theirs = self.layers.get(name), others_layers.get(name)
             if mine is None or theirs is None:
                 lines.append(f"{name}: only in the {'other' if mine is None else 'first'} plan")
                 continue

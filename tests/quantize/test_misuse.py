@@ -86,6 +86,23 @@ def test_rows_of_no_expert_leave_gradients_whole(rows):
     assert torch.equal(x.grad, torch.zeros(rows, 64))
 
 
+@pytest.mark.parametrize("bits", [2, 4, 16])
+def test_no_rows_through_a_packed_linear(bits):
+    model = build("switch_transformers")
+    quantize_model(model, allocate(model, method="uniform", average_bits=bits, bits=(bits,), group_size=32))
+    expert = find_moe_expert(model)
+    x = torch.zeros(0, 64, requires_grad=True)
+    expert(x).sum().backward()
+    assert x.grad.shape == (0, 64)
+    with torch.no_grad():
+        assert expert(x).shape == (0, 64)
+
+
+def find_moe_expert(model):
+    """The first expert of a Switch Transformer."""
+    return next(module for name, module in model.named_modules() if name.endswith("experts.expert_0"))
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_no_tokens_through_packed_experts(family):
     model = build(family)

@@ -92,6 +92,11 @@ def test_a_plan_for_the_whole_model_on_its_body_and_back(mixtral, tmp_path):
     of_body = plan.for_model(body, {layer.name: layer.shape for layer in find_moe_layers(body)})
     assert list(of_body.layers) == ["layers.0.mlp", "layers.1.mlp"]
     assert of_body.layers["layers.1.mlp"].shape.router == "layers.1.mlp.gate.weight"
+    assert plan.diff(of_body) == of_body.diff(plan) == []
+    edited = of_body.with_bits({"layers.1.mlp": [8] * 8})
+    assert len(plan.diff(edited)) == 2 * 8 - sum(
+        bits == 8 for widths in plan.layers["model.layers.1.mlp"].projection_bits.values() for bits in widths
+    )
     packed = quantize_model(mixtral, of_body)
     with torch.no_grad():
         expected = packed.model(IDS).last_hidden_state

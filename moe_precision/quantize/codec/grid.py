@@ -90,15 +90,11 @@ class Grid:
         """
         own, asked = ({name: layer.shape for name, layer in one.layers.items()} for one in (self.plan, plan))
         change = prefixes_of(own, asked)
-        if change is not None and not change.equal:
-            found = Grid(plan, change.keys(self.scales), change.keys(self.offsets), change.keys(self.router_norms))
-            widths = {change(name): layer.projection_bits for name, layer in self.plan.layers.items()}
-            same = widths == {name: layer.projection_bits for name, layer in plan.layers.items()}
-        else:
-            found, same = self, not self.plan.diff(plan)
-        if self.plan.group_size != plan.group_size or not same:
+        if self.plan.group_size != plan.group_size or self.plan.diff(plan):
             raise GridError("the grid belongs to another plan: widths or group size differ; give the plan beside it")
-        return found
+        if change is None or change.equal:
+            return self
+        return Grid(plan, change.keys(self.scales), change.keys(self.offsets), change.keys(self.router_norms))
 
     def check_router_norms(self, norms: dict[str, Tensor], what: str = "grid") -> None:
         """Raises `GridError` if router norms show that it belongs to other weights; see `check_same_weights`."""
