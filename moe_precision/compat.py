@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from functools import cache
 from typing import Any
 
 import torch
@@ -224,15 +222,12 @@ def mark_as_float(model: PreTrainedModel) -> None:
             del module.config._is_quantized
 
 
-@cache
-def parts_of_configs() -> dict[str, frozenset[str]]:
-    """Model type -> the types of the models that transformers builds inside it, such as its text model."""
-    found = {}
-    for model_type in CONFIG_MAPPING_NAMES:
-        with suppress(ImportError, AttributeError):  # what is not installed
-            parts = CONFIG_MAPPING[model_type].sub_configs.values()
-            found[model_type] = frozenset(part.model_type for part in parts if getattr(part, "model_type", ""))
-    return found
+def parts_of_config(model_type: str) -> frozenset[str]:
+    """The types of the models that transformers builds inside one of a type, such as the text model of a larger one."""
+    if model_type not in CONFIG_MAPPING_NAMES:
+        return frozenset()
+    parts = CONFIG_MAPPING[model_type].sub_configs.values()
+    return frozenset(part.model_type for part in parts if getattr(part, "model_type", ""))
 
 
 def layer_classes(model: PreTrainedModel) -> set[str]:

@@ -159,10 +159,10 @@ def test_was_dequantized_on_loading():
     assert compat.was_dequantized_on_loading(model)
 
 
-def test_parts_of_configs():
-    parts = compat.parts_of_configs()
-    assert "qwen3_5_moe_text" in parts["qwen3_5_moe"]
-    assert parts["mixtral"] == frozenset()
+def test_parts_of_config():
+    assert "qwen3_5_moe_text" in compat.parts_of_config("qwen3_5_moe")
+    assert compat.parts_of_config("mixtral") == frozenset()
+    assert compat.parts_of_config("PlainMoE") == frozenset()
 
 
 def test_layer_classes():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..compat import parts_of_configs
+from ..compat import parts_of_config
 
 
 def model_type_of(model: nn.Module) -> str:
@@ -14,11 +14,8 @@ def model_type_of(model: nn.Module) -> str:
     return str(getattr(config, "model_type", None) or type(model).__name__)
 
 
-def related_types(model: nn.Module) -> set[str]:
-    """The types of a model, of all transformers models inside it, and of those in which transformers puts one like it.
-
-    A plan for any of these may have the same layers.
-    """
+def may_have_the_same_layers(model: nn.Module, model_type: str) -> bool:
+    """Whether a model is of a type, holds a model of it, or is what transformers puts into one of it."""
     own = {model_type_of(model)}
     own |= {model_type_of(module) for module in model.modules() if isinstance(module, PreTrainedModel)}
-    return own | {outer for outer, parts in parts_of_configs().items() if parts & own}
+    return model_type in own or not own.isdisjoint(parts_of_config(model_type))

@@ -20,8 +20,8 @@ from ..layers.shape import LayerShape
 from ..version import __version__
 from . import document
 from .layer_plan import LayerPlan
+from .model_types import may_have_the_same_layers
 from .model_types import model_type_of as model_type_of
-from .model_types import related_types
 from .notes import PlanNotes
 from .numbers import whole_number
 from .settings import PlanSettings
@@ -168,7 +168,7 @@ class PrecisionPlan:
             PlanError: As in `check`.
         """
         change = prefixes_of({name: layer.shape for name, layer in self.layers.items()}, found)
-        related = self.model_type in related_types(root_model(model))
+        related = may_have_the_same_layers(root_model(model), self.model_type)
         own_type = model_type_of(root_model(model))
         if change is None or not related or (change.equal and self.model_type == own_type):
             self.check_layers(dict(found), self.model_type if related else own_type)
