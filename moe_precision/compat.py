@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps as ConversionOps  # what transformers hands weights to
+from transformers.core_model_loading import PrefixChange
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
@@ -190,6 +191,11 @@ def model_of_config(model_class: type[PreTrainedModel], config: PreTrainedConfig
 def tied_names(model: nn.Module) -> dict[str, str]:
     """Names of the parameters that a transformers model ties -> the name of what they are tied to."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def removes_a_prefix(conversion: Any) -> bool:
+    """Whether a conversion only takes a part out of names, as where a text model is loaded from a larger one."""
+    return isinstance(conversion, PrefixChange) and conversion.prefix_to_remove is not None
 
 
 def save_under_module_names(model: PreTrainedModel) -> None:

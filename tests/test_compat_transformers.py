@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import silu
 from transformers import MixtralForCausalLM
+from transformers.core_model_loading import PrefixChange, WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -110,6 +111,12 @@ def test_tied_names():
     assert compat.tied_names(PlainMoE()) == {}
     tied = compat.tied_names(build("mixtral", tie_word_embeddings=True))
     assert tied == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_removes_a_prefix():
+    assert compat.removes_a_prefix(PrefixChange(prefix_to_remove="language_model", model_prefix="model"))
+    assert not compat.removes_a_prefix(PrefixChange(prefix_to_add="language_model"))
+    assert not compat.removes_a_prefix(WeightRenaming("a", "b"))
 
 
 def test_save_under_module_names(tmp_path):

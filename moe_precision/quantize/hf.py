@@ -13,7 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantizer
 
-from ..compat import ConversionOps, may_be_missing, register_experts_function, save_under_module_names, was_read
+from ..compat import (
+    ConversionOps,
+    may_be_missing,
+    register_experts_function,
+    removes_a_prefix,
+    save_under_module_names,
+    was_read,
+)
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..plans.plan import PrecisionPlan
 from .checksums import check_files, metadata
@@ -123,8 +130,9 @@ class PlanHfQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel | None = None
     ) -> list[Any]:
-        # A packed checkpoint holds the names of the module tree, so nothing is renamed, merged or split.
-        return [] if self.pre_quantized else weight_conversions
+        # A packed checkpoint holds the names of the module tree: nothing is merged or split, and names lose a part only
+        # where the model is the text model of the one that was packed.
+        return list(filter(removes_a_prefix, weight_conversions)) if self.pre_quantized else weight_conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if "disk" in (getattr(model, "hf_device_map", None) or {}).values():  # as device_map="auto" turned out

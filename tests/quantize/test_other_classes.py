@@ -4,12 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_precision import (
     PlanError,
     PlanQuantizationConfig,
-    allocate,
+    PrecisionPlan,
     collect_statistics,
     find_moe_layers,
     quantize_model,
@@ -17,11 +23,12 @@ from moe_precision import (
 from moe_precision.checkpoints import load_model
 from moe_precision.layers.prefixes import Prefixes, prefixes_of
 from moe_precision.layers.shape import LayerShape
+from moe_precision.plans.layer_plan import LayerPlan
 from moe_precision.plans.model_types import may_have_the_same_layers
 from moe_precision.quantize.codec.grid import Grid, on_grid
 from moe_precision.quantize.writer import quantize_checkpoint
 from tests.quantize.test_quantize import mixed_plan
-from tests.support.model_zoo import build_tiny
+from tests.support.model_zoo import _small, build_tiny
 from tests.support.models import build, logits
 
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
@@ -131,29 +138,57 @@ def test_what_lies_beside_a_plan_takes_on_the_names_too(mixtral, tmp_path):
         assert torch.equal(quantize_model(body, plan, grid=grid)(IDS).last_hidden_state, expected)
 
 
-@pytest.mark.parametrize("family", ["gemma4", "qwen3_vl_moe"])
-def test_a_text_models_plan_on_the_model_that_contains_it(family, tmp_path):
-    text, both = build_tiny(f"{family}_text"), build_tiny(family)
-    plan = allocate(text, method="uniform", average_bits=4, bits=(4,), group_size=32)
+def of_4_bits(model):
+    layers = {
+        layer.name: LayerPlan(layer.shape, {name: [4] * layer.num_experts for name in layer.projections})
+        for layer in find_moe_layers(model)
+    }
+    return PrecisionPlan(model.config.model_type, layers, 32, "by hand")
+
+
+@pytest.mark.parametrize("family", ["gemma4", "qwen3_vl_moe", "glm4v_moe", "aria"])
+def test_names_of_a_text_model_and_of_the_model_that_contains_it(family):
+    text, both = build_tiny(f"{family}_text", device="meta"), build_tiny(family, device="meta")
     assert text.config.model_type != both.config.model_type
     assert may_have_the_same_layers(text, family)
     assert not may_have_the_same_layers(text, "mixtral")
-    for model, of in ((both, plan), (text, allocate(both, method="uniform", average_bits=4, bits=(4,), group_size=32))):
-        of.check(model)
-        names = [layer.name for layer in find_moe_layers(model)]
-        fitted = of.for_model(model, {layer.name: layer.shape for layer in find_moe_layers(model)})
-        assert list(fitted.layers) == names
+    for model, plan in ((both, of_4_bits(text)), (text, of_4_bits(both))):
+        plan.check(model)
+        found = {layer.name: layer.shape for layer in find_moe_layers(model)}
+        fitted = plan.for_model(model, found)
+        assert {name: layer.shape for name, layer in fitted.layers.items()} == found
         assert fitted.model_type == model.config.model_type
+    plan = of_4_bits(text)
+    fewer = replace(plan, layers=dict(list(plan.layers.items())[:2]))
+    with pytest.raises(PlanError, match="of its layers the model lacks"):
+        fewer.check(both)
+
+
+def with_pictures(family):
+    """A small model of text and images, as its own auto class builds it."""
+    config = CONFIG_MAPPING[family]
+    small = _small(config())
+    small["vision_config"] = {**small["vision_config"], "depth": 1}
+    return AutoModelForImageTextToText.from_config(config(**small)).eval()
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_a_text_models_plan_packs_the_model_that_contains_it(family, tmp_path):
+    torch.manual_seed(0)
+    both = with_pictures(family)
+    plan = of_4_bits(build_tiny(f"{family}_text", device="meta"))
     both.save_pretrained(tmp_path / "float")
     packed = quantize_model(both, plan)
-    expected = {name: tensor for name, tensor in packed.state_dict().items() if ".packed." in name}
-    loaded = type(both).from_pretrained(tmp_path / "float", quantization_config=PlanQuantizationConfig(plan))
-    loaded.save_pretrained(tmp_path / "packed")
-    again = type(both).from_pretrained(tmp_path / "packed")
-    for model in (loaded, again):
-        found = {name: tensor for name, tensor in model.state_dict().items() if ".packed." in name}
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    with torch.no_grad():
+        expected = packed(input_ids=IDS).logits
+        loaded = type(both).from_pretrained(tmp_path / "float", quantization_config=PlanQuantizationConfig(plan))
+        assert torch.equal(loaded(input_ids=IDS).logits, expected)
+        loaded.save_pretrained(tmp_path / "packed")
+        assert torch.equal(type(both).from_pretrained(tmp_path / "packed")(input_ids=IDS).logits, expected)
+        if family == "qwen3_5_moe":  # has a class of the text model alone, with a head
+            text = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+            assert type(text).__name__ == "Qwen3_5MoeForCausalLM"
+            assert torch.equal(text(input_ids=IDS).logits, expected)
 
 
 def test_what_only_looks_alike_is_refused(mixtral):
@@ -164,10 +199,6 @@ def test_what_only_looks_alike_is_refused(mixtral):
         plan.check(build("mixtral", num_hidden_layers=3).model)
     with pytest.raises(PlanError, match="the model lacks"):
         plan.check(build("mixtral", num_local_experts=4).model)
-    text = allocate(build_tiny("gemma4_text"), method="uniform", average_bits=4, bits=(4,), group_size=32)
-    fewer = replace(text, layers=dict(list(text.layers.items())[:2]))
-    with pytest.raises(PlanError, match="of its layers the model lacks"):
-        fewer.check(build_tiny("gemma4"))
 
 
 def test_a_tensor_of_the_body_that_is_missing_is_still_an_error(mixtral, tmp_path):
