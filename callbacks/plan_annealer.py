@@ -16,12 +16,11 @@ from moe_precision.callbacks.grid_losses import GridLosses
 from moe_precision.callbacks.run_files import RunFiles
 from moe_precision.callbacks.trained_part import TrainedPart
 from moe_precision.callbacks.weights_seen import WeightsSeen
-from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.layers.patterns import Patterns
 from moe_precision.plans.beside import existing
 from moe_precision.plans.methods import MethodName, reads
-from moe_precision.plans.plan import as_plan, model_type_of
+from moe_precision.plans.plan import as_plan
 from moe_precision.plans.settings import ZETA, PlanSettings
 from moe_precision.plans.widths import Granularity
 from moe_precision.quantize.codec.grid import Grid
@@ -130,7 +129,7 @@ class PlanAnnealer:
         check_packable(model, layers)
         shapes = {layer.name: layer.shape for layer in layers}
         if self.plan is not None:
-            self.plan.check_layers(shapes, model_type_of(root_model(model)))
+            self.plan = self.plan.for_model(model, shapes)
         else:
             self.settings.check_fits(shapes)
             if history is None and reads(self.settings.method, "norm_change", "load"):
@@ -149,8 +148,7 @@ class PlanAnnealer:
             )
         if self._uses_file():
             assert self._beside is not None
-            curvature = Curvature.load(self._beside)
-            curvature.check_layers(shapes)
+            curvature = Curvature.load(self._beside).for_layers(shapes)
             curvature.check_router_norms(norms_by_layer(layers))
         self._started_at, self._checked, self._used = step, False, False
         if self.grid is None and step - max(1, len(optimizers)) >= self._first_step:  # a batch has a step of each
@@ -159,7 +157,8 @@ class PlanAnnealer:
                 f"grid of a callback with export_to={self.export_to!r}: resume with the callback that the run had"
             )
         if self.grid is not None:  # resumed in the middle
-            if self._given is not None and (changed := self._given.diff(self.grid.plan)):
+            given = None if self._given is None else self._given.for_model(model, shapes)
+            if given is not None and (changed := given.diff(self.grid.plan)):
                 raise AnnealError(f"the checkpoint was annealed on a plan other than the given one: {changed[0]}")
             self._hooks, self._began_at = GridHooks(layers, self.grid), step
 
@@ -197,7 +196,7 @@ class PlanAnnealer:
             if self._uses_file():
                 assert self._beside is not None
                 rank_zero_info(f"{type(self).__name__}: the grid is fitted with the curvature of {self._beside}")
-                return Curvature.load(self._beside)
+                return Curvature.load(self._beside).for_layers({layer.name: layer.shape for layer in layers})
             rank_zero_info(f"{type(self).__name__}: the grid is fitted without curvature: {error}")
             return None
 

@@ -18,6 +18,7 @@ from moe_precision.callbacks.trained_part import submodule
 from moe_precision.checkpoints.config import config_of
 from moe_precision.checkpoints.dtypes import cast
 from moe_precision.checkpoints.folders import check_replaceable, folder_replaced_when_done
+from moe_precision.compat import was_dequantized_on_loading
 from moe_precision.files import check_writable
 from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.roots import is_trained, transformers_models
@@ -27,6 +28,9 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 class SavePretrained(LightningCallback):
     """Writes the transformers model of a LightningModule, and the data module's tokenizer, when training ends.
+
+    A model that was quantized as it was published and became float on loading (gpt-oss, block-wise FP8) is written as a
+    float one, under the names of its module tree.
 
     Args:
         dirpath: Folder of the checkpoint, relative to the Trainer's ``default_root_dir``.
@@ -116,7 +120,10 @@ class SavePretrained(LightningCallback):
         folder = _free(Path(trainer.default_root_dir, self.dirpath))
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         with folder_replaced_when_done(folder) as temporary:
-            model.save_pretrained(temporary, state_dict=state)
+            # weights that were unpacked on loading (gpt-oss, block-fp8) have no way back into that form
+            model.save_pretrained(
+                temporary, state_dict=state, save_original_format=not was_dequantized_on_loading(model)
+            )
             config = config_of(temporary)
             config.dtype = dtype  # save_pretrained wrote the dtype of the live model
             config.save_pretrained(temporary)

@@ -16,6 +16,7 @@ from .plans.plan import PrecisionPlan
 from .plans.settings import PlanSettings
 from .plans.widths import PlanError
 from .quantize import PlanQuantizationConfig, QuantizationError, UnsupportedLayoutError, quantize_model
+from .quantize.dequantizing import dequantize_checkpoint, dequantize_model
 from .quantize.distilling import Distilled, distill_scales
 from .quantize.trainable import DistillError
 from .quantize.writer import distill_checkpoint, quantize_checkpoint
@@ -52,6 +53,8 @@ __all__ = [
     "allocate",
     "bits_from_order",
     "collect_statistics",
+    "dequantize_checkpoint",
+    "dequantize_model",
     "distill_checkpoint",
     "distill_scales",
     "find_moe_layers",

@@ -1,7 +1,7 @@
 """Private names of torch, transformers and PEFT that this package relies on, each behind a name that says what it does.
 
 No public API offers what they do. Each has a test in `tests/test_compat.py` or `tests/test_compat_transformers.py`, so
-that a release that changes one of them fails there first, by name.
+that a release that changes one of them fails there first, by name. Long because they all belong here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from torch.autograd.graph import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps as ConversionOps  # what transformers hands weights to
+from transformers.core_model_loading import PrefixChange
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 # -- torch: modules ---------------------------------------------------------------------------------------------------
 
@@ -41,6 +43,12 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
 def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks that run before a module's forward pass."""
     return list(module._forward_pre_hooks.values())
+
+
+def forget_forward_pre_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Removes a hook that runs before a module's forward pass, also from a copy of the module that was hooked."""
+    for key in [key for key, one in module._forward_pre_hooks.items() if one is hook]:
+        del module._forward_pre_hooks[key]
 
 
 def is_convolution(module: nn.Module) -> bool:
@@ -136,6 +144,13 @@ def runs_through_experts_interface(experts: nn.Module) -> bool:
     return hasattr(experts, "has_gate") and hasattr(experts, "is_transposed")
 
 
+def experts_implementation(experts: nn.Module) -> str | None:
+    """Name of the function that a module of fused experts runs through."""
+    config: Any = experts.config
+    found: str | None = config._experts_implementation
+    return found
+
+
 def apply_gate(experts: Any, hidden: Tensor) -> Tensor:
     """Activation and gate of a module of fused experts, ``(tokens, 2 * neurons) -> (tokens, neurons)``."""
     found: Tensor = experts._apply_gate(hidden)
@@ -208,6 +223,11 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
+def removes_a_prefix(conversion: Any) -> bool:
+    """Whether a conversion only takes a part out of names, as where a text model is loaded from a larger one."""
+    return isinstance(conversion, PrefixChange) and conversion.prefix_to_remove is not None
+
+
 def save_under_module_names(model: PreTrainedModel) -> None:
     """Makes ``save_pretrained`` write the names of the module tree, without the conversions that loading noted."""
     model._weight_conversions = []
@@ -240,6 +260,34 @@ def trainer_run() -> TrainerRun:
                 return TrainerRun(trainer._get_output_dir(known.get("trial")), known.get("resume_from_checkpoint"))
         frame = frame.f_back
     return TrainerRun(None, None)
+
+
+def save_under_hub_names(model: PreTrainedModel) -> None:
+    """Undoes `save_under_module_names`: ``save_pretrained`` writes the names that the family has on the Hub."""
+    if hasattr(model, "_weight_conversions"):
+        del model._weight_conversions
+
+
+def was_dequantized_on_loading(model: PreTrainedModel) -> bool:
+    """Whether `from_pretrained` made a float model of another tool's packed weights, which saving cannot undo."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    operations = [operation for one in conversions for operation in getattr(one, "operations", ())]
+    return any(getattr(operation, "hf_quantizer", None) is not None for operation in operations)
+
+
+def mark_as_float(model: PreTrainedModel) -> None:
+    """Undoes `mark_as_quantized` for a model and all models inside it."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
+            del module.config._is_quantized
+
+
+def parts_of_config(model_type: str) -> frozenset[str]:
+    """The types of the models that transformers builds inside one of a type, such as the text model of a larger one."""
+    if model_type not in CONFIG_MAPPING_NAMES:
+        return frozenset()
+    parts = CONFIG_MAPPING[model_type].sub_configs.values()
+    return frozenset(part.model_type for part in parts if getattr(part, "model_type", ""))
 
 
 def layer_classes(model: PreTrainedModel) -> set[str]:

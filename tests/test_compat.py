@@ -1,5 +1,6 @@
 """What this package relies on in private names of torch: one test each, by its name."""
 
+import copy
 import re
 import weakref
 from pathlib import Path
@@ -88,6 +89,16 @@ def test_forward_pre_hooks():
     assert compat.forward_pre_hooks(linear) == [hook]
     handle.remove()
     assert compat.forward_pre_hooks(linear) == []
+
+
+def test_forget_forward_pre_hook():
+    linear, hook, other = nn.Linear(2, 2), lambda module, args: None, lambda module, args: None
+    linear.register_forward_pre_hook(other)
+    linear.register_forward_pre_hook(hook)
+    copied = copy.deepcopy(linear)
+    compat.forget_forward_pre_hook(copied, hook)
+    assert compat.forward_pre_hooks(copied) == [other]
+    assert compat.forward_pre_hooks(linear) == [other, hook]
 
 
 def test_is_convolution():

@@ -29,7 +29,7 @@ from .headers import CheckpointError, StoredTensor, header, weight_files
 from .matrices import expert_matrices, router_weight
 from .sources import Sources, sources_of, with_aliases
 
-_OF_AN_EXPERT = re.compile(r"(?:^|\.)experts\.")
+_OF_AN_EXPERT = re.compile(r"(?:^|\.)(?:experts|switch_mlp|switch_glu)\.")  # the last two are mlx-lm's
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from ..files import umask
+from .config import released
 from .headers import CheckpointError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def check_quantizing(checkpoint: Checkpoint, out: str | os.PathLike[str], *sourc
     if checkpoint.is_quantized:
         raise CheckpointError(
             f"{str(checkpoint.folder)!r} is quantized already (by {checkpoint.quantizer!r}); quantize the float "
-            "checkpoint instead"
+            "checkpoint instead" + released(checkpoint.quantization)
         )
     if Path(out).resolve().is_relative_to(checkpoint.folder.resolve()):
         raise CheckpointError(f"{os.fspath(out)!r} is, or lies in, the float checkpoint; choose another folder")

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from ..version import __version__
-from . import compare, demo, evaluate, export, fit, plan, quantize, show
+from . import compare, demo, dequantize, evaluate, export, fit, plan, quantize, show
 
-COMMANDS = (fit, plan, show, compare, quantize, export, evaluate, demo)
+COMMANDS = (fit, plan, show, compare, quantize, dequantize, export, evaluate, demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

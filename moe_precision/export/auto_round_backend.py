@@ -24,6 +24,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.dtypes import meta_model_of
 from ..checkpoints.folders import check_quantizing, folder_replaced_when_done
 from ..checkpoints.headers import header
+from ..checkpoints.other_files import copy_other_files
 from ..errors import MoEPrecisionError
 from ..files import save_tensors
 from ..plans.plan import PrecisionPlan
@@ -72,7 +73,7 @@ def quantize_with_auto_round(
     source = Checkpoint(checkpoint)
     check_quantizing(source, out, plan)
     plan = plan if isinstance(plan, PrecisionPlan) else PrecisionPlan.load(plan)
-    plan.check_layers({layer.name: layer.shape for layer in source.layers(plan.patterns)}, source.model_type)
+    plan = plan.for_model(source.meta_model(), {layer.name: layer.shape for layer in source.layers(plan.patterns)})
     exported = export(plan, "autoround")
     modules = source.meta_model().named_modules()
     left_alone = {name: {"bits": 16} for name, module in modules if isinstance(module, nn.Linear)}
@@ -92,6 +93,7 @@ def quantize_with_auto_round(
         differences = plan_of_checkpoint(temporary).diff(exported.plan)
         if differences:
             raise AutoRoundError("AutoRound did not carry the plan out: " + "; ".join(differences[:5]))
+        copy_other_files(source.folder, temporary)
     return exported.notes[:-1]  # the last is of what a layer_config does not name
 
 

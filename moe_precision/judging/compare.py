@@ -116,14 +116,14 @@ def compare(
     final = weights.snapshot(variance=True)
     PlanSettings(method="uniform", average_bits=levels[0], group_size=group_size).check_fits(final.layers)
     if baseline is not None:
-        baseline.check_same_model(final)
+        baseline = baseline.in_names_of(final)
     if (baseline is None or not baseline.loads) and calibration:
         final = replace(final, loads=count_loads(model, calibration, **final.patterns))
     if curvature is not None:
-        curvature.check_layers(final.layers)
+        curvature = curvature.for_layers(final.layers)
         curvature.check_router_norms(final.router_norms)
     if statistics is not None:
-        statistics.check_layers(final.layers)
+        statistics = statistics.for_layers(final.layers)
         statistics.check_router_norms(final.router_norms)
     judge = Judge(model, batches, token_counts, end_of_text, weights.layers)
     known = _Known(final, baseline, levels, group_size, random_draws)

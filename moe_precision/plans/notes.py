@@ -35,6 +35,7 @@ class PlanNotes(TypedDict, total=False):
         predicted_cost: Sum of the costs of the chosen widths, for a method that knows costs.
         gap: How far that sum may be above the least possible one, as a share of it.
         without_gradient: Number of choices for which all widths cost the same.
+        left_over: Bits per expert weight of the budget that no expert could use, in the budget's own kind of bits.
         spread_of_final_norms: Without a baseline: experts are ranked as if their norms had been equal at the start.
         layers_without_change: Layers whose routers did not move at all.
         max_variance: The order rests on the change alone.
@@ -52,6 +53,7 @@ class PlanNotes(TypedDict, total=False):
     predicted_cost: float
     gap: float
     without_gradient: int
+    left_over: float
     spread_of_final_norms: SpreadOfNorms
     layers_without_change: list[str]
     max_variance: Literal["not measured"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import xxhash
+from torch import nn
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -123,6 +124,25 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
                     f"file beside the run's plan; the fit {consequence} now",
                     stacklevel=3,
                 )
+
+    def in_names_of(self, model: nn.Module, layers: list[MoELayer]) -> None:
+        """Takes on the names of a model's layers, which may be another class of the model that the plan was made for.
+
+        Args:
+            model: The float model, on any device.
+            layers: Its layers, as found by `find_moe_layers` with the plan's patterns.
+
+        Raises:
+            PlanError: The plan is for another model.
+            CurvatureError: The curvature is of another model.
+            StatisticsError: The statistics are of another model.
+            GridError: The grid belongs to another plan.
+        """
+        found = {layer.name: layer.shape for layer in layers}
+        self.plan = self.plan.for_model(model, found)
+        self.curvature = None if self.curvature is None else self.curvature.for_layers(found)
+        self.statistics = None if self.statistics is None else self.statistics.for_layers(found)
+        self.grid = None if self.grid is None else self.grid.for_plan(self.plan)
 
     @torch.no_grad()
     def check_weights(self, layers: list[MoELayer]) -> None:

@@ -26,6 +26,7 @@ from ..compat import (
     is_zero3_parameter,
     may_be_missing,
     register_experts_function,
+    removes_a_prefix,
     save_under_module_names,
     split_by,
     was_read,
@@ -34,8 +35,14 @@ from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..plans.plan import PrecisionPlan
 from .checksums import check_files, metadata
 from .config import QUANT_METHOD, PlanQuantizationConfig, QuantizationError
-from .modules import kernels_of, packed_experts_forward
-from .replace import EXPERTS_IMPLEMENTATION, Target, find_targets, replace_weight
+from .dequantizing import restore_floats
+from .modules import EXPERTS_IMPLEMENTATION, kernels_of, packed_experts_forward
+from .replace import Target, find_targets, replace_weight
+
+_NO_DISK = (
+    "the device map puts parts of the model on 'disk', from where packed experts cannot run: give devices with enough "
+    "memory, or device_map='cpu'. `moe-precision quantize` packs a checkpoint that is larger than memory"
+)
 
 
 class _PackWeight(ConversionOps):
@@ -71,6 +78,7 @@ class PlanHfQuantizer(HfQuantizer):
         self.layers: list[MoELayer] = []  # while a checkpoint loads
         self._waiting: dict[str, Target] = {}  # parameters of a float checkpoint not packed yet
         self._given: dict[str, Tensor] | None = None  # to `save_pretrained`
+        self._stored: set[str] = set()  # names of the tensors of a packed checkpoint
 
     @property
     def waiting(self) -> list[Target]:
@@ -82,6 +90,15 @@ class PlanHfQuantizer(HfQuantizer):
         """The plan that this quantizer carries out."""
         return self.quantization_config.plan
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuses what cannot work before anything is read.
+
+        Raises:
+            QuantizationError: A device map with ``disk`` in it.
+        """
+        if device_map == "disk" or (isinstance(device_map, dict) and "disk" in device_map.values()):
+            raise QuantizationError(_NO_DISK)
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
@@ -90,9 +107,10 @@ class PlanHfQuantizer(HfQuantizer):
             self.quantization_config.warn_if_unweighted()
             _check_files_float(model, checkpoint_files or [])
         elif checkpoint_files:
-            check_files(checkpoint_files, self.quantization_config.digest())
+            self._stored = check_files(checkpoint_files, self.quantization_config.digest())
         config = self.quantization_config
         self.layers = find_moe_layers(model, **self.plan.patterns)
+        config.in_names_of(model, self.layers)
         targets = find_targets(
             model,
             self.layers,
@@ -125,10 +143,13 @@ class PlanHfQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel | None = None
     ) -> list[Any]:
-        # A packed checkpoint holds the names of the module tree, so nothing is renamed, merged or split.
-        return [] if self.pre_quantized else weight_conversions
+        # A packed checkpoint holds the names of the module tree: nothing is merged or split, and names lose a part only
+        # where the model is the text model of the one that was packed.
+        return list(filter(removes_a_prefix, weight_conversions)) if self.pre_quantized else weight_conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if "disk" in (getattr(model, "hf_device_map", None) or {}).values():  # as device_map="auto" turned out
+            raise QuantizationError(_NO_DISK)
         if self._waiting:
             raise QuantizationError(
                 f"{len(self._waiting)} expert weights were not in the checkpoint, the first is "
@@ -139,6 +160,7 @@ class PlanHfQuantizer(HfQuantizer):
             for name, tensor in model.state_dict(keep_vars=True).items()
             if (self.pre_quantized or any(name.startswith(layer + ".") for layer in self.plan.layers))
             and not may_be_missing(model, name)
+            and not self._is_of_a_new_head(model, name)
             and not was_read(tensor)
         ]
         if unread:
@@ -149,6 +171,12 @@ class PlanHfQuantizer(HfQuantizer):
         self.layers = []
         finish(model)
         return model
+
+    def _is_of_a_new_head(self, model: PreTrainedModel, name: str) -> bool:
+        """Whether a tensor is of a head that the checkpoint's class lacks, or has in another, ignored, size."""
+        body, written_by = model.base_model_prefix, model.config.architectures or [type(model).__name__]
+        outside = hasattr(model, body) and not name.startswith(f"{body}.")
+        return outside and (type(model).__name__ not in written_by or name in self._stored)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What ``save_pretrained`` writes: a checksum for every tensor.
@@ -169,6 +197,10 @@ class PlanHfQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        """What ``model.dequantize()`` calls."""
+        return restore_floats(model, dtype)
 
     @property
     def is_trainable(self) -> bool:

@@ -18,8 +18,8 @@ from ..recording.statistics import ExpertStatistics
 from .codec.grid import Grid
 from .config import QUANT_METHOD, PlanQuantizationConfig, QuantizationError
 from .hf import PlanHfQuantizer, check_not_split, finish
-from .modules import kernels_of
-from .replace import EXPERTS_IMPLEMENTATION, find_targets, replace_weight
+from .modules import EXPERTS_IMPLEMENTATION, kernels_of
+from .replace import find_targets, replace_weight
 
 
 def quantize_model(
@@ -58,6 +58,7 @@ def quantize_model(
     )
     check_not_split(model)
     layers = find_moe_layers(model, **config.plan.patterns)
+    config.in_names_of(model, layers)
     targets = find_targets(
         model, layers, config.plan, non_expert_bits, config.curvature, config.grid, config.statistics
     )

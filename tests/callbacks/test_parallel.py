@@ -54,7 +54,7 @@ def test_split_models(split, sizes, batches, folders):
     norms, variances = norms_by_layer(layers), {layer.name: max_variances(layer) for layer in layers}
     counter = LoadCounter(layers)
     expected = logits(model)
-    loads = counter.take(training=False)
+    loads = counter.take(training=True)
     plan = allocate(model, method="weight_error", average_bits=3, bits=(2, 4), group_size=32)
     curvature = parallel_run.curvature_of_a_step(model)
     for rank in (0, 1):
