@@ -151,3 +151,31 @@ def test_a_norm_that_is_not_finite_is_said_when_it_happens(tmp_path):
 
     with pytest.warns(UserWarning, match=r"expert 2 of layer 'model\.1' has router norm nan at step 4"):
         trainer(tmp_path, Diverges(), monitor()).fit(Module(), data(6))
+
+
+def test_a_rerun_that_is_stopped_leaves_no_old_plan_beside_its_history(tmp_path):
+    """Nor does one that is stopped at once: it leaves what was there."""
+
+    class Fails(Module):
+        def __init__(self, batch):
+            super().__init__()
+            self.batch = batch
+
+        def training_step(self, batch, batch_idx):
+            if batch_idx == self.batch:
+                raise RuntimeError("stopped")
+            return super().training_step(batch, batch_idx)
+
+    names = ["precision_plan.json", "precision_plan.curvature.safetensors", "precision_plan.history.safetensors"]
+    trainer(tmp_path, monitor()).fit(Module(), data(4))
+    (tmp_path / names[1]).touch()
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer(tmp_path, monitor()).fit(Fails(0), data(8))
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer(tmp_path, monitor()).fit(Fails(5), data(8))
+    assert [(tmp_path / name).exists() for name in names] == [False, False, True]
+    assert RouterNormHistory.load(tmp_path / names[2]).steps == [0, 2, 4]
+    trainer(tmp_path, monitor()).fit(Module(), data(6))
+    assert PrecisionPlan.load(tmp_path / names[0]).last_step == 6
