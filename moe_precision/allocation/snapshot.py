@@ -82,7 +82,12 @@ class Snapshot:
         )
 
     def check_same_model(self, other: Snapshot) -> None:
-        """Raises `HistoryError` unless the layers and shapes of this snapshot, a history's, are those of the other."""
+        """Raises `HistoryError` unless model type, layers and shapes of this snapshot, the earlier, are the other's."""
+        if self.model_type != other.model_type:
+            raise HistoryError(
+                f"the history, or the initial checkpoint, is of a model of type {self.model_type!r}, the trained model "
+                f"is {other.model_type!r}: give that of the model that training started from"
+            )
         if list(self.layers.items()) != list(other.layers.items()):
             raise HistoryError(
                 f"the history is of another model: it has layers {list(self.layers)}, the model has "

@@ -54,7 +54,7 @@ class Packer:
         )
 
     def check_weights(self) -> None:
-        """Reads the routers alone, to see whether curvature, grid and statistics belong to these weights."""
+        """Reads the routers alone, to see whether plan, curvature, grid and statistics belong to these weights."""
         if not self.quantization.weights_matter:
             return
         routers = [layer.shape.router for layer in self.quantization.plan.layers.values()]
