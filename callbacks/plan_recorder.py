@@ -269,10 +269,8 @@ class PlanRecorder:
             self.statistics = self._collecting.finish(model, self._layers, steps)
         if writes:
             for kind, found in (("curvature", self.curvature), ("statistics", self.statistics)):
-                path = getattr(self._files.paths, kind)
-                path.unlink(missing_ok=True)  # from an earlier run
                 if found is not None:
-                    self._files.write(found.save, path)
+                    self._files.write(found.save, getattr(self._files.paths, kind))
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -292,7 +290,11 @@ class PlanRecorder:
         return self.plan
 
     def _save_history(self) -> bool:
-        """Writes what was recorded, without any collective; returns whether that worked."""
-        if not self._files.written or not self.history.steps:
+        """Writes what was recorded, without any collective; returns whether that worked.
+
+        A baseline alone is not written: no plan can be made from it, and an earlier run's files would be lost for it.
+        """
+        if not self._files.written or len(self.history.steps) < 2:
             return False
+        self._files.clear()
         return self._files.write(self.history.save, self._files.paths.history)

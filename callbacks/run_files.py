@@ -32,6 +32,7 @@ class RunFiles:
         self._export_to, self._owner, self._rescue = export_to, owner, rescue
         self._files: PlanFiles | None = None
         self._error: Exception | None = None
+        self._cleared = False
 
     @property
     def written(self) -> bool:
@@ -58,10 +59,21 @@ class RunFiles:
         Raises:
             OSError: The plan's folder cannot be written to.
         """
-        self._error = None
+        self._error, self._cleared = None, False
         self._files = None if folder is None else PlanFiles(Path(folder, self._export_to))
         if self._files is not None:
             check_writable(self._files.plan)
+
+    def clear(self) -> None:
+        """Removes what an earlier run left, once in a run, before anything of this run is written.
+
+        A run that is stopped between two files would else leave a new history beside an old plan.
+        """
+        if self._files is None or self._cleared:
+            return
+        self._cleared = True
+        for path in (self._files.plan, self._files.curvature, self._files.statistics):
+            path.unlink(missing_ok=True)
 
     def write(self, save: Callable[[Path], None], path: Path) -> bool:
         """Writes one file; returns whether that worked."""

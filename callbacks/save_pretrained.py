@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_precision.callbacks.late_finish import is_finished, why_not_late
 from moe_precision.callbacks.lightning_packages import LightningCallback
@@ -18,6 +19,7 @@ from moe_precision.callbacks.trained_part import submodule
 from moe_precision.checkpoints.config import config_of
 from moe_precision.checkpoints.dtypes import cast
 from moe_precision.checkpoints.folders import check_replaceable, folder_replaced_when_done
+from moe_precision.checkpoints.tokenizer import load_tokenizer
 from moe_precision.compat import was_dequantized_on_loading
 from moe_precision.files import check_writable
 from moe_precision.layers.module_tree import root_model
@@ -27,7 +29,10 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 class SavePretrained(LightningCallback):
-    """Writes the transformers model of a LightningModule, and the data module's tokenizer, when training ends.
+    """Writes the transformers model of a LightningModule, and its tokenizer, when training ends.
+
+    The tokenizer is what `evaluate`, `compare` and `--statistics-batches` read text with; a warning says when none is
+    saved.
 
     A model that was quantized as it was published and became float on loading (gpt-oss, block-wise FP8) is written as a
     float one, under the names of its module tree.
@@ -36,18 +41,30 @@ class SavePretrained(LightningCallback):
         dirpath: Folder of the checkpoint, relative to the Trainer's ``default_root_dir``.
         dtype: ``bfloat16``, ``float16`` or ``float32`` to save in, or None to keep the training dtype. Tensors that the
             model's family keeps in float32 stay in it. A model whose experts are packed is saved as it is.
+        tokenizer: A tokenizer, or the folder or name of one. None takes the attribute ``tokenizer`` of the data module,
+            else of the LightningModule.
         module: Path of the model in the LightningModule, such as ``student``; None takes the only one that is trained.
 
     Raises:
+        CheckpointError: ``tokenizer`` names none, or an empty one.
         ValueError: An unknown dtype; when training starts, if the LightningModule holds no transformers model, several
             that are trained, or one with PEFT adapters; if another callback of the run writes into the folder.
         OSError: In ``setup``, if the folder cannot be written to, or holds something other than a checkpoint.
     """
 
-    def __init__(self, dirpath: str = "checkpoint", dtype: str | None = None, module: str | None = None) -> None:
+    def __init__(
+        self,
+        dirpath: str = "checkpoint",
+        dtype: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        module: str | None = None,
+    ) -> None:
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)} or None, got {dtype!r}")
         self.dirpath, self.dtype, self.module = dirpath, dtype, module
+        self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
+        if self.tokenizer is not None and not hasattr(self.tokenizer, "save_pretrained"):
+            raise ValueError(f"tokenizer must be a transformers tokenizer, or its folder or name, got {tokenizer!r}")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -118,7 +135,7 @@ class SavePretrained(LightningCallback):
         if self.dtype is not None and not packed:
             state = cast(model, state, dtype)
         folder = _free(Path(trainer.default_root_dir, self.dirpath))
-        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        tokenizer = self._tokenizer(trainer)
         with folder_replaced_when_done(folder) as temporary:
             # weights that were unpacked on loading (gpt-oss, block-fp8) have no way back into that form
             model.save_pretrained(
@@ -130,6 +147,20 @@ class SavePretrained(LightningCallback):
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
         rank_zero_info(f"SavePretrained: wrote {folder}")
+        if tokenizer is None:
+            rank_zero_warn(
+                f"SavePretrained: {folder} holds no tokenizer, because neither the data module nor the LightningModule "
+                "has one to save as `tokenizer`. `evaluate`, `compare` and `--statistics-batches` need it: give "
+                "SavePretrained(tokenizer=...), or call tokenizer.save_pretrained on that folder"
+            )
+
+    def _tokenizer(self, trainer: Trainer) -> Any:
+        """What was given, else what the data module or the LightningModule has that can be saved; None if nothing."""
+        owners = getattr(trainer, "datamodule", None), trainer.lightning_module
+        for found in (self.tokenizer, *(getattr(owner, "tokenizer", None) for owner in owners)):
+            if hasattr(found, "save_pretrained"):
+                return found
+        return None
 
 
 def _free(folder: Path) -> Path:

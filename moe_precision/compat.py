@@ -282,6 +282,11 @@ def mark_as_float(model: PreTrainedModel) -> None:
             del module.config._is_quantized
 
 
+def is_model_type(name: str) -> bool:
+    """Whether transformers knows a model type of this name."""
+    return name in CONFIG_MAPPING_NAMES
+
+
 def parts_of_config(model_type: str) -> frozenset[str]:
     """The types of the models that transformers builds inside one of a type, such as the text model of a larger one."""
     if model_type not in CONFIG_MAPPING_NAMES:

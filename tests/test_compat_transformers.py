@@ -257,6 +257,11 @@ def test_split_by():
     assert "distributed_config" not in model.config.to_dict()  # a checkpoint never says how its model was split
 
 
+def test_is_model_type():
+    assert compat.is_model_type("mixtral")
+    assert not compat.is_model_type("Module")
+
+
 # -- PEFT and DeepSpeed -----------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..layers.patterns import Patterns
 from ..layers.prefixes import prefixes_of
 from ..layers.shape import LayerShape
+from ..plans.model_types import of_one_family
 from ..recording.history import HistoryError, RouterNormHistory
 
 
@@ -86,8 +87,13 @@ class Snapshot:
         """This snapshot, a history's, in the names of a model's layers: itself, or that of another class of the model.
 
         Raises:
-            HistoryError: The layers or shapes are not those of the other.
+            HistoryError: The layers, shapes or families are not those of the other.
         """
+        if not of_one_family(self.model_type, other.model_type):
+            raise HistoryError(
+                f"the history, or the initial checkpoint, is of a model of type {self.model_type!r}, the trained model "
+                f"is {other.model_type!r}: give that of the model that training started from"
+            )
         change = prefixes_of(self.layers, other.layers)
         if change is None:
             raise HistoryError(

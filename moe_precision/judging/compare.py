@@ -77,6 +77,7 @@ def compare(
     task: Callable[[PreTrainedModel], float] | None = None,
     task_name: str = "",
     end_of_text: int | None = None,
+    text: str = "",
 ) -> Comparison:
     """Compares allocation methods on one trained model.
 
@@ -102,6 +103,7 @@ def compare(
         task: A metric of the quantized model, such as ROUGE; larger is better. For several draws, the first one's.
         task_name: Its name.
         end_of_text: Token that ends a document, where batches are one packed text in order; None if each row is one.
+        text: What the batches are from, in words.
 
     Raises:
         AllocationError: An unknown method, granularity, or a budget outside the levels.
@@ -156,6 +158,7 @@ def compare(
         correlations=correlations(final, baseline, costs) if "sensitivity" in costs else {},
         counts=judge.counts,
         skipped=skipped,
+        text=text,
     )
 
 

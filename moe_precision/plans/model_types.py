@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..compat import parts_of_config
+from ..compat import is_model_type, parts_of_config
 
 
 def model_type_of(model: nn.Module) -> str:
@@ -19,3 +19,11 @@ def may_have_the_same_layers(model: nn.Module, model_type: str) -> bool:
     own = {model_type_of(model)}
     own |= {model_type_of(module) for module in model.modules() if isinstance(module, PreTrainedModel)}
     return model_type in own or not own.isdisjoint(parts_of_config(model_type))
+
+
+def of_one_family(one: str, other: str) -> bool:
+    """Whether two model types may have the same layers: equal, or one built inside the other, or unknown here."""
+    if one == other or not (is_model_type(one) and is_model_type(other)):
+        return True
+    inside, inside_other = parts_of_config(one), parts_of_config(other)
+    return one in inside_other or other in inside or not inside.isdisjoint(inside_other)

@@ -30,6 +30,7 @@ class PlanNotes(TypedDict, total=False):
         initial: Name of the checkpoint folder from which the change of norm was measured.
         final: Name of the checkpoint folder that was measured.
         statistics: What the expert statistics rest on that costs were measured with.
+        text: What gradients, statistics or calibration were taken from, where `moe-precision plan` ran the model.
         calibration_tokens: Number of tokens on which costs were scaled to the measured divergence; they are then in
             nats per token.
         predicted_cost: Sum of the costs of the chosen widths, for a method that knows costs.
@@ -49,6 +50,7 @@ class PlanNotes(TypedDict, total=False):
     initial: str
     final: str
     statistics: StatisticsNote
+    text: str
     calibration_tokens: int
     predicted_cost: float
     gap: float

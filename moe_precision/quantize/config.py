@@ -22,6 +22,7 @@ from ..plans.methods import reads
 from ..plans.plan import PrecisionPlan, as_plan
 from ..plans.widths import PlanError
 from ..recording.curvature import Curvature, as_curvature
+from ..recording.planned_weights import check_plan_is_for, norms_of_plan
 from ..recording.statistics import ExpertStatistics, as_statistics
 from .codec.grid import Grid
 
@@ -111,7 +112,8 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
     @property
     def weights_matter(self) -> bool:
         """Whether something is given that belongs to certain weights."""
-        return not (self.curvature is None and self.grid is None and self.statistics is None)
+        files = self.curvature, self.grid, self.statistics
+        return any(file is not None for file in files) or bool(norms_of_plan(self.plan))
 
     def warn_if_unweighted(self) -> None:
         """Warns where the plan was made for a fit by curvature or statistics, and they are not given."""
@@ -146,7 +148,7 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
 
     @torch.no_grad()
     def check_weights(self, layers: list[MoELayer]) -> None:
-        """Checks that curvature, grid and statistics belong to these weights, by the norms of the routers.
+        """Checks that plan, curvature, grid and statistics belong to these weights, by the norms of the routers.
 
         Routers stay as they are.
 
@@ -157,6 +159,7 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
             CurvatureError: The curvature belongs to other weights.
             GridError: The grid belongs to other weights.
             StatisticsError: The statistics belong to other weights.
+            PlanError: The plan does, and there is no grid, which was fixed after it.
         """
         if not self.weights_matter:
             return
@@ -167,3 +170,5 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
             self.grid.check_router_norms(norms)
         if self.statistics is not None:
             self.statistics.check_router_norms(norms)
+        if self.grid is None:
+            check_plan_is_for(self.plan, norms)

@@ -153,10 +153,10 @@ def test_a_norm_that_is_not_finite_is_said_when_it_happens(tmp_path):
         trainer(tmp_path, Diverges(), monitor()).fit(Module(), data(6))
 
 
-def test_an_error_in_the_making_of_the_plan_costs_no_model(tmp_path):
-    """Whatever it is, here an optimizer's state that nobody expects: it is raised once the others are done."""
+def test_an_error_in_the_making_of_the_plan_costs_no_model(tmp_path, monkeypatch):
+    """Whatever it is: it is raised once the others are done."""
 
-    class Odd(Module):
+    class OfAModel(Module):
         def __init__(self):
             super().__init__(build("mixtral"))
 
@@ -166,15 +166,43 @@ def test_an_error_in_the_making_of_the_plan_costs_no_model(tmp_path):
         def on_train_batch_end(self, *args):
             pass
 
-        def on_train_epoch_end(self):
-            for state in self.optimizers().optimizer.state.values():
-                state["step"] = "many"
+    def out_of_memory(*args):
+        raise RuntimeError("out of memory")
 
+    monkeypatch.setattr("moe_precision.callbacks.plan_recorder.plan_of_run", out_of_memory)
     ids = torch.randint(3, 128, (4, 8), generator=torch.Generator().manual_seed(0))
     with (
-        pytest.warns(UserWarning, match=r"no plan is written: ValueError: could not convert string"),
-        pytest.raises(ValueError, match="could not convert string"),
+        pytest.warns(UserWarning, match="no plan is written: RuntimeError: out of memory"),
+        pytest.raises(RuntimeError, match="out of memory"),
     ):
-        trainer(tmp_path, monitor(), SavePretrained()).fit(Odd(), torch.utils.data.DataLoader(ids, batch_size=2))
+        trainer(tmp_path, monitor(), SavePretrained()).fit(OfAModel(), torch.utils.data.DataLoader(ids, batch_size=2))
     assert load_model(tmp_path / "checkpoint").num_parameters() > 0
     assert RouterNormHistory.load(tmp_path / "precision_plan.history.safetensors").steps == [0, 2]
+
+
+def test_a_rerun_that_is_stopped_leaves_no_old_plan_beside_its_history(tmp_path):
+    """Nor does one that is stopped at once: it leaves what was there."""
+
+    class Fails(Module):
+        def __init__(self, batch):
+            super().__init__()
+            self.batch = batch
+
+        def training_step(self, batch, batch_idx):
+            if batch_idx == self.batch:
+                raise RuntimeError("stopped")
+            return super().training_step(batch, batch_idx)
+
+    names = ["precision_plan.json", "precision_plan.curvature.safetensors", "precision_plan.history.safetensors"]
+    trainer(tmp_path, monitor()).fit(Module(), data(4))
+    (tmp_path / names[1]).touch()
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer(tmp_path, monitor()).fit(Fails(0), data(8))
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer(tmp_path, monitor()).fit(Fails(5), data(8))
+    assert [(tmp_path / name).exists() for name in names] == [False, False, True]
+    assert RouterNormHistory.load(tmp_path / names[2]).steps == [0, 2, 4]
+    trainer(tmp_path, monitor()).fit(Module(), data(6))
+    assert PrecisionPlan.load(tmp_path / names[0]).last_step == 6

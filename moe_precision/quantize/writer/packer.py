@@ -54,7 +54,7 @@ class Packer:
         )
 
     def check_weights(self) -> None:
-        """Checks that all weights are float, and by the routers that curvature, grid and statistics belong to them."""
+        """Checks that all weights are float, and by the routers that what comes with the plan belongs to them."""
         made_of = sources_of(self.model, self.checkpoint.tensors)
         check_all_float(self.model, made_of, self.checkpoint.tensors)
         if not self.quantization.weights_matter:
