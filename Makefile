@@ -31,6 +31,7 @@ test-exports:
 # Needs the model of `make demo`.
 benchmarks: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e .[benchmarks]
+	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.recording
 	$(BIN)/python -m benchmarks.quantizing --run runs/demo
 	$(BIN)/python -m benchmarks.rounding

@@ -2,30 +2,41 @@
 
 A callback records the L2 norm of every expert's router row during training and writes a precision plan at the end; a
 quantize step turns plan and weights into a smaller model. Importing this package registers the quantizer with
-transformers, so that packed checkpoints load with ``from_pretrained``.
+transformers, so that packed checkpoints load with ``from_pretrained``: at once if transformers has loaded its modeling
+code, else as soon as it does, before any model can be loaded.
+
+Public names are imported when they are first asked for, so that importing the package alone takes no time.
 """
 
-from .allocation.allocator import allocate
-from .allocation.orders import bits_from_order, rank_experts
-from .allocation.replanning import replan
-from .checkpoints import Checkpoint, CheckpointError, StreamingError, load_model
-from .errors import MoEPrecisionError
-from .layers import MoELayer, MoELayerError, find_moe_layers
-from .plans.numbers import AllocationError
-from .plans.plan import PrecisionPlan
-from .plans.settings import PlanSettings
-from .plans.widths import PlanError
-from .quantize import PlanQuantizationConfig, QuantizationError, UnsupportedLayoutError, quantize_model
-from .quantize.dequantizing import dequantize_checkpoint, dequantize_model
-from .quantize.distilling import Distilled, distill_scales
-from .quantize.trainable import DistillError
-from .quantize.writer import distill_checkpoint, quantize_checkpoint
-from .recording.collecting import collect_statistics
-from .recording.curvature import Curvature, CurvatureError
-from .recording.history import HistoryError, RouterNormHistory
-from .recording.router_norms import router_norms
-from .recording.statistics import ExpertStatistics, StatisticsError
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .registration import register_with_transformers
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .allocation.allocator import allocate
+    from .allocation.orders import bits_from_order, rank_experts
+    from .allocation.replanning import replan
+    from .checkpoints import Checkpoint, CheckpointError, StreamingError, load_model
+    from .errors import MoEPrecisionError
+    from .layers import MoELayer, MoELayerError, find_moe_layers
+    from .plans.numbers import AllocationError
+    from .plans.plan import PrecisionPlan
+    from .plans.settings import PlanSettings
+    from .plans.widths import PlanError
+    from .quantize import PlanQuantizationConfig, QuantizationError, UnsupportedLayoutError, quantize_model
+    from .quantize.dequantizing import dequantize_checkpoint, dequantize_model
+    from .quantize.distilling import Distilled, distill_scales
+    from .quantize.trainable import DistillError
+    from .quantize.writer import distill_checkpoint, quantize_checkpoint
+    from .recording.collecting import collect_statistics
+    from .recording.curvature import Curvature, CurvatureError
+    from .recording.history import HistoryError, RouterNormHistory
+    from .recording.router_norms import router_norms
+    from .recording.statistics import ExpertStatistics, StatisticsError
 
 __all__ = [
     "AllocationError",
@@ -65,3 +76,47 @@ __all__ = [
     "replan",
     "router_norms",
 ]
+
+_DEFINED_IN = {
+    ".allocation.allocator": ("allocate",),
+    ".allocation.orders": ("bits_from_order", "rank_experts"),
+    ".allocation.replanning": ("replan",),
+    ".checkpoints": ("Checkpoint", "CheckpointError", "StreamingError", "load_model"),
+    ".errors": ("MoEPrecisionError",),
+    ".layers": ("MoELayer", "MoELayerError", "find_moe_layers"),
+    ".plans.numbers": ("AllocationError",),
+    ".plans.plan": ("PrecisionPlan",),
+    ".plans.settings": ("PlanSettings",),
+    ".plans.widths": ("PlanError",),
+    ".quantize": ("PlanQuantizationConfig", "QuantizationError", "UnsupportedLayoutError", "quantize_model"),
+    ".quantize.dequantizing": ("dequantize_checkpoint", "dequantize_model"),
+    ".quantize.distilling": ("Distilled", "distill_scales"),
+    ".quantize.trainable": ("DistillError",),
+    ".quantize.writer": ("distill_checkpoint", "quantize_checkpoint"),
+    ".recording.collecting": ("collect_statistics",),
+    ".recording.curvature": ("Curvature", "CurvatureError"),
+    ".recording.history": ("HistoryError", "RouterNormHistory"),
+    ".recording.router_norms": ("router_norms",),
+    ".recording.statistics": ("ExpertStatistics", "StatisticsError"),
+}
+_MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in names}
+_SUBMODULES = ("allocation", "checkpoints", "compat", "errors", "files", "layers", "plans", "quantize", "recording")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for (PEP 562)."""
+    if name in _MODULE_OF:
+        found = getattr(import_module(_MODULE_OF[name], __name__), name)
+    elif name in _SUBMODULES:
+        found = import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_transformers()

@@ -18,6 +18,7 @@ ORDER = (
     "version",
     "compat",
     "files",
+    "registration",  # names what it imports later as text
     "layers",
     "plans",
     "checkpoints",

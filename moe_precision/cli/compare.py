@@ -143,8 +143,6 @@ def add_to(commands: Commands) -> None:
         commands,
         "compare",
         run,
-        "Judge every method on your own model, at each budget and equal stored bits, by the loss on held-out text, "
-        "with intervals, random draws and the tail. Says in plain words which plan to use, and can write it.",
         "moe-precision compare runs/demo/checkpoint runs/demo/precision_plan.history.safetensors --group-size 64 "
         "--max-batches 8 --write-plan best.json",
     )

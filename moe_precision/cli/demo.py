@@ -205,7 +205,6 @@ def add_to(commands: Commands) -> None:
         commands,
         "demo",
         run,
-        "Train a small Mixtral, make its plan, quantize, reload and compare; minutes on two CPU cores.",
         "moe-precision demo --output runs/demo",
     )
     command.add_argument("--output", default="runs/demo", help="folder of the run (default runs/demo)")

@@ -31,8 +31,6 @@ def add_to(commands: Commands) -> None:
         commands,
         "dequantize",
         run,
-        "Write a packed checkpoint as a float one, with the values that its packed weights stand for: it needs no "
-        "moe-precision, and is as large as the float model was. The whole float model must fit in memory.",
         "moe-precision dequantize runs/demo/quantized runs/demo/dequantized",
     )
     command.add_argument("checkpoint", help="folder of a checkpoint that moe-precision packed")

@@ -71,10 +71,6 @@ def add_to(commands: Commands) -> None:
         commands,
         "evaluate",
         run,
-        "Loss and perplexity of a float or packed checkpoint, overall and on the rarest tenth of target tokens, in "
-        "blocks of 256 tokens (the demo uses blocks of 128, so its numbers differ). With --reference also how far it "
-        "is from the float model: KL divergence (mean, 99th and 99.9th percentile over tokens), the share of tokens "
-        "with the same most likely next token, and the share that goes to the same experts in every layer.",
         "moe-precision evaluate runs/demo/quantized-plan --reference runs/demo/checkpoint --max-batches 20\n"
         "  moe-precision evaluate model --heldout my_text.jsonl",
     )

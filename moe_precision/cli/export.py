@@ -35,8 +35,6 @@ def add_to(commands: Commands) -> None:
         commands,
         "export",
         run,
-        "Print a plan as the config of another quantizer (docs/export.md shows how to use each). Widths that it does "
-        "not have are rounded up, with a note; a plan that it cannot carry out is an error.",
         "moe-precision export runs/demo/precision_plan.json --to autoround > layer_config.json",
     )
     command.add_argument("plan", help="a plan's JSON file")

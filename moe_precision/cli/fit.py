@@ -60,8 +60,5 @@ def add_to(commands: Commands) -> None:
         commands,
         "fit",
         lambda options: commands.choices["fit"].print_help(),
-        "Train a recipe with the callback, by LightningCLI: any key of the YAML is an option, --print_config prints "
-        "the whole configuration, and --trainer.callbacks.help RouterNormMonitor explains the callback. --config takes "
-        "a file, or the name of a recipe that comes with the package.",
         "moe-precision fit --config pretrain_mixtral --trainer.max_steps 200",
     )

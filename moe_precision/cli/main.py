@@ -1,34 +1,41 @@
-"""Entry point: reads the command line, runs one command, and turns user errors into one line."""
+"""Entry point: reads the command line, runs one command, and turns user errors into one line.
+
+Only the command that is used is imported: torch and transformers take seconds, and help needs neither.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from typing import Any
 
 from ..version import __version__
-from . import compare, demo, dequantize, evaluate, export, fit, plan, quantize, show
-
-COMMANDS = (fit, plan, show, compare, quantize, dequantize, export, evaluate, demo)
+from .commands import SUMMARIES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. User errors print one line and return 2; ``fit`` raises them."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["fit"] and arguments[1:] not in ([], ["-h"], ["--help"]):
-        fit.train(arguments[1:])
+        _module("fit").train(arguments[1:])
         return 0
-    options = parser().parse_args(arguments)
+    options = parser(arguments[:1]).parse_args(arguments)
     try:
-        options.run(options)
+        status: int | None = options.run(options)
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"moe-precision {options.command}: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of all commands; ``fit``'s own options are LightningCLI's."""
+def parser(with_options: Iterable[str] = tuple(SUMMARIES)) -> argparse.ArgumentParser:
+    """The parser of all commands; ``fit``'s own options are LightningCLI's.
+
+    Args:
+        with_options: Commands that are imported for their options; the others are listed with what they do.
+    """
     found = argparse.ArgumentParser(
         prog="moe-precision",
         description="Mixed-precision plans for Mixture-of-Experts models, derived from training itself.",
@@ -36,6 +43,14 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--version", action="version", version=__version__)
     commands = found.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_to(commands)
+    wanted = set(with_options)
+    for command, summary in SUMMARIES.items():
+        if command in wanted:
+            _module(command).add_to(commands)
+        else:
+            commands.add_parser(command, help=summary)
     return found
+
+
+def _module(command: str) -> Any:
+    return import_module(f".{command}", __package__)

@@ -11,28 +11,26 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..plans.methods import AUTO, AUTO_SUMMARY, METHODS, SEEDED, MethodName
 from ..plans.settings import DEFAULT_AVERAGE_BITS, ZETA, PlanSettings
 from ..plans.widths import GRANULARITIES
+from .commands import SUMMARIES
 
 Parser = argparse.ArgumentParser
 STDLIB = "python-stdlib"  # the data set where none is named
 Commands = Any  # what `ArgumentParser.add_subparsers` returns; argparse does not export its type
 
 
-def add_command(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], None], summary: str, example: str
-) -> Parser:
-    """Declares a command; its help ends with an example.
+def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], int | None], example: str) -> Parser:
+    """Declares a command of `SUMMARIES`; its help ends with an example.
 
     Args:
         commands: Where to add it.
         name: What users type.
-        run: Carries it out.
-        summary: What it does.
+        run: Carries it out; may return the exit status.
         example: A command line, or several.
     """
     command: Parser = commands.add_parser(
         name,
-        help=summary,
-        description=summary,
+        help=SUMMARIES[name],
+        description=SUMMARIES[name],
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -176,8 +176,6 @@ def add_to(commands: Commands) -> None:
         commands,
         "plan",
         run,
-        "Make a plan without training again: with other bits from the norms that a run recorded, or from two "
-        "checkpoints, before and after a fine-tuning that was not recorded. Checkpoints are read tensor by tensor.",
         "moe-precision plan runs/demo/precision_plan.history.safetensors --average-bits 2.25 --bits 2 3 "
         "--group-size 64 -o plan_2.25.json\n"
         "  moe-precision plan --initial base-model --final finetuned-model -o plan.json\n"

@@ -178,8 +178,6 @@ def add_to(commands: Commands) -> None:
         commands,
         "quantize",
         run,
-        "Quantize a float checkpoint by a plan, one shard at a time, so that the model may be larger than memory; OUT "
-        "loads with from_pretrained after `import moe_precision`. An interrupted run resumes when it is started again.",
         "moe-precision quantize runs/demo/checkpoint runs/demo/precision_plan.json runs/demo/quantized",
     )
     command.add_argument("checkpoint", help="folder of a float checkpoint, as save_pretrained writes it")

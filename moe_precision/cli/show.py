@@ -36,8 +36,6 @@ def add_to(commands: Commands) -> None:
         commands,
         "show",
         run,
-        "Print the bits of every expert as a table, from a plan or from a checkpoint that AutoRound, GPTQModel, "
-        "llm-compressor or moe-precision quantized; with --diff, print where two of them differ.",
         "moe-precision show runs/demo/precision_plan.json --diff plan_2.25.json\n"
         "  moe-precision show runs/demo/quantized-plan",
     )

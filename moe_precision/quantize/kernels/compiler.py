@@ -34,11 +34,7 @@ def compiled(source: Path, *flags: str) -> ctypes.CDLL:
     Raises:
         OSError: There is no compiler, it fails, its library cannot be loaded, or the cache cannot be written to.
     """
-    wanted = shlex.split(os.environ.get("CXX", "c++"))
-    found = shutil.which(wanted[0]) if wanted else None
-    if found is None:
-        raise OSError(f"no C++ compiler {' '.join(wanted)!r}")
-    wanted[0] = os.path.abspath(found)
+    wanted = compiler_command()
     # what -march=native means here, and which version of the compiler it is: the command that it would run
     wanted += [*_FLAGS, *flags]
     said = _run([*wanted, "-###", "-E", "-x", "c++", os.devnull]).splitlines()
@@ -51,6 +47,19 @@ def compiled(source: Path, *flags: str) -> ctypes.CDLL:
         with FileLock(cache / f"{name}.lock", timeout=_SECONDS):
             library = _cached(cache, name) or _made(wanted, source, cache, name)
     return ctypes.CDLL(str(library))
+
+
+def compiler_command() -> list[str]:
+    """The C++ compiler with what ``$CXX`` gives it, its path absolute.
+
+    Raises:
+        OSError: There is none.
+    """
+    wanted = shlex.split(os.environ.get("CXX", "c++"))
+    found = shutil.which(wanted[0]) if wanted else None
+    if found is None:
+        raise OSError(f"no C++ compiler {' '.join(wanted)!r}")
+    return [os.path.abspath(found), *wanted[1:]]
 
 
 def _cached(cache: Path, name: str) -> Path | None:
