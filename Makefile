@@ -45,13 +45,15 @@ benchmarks: .venv/installed
 	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m pytest -m thorough
 
-# Prints docs/evidence-tables.md, docs/rounding-tables.md and docs/annealing-tables.md. Takes hours.
+# Prints the tables in docs/*-tables.md. Takes hours.
 evidence: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e .[benchmarks]
 	$(BIN)/python -m benchmarks.studies.study --output runs/study --workers 2
 	$(BIN)/python -m benchmarks.studies.study --output runs/study --report > docs/evidence-tables.md
 	$(BIN)/python -m benchmarks.studies.rounding_study --output runs/study --workers 2
 	$(BIN)/python -m benchmarks.studies.rounding_study --output runs/study --report > docs/rounding-tables.md
+	$(BIN)/python -m benchmarks.studies.cost_scales --output runs/study --workers 2
+	$(BIN)/python -m benchmarks.studies.cost_scales --output runs/study --report > docs/cost-scales-tables.md
 	$(BIN)/python -m benchmarks.studies.anneal_study --output runs/anneal --workers 2
 	$(BIN)/python -m benchmarks.studies.anneal_study --output runs/anneal --report > docs/annealing-tables.md
 	$(BIN)/python -m benchmarks.studies.theory --output runs/theory
