@@ -67,14 +67,13 @@ def report(study: Setting, root: Path) -> str:
             for bits in WIDTHS:
                 chosen = [row for row in rows if row["bits"] == bits]
                 within = [_rank(row["predicted"], row["alone"]) for row in chosen]
-                over_all = _rank(*(sum((row[key] for row in chosen), []) for key in ("predicted", "alone")))
+                over_all = _rank(*([x for row in chosen for x in row[key]] for key in ("predicted", "alone")))
                 scales = [row["together"] / sum(row["predicted"]) / unit for row in chosen]
                 ranks = f"{min(within):.2f} to {max(within):.2f}"
                 table.append([name, str(bits), ranks, f"{over_all:.2f}", f"{min(scales):.2f} to {max(scales):.2f}"])
     head = ["model", "bits", "rank correlation within a projection", "over all", "measured ÷ predicted, by projection"]
-    return markdown_table(
-        "Costs by statistics against measured divergence (ratio 1: the median at 2 bits)", head, table
-    )
+    title = "Costs by statistics against measured divergence (a ratio of 1: the median at 2 bits)"
+    return markdown_table(title, head, table)
 
 
 def _rank(one: Sequence[float] | Tensor, other: Sequence[float] | Tensor) -> float:
