@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..compat import mark_as_quantized
+from ..layers.materialized import check_materialized
 from ..layers.moe_layers import find_moe_layers
 from ..plans.document import Document
 from ..plans.plan import PrecisionPlan
@@ -56,6 +57,7 @@ def quantize_model(
         plan, non_expert_bits=non_expert_bits, curvature=curvature, grid=grid, statistics=statistics
     )
     layers = find_moe_layers(model, **config.plan.patterns)
+    check_materialized(layers)
     targets = find_targets(
         model, layers, config.plan, non_expert_bits, config.curvature, config.grid, config.statistics
     )
