@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from ..compat import model_of_config
+from .config import config_of
 from .headers import CheckpointError
 
 
@@ -31,7 +32,7 @@ def model_of(source: str | os.PathLike[str]) -> PreTrainedModel:
             "download that file alone: hf download NAME config.json --local-dir FOLDER"
         )
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = config_of(path, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
