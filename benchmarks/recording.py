@@ -137,7 +137,7 @@ def a_record_every_step() -> None:
 
         def count() -> None:
             for layer in layers:
-                counter.count(True, (index, weights), layer)
+                counter.count((index, weights), layer)
 
         (counting,) = medians(count, rounds=200)
     print(f"\npretrain_mixtral, 4 layers x 8 experts, a record at every step, {STEPS} steps\n")

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from moe_precision.allocation.allocator import make_plan
 from moe_precision.annealing.covers import AnnealError
 from moe_precision.annealing.hooks import GridHooks, check_trainable, uncover
+from moe_precision.callbacks.grid_losses import GridLosses
 from moe_precision.callbacks.run_files import RunFiles
-from moe_precision.layers.module_tree import root_model
+from moe_precision.callbacks.trained_part import TrainedPart
+from moe_precision.callbacks.weights_seen import WeightsSeen
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.layers.patterns import Patterns
 from moe_precision.plans.beside import existing
 from moe_precision.plans.methods import MethodName, reads
-from moe_precision.plans.plan import as_plan, model_type_of
+from moe_precision.plans.plan import as_plan
 from moe_precision.plans.settings import ZETA, PlanSettings
 from moe_precision.plans.widths import Granularity
 from moe_precision.quantize.codec.grid import Grid
 from moe_precision.quantize.replace import check_packable
 from moe_precision.recording.curvature import Curvature, CurvatureError
 from moe_precision.recording.history import RouterNormHistory
-from moe_precision.recording.loads import not_counted
+from moe_precision.recording.optimizer_check import check_second_moments
 from moe_precision.recording.router_norms import norms_by_layer
 from moe_precision.recording.second_moments import curvature_of
 
@@ -46,6 +46,8 @@ class PlanAnnealer:
         grid: The grid, once annealing has begun.
     """
 
+    _recorder = "RouterNormMonitor"
+
     def __init__(
         self,
         *,
@@ -62,6 +64,7 @@ class PlanAnnealer:
         zeta: float = ZETA,
         router_pattern: str | None = None,
         expert_pattern: str | None = None,
+        module: str | None = None,
         export_to: str = "annealed_plan.json",
     ) -> None:
         self.settings = PlanSettings(
@@ -83,7 +86,7 @@ class PlanAnnealer:
         if plan is None and reads(method, "statistics"):
             raise ValueError(f"method {method!r} needs expert statistics, which are not there when annealing begins")
         self._files = RunFiles(export_to, type(self).__name__, _RESCUE)
-        self.start, self.export_to = start, export_to
+        self.start, self.export_to, self._trained = start, export_to, TrainedPart(module)
         self._given = None if plan is None else as_plan(plan)
         self._beside = existing("curvature", plan) if isinstance(plan, (str, os.PathLike)) else None
         self.plan = self._given
@@ -94,17 +97,23 @@ class PlanAnnealer:
         self._checked = False  # that the optimizer keeps second moments
         self._used = False  # that every layer has gone through the grid
         self._before: list[Tensor] = []  # codes before a step that is logged
-        self._losses: Tensor | None = None  # tokens, and summed loss on and off the grid
+        self._seen = WeightsSeen()  # at the end
+        self._settled: list[MoELayer] = []  # once their weights are on the grid
+        self._losses = GridLosses()  # of the validation run
 
     def _prepare(self, folder: str | None, anew: bool) -> None:
         """Before training: where the plan goes, checked to be writable; None for a run that writes nothing."""
-        self._before, self._losses = [], None
+        self._before, self._losses = [], GridLosses()
+        self._seen.forget()
+        self._trained.forget()
         self.close()
         if anew:
             self.grid, self.plan = None, self._given
         self._files.prepare(folder)
 
-    def _check(self, model: nn.Module, step: int, total: float, history: RouterNormHistory | None) -> None:
+    def _check(
+        self, model: nn.Module, step: int, total: float, history: RouterNormHistory | None, optimizers: Sequence[Any]
+    ) -> None:
         """Checks everything before the first step; continues with the grid if a checkpoint brought one.
 
         Args:
@@ -112,6 +121,7 @@ class PlanAnnealer:
             step: Where training starts.
             total: Where it ends.
             history: Of the callback that records router norms, if there is one.
+            optimizers: Those that train it.
         """
         layers = find_moe_layers(model, **self._patterns())
         uncover(layers)
@@ -119,14 +129,16 @@ class PlanAnnealer:
         check_packable(model, layers)
         shapes = {layer.name: layer.shape for layer in layers}
         if self.plan is not None:
-            self.plan.check_layers(shapes, model_type_of(root_model(model)))
+            self.plan = self.plan.for_model(model, shapes)
         else:
             self.settings.check_fits(shapes)
             if history is None and reads(self.settings.method, "norm_change", "load"):
                 raise AnnealError(f"method {self.settings.method!r} reads what {self._recorder} records: add it too")
+            if reads(self.settings.method, "curvature"):
+                check_second_moments(layers, optimizers)
         if self.start < 1 and total == float("inf"):
             raise AnnealError(f"start={self.start} is a share of max_steps, which is not set: set it, or give a step")
-        self._first_step = int(self.start * total) if self.start < 1 else int(self.start)
+        self._set_first_step(total)
         if self._first_step >= total:
             raise AnnealError(f"start={self.start} is step {self._first_step} of {total}: nothing is left to anneal")
         if self.plan is None and reads(self.settings.method, "curvature") and self._first_step == 0:
@@ -136,19 +148,27 @@ class PlanAnnealer:
             )
         if self._uses_file():
             assert self._beside is not None
-            curvature = Curvature.load(self._beside)
-            curvature.check_layers(shapes)
+            curvature = Curvature.load(self._beside).for_layers(shapes)
             curvature.check_router_norms(norms_by_layer(layers))
         self._started_at, self._checked, self._used = step, False, False
-        if self.grid is None and step > self._first_step:
+        if self.grid is None and step - max(1, len(optimizers)) >= self._first_step:  # a batch has a step of each
             raise AnnealError(
                 f"training resumes at step {step}, annealing began at {self._first_step}, and the checkpoint has no "
                 f"grid of a callback with export_to={self.export_to!r}: resume with the callback that the run had"
             )
         if self.grid is not None:  # resumed in the middle
-            if self._given is not None and (changed := self._given.diff(self.grid.plan)):
+            given = None if self._given is None else self._given.for_model(model, shapes)
+            if given is not None and (changed := given.diff(self.grid.plan)):
                 raise AnnealError(f"the checkpoint was annealed on a plan other than the given one: {changed[0]}")
             self._hooks, self._began_at = GridHooks(layers, self.grid), step
+
+    def _part(self, whole: nn.Module) -> nn.Module:
+        return self._trained.of(whole, self._patterns())  # what is annealed of what a Trainer has
+
+    def _set_first_step(self, total: float) -> None:
+        """When annealing begins, in the unit of ``total``, unless it has begun."""
+        if self._hooks is None:
+            self._first_step = int(self.start * total) if self.start < 1 else int(self.start)
 
     def _patterns(self) -> Patterns:
         return self.settings.patterns if self.plan is None else self.plan.patterns
@@ -165,12 +185,8 @@ class PlanAnnealer:
             self.plan = make_plan(self.settings, model, history, curvature)
         self.grid = Grid.fit(layers, self.plan, curvature)
         self._hooks, self._began_at = GridHooks(layers, self.grid), step
-        rank_zero_info(
-            f"{type(self).__name__}: from step {step} on the experts are trained at "
-            f"{self.plan.average_bits:.3g} bits on average"
-        )
-
-    _recorder = "RouterNormMonitor"
+        bits = f"{self.plan.average_bits:.3g} bits on average"
+        rank_zero_info(f"{type(self).__name__}: from step {step} on the experts are trained at {bits}")
 
     def _curvature(self, layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature | None:
         """The optimizer's second moments, or before it has any, the file beside a plan that was given."""
@@ -180,7 +196,7 @@ class PlanAnnealer:
             if self._uses_file():
                 assert self._beside is not None
                 rank_zero_info(f"{type(self).__name__}: the grid is fitted with the curvature of {self._beside}")
-                return Curvature.load(self._beside)
+                return Curvature.load(self._beside).for_layers({layer.name: layer.shape for layer in layers})
             rank_zero_info(f"{type(self).__name__}: the grid is fitted without curvature: {error}")
             return None
 
@@ -230,34 +246,6 @@ class PlanAnnealer:
             self._before = []
         return metrics
 
-    @torch.no_grad()
-    def _validate(self, model: nn.Module, batch: Any) -> None:
-        """Adds a batch to the losses on and off the grid, if it holds the arguments of a transformers model."""
-        model = root_model(model)
-        known = isinstance(model, PreTrainedModel) and isinstance(batch, Mapping) and "labels" in batch
-        if self._hooks is None or not known:
-            return
-        labels = batch["labels"]
-        if not model.config.is_encoder_decoder:  # type: ignore[union-attr]
-            labels = labels[..., 1:]  # each token is predicted by those before it
-        tokens = (labels != -100).sum().double()
-        if tokens == 0:
-            return
-        with not_counted():
-            on = model(**batch).loss.double()
-            with self._hooks.lifted():
-                off = model(**batch).loss.double()
-        sums = tokens * torch.stack([torch.ones_like(tokens), on, off])
-        self._losses = sums if self._losses is None else self._losses + sums
-
-    def _validated(self, sums: Tensor | None) -> dict[str, float]:
-        """The mean losses of a validation run, from the sums of all ranks."""
-        self._losses = None
-        if sums is None:
-            return {}
-        tokens, on, off = sums.tolist()
-        return {"anneal/val_loss": on / tokens, "anneal/val_loss_float": off / tokens}
-
     def _finish(self, writes: bool, step: int) -> None:
         """Moves the weights onto the grid; writes plan and grid.
 
@@ -269,7 +257,15 @@ class PlanAnnealer:
                 "the weights are not on a grid, and no plan is written"
             )
             return
+        layers = self._hooks.layers
+        if self._seen.changed(layers):
+            rank_zero_warn(
+                f"{type(self).__name__}: the experts' weights were changed after the last step, by another callback "
+                "(weight averaging, the best checkpoint): what is moved onto the grid is not what training ended on"
+            )
         self._hooks.settle()
+        self._seen.look(layers)
+        self._settled = layers
         self.close()
         if not writes or not self._files.written:
             return
@@ -278,6 +274,22 @@ class PlanAnnealer:
             rank_zero_info(
                 f"{type(self).__name__}: wrote {paths.plan} ({self.plan.average_bits:.3g} bits on average) and its grid"
             )
+
+    def _finish_late(self, model: nn.Module, writes: bool, step: int) -> None:
+        """`_finish`, for a run that had ended before this start: its grid is from the checkpoint."""
+        assert self.grid is not None
+        self._hooks = GridHooks(find_moe_layers(model, **self._patterns()), self.grid)
+        self._finish(writes, step)
+
+    def _check_left(self) -> None:
+        """After all callbacks are done: warns if the weights have left the grid."""
+        if self._settled and self._seen.changed(self._settled):
+            rank_zero_warn(
+                f"{type(self).__name__}: the weights were changed after they had been moved onto the grid, by a later "
+                "callback (weight averaging) or the module's on_train_end: quantizing them does not give what training "
+                "ended on"
+            )
+        self._settled = []
 
     def close(self) -> None:
         """Gives the model its float weights back after an interruption; a second call does nothing."""

@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
+from typing import Any
 
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
 from moe_precision.allocation.allocator import make_plan
 from moe_precision.allocation.calibration import Calibration, check_whole
-from moe_precision.layers.moe_layers import find_moe_layers
+from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.plans.methods import AUTO, reads
 from moe_precision.plans.plan import PrecisionPlan
 from moe_precision.plans.settings import PlanSettings, expert_weights
-from moe_precision.recording.curvature import Curvature
+from moe_precision.recording.curvature import Curvature, CurvatureError
 from moe_precision.recording.gradients import left_as_it_is
 from moe_precision.recording.history import RouterNormHistory
+from moe_precision.recording.optimizer_check import check_second_moments
 from moe_precision.recording.processes import world_size
 from moe_precision.recording.statistics import ExpertStatistics
 
 UNASKED_WEIGHTS = 10**9  # of all experts, up to which "auto" measures what widths cost: minutes on a CPU
+
+
+def check_run(settings: PlanSettings, layers: list[MoELayer], optimizers: Sequence[Any]) -> None:
+    """Before training: checks that its optimizers will leave what the method reads.
+
+    Args:
+        settings: What is asked.
+        layers: Of the model.
+        optimizers: That train it, as far as they are known.
+
+    Raises:
+        CurvatureError: The method reads second moments, and there will be none.
+        AllocationError: With ``method="auto"``, there will be none, and without costs no plan can be as it is asked.
+    """
+    named = reads(settings.method, "curvature")
+    if not named and settings.method != AUTO:
+        return
+    try:
+        check_second_moments(layers, optimizers)
+    except CurvatureError as error:
+        if named:
+            raise
+        settings.resolved("router_norm", {layer.name: layer.shape for layer in layers})
+        rank_zero_warn(f"the plan will be by the paper's rule, since there will be no curvature: {error}")
 
 
 def plan_of_run(
@@ -36,6 +62,7 @@ def plan_of_run(
 
     With ``method="auto"`` and more than `UNASKED_WEIGHTS`, the paper's rule is taken, and the plan says how to get the
     other one: measuring costs quantizes every expert at every width, which nobody expects at the end of a large run.
+    Where whole layers are to share a width, costs are measured all the same.
 
     Args:
         settings: What is asked.
@@ -50,7 +77,8 @@ def plan_of_run(
         AllocationError: What the method reads is missing, or a norm is not finite.
     """
     method, weights = settings.method, expert_weights(history.layers.values())
-    if method == AUTO and curvature is not None and weights > UNASKED_WEIGHTS:
+    by_layer = str(settings.granularity).startswith("layer")  # which the paper's rule does not know
+    if method == AUTO and curvature is not None and weights > UNASKED_WEIGHTS and not by_layer:
         plan = make_plan(settings.resolved("router_norm", history.layers), history=history)
         plan.notes["auto"] = (
             f"measuring what each width costs takes long for {weights / 1e9:.1f} billion expert weights; to have it "

@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
-import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from moe_precision.allocation.planning import caveat_text
+from moe_precision.callbacks.end_logging import EndLogging
 from moe_precision.callbacks.extra_batches import Loss, curvature_of_run
-from moe_precision.callbacks.plan_of_run import plan_of_run
+from moe_precision.callbacks.load_recorder import LoadRecorder
+from moe_precision.callbacks.plan_of_run import check_run, plan_of_run
+from moe_precision.callbacks.restored import check_restored
 from moe_precision.callbacks.run_files import RunFiles
 from moe_precision.callbacks.statistics_recorder import StatisticsRecorder, Step
+from moe_precision.callbacks.trained_part import trained_part
+from moe_precision.callbacks.weights_seen import WeightsSeen
 from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.plans.methods import AUTO, MethodName, reads
+from moe_precision.plans.numbers import AllocationError
 from moe_precision.plans.plan import PrecisionPlan, model_type_of
 from moe_precision.plans.settings import ZETA, PlanSettings
 from moe_precision.plans.widths import Granularity
-from moe_precision.present.metrics import load_metrics, plan_metrics
+from moe_precision.present.metrics import plan_metrics
 from moe_precision.present.tables import as_text, layers_table
 from moe_precision.recording.curvature import Curvature
-from moe_precision.recording.history import HistoryError, RouterNormHistory
-from moe_precision.recording.loads import LoadCounter
+from moe_precision.recording.gradients import left_as_it_is
+from moe_precision.recording.history import RouterNormHistory
 from moe_precision.recording.router_norms import router_norms
 from moe_precision.recording.statistics import ExpertStatistics
 
-NOT_RESTORED = (
-    "transformers' Trainer leaves out routers and experts whose names on disk differ from the model's "
-    "(transformers issue 48805): load the model with from_pretrained(checkpoint) before you resume from it"
-)
 _RESCUE = "The router norms are still in callback.history, which history.save(path) writes, and in checkpoints"
 EXPERT_KEYS = 4096  # more curves than this are left out unless asked for: W&B slows down at 10,000 keys
 
@@ -64,6 +66,7 @@ class PlanRecorder:
         zeta: float = ZETA,
         router_pattern: str | None = None,
         expert_pattern: str | None = None,
+        module: str | None = None,
         every_n_steps: int | None = None,
         export_to: str = "precision_plan.json",
         log_experts: bool | None = None,
@@ -90,7 +93,7 @@ class PlanRecorder:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
         self._files = RunFiles(export_to, type(self).__name__, _RESCUE)
         self.every_n_steps, self.export_to = every_n_steps, export_to
-        self.log_experts = log_experts
+        self.log_experts, self.module = log_experts, module
         self.curvature_batches = curvature_batches
         if reads(method, "statistics") and statistics_batches == 0 and statistics_from is None:
             raise ValueError(f"method {method!r} needs expert statistics, and statistics_batches=0 collects none")
@@ -99,11 +102,13 @@ class PlanRecorder:
         self.curvature: Curvature | None = None
         self.statistics: ExpertStatistics | None = None
         self.plan: PrecisionPlan | None = None
-        self._model: nn.Module | None = None
+        self._whole: nn.Module | None = None  # what the Trainer has
+        self._model: nn.Module | None = None  # the part of it that is recorded
         self._layers: list[MoELayer] = []
-        self._counter: LoadCounter | None = None
-        self._logged_load: dict[str, torch.Tensor] = {}  # tokens so far, at the last log
+        self._loads = LoadRecorder()
         self._warned = False
+        self._seen = WeightsSeen()  # at the end
+        self._ending = EndLogging(type(self).__name__)
 
     def _prepare(self, folder: str | None, anew: bool) -> None:
         """Before training: where the plan goes, checked to be writable; None for a run that writes nothing.
@@ -113,38 +118,44 @@ class PlanRecorder:
             anew: Training starts at step 0, so what another run recorded does not count.
         """
         self._layers, self._warned = [], False
-        self._stop_counting()
+        self._loads.stop()
         self._collecting.close()
         self.plan = self.curvature = self.statistics = None
         if anew:
             self.history = RouterNormHistory()
         self._files.prepare(folder)
 
-    def _start(self, model: nn.Module, step: int, total: float = float("inf"), obstacle: str = "") -> bool:
+    def _start(
+        self,
+        model: nn.Module,
+        step: int,
+        total: float = float("inf"),
+        obstacle: str = "",
+        optimizers: Sequence[Any] = (),
+    ) -> bool:
         """Finds the layers, reports what was found, and takes the baseline unless a checkpoint brought one.
 
-        Arguments are those of `StatisticsRecorder.start`. Returns whether a record was taken.
+        Arguments are those of `StatisticsRecorder.start`, and the optimizers, as far as they are known. Returns whether
+        a record was taken.
         """
         patterns = self.settings.patterns
-        self._layers, self._model = find_moe_layers(model, **patterns), model
+        self._whole, self._model = model, trained_part(model, self.module, patterns)
+        self._layers = find_moe_layers(model := self._model, **patterns)
         fresh = RouterNormHistory.of(self._layers, model_type_of(root_model(model)), patterns)
         self.settings.check_fits(fresh.layers)
         rank_zero_info(f"{type(self).__name__}: recording\n{as_text(layers_table(self._layers))}")
-        folder = self._files.paths.plan.parent if self._files.written else None
+        folder = self._files.folder
         needed = reads(self.settings.method, "statistics")
+        if self.curvature_batches is None:
+            check_run(self.settings, self._layers, optimizers)
         self._collecting.start(model, self._layers, step, total, folder, obstacle, needed)
         if fresh.caveats:
             rank_zero_warn(f"{type(self).__name__}: {caveat_text(fresh.caveats)}.")
         if self.history.steps and self.history.steps[-1] <= step:  # else it is from an earlier run
-            if list(self.history.layers.items()) != list(fresh.layers.items()):
-                raise HistoryError(
-                    f"the checkpoint's router norms are of layers {list(self.history.layers)}, this model has "
-                    f"{list(fresh.layers)}, or their shapes differ"
-                )
-            self._check_restored(step, fresh.dtypes)
+            check_restored(self.history, fresh, self._layers, step, type(self).__name__)
             self.history.caveats, self.history.patterns = fresh.caveats, fresh.patterns
             self.history.dtypes = fresh.dtypes
-            self._start_counting()
+            self._loads.start(self._layers, self.history, model)
             return False
         self.history = fresh
         if step > 0:
@@ -154,41 +165,23 @@ class PlanRecorder:
                 f'the plan will have "baseline": {{"step": {step}}}.'
             )
         recorded = self._record(step)
-        self._start_counting()
+        self._loads.start(self._layers, self.history, model)
         return recorded
 
-    def _start_counting(self) -> None:
-        self._counter, self._logged_load = LoadCounter(self._layers), dict(self.history.loads.get("training", {}))
+    def _start_late(self, model: nn.Module, step: int) -> None:
+        """Instead of `_start`, for a run that had ended before this start: no batch is to come."""
+        self._whole, self._model = model, trained_part(model, self.module, self.settings.patterns)
+        self._layers = find_moe_layers(self._model, **self.settings.patterns)
+        fresh = RouterNormHistory.of(self._layers, model_type_of(root_model(self._model)), self.settings.patterns)
+        check_restored(self.history, fresh, self._layers, step, type(self).__name__)
 
-    def _stop_counting(self) -> None:
-        if self._counter is not None:
-            self._counter.close()
-            self._counter = None
-
-    def _count(self) -> None:
-        """Adds the tokens that experts have received since the last call; a collective: called on all ranks."""
-        if self._counter is not None:
-            self.history.add_load(self._counter.take(training=True))
-
-    def _count_validation(self) -> None:
-        """Keeps what experts received in the validation run that has just ended; a collective."""
-        if self._counter is not None and (loads := self._counter.take(training=False)):
-            self.history.loads["validation"] = loads
-
-    def _check_restored(self, step: int, dtypes: list[str]) -> None:
-        """Raises if the routers of a resumed run are not the checkpoint's: it would train the wrong model."""
-        if self.history.steps[-1] != step:
-            return
-        recorded = torch.cat(list(self.history.last.values()))
-        now = router_norms(self._layers).to("cpu")
-        tolerance = 1e-5 if self.history.dtypes == dtypes else 1e-2  # a float32 run may resume in bfloat16
-        if not torch.allclose(now, recorded, rtol=tolerance, atol=0, equal_nan=True):
-            difference = float(((now - recorded).abs() / recorded.clamp(min=1e-30)).max())
-            raise HistoryError(
-                f"{type(self).__name__}: the routers of this model are not those whose norms were recorded at step "
-                f"{step} (a norm differs by {difference:.2%}): the checkpoint was not restored into the model. "
-                f"{NOT_RESTORED}"
-            )
+    def _has_plan(self, step: int) -> bool:
+        """Whether the plan of a step is there already."""
+        path = self._files.paths.plan
+        try:
+            return PrecisionPlan.load(path).last_step == step
+        except (OSError, ValueError):
+            return False
 
     def _due(self, step: int, default_every: int) -> bool:
         """Whether a multiple of the interval was crossed since the last record.
@@ -200,7 +193,7 @@ class PlanRecorder:
 
     def _record(self, step: int) -> bool:
         """Reads all norms, unless this step has them already; returns whether it did."""
-        self._count()
+        self._loads.count()
         if self.history.steps and step <= self.history.steps[-1]:
             return False
         self.history.record(step, router_norms(self._layers))
@@ -208,6 +201,14 @@ class PlanRecorder:
             self._warned = True
             rank_zero_warn(f"{type(self).__name__}: {broken}. Has training diverged? No plan can be made from these.")
         return True
+
+    def _check_counted(self) -> None:
+        """After a step: raises if the method needs loads that cannot be seen, which only a forward pass shows."""
+        if reads(self.settings.method, "load") and (unseen := self._loads.unseen()):
+            raise AllocationError(
+                f"method {self.settings.method!r} needs the tokens of every expert, and the experts of {unseen[0]!r} "
+                "are called with neither the indices nor a mask of the chosen ones: choose another method"
+            )
 
     def _record_final(self, step: int) -> bool:
         """Takes the last record, of the weights as they are now, even if this step was recorded before they changed.
@@ -230,9 +231,7 @@ class PlanRecorder:
         """The last record for a logger, with up to `EXPERT_KEYS` experts one by one."""
         experts = sum(layer.num_experts for layer in self._layers)
         metrics = self.history.metrics(experts <= EXPERT_KEYS if self.log_experts is None else self.log_experts)
-        before, self._logged_load = self._logged_load, dict(self.history.loads.get("training", {}))
-        metrics |= load_metrics(before, self._logged_load, list(self.history.layers))
-        return metrics | plan_metrics(self.history, self.settings)
+        return metrics | self._loads.metrics() | plan_metrics(self.history, self.settings)
 
     def _finish(
         self,
@@ -251,7 +250,7 @@ class PlanRecorder:
             losses: Losses of training batches, for squared gradients instead if `curvature_batches` is given.
             steps: Forward passes of training batches, for the experts' statistics.
         """
-        self._stop_counting()
+        self._loads.stop()
         if len(self.history.steps) < 2:
             rank_zero_warn(f"{type(self).__name__}: no plan is written, because no optimizer step was taken.")
             return None
@@ -259,21 +258,25 @@ class PlanRecorder:
         if writes:
             self._save_history()  # whatever happens below, the record is kept
         self.history.measure_variance(self._layers)
-        assert self._model is not None
-        known = self._model, self._layers
-        self.curvature = curvature_of_run(*known, optimizers, losses, self.curvature_batches, type(self).__name__)
-        self.statistics = self._collecting.finish(*known, steps)
+        model, whole = self._model, self._whole
+        assert model is not None
+        assert whole is not None
+        self.curvature = curvature_of_run(
+            whole, self._layers, optimizers, losses, self.curvature_batches, type(self).__name__
+        )
+        calibrating = self._collecting.calibrating(steps)
+        with nullcontext() if model is whole else left_as_it_is(whole):
+            self.statistics = self._collecting.finish(model, self._layers, steps)
         if writes:
             for kind, found in (("curvature", self.curvature), ("statistics", self.statistics)):
-                path = getattr(self._files.paths, kind)
-                path.unlink(missing_ok=True)  # from an earlier run
                 if found is not None:
-                    self._files.write(found.save, path)
+                    self._files.write(found.save, getattr(self._files.paths, kind))
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 recorded = self.history, self.curvature, self.statistics
-                self.plan = plan_of_run(self.settings, self._model, *recorded, self._collecting.calibrating(steps))
+                with nullcontext() if model is whole else left_as_it_is(whole):
+                    self.plan = plan_of_run(self.settings, model, *recorded, calibrating)
         except ValueError as error:  # norms that are not finite, no second moments; other callbacks have work to do
             rank_zero_warn(f"{type(self).__name__}: no plan is written: {error}")
             return None
@@ -287,7 +290,11 @@ class PlanRecorder:
         return self.plan
 
     def _save_history(self) -> bool:
-        """Writes what was recorded, without any collective; returns whether that worked."""
-        if not self._files.written or not self.history.steps:
+        """Writes what was recorded, without any collective; returns whether that worked.
+
+        A baseline alone is not written: no plan can be made from it, and an earlier run's files would be lost for it.
+        """
+        if not self._files.written or len(self.history.steps) < 2:
             return False
+        self._files.clear()
         return self._files.write(self.history.save, self._files.paths.history)

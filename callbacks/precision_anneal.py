@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_warn
 
 from moe_precision.annealing.covers import AnnealError
+from moe_precision.callbacks.late_finish import is_finished, why_not_late
+from moe_precision.callbacks.lightning_packages import LightningCallback, averages_weights, total_steps
 from moe_precision.callbacks.plan_annealer import PlanAnnealer
 from moe_precision.callbacks.router_norm_monitor import RouterNormMonitor
 from moe_precision.callbacks.save_pretrained import SavePretrained
@@ -15,7 +17,7 @@ from moe_precision.quantize.codec.grid import Grid
 from moe_precision.recording.history import RouterNormHistory
 
 
-class PrecisionAnneal(PlanAnnealer, Callback):
+class PrecisionAnneal(PlanAnnealer, LightningCallback):
     """Ends training on a precision plan: from ``start`` on, every forward pass uses the quantized expert weights.
 
     At ``start`` the plan is made, if none is given, and scales and offsets are fixed. From then on forward passes use
@@ -36,7 +38,7 @@ class PrecisionAnneal(PlanAnnealer, Callback):
     arguments of a transformers model, labels included.
 
     Args:
-        start: When to begin: a share of ``max_steps`` below 1, or a step.
+        start: When to begin: a share of training below 1, or a step.
         plan: A `PrecisionPlan` or its path; None makes one at ``start``. The curvature file beside a path
             weights the fit of the grid where the optimizer has no second moments yet (``start=0``).
         method: How widths are chosen, if no plan is given; a method that reads router norms needs
@@ -56,6 +58,7 @@ class PrecisionAnneal(PlanAnnealer, Callback):
         router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by
             structure; see `find_moe_layers`.
         expert_pattern: Regular expression that names the experts' weights.
+        module: Path of the model in the LightningModule, such as ``student``; None takes the only one that is trained.
         export_to: Path of the plan, relative to the Trainer's ``default_root_dir``; the grid is written beside it,
             ``annealed_plan.grid.safetensors``.
 
@@ -74,6 +77,7 @@ class PrecisionAnneal(PlanAnnealer, Callback):
     """
 
     _logged_step = _seen_step = 0
+    _started = False
 
     @property
     def state_key(self) -> str:
@@ -82,12 +86,7 @@ class PrecisionAnneal(PlanAnnealer, Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
-                raise AnnealError(
-                    f"{type(callback).__name__} averages weights of several steps, which are not on a grid: leave it "
-                    "out, or average first and anneal the average afterwards"
-                )
+        _refuse_averaging(trainer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks[: callbacks.index(self)]:
             if isinstance(callback, SavePretrained):
@@ -103,15 +102,20 @@ class PrecisionAnneal(PlanAnnealer, Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._logged_step = self._seen_step = trainer.global_step
+        self._started = True
+        _refuse_averaging(trainer)  # once all callbacks are set up, it shows in those of other packages too
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which is too short to anneal anything
-            self._check(pl_module, trainer.global_step, trainer.estimated_stepping_batches, _history(trainer))
+            total = total_steps(trainer, pl_module)
+            self._check(self._part(pl_module), trainer.global_step, total, _history(trainer), trainer.optimizers)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         step = trainer.global_step
+        if not pl_module.automatic_optimization:  # how many steps a batch takes shows as it goes
+            self._set_first_step(total_steps(trainer, pl_module))
         logged = self._crosses(trainer, step + len(trainer.optimizers))  # each optimizer's step counts
-        self._before_step(pl_module, trainer.optimizers, _history(trainer), step, logged)
+        self._before_step(self._part(pl_module), trainer.optimizers, _history(trainer), step, logged)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -141,14 +145,18 @@ class PrecisionAnneal(PlanAnnealer, Callback):
     ) -> None:
         if trainer.loggers and not trainer.sanity_checking:
             with trainer.precision_plugin.forward_context():
-                self._validate(pl_module, batch)
+                self._losses.add(self._part(pl_module), batch, self._hooks)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        sums = self._losses
+        sums = self._losses.sums
         if sums is not None:
             sums = trainer.strategy.reduce(sums, reduce_op="sum")
-        if metrics := self._validated(sums):
+        if metrics := self._losses.take(sums):
             self._log(trainer, metrics)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._hooks is not None:
+            self._seen.look(self._hooks.layers)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -156,6 +164,13 @@ class PrecisionAnneal(PlanAnnealer, Callback):
         trainer.strategy.barrier("PrecisionAnneal.on_train_end")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._started and self.grid is not None and is_finished(trainer):
+            if reason := why_not_late(trainer, pl_module):
+                rank_zero_warn(f"PrecisionAnneal: training had ended before this start; no plan is written: {reason}")
+            else:
+                self._finish_late(self._part(pl_module), trainer.is_global_zero, trainer.global_step)
+        self._started = False
+        self._check_left()
         self._files.raise_error()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -173,6 +188,15 @@ class PrecisionAnneal(PlanAnnealer, Callback):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def _refuse_averaging(trainer: Trainer) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if averages_weights(callback):
+            raise AnnealError(
+                f"{type(callback).__name__} averages weights of several steps, which are not on a grid: leave it "
+                "out, or average first and anneal the average afterwards"
+            )
 
 
 def _history(trainer: Trainer) -> RouterNormHistory | None:

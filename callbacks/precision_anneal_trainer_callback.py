@@ -9,9 +9,11 @@ from pytorch_lightning.utilities import rank_zero_info
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moe_precision.annealing.covers import AnnealError
+from moe_precision.callbacks.of_trainer import optimizers_of, run_folder, save_state, saved_file
 from moe_precision.callbacks.plan_annealer import PlanAnnealer
-from moe_precision.callbacks.plan_recorder import NOT_RESTORED
-from moe_precision.callbacks.router_norm_trainer_callback import RouterNormTrainerCallback, saved_file, state_file
+from moe_precision.callbacks.restored import NOT_RESTORED
+from moe_precision.callbacks.router_norm_trainer_callback import RouterNormTrainerCallback
+from moe_precision.layers.module_tree import modes_kept
 from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.present.wandb_media import current_run
 from moe_precision.quantize.codec.grid import Grid, GridError
@@ -67,25 +69,25 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
             raise AnnealError(
                 "several GPUs in one process (nn.DataParallel) copy the model in every step: use torchrun"
             )
-        self._prepare(args.output_dir, anew=True)
+        self._prepare(str(run_folder(args)), anew=True)
         if (saved := saved_file(args, state, _STATE)) is not None:
             self.grid = Grid.load(saved)
             self.plan = self.grid.plan
             try:
-                self.grid.check_router_norms(self._norms(model), f"grid {saved}")
+                self.grid.check_router_norms(self._norms(self._part(model)), f"grid {saved}")
             except GridError as error:
                 raise GridError(f"{error} {NOT_RESTORED}") from error
             rank_zero_info(f"PrecisionAnnealTrainerCallback: continues with the grid of {saved}")
         history = None if self._history_of is None else self._history_of.history
-        self._check(model, state.global_step, state.max_steps, history)
+        self._check(self._part(model), state.global_step, state.max_steps, history, optimizers_of(kwargs))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        optimizers = [kwargs["optimizer"]] if kwargs.get("optimizer") is not None else []
+        optimizers = optimizers_of(kwargs)
         history = None if self._history_of is None else self._history_of.history
         step = state.global_step
-        self._before_step(model, optimizers, history, step, _logs(args, state, step + 1))
+        self._before_step(self._part(model), optimizers, history, step, _logs(args, state, step + 1))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._after_step(state.global_step)
@@ -99,21 +101,21 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
             return
         from accelerate.utils import send_to_device
 
-        training = model.training
-        model.eval()
-        for batch in kwargs.get("eval_dataloader") or ():
-            self._validate(model, send_to_device(batch, next(model.parameters()).device))
-        model.train(training)
-        _log(state, self._validated(self._losses))
+        batches = kwargs.get("eval_dataloader")
+        with modes_kept(model):
+            model.eval()
+            for batch in () if batches is None else batches:  # a stream has no length, and so no truth value
+                self._losses.add(self._part(model), send_to_device(batch, next(model.parameters()).device), self._hooks)
+        _log(state, self._losses.take(self._losses.sums))
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if self.grid is None or self._hooks is None:
             return
-        self.grid.router_norms = self._norms(model)
+        self.grid.router_norms = self._norms(self._part(model))
         if state.is_world_process_zero:
-            self.grid.save(state_file(args, state, _STATE))
+            save_state(self.grid.save, args, state, _STATE)
 
     @torch.no_grad()
     def _norms(self, model: Any) -> dict[str, torch.Tensor]:

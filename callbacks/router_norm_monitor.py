@@ -7,22 +7,22 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import CombinedLoader, rank_zero_warn
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_precision.callbacks.extra_batches import takes
+from moe_precision.callbacks.late_finish import is_finished, why_not_late
+from moe_precision.callbacks.lightning_packages import LightningCallback, averages_weights, total_steps
 from moe_precision.callbacks.plan_recorder import PlanRecorder
 from moe_precision.callbacks.statistics_recorder import Again
 from moe_precision.layers.module_tree import root_model
-from moe_precision.present.wandb_media import log_to_wandb
+from moe_precision.present.wandb_media import is_wandb
 
 _MANUAL = "needs automatic optimization: this module steps its own optimizers, and no batch runs without its step"
 
 
-class RouterNormMonitor(PlanRecorder, Callback):
+class RouterNormMonitor(PlanRecorder, LightningCallback):
     """Logs the L2 norm of each expert's router weights and exports a precision plan at the end of training.
 
     The norms are read when training starts (the baseline), every ``every_n_steps`` optimizer steps, and when it ends.
@@ -61,6 +61,8 @@ class RouterNormMonitor(PlanRecorder, Callback):
         router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by
             structure; see `find_moe_layers`.
         expert_pattern: Regular expression that names the experts' weights.
+        module: Path of the model to record in the LightningModule, such as ``student``; None takes the only one that is
+            trained.
         every_n_steps: Optimizer steps between records; None takes the Trainer's ``log_every_n_steps``.
         export_to: Path of the plan, relative to the Trainer's ``default_root_dir``. The recorded norms are written
             beside it: ``precision_plan.history.safetensors``. It also names the callback's state in checkpoints: keep
@@ -101,13 +103,6 @@ class RouterNormMonitor(PlanRecorder, Callback):
         # A checkpoint is restored after setup, and nothing is written in a fast_dev_run.
         folder = None if trainer.fast_dev_run else trainer.default_root_dir  # type: ignore[attr-defined]
         self._prepare(folder, anew=trainer.global_step == 0)
-        later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
-        for callback in later:
-            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
-                rank_zero_warn(
-                    f"RouterNormMonitor: {type(callback).__name__} comes later in the list of callbacks and changes "
-                    "the weights after the last norms are read. Put RouterNormMonitor after it."
-                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.curvature_batches is not None and not pl_module.automatic_optimization:
@@ -116,67 +111,113 @@ class RouterNormMonitor(PlanRecorder, Callback):
                 "optimizers, so its loss cannot be computed without a step"
             )
         obstacle = "" if pl_module.automatic_optimization else _MANUAL
+        later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
+        for callback in filter(averages_weights, later):
+            rank_zero_warn(
+                f"RouterNormMonitor: {type(callback).__name__} comes later in the list of callbacks and changes "
+                "the weights after the last norms are read. Put RouterNormMonitor after it."
+            )
+        steps, total = trainer.global_step, total_steps(trainer, pl_module)
         # strategy.model: FSDP1's root unit is around the LightningModule
-        if self._start(trainer.strategy.model or pl_module, trainer.global_step, _total_steps(trainer), obstacle):
+        if self._start(trainer.strategy.model or pl_module, steps, total, obstacle, trainer.optimizers):
             self._log(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._loads.counts_as(training=True)
         self._collecting.before_batch(trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._collecting.after_batch(trainer.global_step)
+        self._check_counted()
         if self._due(trainer.global_step, trainer.log_every_n_steps):  # type: ignore[attr-defined]
             self._record(trainer.global_step)
             self._log(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._record_final(trainer.global_step):
-            self._log(trainer)
-        losses, steps = _losses(trainer, pl_module), Again(partial(_steps, trainer, pl_module))
-        plan = self._finish(trainer.is_global_zero, trainer.optimizers, losses, steps)
+            self._log(trainer, ending=True)
+        losses, steps = (
+            _losses(trainer, pl_module),
+            Again(partial(_steps, trainer, pl_module, self._model or pl_module)),
+        )
+        try:
+            plan = self._finish(trainer.is_global_zero, trainer.optimizers, losses, steps)
+        except Exception as error:
+            if trainer.world_size > 1:  # the other processes may wait for this one
+                raise
+            plan = None
+            self._files.keep(error)  # until others have saved the model
         if plan is not None:
-            for logger in trainer.loggers:
-                log_to_wandb(logger, self.history, plan, self._files.paths.plan)
+            for logger in filter(is_wandb, trainer.loggers):
+                self._ending.media(partial(getattr, logger, "experiment"), self.history, plan, self._files.paths.plan)
+        self._seen.look(self._layers)
         trainer.strategy.barrier("RouterNormMonitor.on_train_end")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._layers:  # on_train_start was never called
-            rank_zero_warn("RouterNormMonitor: no plan is written, because training took no step (max_steps=0?).")
+        if not self._layers and is_finished(trainer) and len(self.history.steps) > 0:
+            self._finish_late(trainer, pl_module)
+        elif not self._layers:  # on_train_start was never called
+            why = "training had ended before this start, and the checkpoint has no router norms"
+            why = why if is_finished(trainer) else "training took no step (max_steps=0?)"
+            rank_zero_warn(f"RouterNormMonitor: no plan is written, because {why}.")
+        elif self._seen.changed(self._layers):
+            rank_zero_warn(
+                "RouterNormMonitor: the weights were changed after training had ended and the last norms were read: by "
+                "a callback that comes later in the list (weight averaging), or in the module's on_train_end. The plan "
+                "is not of the weights that are left. Put RouterNormMonitor after what changes them."
+            )
+        self._seen.forget()
+        self._ending.report(self._files.folder)
         self._files.raise_error()
+
+    def _finish_late(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes what a finished run has not written, because it was stopped between its last step and its end."""
+        if trainer.fast_dev_run or self._has_plan(trainer.global_step):  # type: ignore[attr-defined]
+            return
+        if reason := why_not_late(trainer, pl_module):
+            self._save_history()
+            rank_zero_warn(f"RouterNormMonitor: training had ended before this start, and no plan is written: {reason}")
+            return
+        self._start_late(pl_module, trainer.global_step)
+        if self._record_final(trainer.global_step):
+            self._log(trainer, ending=True)
+        self._finish(trainer.is_global_zero, trainer.optimizers)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._loads.counts_as(training=False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._count_validation()
+            self._loads.count_validation()  # what runs until the next batch is neither
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._loads.counts_as(training=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # No collective here: one rank may have failed alone. What was recorded is kept.
-        self._stop_counting()
+        self._loads.stop()
         self._collecting.close()
         if trainer.is_global_zero:
             self._save_history()
 
     def state_dict(self) -> dict[str, Any]:
-        self._count()  # checkpoints are made on all ranks
+        self._loads.count()  # checkpoints are made on all ranks
         return self.history.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history.load_state_dict(state_dict)
 
-    def _log(self, trainer: Trainer) -> None:
+    def _log(self, trainer: Trainer, ending: bool = False) -> None:
         if trainer.loggers and trainer.is_global_zero:
             metrics = self._metrics()
             for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step)
-
-
-def _total_steps(trainer: Trainer) -> float:
-    """Optimizer steps of the whole run; infinite where Lightning cannot know."""
-    try:
-        return trainer.estimated_stepping_batches
-    except MisconfigurationException:  # accumulation that changes between epochs
-        return float("inf")
+                log = partial(logger.log_metrics, metrics, step=trainer.global_step)
+                if ending:
+                    self._ending.attempt(f"the last router norms to {type(logger).__name__}", log)
+                else:
+                    log()
 
 
 def _losses(trainer: Trainer, pl_module: LightningModule) -> Iterator[Callable[[], Tensor | None]]:
@@ -185,14 +226,16 @@ def _losses(trainer: Trainer, pl_module: LightningModule) -> Iterator[Callable[[
         yield partial(_loss, trainer, pl_module, batch, index)
 
 
-def _steps(trainer: Trainer, pl_module: LightningModule) -> Iterator[Callable[[], Any]]:
+def _steps(trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> Iterator[Callable[[], Any]]:
     """One more pass over the training data: by the model where a batch is its arguments, else as training steps.
 
     With several processes always as training steps, since what is around the model may have to gather its weights.
     """
     for batch, index in _batches(trainer):
-        step = _forward if trainer.world_size == 1 and takes(pl_module, batch) else _loss
-        yield partial(step, trainer, pl_module, batch, index)
+        if trainer.world_size == 1 and takes(model, batch):
+            yield partial(_forward, trainer, model, batch)
+        else:
+            yield partial(_loss, trainer, pl_module, batch, index)
 
 
 def _batches(trainer: Trainer) -> Iterator[tuple[Any, int]]:
@@ -204,9 +247,9 @@ def _moved(trainer: Trainer, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
 
 
-def _forward(trainer: Trainer, pl_module: LightningModule, batch: Any, index: int) -> None:
+def _forward(trainer: Trainer, model: nn.Module, batch: Any) -> None:
     with trainer.precision_plugin.forward_context():
-        root_model(pl_module)(**_moved(trainer, batch))
+        root_model(model)(**_moved(trainer, batch))
 
 
 def _loss(trainer: Trainer, pl_module: LightningModule, batch: Any, index: int) -> Tensor | None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.utilities import rank_zero_info
+import torch
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from moe_precision.callbacks.of_trainer import optimizers_of, run_folder, save_state, saved_file
 from moe_precision.callbacks.plan_recorder import PlanRecorder
 from moe_precision.callbacks.statistics_recorder import Again
-from moe_precision.present.wandb_media import current_run, log_to_run
+from moe_precision.compat import save_under_module_names, was_dequantized_on_loading
+from moe_precision.present.wandb_media import current_run
 from moe_precision.recording.history import RouterNormHistory
 
 _STATE = "router_norms.safetensors"
@@ -24,10 +26,10 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
 
     Works as `RouterNormMonitor` does for Lightning, and gives equal histories and plans for equal weights. A record is
     taken with every checkpoint and written into its folder, so ``resume_from_checkpoint`` continues with the original
-    baseline, and a run whose routers were not restored stops with an error. The norms are looked for in
-    ``output_dir/checkpoint-N`` and in ``TrainingArguments.resume_from_checkpoint``: to resume in another folder, name
-    the checkpoint there too. With ``report_to="wandb"`` the curves appear beside the Trainer's own, over
-    ``train/global_step``; a callback cannot reach other trackers, but the history file holds everything.
+    baseline, and a run whose routers were not restored stops with an error. In a ``hyperparameter_search`` every trial
+    has its own plan, in the folder of its checkpoints. With ``report_to="wandb"`` the curves appear beside the
+    Trainer's own, over ``train/global_step``; a callback cannot reach other trackers, but the history file holds
+    everything.
 
     Args:
         method: How widths are chosen. ``router_norm`` is the paper's rule; ``curvature`` minimizes the
@@ -46,8 +48,11 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by
             structure; see `find_moe_layers`.
         expert_pattern: Regular expression that names the experts' weights.
+        module: Path of the model to record in what the Trainer trains, such as ``student``; None takes the only one
+            that is trained.
         every_n_steps: Optimizer steps between records; None takes ``logging_steps``.
-        export_to: Path of the plan, relative to ``output_dir``; the history is written beside it.
+        export_to: Path of the plan, relative to ``output_dir`` (that of the trial in a search); the history is written
+            beside it.
         log_experts: Log a curve for each expert, not only the aggregates; None does for up to 4,096 experts. The plan
             and the history always have all of them.
         curvature_batches: Take the curvature from squared gradients of this many more training batches, after the last
@@ -73,21 +78,43 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         >>> Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
     """
 
+    _running = False  # a training that has begun has not ended
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self._prepare(args.output_dir, anew=True)
+        if isinstance(model, PreTrainedModel) and was_dequantized_on_loading(model):
+            save_under_module_names(model)  # else the Trainer saves float tensors under a release's packed names
+        if self.curvature_batches is not None and args.world_size > 1:
+            raise ValueError(
+                f"curvature_batches={self.curvature_batches} needs a single process, and there are {args.world_size}: "
+                "the model is inside DDP or FSDP, where a callback cannot reach. Leave it out (the optimizer's second "
+                "moments are read), or run moe-precision plan CHECKPOINT --method curvature afterwards"
+            )
+        # After running out of memory the Trainer begins anew with a smaller batch, and with the weights as they are.
+        unfinished = args.auto_find_batch_size and self._running and self._whole is model and state.global_step == 0
+        earlier = self.history if unfinished else None
+        self._prepare(str(run_folder(args)), anew=True)
         saved = saved_file(args, state, _STATE)
         if saved is not None:
             self.history = RouterNormHistory.load(saved)
             self.history.max_variance = {}
             rank_zero_info(f"RouterNormTrainerCallback: continues with the router norms of {saved}")
-        if self._start(model, state.global_step, state.max_steps):
+        if self._start(model, state.global_step, state.max_steps, optimizers=optimizers_of(kwargs)):
             self._log(state)
+        self._running = True
+        if earlier is not None and earlier.steps and self.history.replace_last(torch.cat(list(earlier.first.values()))):
+            rank_zero_warn(
+                "RouterNormTrainerCallback: auto_find_batch_size has restarted training, from the weights of the "
+                f"attempt that ran out of memory (recorded up to step {earlier.steps[-1]}). The change of norms is "
+                "measured from the weights before that attempt; steps and expert loads are counted from here"
+            )
+        self._loads.counts_as(training=False)  # until a step begins: eval_on_start
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._loads.counts_as(training=True)
         self._collecting.before_batch(state.global_step)
 
     def on_substep_end(
@@ -97,7 +124,9 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         self._collecting.before_batch(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._loads.counts_as(training=False)
         self._collecting.after_batch(state.global_step)
+        self._check_counted()
         if self._due(state.global_step, int(state.logging_steps)) and self._record(state.global_step):
             self._log(state)
 
@@ -105,24 +134,25 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         if self._record(state.global_step):
             self._log(state)
         if state.is_world_process_zero:
-            self.history.save(state_file(args, state, _STATE))
+            save_state(self.history.save, args, state, _STATE)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._count_validation()
+        self._loads.count_validation()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._running = False
         if self._record_final(state.global_step):
-            self._log(state)
-        optimizers = [kwargs["optimizer"]] if kwargs.get("optimizer") is not None else []
+            self._ending.attempt("the last router norms to wandb", lambda: self._log(state))
         losses: Iterator[Callable[[], Tensor | None]] = iter(())
         if args.world_size == 1:  # else the model is inside DDP or FSDP, where a callback cannot reach
             losses = _losses(kwargs["model"], kwargs.get("train_dataloader"))
         steps = Again(partial(_steps, kwargs["model"], kwargs.get("train_dataloader")))
-        plan = self._finish(state.is_world_process_zero, optimizers, losses, steps)
-        if plan is not None and (run := current_run()) is not None:
-            log_to_run(run, self.history, plan, self._files.paths.plan)
+        plan = self._finish(state.is_world_process_zero, optimizers_of(kwargs), losses, steps)
+        if plan is not None and current_run() is not None:
+            self._ending.media(current_run, self.history, plan, self._files.paths.plan)
+        self._ending.report(self._files.folder)
         self._files.raise_error()
 
     def _log(self, state: TrainerState) -> None:
@@ -150,18 +180,3 @@ def _loss(model: Any, step: Callable[[], Any]) -> Tensor | None:
 def _forward(model: Any, batch: dict[str, Tensor]) -> Any:
     device = next(model.parameters()).device
     return model(**{key: value.to(device) for key, value in batch.items()})
-
-
-def state_file(args: TrainingArguments, state: TrainerState, name: str) -> Path:
-    """Where a callback keeps its state in the checkpoint of a step."""
-    return Path(str(args.output_dir), f"checkpoint-{state.global_step}", name)
-
-
-def saved_file(args: TrainingArguments, state: TrainerState, name: str) -> Path | None:
-    """Path of that file in the checkpoint from which training resumes; None if it is not there, or training starts."""
-    if state.global_step == 0:
-        return None
-    places = [state_file(args, state, name)]
-    if isinstance(args.resume_from_checkpoint, str):
-        places.append(Path(args.resume_from_checkpoint, name))
-    return next((place for place in places if place.is_file()), None)

@@ -31,12 +31,18 @@ class RunFiles:
             raise ValueError(f"export_to must end in .json, got {export_to!r}")
         self._export_to, self._owner, self._rescue = export_to, owner, rescue
         self._files: PlanFiles | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
+        self._cleared = False
 
     @property
     def written(self) -> bool:
         """Whether this run writes files at all."""
         return self._files is not None
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the plan; None for a run that writes no files."""
+        return None if self._files is None else self._files.plan.parent
 
     @property
     def paths(self) -> PlanFiles:
@@ -53,10 +59,21 @@ class RunFiles:
         Raises:
             OSError: The plan's folder cannot be written to.
         """
-        self._error = None
+        self._error, self._cleared = None, False
         self._files = None if folder is None else PlanFiles(Path(folder, self._export_to))
         if self._files is not None:
             check_writable(self._files.plan)
+
+    def clear(self) -> None:
+        """Removes what an earlier run left, once in a run, before anything of this run is written.
+
+        A run that is stopped between two files would else leave a new history beside an old plan.
+        """
+        if self._files is None or self._cleared:
+            return
+        self._cleared = True
+        for path in (self._files.plan, self._files.curvature, self._files.statistics):
+            path.unlink(missing_ok=True)
 
     def write(self, save: Callable[[Path], None], path: Path) -> bool:
         """Writes one file; returns whether that worked."""
@@ -69,8 +86,13 @@ class RunFiles:
             return False
         return True
 
+    def keep(self, error: Exception) -> None:
+        """Warns that nothing more is written, because of an error, and remembers it."""
+        rank_zero_warn(f"{self._owner}: no plan is written: {type(error).__name__}: {error}. {self._rescue}")
+        self._error = error
+
     def raise_error(self) -> None:
-        """Raises what `write` could not write.
+        """Raises what `write` could not write, or what `keep` was given.
 
         Raises:
             OSError: The path and the reason.

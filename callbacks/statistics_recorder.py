@@ -16,7 +16,7 @@ from moe_precision.recording.collecting import collect_from_steps, peak_bytes
 from moe_precision.recording.collector import check_visible
 from moe_precision.recording.gradients import left_as_it_is
 from moe_precision.recording.in_turn import StatisticsInTurn, most_bytes
-from moe_precision.recording.processes import world_size
+from moe_precision.recording.processes import processes_per_batch, world_size
 from moe_precision.recording.statistics import ExpertStatistics, StatisticsError, file_bytes
 
 AUTOMATIC = 32  # batches where nothing is said
@@ -195,7 +195,8 @@ class StatisticsRecorder:
             found = collect_from_steps(model, layers, Again(counted))
         if taken < self._batches and self._asked is not None:
             rank_zero_warn(f"{self._owner}: there are {taken} batches to take statistics from, of {self._batches}.")
-        found.text = f"{taken * world_size()} training batches of the run that the plan is of"
+        batches = taken * world_size() // processes_per_batch(model)
+        found.text = f"{batches} training batches of the run that the plan is of"
         return found
 
     def calibrating(self, steps: Iterable[Step]) -> Iterable[Step]:
@@ -204,6 +205,7 @@ class StatisticsRecorder:
 
     def close(self) -> None:
         """Takes the hooks off, for good; a second call does nothing."""
+        self._batches = 0
         if self._turns is not None:
             self._turns.close()
             self._turns = None

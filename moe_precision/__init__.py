@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .plans.settings import PlanSettings
     from .plans.widths import PlanError
     from .quantize import PlanQuantizationConfig, QuantizationError, UnsupportedLayoutError, quantize_model
+    from .quantize.dequantizing import dequantize_checkpoint, dequantize_model
     from .quantize.distilling import Distilled, distill_scales
     from .quantize.trainable import DistillError
     from .quantize.writer import distill_checkpoint, quantize_checkpoint
@@ -63,6 +64,8 @@ __all__ = [
     "allocate",
     "bits_from_order",
     "collect_statistics",
+    "dequantize_checkpoint",
+    "dequantize_model",
     "distill_checkpoint",
     "distill_scales",
     "find_moe_layers",
@@ -86,6 +89,7 @@ _DEFINED_IN = {
     ".plans.settings": ("PlanSettings",),
     ".plans.widths": ("PlanError",),
     ".quantize": ("PlanQuantizationConfig", "QuantizationError", "UnsupportedLayoutError", "quantize_model"),
+    ".quantize.dequantizing": ("dequantize_checkpoint", "dequantize_model"),
     ".quantize.distilling": ("Distilled", "distill_scales"),
     ".quantize.trainable": ("DistillError",),
     ".quantize.writer": ("distill_checkpoint", "quantize_checkpoint"),

@@ -1,22 +1,27 @@
 """Private names of torch, transformers and PEFT that this package relies on, each behind a name that says what it does.
 
 No public API offers what they do. Each has a test in `tests/test_compat.py` or `tests/test_compat_transformers.py`, so
-that a release that changes one of them fails there first, by name.
+that a release that changes one of them fails there first, by name. Long because they all belong here.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps as ConversionOps  # what transformers hands weights to
+from transformers.core_model_loading import PrefixChange
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 # -- torch: modules ---------------------------------------------------------------------------------------------------
 
@@ -40,9 +45,28 @@ def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     return list(module._forward_pre_hooks.values())
 
 
+def forget_forward_pre_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Removes a hook that runs before a module's forward pass, also from a copy of the module that was hooked."""
+    for key in [key for key, one in module._forward_pre_hooks.items() if one is hook]:
+        del module._forward_pre_hooks[key]
+
+
 def is_convolution(module: nn.Module) -> bool:
     """Whether a module is a convolution, whose 3-D weight is not a bank of experts."""
     return isinstance(module, nn.modules.conv._ConvNd)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no values, as torch traces models with them."""
+    return isinstance(tensor, FakeTensor)
+
+
+def inside(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a wrapper holds, such as codes and scales under one name; empty for a tensor that is none."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return []
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
 
 
 def forget_compiled_code() -> None:
@@ -120,6 +144,13 @@ def runs_through_experts_interface(experts: nn.Module) -> bool:
     return hasattr(experts, "has_gate") and hasattr(experts, "is_transposed")
 
 
+def experts_implementation(experts: nn.Module) -> str | None:
+    """Name of the function that a module of fused experts runs through."""
+    config: Any = experts.config
+    found: str | None = config._experts_implementation
+    return found
+
+
 def apply_gate(experts: Any, hidden: Tensor) -> Tensor:
     """Activation and gate of a module of fused experts, ``(tokens, 2 * neurons) -> (tokens, neurons)``."""
     found: Tensor = experts._apply_gate(hidden)
@@ -152,6 +183,14 @@ def was_read(tensor: Tensor) -> bool:
     return getattr(tensor, "_is_hf_initialized", False)
 
 
+def split_by(model: PreTrainedModel) -> dict[str, int]:
+    """How transformers splits a model over processes: ``tp_size``, ``ep_size``, ... above 1; empty if it is whole."""
+    config = getattr(model.config, "distributed_config", None)
+    kinds = ("tp_size", "ep_size", "pp_size", "fsdp_size", "dp_replicate_size")
+    sizes = {kind: getattr(config, kind, None) or 1 for kind in kinds}
+    return {kind: size for kind, size in sizes.items() if size > 1}
+
+
 def may_be_missing(model: PreTrainedModel, name: str) -> bool:
     """Whether a model can do without a tensor in its checkpoint, because it computes it."""
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or [])
@@ -168,6 +207,12 @@ def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dt
     return plan
 
 
+def kept_in_float32(model: nn.Module) -> list[re.Pattern[str]]:
+    """Patterns of the names of weights that a family keeps in float32 in a model of 16 bits, of either kind."""
+    plan = dtype_plan(model, torch.float16) if isinstance(model, PreTrainedModel) else {}
+    return [re.compile(pattern.replace("*", ".*")) for pattern in plan]
+
+
 def model_of_config(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """A new model of a class in the dtype of its config, which calling the class ignores."""
     return model_class._from_config(config)
@@ -178,6 +223,11 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
+def removes_a_prefix(conversion: Any) -> bool:
+    """Whether a conversion only takes a part out of names, as where a text model is loaded from a larger one."""
+    return isinstance(conversion, PrefixChange) and conversion.prefix_to_remove is not None
+
+
 def save_under_module_names(model: PreTrainedModel) -> None:
     """Makes ``save_pretrained`` write the names of the module tree, without the conversions that loading noted."""
     model._weight_conversions = []
@@ -186,6 +236,63 @@ def save_under_module_names(model: PreTrainedModel) -> None:
 def mark_as_quantized(config: Any) -> None:
     """Tells transformers that the model of a config is quantized, as its own quantizers do."""
     config._is_quantized = True
+
+
+class TrainerRun(NamedTuple):
+    """What a callback of transformers' Trainer is not told.
+
+    Attributes:
+        folder: Where the checkpoints of the run go, in a hyperparameter search those of the trial.
+        resumed_from: The checkpoint that the run has started from, if any.
+    """
+
+    folder: str | None
+    resumed_from: str | None
+
+
+def trainer_run() -> TrainerRun:
+    """The run whose callback this is called from, read from the Trainer's loop; None where it is not found."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_inner_training_loop" and isinstance(known := frame.f_locals, Mapping):
+            trainer: Any = known.get("self")
+            if hasattr(trainer, "_get_output_dir"):
+                return TrainerRun(trainer._get_output_dir(known.get("trial")), known.get("resume_from_checkpoint"))
+        frame = frame.f_back
+    return TrainerRun(None, None)
+
+
+def save_under_hub_names(model: PreTrainedModel) -> None:
+    """Undoes `save_under_module_names`: ``save_pretrained`` writes the names that the family has on the Hub."""
+    if hasattr(model, "_weight_conversions"):
+        del model._weight_conversions
+
+
+def was_dequantized_on_loading(model: PreTrainedModel) -> bool:
+    """Whether `from_pretrained` made a float model of another tool's packed weights, which saving cannot undo."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    operations = [operation for one in conversions for operation in getattr(one, "operations", ())]
+    return any(getattr(operation, "hf_quantizer", None) is not None for operation in operations)
+
+
+def mark_as_float(model: PreTrainedModel) -> None:
+    """Undoes `mark_as_quantized` for a model and all models inside it."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
+            del module.config._is_quantized
+
+
+def is_model_type(name: str) -> bool:
+    """Whether transformers knows a model type of this name."""
+    return name in CONFIG_MAPPING_NAMES
+
+
+def parts_of_config(model_type: str) -> frozenset[str]:
+    """The types of the models that transformers builds inside one of a type, such as the text model of a larger one."""
+    if model_type not in CONFIG_MAPPING_NAMES:
+        return frozenset()
+    parts = CONFIG_MAPPING[model_type].sub_configs.values()
+    return frozenset(part.model_type for part in parts if getattr(part, "model_type", ""))
 
 
 def layer_classes(model: PreTrainedModel) -> set[str]:

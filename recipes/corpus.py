@@ -4,46 +4,24 @@ Everything comes back as a `datasets.DatasetDict` with the splits `train` and `v
 """
 
 import ast
-import glob
-import hashlib
-import math
 import sysconfig
 import textwrap
-from collections.abc import Iterable
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
 
+from moe_precision.recipes.local_text import (
+    VALIDATION_FRACTION,
+    check_apart,
+    local_files,
+    split_by_file,
+    split_local,
+    whole,
+)
+
 STDLIB = "python-stdlib"
 # Tests and installed packages are not the library; encodings and pydoc_data are generated tables, not code.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-VALIDATION_FRACTION = 0.1
-
-
-def validation_paths(paths: Iterable[str]) -> set[str]:
-    """Choose the tenth of the paths whose hashes are smallest, at least one, as the validation files.
-
-    The choice depends on the paths alone, so it is the same on every machine and in every run.
-
-    Args:
-        paths: Paths relative to the corpus root, with `/` as separator.
-    """
-    ranked = sorted(paths, key=lambda path: hashlib.sha256(path.encode()).hexdigest())
-    return set(ranked[: math.ceil(VALIDATION_FRACTION * len(ranked))])
-
-
-def _split_by_file(texts: dict[str, str]) -> DatasetDict:
-    held_out = validation_paths(texts)
-    splits = {
-        "train": [path for path in texts if path not in held_out],
-        "validation": [path for path in texts if path in held_out],
-    }
-    return DatasetDict(
-        {
-            split: Dataset.from_dict({"path": paths, "text": [texts[path] for path in paths]})
-            for split, paths in splits.items()
-        }
-    )
 
 
 def python_stdlib() -> DatasetDict:
@@ -71,35 +49,7 @@ def python_stdlib() -> DatasetDict:
             f"found {len(texts)} source files of Python's standard library in {root}, expected some hundreds; "
             "this Python was installed without them: give a folder of text files or a `datasets` name instead"
         )
-    return _split_by_file(texts)
-
-
-def _local_files(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file())
-    if path.is_file():
-        return [path]
-    return sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-
-
-def _local_text(pattern: str, files: list[Path]) -> DatasetDict:
-    texts = {}
-    for file in files:
-        try:
-            texts[file.as_posix()] = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{file}, found for dataset {pattern!r}, is not UTF-8 text ({error}); leave it out"
-            ) from error
-    if len(texts) > 1:
-        return _split_by_file(texts)
-    ((name, text),) = texts.items()
-    cut = len(text) - math.ceil(VALIDATION_FRACTION * len(text))
-    return DatasetDict(
-        train=Dataset.from_dict({"path": [name], "text": [text[:cut]]}),
-        validation=Dataset.from_dict({"path": [name], "text": [text[cut:]]}),
-    )
+    return split_by_file(Dataset.from_dict({"path": list(texts), "text": list(texts.values())}))
 
 
 def _named_dataset(dataset: str, dataset_config: str | None, columns: dict[str, str]) -> DatasetDict:
@@ -124,29 +74,66 @@ def _named_dataset(dataset: str, dataset_config: str | None, columns: dict[str, 
     return splits.select_columns(list(columns)).rename_columns({old: new for old, new in columns.items() if old != new})
 
 
-def load_text(dataset: str, dataset_config: str | None = None, text_column: str = "text") -> DatasetDict:
+def held_out_name(dataset: str | None, dataset_config: str | None = None, heldout: str | None = None) -> str:
+    """Name the text that a model is judged on, for the tables."""
+    if heldout is not None:
+        return f"all of {heldout}"
+    if dataset == STDLIB:
+        return f"the held-out tenth of {STDLIB} (the source of Python's standard library)"
+    part = "tenth" if dataset is not None and local_files(dataset) else "part"
+    return f"the held-out {part} of " + " ".join(name for name in (dataset, dataset_config) if name)
+
+
+def load_text(
+    dataset: str | None,
+    dataset_config: str | None = None,
+    text_column: str = "text",
+    heldout: str | None = None,
+) -> DatasetDict:
     """Load running text.
 
     Args:
-        dataset: `"python-stdlib"`; or a local file, folder or glob of UTF-8 text, one row per file, split by file (a
-            single file by position: its last tenth is the validation split); or a name for `datasets.load_dataset`.
+        dataset: `"python-stdlib"`; or local files: a file, folder or glob of UTF-8 text, one row per file, or of
+            tables (.json, .jsonl, .csv, .tsv, .parquet), which `datasets` reads; split by file (one file of text by
+            position: its last tenth is the validation split; one table by row); or a name for
+            `datasets.load_dataset`. None for held-out text alone.
         dataset_config: The configuration's name, for a `datasets` name only.
-        text_column: The column that holds the text, for a `datasets` name only.
+        text_column: The column that holds the text, for tables and `datasets` names.
+        heldout: Local files that are the validation split, all of them, instead of a part of `dataset`.
 
     Returns:
-        Splits `train` and `validation` with the column `text`, and `path` where the text comes from files.
+        Splits `train` (unless `dataset` is None) and `validation` with the column `text`, and `path` where the text
+        comes from files.
 
     Raises:
-        ValueError: Nothing was found, a file is not UTF-8, or a split or column is missing.
+        ValueError: Nothing was found, a file is not UTF-8, a split or column is missing, or held-out files are among
+            those of `dataset`.
     """
+    return _load(dataset, dataset_config, {text_column: "text"}, heldout)
+
+
+def _load(dataset: str | None, dataset_config: str | None, columns: dict[str, str], heldout: str | None) -> DatasetDict:
+    if heldout is None:
+        if dataset is None:
+            raise ValueError("got neither a dataset nor held-out text; give one")
+        return _split(dataset, dataset_config, columns)
+    if dataset is not None:
+        check_apart(dataset, heldout)
+    held_out = whole(heldout, columns)
+    if dataset is None:
+        return DatasetDict(validation=held_out)
+    return DatasetDict(train=_split(dataset, dataset_config, columns)["train"], validation=held_out)
+
+
+def _split(dataset: str, dataset_config: str | None, columns: dict[str, str]) -> DatasetDict:
     if dataset == STDLIB:
         return python_stdlib()
-    files = _local_files(dataset)
+    files = local_files(dataset)
     if files:
-        return _local_text(dataset, files)
+        return split_local(dataset, files, columns)
     if Path(dataset).expanduser().is_dir():
         raise ValueError(f"the folder {dataset!r} holds no file; expected text files")
-    return _named_dataset(dataset, dataset_config, {text_column: "text"})
+    return _named_dataset(dataset, dataset_config, columns)
 
 
 def functions_with_summaries(source: str) -> list[tuple[str, str]]:
@@ -179,37 +166,43 @@ def functions_with_summaries(source: str) -> list[tuple[str, str]]:
 
 
 def summarization_pairs(
-    dataset: str = STDLIB,
+    dataset: str | None = STDLIB,
     dataset_config: str | None = None,
     document_column: str = "document",
     summary_column: str = "summary",
+    heldout: str | None = None,
 ) -> DatasetDict:
     """Load documents with their summaries.
 
     From Python source (the standard library, or local files) a document is a function without its docstring and its
-    summary is the docstring's first line; the split is that of `load_text`, by file.
+    summary is the docstring's first line; the split is that of `load_text`, by file. Tables and `datasets` names have
+    both in columns.
 
     Args:
         dataset: As for `load_text`.
         dataset_config: The configuration's name, for a `datasets` name only.
-        document_column: The column to summarize, for a `datasets` name only.
-        summary_column: The column with the summaries, for a `datasets` name only.
+        document_column: The column to summarize, for tables and `datasets` names.
+        summary_column: The column with the summaries, likewise.
+        heldout: As for `load_text`.
 
     Returns:
-        Splits `train` and `validation` with the columns `document` and `summary`.
+        Splits `train` (unless `dataset` is None) and `validation` with the columns `document` and `summary`.
 
     Raises:
         ValueError: As for `load_text`; or a split of local files holds no documented function.
     """
-    if dataset != STDLIB and not _local_files(dataset):
-        return _named_dataset(dataset, dataset_config, {document_column: "document", summary_column: "summary"})
+    loaded = _load(dataset, dataset_config, {document_column: "document", summary_column: "summary"}, heldout)
     splits = {}
-    for split, rows in load_text(dataset).items():
+    for split, rows in loaded.items():
+        if "document" in rows.column_names:
+            splits[str(split)] = rows
+            continue
         pairs = [pair for text in rows["text"] for pair in functions_with_summaries(text)]
         if not pairs:
+            named = held_out_name(dataset, dataset_config, heldout) if split == "validation" else repr(dataset)
             raise ValueError(
-                f"the {split} split of dataset {dataset!r} ({len(rows)} files) holds no Python function with a "
-                "docstring and a body; give more Python files, or a `datasets` name with two columns"
+                f"{named}: its {split} split ({len(rows)} files) holds no Python function with a docstring and a body; "
+                "give more Python files, or a table or a `datasets` name with two columns"
             )
         splits[str(split)] = Dataset.from_dict(
             {"document": [document for document, _ in pairs], "summary": [summary for _, summary in pairs]}

@@ -13,8 +13,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from moe_precision.recipes.corpus import STDLIB, load_text, summarization_pairs
-from moe_precision.recipes.text_data import IGNORED, load_tokenizer, pack, shuffled_texts, tokenize, train_tokenizer
+from moe_precision.recipes.corpus import STDLIB, held_out_name, load_text, summarization_pairs
+from moe_precision.recipes.text_data import (
+    IGNORED,
+    NO_TRAINING_TEXT,
+    load_tokenizer,
+    pack,
+    shuffled_texts,
+    tokenize,
+    train_tokenizer,
+)
 
 SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
 NOISE_DENSITY = 0.15
@@ -92,14 +100,16 @@ class SummarizationDataModule(pl.LightningDataModule):
 
     A batch is a dict with `input_ids` and `attention_mask`, int64, (batch, document), and `labels`, int64, (batch,
     summary), -100 on the padding; both are as long as the longest in the batch. After `setup`, `tokenizer` is the
-    tokenizer and `token_counts`, int64, (vocab,), says how often each token occurs in the training summaries.
+    tokenizer, `judged_on` names the validation text with its documents and tokens, and `token_counts`, int64, (vocab,),
+    says how often each token occurs in the training summaries (in the held-out ones, if there are no others).
     `pretraining_blocks` gives running text of the same training split for span corruption.
 
     Args:
-        dataset: "python-stdlib", a local file, folder or glob of Python source, or a name for `datasets.load_dataset`.
+        dataset: "python-stdlib", a local file, folder or glob of Python source or tables, or a name for
+            `datasets.load_dataset`. None, with `heldout` and a tokenizer, for no training text.
         dataset_config: The configuration's name, for a `datasets` name only.
-        document_column: The column to summarize, for a `datasets` name only.
-        summary_column: The column with the summaries, for a `datasets` name only.
+        document_column: The column to summarize, for tables and `datasets` names.
+        summary_column: The column with the summaries, likewise.
         tokenizer: Path or name of a pretrained tokenizer with the sentinels <extra_id_0> to <extra_id_99>. None trains
             a byte-level BPE on the training split.
         vocab_size: Size of the tokenizer that is trained here, sentinels included; ignored where one is given.
@@ -110,6 +120,7 @@ class SummarizationDataModule(pl.LightningDataModule):
         max_train_examples: Use at most this many training documents, a seeded sample. None uses all.
         max_val_examples: At most this many validation documents, likewise.
         seed: Order of the examples and of the training batches.
+        heldout: Local files that are the validation text, all of them, instead of a part of `dataset`.
 
     Raises:
         ValueError: The dataset cannot be used, or the tokenizer has no eos token or no sentinels.
@@ -117,7 +128,7 @@ class SummarizationDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        dataset: str = STDLIB,
+        dataset: str | None = STDLIB,
         dataset_config: str | None = None,
         document_column: str = "document",
         summary_column: str = "summary",
@@ -130,9 +141,11 @@ class SummarizationDataModule(pl.LightningDataModule):
         max_train_examples: int | None = None,
         max_val_examples: int | None = None,
         seed: int = 0,
+        heldout: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.judged_on = ""
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.token_counts: Tensor | None = None
         self._examples: dict[str, list[Example]] = {}
@@ -147,21 +160,29 @@ class SummarizationDataModule(pl.LightningDataModule):
         else:
             self.tokenizer = load_tokenizer(args["tokenizer"])
         _sentinel_ids(self.tokenizer)
-        pairs = summarization_pairs(
-            args["dataset"], args["dataset_config"], args["document_column"], args["summary_column"]
-        )
+        sources = args["dataset"], args["dataset_config"]
+        pairs = summarization_pairs(*sources, args["document_column"], args["summary_column"], args["heldout"])
         limits = {"train": args["max_train_examples"], "validation": args["max_val_examples"]}
         examples = {}
         for split, limit in limits.items():
+            if split not in pairs:
+                continue
             rows = list(zip(pairs[split]["document"], pairs[split]["summary"], strict=True))
             random.Random(args["seed"]).shuffle(rows)
             examples[split] = self._tokenize(rows[:limit], split)
         self._examples = examples
-        summaries = torch.tensor([token for _, summary in examples["train"] for token in summary])
+        held_out = examples["validation"]
+        tokens = sum(len(summary) for _, summary in held_out)
+        name = held_out_name(*sources, args["heldout"])
+        self.judged_on = f"{name}: {len(held_out):,} documents, {tokens:,} tokens of their summaries"
+        counted = examples.get("train", held_out)
+        summaries = torch.tensor([token for _, summary in counted for token in summary])
         self.token_counts = torch.bincount(summaries, minlength=len(self.tokenizer))  # (vocab,)
 
     def _running_text(self) -> list[str]:
         args = self.hparams
+        if args["dataset"] is None:
+            raise ValueError(NO_TRAINING_TEXT)
         return shuffled_texts(
             load_text(args["dataset"], args["dataset_config"], args["document_column"])["train"], args["seed"]
         )
@@ -215,7 +236,13 @@ class SummarizationDataModule(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return the training examples in a seeded random order."""
+        """Return the training examples in a seeded random order.
+
+        Raises:
+            ValueError: There is no training text.
+        """
+        if "train" not in self._examples:
+            raise ValueError(NO_TRAINING_TEXT)
         return self._dataloader("train", torch.Generator().manual_seed(self.hparams["seed"]))
 
     def val_dataloader(self) -> DataLoader[Batch]:

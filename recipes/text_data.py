@@ -4,7 +4,6 @@ Runs without a Trainer too: `data = TextDataModule(); data.setup("validate"); da
 file.
 """
 
-import os
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -16,11 +15,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from torch.utils.data import DataLoader, StackDataset
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from moe_precision.recipes.corpus import STDLIB, load_text
+from moe_precision.checkpoints.tokenizer import load_tokenizer as tokenizer_of
+from moe_precision.recipes.corpus import STDLIB, held_out_name, load_text
 
 IGNORED = -100  # the label that transformers' losses leave out
+NO_TRAINING_TEXT = "there is no training text beside the held-out text: give a dataset (--dataset) too"
 TOKENIZER_SAMPLE_CHARS = 3_000_000  # enough for a few thousand merges, and a second of work
 FILES_PER_CALL = 16
 
@@ -73,12 +74,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load a pretrained tokenizer from a folder or by name; one without a padding token pads with its eos token.
 
     Raises:
+        CheckpointError: There is none, or an empty one.
         ValueError: The tokenizer has no end-of-sequence token, which the recipes put between texts.
     """
-    folder_has_fast = os.path.isfile(os.path.join(path, "tokenizer.json"))
-    tokenizer = (
-        PreTrainedTokenizerFast.from_pretrained(path) if folder_has_fast else AutoTokenizer.from_pretrained(path)
-    )
+    tokenizer = tokenizer_of(path)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {path!r} has no eos token; give one that has: the recipes end every text with it")
     if tokenizer.pad_token_id is None:
@@ -144,12 +143,14 @@ class TextDataModule(pl.LightningDataModule):
     """Packed blocks of text for a causal language model.
 
     A batch is a dict with `input_ids` and `labels`, both int64, (batch, sequence_length). After `setup`, `tokenizer` is
-    the tokenizer and `token_counts`, int64, (vocab,), says how often each token occurs in the training blocks.
+    the tokenizer, `judged_on` names the validation text with its documents and tokens, and `token_counts`, int64,
+    (vocab,), says how often each token occurs in the training blocks (in the held-out text, if there is no other).
 
     Args:
-        dataset: "python-stdlib", a local file, folder or glob of text, or a name for `datasets.load_dataset`.
+        dataset: "python-stdlib", a local file, folder or glob of text or tables, or a name for
+            `datasets.load_dataset`. None, with `heldout` and a tokenizer, for no training text.
         dataset_config: The configuration's name, for a `datasets` name only.
-        text_column: The column that holds the text, for a `datasets` name only.
+        text_column: The column that holds the text, for tables and `datasets` names.
         tokenizer: Path or name of a pretrained tokenizer. None trains a byte-level BPE on the training split.
         vocab_size: Size of the tokenizer that is trained here; ignored where one is given.
         sequence_length: Tokens in a block.
@@ -158,6 +159,7 @@ class TextDataModule(pl.LightningDataModule):
         max_train_tokens: Use at most this many tokens of the training split, sampled by the seed. None uses all.
         max_val_tokens: At most this many tokens of the validation split, likewise.
         seed: Order of the texts and of the training batches.
+        heldout: A local file, folder or glob that is the validation text, all of it, instead of a part of `dataset`.
 
     Raises:
         ValueError: The dataset or tokenizer cannot be used, or a split is shorter than one block needs to be.
@@ -165,7 +167,7 @@ class TextDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        dataset: str = STDLIB,
+        dataset: str | None = STDLIB,
         dataset_config: str | None = None,
         text_column: str = "text",
         tokenizer: str | None = None,
@@ -176,9 +178,11 @@ class TextDataModule(pl.LightningDataModule):
         max_train_tokens: int | None = None,
         max_val_tokens: int | None = None,
         seed: int = 0,
+        heldout: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.judged_on = ""
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.token_counts: Tensor | None = None
         self._blocks: dict[str, StackDataset[Any]] = {}
@@ -188,22 +192,26 @@ class TextDataModule(pl.LightningDataModule):
         if self._blocks:
             return
         args = self.hparams
-        text = load_text(args["dataset"], args["dataset_config"], args["text_column"])
-        texts = {split: shuffled_texts(text[split], args["seed"]) for split in ("train", "validation")}
+        text = load_text(args["dataset"], args["dataset_config"], args["text_column"], args["heldout"])
+        texts = {split: shuffled_texts(text[split], args["seed"]) for split in ("train", "validation") if split in text}
         limits = {"train": args["max_train_tokens"], "validation": args["max_val_tokens"]}
-        if args["tokenizer"] is None:
+        name = held_out_name(args["dataset"], args["dataset_config"], args["heldout"])
+        if args["tokenizer"] is not None:
+            self.tokenizer = load_tokenizer(args["tokenizer"])
+        elif "train" in texts:
             self.tokenizer = train_tokenizer(texts["train"], args["vocab_size"])
         else:
-            self.tokenizer = load_tokenizer(args["tokenizer"])
+            raise ValueError("a tokenizer is trained on training text: give a dataset, or a tokenizer")
         blocks = {}
         for split in texts:
             tokens = tokenize(texts[split], self.tokenizer, limits[split], f"tokenizing {split}")
             if len(tokens) < 2:
-                raise ValueError(
-                    f"the {split} split of dataset {args['dataset']!r} has {len(tokens)} tokens; give more text"
-                )
-            if split == "train":
+                of = name if split == "validation" else f"the train split of dataset {args['dataset']!r}"
+                raise ValueError(f"{of} has {len(tokens)} tokens; give more text")
+            if split == "train" or len(texts) == 1:
                 self.token_counts = torch.bincount(tokens, minlength=len(self.tokenizer))  # (vocab,)
+            if split == "validation":
+                self.judged_on = f"{name}: {len(texts[split]):,} documents, {len(tokens):,} tokens"
             input_ids, labels = pack(tokens, args["sequence_length"], self.tokenizer.pad_token_id)
             blocks[split] = StackDataset(input_ids=input_ids, labels=labels)  # type: ignore[arg-type]  # tensors do
         self._blocks = blocks
@@ -219,7 +227,13 @@ class TextDataModule(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return the training blocks in a seeded random order."""
+        """Return the training blocks in a seeded random order.
+
+        Raises:
+            ValueError: There is no training text.
+        """
+        if "train" not in self._blocks:
+            raise ValueError(NO_TRAINING_TEXT)
         return self._dataloader("train", torch.Generator().manual_seed(self.hparams["seed"]))
 
     def val_dataloader(self) -> DataLoader[Batch]:

@@ -1,5 +1,6 @@
 """What this package relies on in private names of torch: one test each, by its name."""
 
+import copy
 import re
 import weakref
 from pathlib import Path
@@ -53,6 +54,23 @@ def test_flat_parameter(one_process):
     assert list(compat.own_parameters(linear)) == [compat.FLAT_PARAMETER]
 
 
+def test_what_wrappers_hold():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    linear = nn.Linear(64, 4)
+    assert compat.inside(linear.weight) == []
+    quantize_(linear, Int8WeightOnlyConfig())
+    assert {tensor.dtype for tensor in compat.inside(linear.weight)} == {torch.int8, torch.float32}
+
+
+def test_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert compat.is_fake(nn.Linear(2, 2).weight)
+    assert not compat.is_fake(nn.Linear(2, 2, device="meta").weight)
+
+
 def test_own_parameters():
     linear = nn.Linear(2, 2, bias=False)
     linear.__dict__["weight"] = torch.zeros(2, 2)  # as hooks cover it
@@ -71,6 +89,16 @@ def test_forward_pre_hooks():
     assert compat.forward_pre_hooks(linear) == [hook]
     handle.remove()
     assert compat.forward_pre_hooks(linear) == []
+
+
+def test_forget_forward_pre_hook():
+    linear, hook, other = nn.Linear(2, 2), lambda module, args: None, lambda module, args: None
+    linear.register_forward_pre_hook(other)
+    linear.register_forward_pre_hook(hook)
+    copied = copy.deepcopy(linear)
+    compat.forget_forward_pre_hook(copied, hook)
+    assert compat.forward_pre_hooks(copied) == [other]
+    assert compat.forward_pre_hooks(linear) == [other, hook]
 
 
 def test_is_convolution():

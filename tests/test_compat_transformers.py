@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import silu
-from transformers import MixtralForCausalLM
+from transformers import MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.core_model_loading import PrefixChange, WeightRenaming
+from transformers.distributed import DistributedConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -36,6 +38,12 @@ def test_runs_through_experts_interface():
     flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
     assert [getattr(experts, flag) for flag in flags] == [True, True, True, False]
     assert not compat.runs_through_experts_interface(PlainMoE().experts)
+
+
+def test_experts_implementation():
+    model = build("mixtral")
+    model.set_experts_implementation("eager")
+    assert compat.experts_implementation(model.model.layers[0].mlp.experts) == "eager"
 
 
 def test_apply_gate():
@@ -90,6 +98,10 @@ def test_dtype_plan():
     ((pattern, dtype),) = compat.dtype_plan(model, torch.bfloat16).items()
     assert "gate" in pattern
     assert dtype == torch.float32
+    model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict = {"norm"}, {"gate.weight"}  # one in float16 alone
+    kept = compat.kept_in_float32(model)
+    names = [name for name, _ in model.named_parameters() if any(pattern.search(name) for pattern in kept)]
+    assert {name.split(".")[-2] for name in names} == {"gate", "norm", "input_layernorm", "post_attention_layernorm"}
 
 
 def test_model_of_config():
@@ -104,6 +116,12 @@ def test_tied_names():
     assert compat.tied_names(PlainMoE()) == {}
     tied = compat.tied_names(build("mixtral", tie_word_embeddings=True))
     assert tied == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_removes_a_prefix():
+    assert compat.removes_a_prefix(PrefixChange(prefix_to_remove="language_model", model_prefix="model"))
+    assert not compat.removes_a_prefix(PrefixChange(prefix_to_add="language_model"))
+    assert not compat.removes_a_prefix(WeightRenaming("a", "b"))
 
 
 def test_save_under_module_names(tmp_path):
@@ -126,13 +144,46 @@ def test_mark_as_quantized():
     assert "_is_quantized" not in model.config.to_dict()  # config.json never holds it
 
 
+def test_save_under_hub_names(tmp_path):
+    build("mixtral").save_pretrained(tmp_path / "hub")
+    model = MixtralForCausalLM.from_pretrained(tmp_path / "hub")
+    compat.save_under_module_names(model)
+    compat.save_under_hub_names(model)
+    model.save_pretrained(tmp_path / "again")
+    names = [set(load_file(tmp_path / folder / "model.safetensors")) for folder in ("hub", "again")]
+    assert names[0] == names[1]
+    compat.save_under_hub_names(build("mixtral"))  # which never had anything to undo
+
+
+def test_mark_as_float():
+    model = build("mixtral")
+    compat.mark_as_quantized(model.config)
+    compat.mark_as_float(model)
+    assert not hasattr(model.config, "_is_quantized")
+    compat.mark_as_float(model)
+
+
+def test_was_dequantized_on_loading():
+    """By the attribute of transformers' operations; real releases are in tests/callbacks/test_save_of_releases.py."""
+    model = build("mixtral")
+    assert not compat.was_dequantized_on_loading(model)
+    model._weight_conversions = [SimpleNamespace(operations=[SimpleNamespace(hf_quantizer=object())])]
+    assert compat.was_dequantized_on_loading(model)
+
+
+def test_parts_of_config():
+    assert "qwen3_5_moe_text" in compat.parts_of_config("qwen3_5_moe")
+    assert compat.parts_of_config("mixtral") == frozenset()
+    assert compat.parts_of_config("PlainMoE") == frozenset()
+
+
 def test_layer_classes():
     model = build("mixtral")
     assert compat.layer_classes(model) == {type(model.model.layers[0]).__name__}
 
 
 def test_methods_of_quantizers_that_ours_overrides():
-    own = {"pack", "plan", "waiting"}  # not transformers'
+    own = {"pack", "plan", "saving", "waiting", "_is_of_a_new_head"}  # not transformers'
     overridden = {name for name in vars(PlanHfQuantizer) if not name.startswith(("__", "_abc_"))} - own
     assert "_process_model_before_weight_loading" in overridden
     assert [name for name in overridden if not hasattr(HfQuantizer, name)] == []
@@ -170,6 +221,45 @@ def test_conversion_ops(tmp_path):
     build("mixtral").save_pretrained(tmp_path)
     MixtralForCausalLM.from_pretrained(tmp_path, quantization_config=Config())
     assert seen == dict.fromkeys((f"model.layers.{i}.mlp.experts.gate_up_proj" for i in (0, 1)), MixtralForCausalLM)
+
+
+def test_trainer_run(tmp_path):
+    """Neither is among what a callback is given."""
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            seen.append(compat.trainer_run())
+
+        on_save = on_train_end = on_train_begin
+
+    def train(folder, resume=None):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / folder), max_steps=2 if resume else 1, use_cpu=True, report_to=[], save_steps=1
+        )
+        rows = [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 4
+        Trainer(build("gpt_oss"), arguments, train_dataset=rows, callbacks=[Look()]).train(resume)
+
+    train("one")
+    assert set(seen) == {(str(tmp_path / "one"), None)}
+    train("two", resume=str(tmp_path / "one" / "checkpoint-1"))
+    assert set(seen[3:]) == {(str(tmp_path / "two"), str(tmp_path / "one" / "checkpoint-1"))}
+    assert compat.trainer_run() == (None, None)
+
+
+def test_split_by():
+    model = build("mixtral")
+    assert compat.split_by(model) == {}
+    model.config.distributed_config = DistributedConfig(tp_size=1)
+    assert compat.split_by(model) == {}
+    model.config.distributed_config = DistributedConfig(tp_size=2, ep_size=2, fsdp_size=3)  # from_pretrained sets it
+    assert compat.split_by(model) == {"tp_size": 2, "ep_size": 2, "fsdp_size": 3}
+    assert "distributed_config" not in model.config.to_dict()  # a checkpoint never says how its model was split
+
+
+def test_is_model_type():
+    assert compat.is_model_type("mixtral")
+    assert not compat.is_model_type("Module")
 
 
 # -- PEFT and DeepSpeed -----------------------------------------------------------------------------------------------

@@ -53,9 +53,10 @@ def allocate(
 ) -> PrecisionPlan:
     """Makes a precision plan: a width for each expert.
 
-    The paper's rule, its ablations and the controls order the experts of each layer and give every layer the same
-    counts. ``weight_error``, ``curvature`` and ``statistics`` know what each width would cost and minimize the sum over
-    all layers.
+    The paper's rule, its ablations and the controls order the experts of each layer. Under a budget in nominal bits
+    they give every layer the same counts, rounded down; under one in stored bits or bytes, what one layer leaves over
+    goes on to the next. ``weight_error``, ``curvature`` and ``statistics`` know what each width would cost and minimize
+    the sum over all layers.
 
     Args:
         model: The model, for its final router norms and whatever else the method reads, or the folder of its
@@ -159,7 +160,7 @@ def make_plan(
                 weights = StoredWeights(trained, patterns)
             final = weights.snapshot(variance="max_variance" in method.reads)
             if baseline is not None:
-                baseline.check_same_model(final)
+                baseline = baseline.in_names_of(final)
             if recorded is not None:
                 final = final.at_the_end_of(recorded)
         elif recorded is not None:
@@ -171,11 +172,11 @@ def make_plan(
         if method.knows_costs:
             weighed = as_curvature(curvature) if curvature is not None and "curvature" in method.reads else None
             if weighed is not None:
-                weighed.check_layers(final.layers)
+                weighed = weighed.for_layers(final.layers)
                 weighed.check_router_norms(final.router_norms)
             under = None if statistics is None else as_statistics(statistics)
             if under is not None:
-                under.check_layers(final.layers)
+                under = under.for_layers(final.layers)
                 under.check_router_norms(final.router_norms)
                 notes["statistics"] = {"text": under.text, "tokens": under.tokens_by_layer()}
             settings.check_fits(final.layers)

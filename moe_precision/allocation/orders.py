@@ -5,17 +5,18 @@ Pure functions. `ORDERS` holds the order of every method in `plans/methods.py` t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
+from ..layers.shape import LayerShape
 from ..plans.levels import check_budget
 from ..plans.methods import MethodName
 from ..plans.numbers import AllocationError, exact
-from ..plans.settings import ZETA
+from ..plans.settings import ZETA, PlanSettings
 
 
 def rank_experts(change: Tensor, max_variance: Tensor | None = None, zeta: float = ZETA) -> list[int]:
@@ -57,7 +58,7 @@ def rank_experts(change: Tensor, max_variance: Tensor | None = None, zeta: float
     return order
 
 
-def bits_from_order(order: Sequence[int], average_bits: float, bits: Sequence[int]) -> list[int]:
+def bits_from_order(order: Sequence[int], average_bits: float | Fraction, bits: Sequence[int]) -> list[int]:
     """Gives each expert of a layer a width by the paper's two- and three-level rules (arXiv 2604.06515).
 
     The total never exceeds ``E * average_bits`` and is the largest that the levels reach.
@@ -104,6 +105,37 @@ def bits_from_order(order: Sequence[int], average_bits: float, bits: Sequence[in
     for expert, width in zip(order, widths, strict=True):
         by_expert[expert] = width
     return by_expert
+
+
+def bits_from_orders(
+    orders: Mapping[str, Sequence[int]], layers: Mapping[str, LayerShape], settings: PlanSettings
+) -> dict[str, list[int]]:
+    """`bits_from_order` for every layer of a model.
+
+    Under a budget in nominal bits each layer is rounded down on its own, as in the paper. Under one in stored bits or
+    in bytes, what a layer leaves over goes on to the next, so that less than one step of one expert is left in all.
+
+    Args:
+        orders: Layer name -> expert indices, most bits first.
+        layers: Layer name -> shape, in module order.
+        settings: The budget and the levels.
+
+    Returns:
+        Layer name -> bits, indexed by expert.
+
+    Raises:
+        AllocationError: The levels or the budget are out of range.
+    """
+    average, highest = exact(settings.nominal_bits(layers)), Fraction(max(settings.levels))
+    found = {}
+    left = Fraction(0)  # bits
+    for name, shape in layers.items():
+        experts = len(orders[name])
+        share = min(average + left / (experts * shape.expert_size), highest)
+        found[name] = bits_from_order(orders[name], share, settings.levels)
+        if settings.average_bits is None:
+            left += (average * experts - sum(found[name])) * shape.expert_size
+    return found
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -19,10 +19,11 @@ from ..plans.plan import PrecisionPlan
 from ..plans.settings import PlanSettings
 from .costs import Costs, shuffled_costs
 from .knapsack import least_cost_bits
-from .orders import ORDERS, LayerSignals, bits_from_order
+from .orders import ORDERS, LayerSignals, bits_from_orders
 from .snapshot import Snapshot
 
 _STACKLEVEL = 5  # warnings point at the caller of `allocate`
+_NOTHING = 5e-5  # bits per expert weight: four digits of a budget
 
 
 def plan_from_signals(
@@ -53,7 +54,7 @@ def plan_from_signals(
         layers = _by_order(settings, final, baseline)
     if reads(settings.method, "norm_change"):
         found |= _reservations(settings, final, baseline)
-    return PrecisionPlan(
+    plan = PrecisionPlan(
         model_type=final.model_type,
         layers=layers,
         group_size=settings.group_size,
@@ -63,38 +64,51 @@ def plan_from_signals(
         baseline_step=None if baseline is None else baseline.step or 0,
         last_step=final.step,
     )
+    left = _left_over(settings, plan)
+    return plan if left < _NOTHING else replace(plan, notes=cast(PlanNotes, {**plan.notes, "left_over": rounded(left)}))
+
+
+def _left_over(settings: PlanSettings, plan: PrecisionPlan) -> float:
+    """Bits per expert weight of the budget that the plan does not use."""
+    if settings.average_bits is not None:
+        return settings.average_bits - plan.average_bits
+    stored = settings.stored_budget({name: layer.shape for name, layer in plan.layers.items()})
+    assert stored is not None
+    return stored - plan.stored_bits
 
 
 def _by_order(settings: PlanSettings, final: Snapshot, baseline: Snapshot | None) -> dict[str, LayerPlan]:
     """The experts of each layer in the method's order, and the paper's counts of widths."""
     generator = torch.Generator().manual_seed(settings.seed)
     loads = final.loads if baseline is None else baseline.loads or final.loads
-    average_bits = settings.nominal_bits(final.layers)
-    plans = {}
-    for name, shape in final.layers.items():
+    orders: dict[str, list[int]] = {}
+    signals: dict[str, dict[str, Tensor | None]] = {}
+    for name in final.layers:
         last, variance = final.router_norms[name], final.max_variance.get(name)
         change = None if baseline is None else last - baseline.router_norms[name]
         load = loads[name][0] if name in loads else None
-        signals = LayerSignals(last if change is None else change, last, variance, load, settings.zeta)
+        known = LayerSignals(last if change is None else change, last, variance, load, settings.zeta)
         try:
-            order = ORDERS[settings.method](signals, generator)
+            orders[name] = ORDERS[settings.method](known, generator)
         except AllocationError as error:
             raise AllocationError(f"layer {name!r}: {error}") from error
-        widths = bits_from_order(order, average_bits, settings.levels)
-        used = {
+        signals[name] = {
             "router_norm_change": change if reads(settings.method, "norm_change") else None,
             "final_router_norm": last if change is None or reads(settings.method, "final_norm") else None,
             "max_variance": variance if reads(settings.method, "max_variance") else None,
             "expert_load": load if reads(settings.method, "load") else None,
         }
-        plans[name] = LayerPlan(
+    widths = bits_from_orders(orders, final.layers, settings)
+    return {
+        name: LayerPlan(
             shape=shape,
-            projection_bits={projection: list(widths) for projection in shape.projections},
-            order=order,
+            projection_bits={projection: list(widths[name]) for projection in shape.projections},
+            order=orders[name],
             router_norms=_norms(name, final, baseline),
-            signals={key: _readable(values) for key, values in used.items() if values is not None},
+            signals={key: _readable(values) for key, values in signals[name].items() if values is not None},
         )
-    return plans
+        for name, shape in final.layers.items()
+    }
 
 
 def _by_cost(

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..layers.patterns import Patterns
+from ..layers.prefixes import prefixes_of
 from ..layers.shape import LayerShape
+from ..plans.model_types import of_one_family
 from ..recording.history import HistoryError, RouterNormHistory
 
 
@@ -81,13 +83,33 @@ class Snapshot:
             step=history.steps[record],
         )
 
-    def check_same_model(self, other: Snapshot) -> None:
-        """Raises `HistoryError` unless the layers and shapes of this snapshot, a history's, are those of the other."""
-        if list(self.layers.items()) != list(other.layers.items()):
+    def in_names_of(self, other: Snapshot) -> Snapshot:
+        """This snapshot, a history's, in the names of a model's layers: itself, or that of another class of the model.
+
+        Raises:
+            HistoryError: The layers, shapes or families are not those of the other.
+        """
+        if not of_one_family(self.model_type, other.model_type):
+            raise HistoryError(
+                f"the history, or the initial checkpoint, is of a model of type {self.model_type!r}, the trained model "
+                f"is {other.model_type!r}: give that of the model that training started from"
+            )
+        change = prefixes_of(self.layers, other.layers)
+        if change is None:
             raise HistoryError(
                 f"the history is of another model: it has layers {list(self.layers)}, the model has "
                 f"{list(other.layers)}, or their shapes differ"
             )
+        if change.equal:
+            return self
+        return replace(
+            self,
+            layers=other.layers,
+            router_norms=change.keys(self.router_norms),
+            max_variance=change.keys(self.max_variance),
+            loads=change.keys(self.loads),
+            caveats=change.keys(self.caveats),
+        )
 
     def not_finite(self) -> str | None:
         """Where a norm is NaN or infinite, as ``expert 3 of layer 'x' has router norm nan``; None if nowhere."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.config import released
 from ..checkpoints.headers import CheckpointError
 from ..layers.materialized import check_materialized
 from ..layers.module_tree import root_model
@@ -102,7 +103,10 @@ class StoredWeights:
 
     def __init__(self, checkpoint: Checkpoint, patterns: Patterns | None = None) -> None:
         if checkpoint.is_quantized:
-            raise CheckpointError(f"{str(checkpoint.folder)!r} is quantized; give the float checkpoint")
+            raise CheckpointError(
+                f"{str(checkpoint.folder)!r} is quantized; give the float checkpoint (config.json names "
+                f"{checkpoint.quantizer!r})" + released(checkpoint.quantization)
+            )
         self._checkpoint, self._patterns = checkpoint, patterns or Patterns()
         self._layers = checkpoint.layers(self._patterns)
 

@@ -56,6 +56,9 @@ class GridHooks:
         layers: As found by `find_moe_layers`; fused banks or one module per expert.
         grid: Their grid.
 
+    Attributes:
+        layers: Those whose weights are on the grid.
+
     Raises:
         AnnealError: A weight is frozen or not a plain parameter.
     """
@@ -63,7 +66,7 @@ class GridHooks:
     def __init__(self, layers: list[MoELayer], grid: Grid) -> None:
         uncover(layers)
         check_trainable(layers)
-        self.grid, self._layers = grid, layers
+        self.grid, self.layers = grid, layers
         self._places: list[Place] = []
         buffers = Buffers()
         again = QuantizedAgain(buffers)
@@ -134,4 +137,4 @@ class GridHooks:
         """Moves the float weights themselves onto the grid, so that they stay there when saved; a collective."""
         for place in self._places:
             place.settle()
-        self.grid.router_norms = norms_by_layer(self._layers)
+        self.grid.router_norms = norms_by_layer(self.layers)

@@ -6,7 +6,6 @@ of transformers says which tensors on disk, under their hub names, make up a rou
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Iterator
@@ -21,16 +20,16 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..compat import model_of_config
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..layers.patterns import Patterns
 from ..plans.plan import PrecisionPlan, model_type_of
 from .config import config_of, quantization_of
+from .dtypes import meta_model_of
 from .headers import CheckpointError, StoredTensor, header, weight_files
 from .matrices import expert_matrices, router_weight
 from .sources import Sources, sources_of, with_aliases
 
-_OF_AN_EXPERT = re.compile(r"(?:^|\.)experts\.")
+_OF_AN_EXPERT = re.compile(r"(?:^|\.)(?:experts|switch_mlp|switch_glu)\.")  # the last two are mlx-lm's
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -126,6 +125,11 @@ class Checkpoint:
         """Whether config.json names a quantizer."""
         return self.quantization is not None
 
+    @property
+    def quantizer(self) -> str:
+        """Name of the quantizer in config.json, for messages; empty for a float checkpoint."""
+        return "" if self.quantization is None else str(self.quantization.get("quant_method", "unknown"))
+
     @cached_property
     def config(self) -> PreTrainedConfig:
         """config.json as transformers reads it."""
@@ -151,17 +155,12 @@ class Checkpoint:
         return found
 
     def meta_model(self) -> PreTrainedModel:
-        """A new float model on the meta device: names and shapes, no weight is allocated.
+        """A new float model on the meta device: names, shapes and dtypes, no weight is allocated.
 
         Raises:
             CheckpointError: transformers does not have the class that config.json names.
         """
-        config = copy.deepcopy(self.config)
-        config.dtype = self.dtype
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            return model_of_config(self.model_class(), config)
+        return meta_model_of(self.model_class(), self.config, self.dtype)
 
     @cached_property
     def _meta_model(self) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from ..files import umask
+from .config import released
 from .headers import CheckpointError
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ def check_quantizing(checkpoint: Checkpoint, out: str | os.PathLike[str], *sourc
         CheckpointError: The checkpoint is quantized already, or ``out`` lies in what is read or contains it.
     """
     if checkpoint.is_quantized:
-        raise CheckpointError(f"{str(checkpoint.folder)!r} is quantized already; quantize the float checkpoint instead")
+        raise CheckpointError(
+            f"{str(checkpoint.folder)!r} is quantized already (by {checkpoint.quantizer!r}); quantize the float "
+            "checkpoint instead" + released(checkpoint.quantization)
+        )
     if Path(out).resolve().is_relative_to(checkpoint.folder.resolve()):
         raise CheckpointError(f"{os.fspath(out)!r} is, or lies in, the float checkpoint; choose another folder")
     for source in (checkpoint.folder, *sources):
@@ -49,7 +53,7 @@ def folder_replaced_when_done(path: str | os.PathLike[str]) -> Iterator[Path]:
         FileExistsError: ``path`` is a folder that holds something other than a checkpoint, a mount point, or a file.
     """
     path = Path(path)
-    _check_replaceable(path)
+    check_replaceable(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield temporary
@@ -75,7 +79,7 @@ def resumable_folder(path: str | os.PathLike[str], job: str) -> Iterator[Path]:
         BlockingIOError: Another process is working on the same job.
     """
     path = Path(path).resolve()
-    _check_replaceable(path)
+    check_replaceable(path)
     partial = path.parent / f".{path.name}.{job[:12]}.partial"
     for other in path.parent.glob(f".{path.name}.*.partial"):
         if other != partial:
@@ -108,7 +112,8 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _check_replaceable(path: Path) -> None:
+def check_replaceable(path: Path) -> None:
+    """Raises `FileExistsError` if a folder holds something other than a checkpoint, which is not to be replaced."""
     if os.path.ismount(path):
         raise FileExistsError(f"{str(path)!r} is a mount point, which cannot be replaced; name a folder inside it")
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file()):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from ..errors import MoEPrecisionError
+
+FLOATS = ("F32", "BF16", "F16", "F64")  # safetensors' names; those of 8 bits have a scale beside them
 
 
 class CheckpointError(MoEPrecisionError, ValueError):
@@ -31,6 +34,21 @@ class StoredTensor:
     nbytes: int
     file: Path
 
+    @property
+    def is_float(self) -> bool:
+        """Whether its values are the weights themselves."""
+        return self.dtype in FLOATS
+
+
+def check_float(names: Iterable[str], tensors: Mapping[str, StoredTensor]) -> None:
+    """Raises `CheckpointError` for the first of some weights that holds codes of a quantizer instead of floats."""
+    for name in names:
+        if not tensors[name].is_float:
+            raise CheckpointError(
+                f"{str(tensors[name].file.parent)!r}: {name!r} is stored as {tensors[name].dtype}, which a quantizer "
+                "writes, and its values are not the weights; give the float checkpoint"
+            )
+
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that a checkpoint's index names, or its only one; whether they exist is not checked.
@@ -42,6 +60,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"no checkpoint folder at {str(folder)!r}; expected what save_pretrained writes")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{str(folder)!r} has no config.json; expected what save_pretrained writes")
+    _check_safetensors(folder)
     index = folder / "model.safetensors.index.json"
     if not index.is_file() or (folder / "model.safetensors").is_file():  # as in transformers: an old index is ignored
         return [folder / "model.safetensors"]
@@ -50,6 +69,25 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in sorted(names)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # not UTF-8, not JSON, not a map of names
         raise CheckpointError(f"{str(index)!r} is damaged: {error}") from error
+
+
+def _check_safetensors(folder: Path) -> None:
+    """Raises `CheckpointError` for a folder whose weights are not where they are looked for; says where."""
+    if any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        return
+    names = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".safetensors"))
+    pickled = [name for name in names if name.startswith("pytorch_model")]
+    if pickled:
+        raise CheckpointError(
+            f"{str(folder)!r} holds its weights as {pickled[0]!r}, and only safetensors are read: load it once with "
+            "from_pretrained and write it with save_pretrained into another folder"
+        )
+    others = [name for name in names if name.endswith(".safetensors")]
+    if others:
+        raise CheckpointError(
+            f"{str(folder)!r} has neither 'model.safetensors' nor 'model.safetensors.index.json', which name its "
+            f"weights; it has {', '.join(others[:3])}: copy the index too, or write it again with save_pretrained"
+        )
 
 
 def header(file: Path) -> dict[str, StoredTensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layers.moe_layers import MoELayer
-from .headers import CheckpointError, StoredTensor
+from .headers import CheckpointError, StoredTensor, check_float
 from .sources import Sources, only_source, stacked_sources
 
 
@@ -35,7 +35,7 @@ def router_weight(checkpoint: StoredTensors, layer: MoELayer) -> Tensor:
     """The router's weight of a layer, ``(rows, d)`` with row ``e`` belonging to expert ``e``, in the stored dtype.
 
     Raises:
-        CheckpointError: It is missing, or its shape differs from that in the model of config.json.
+        CheckpointError: It is missing or not float, or its shape differs from that in the model of config.json.
         StreamingError: It is converted on loading.
     """
     name = only_source(layer.router, checkpoint.sources)
@@ -44,6 +44,7 @@ def router_weight(checkpoint: StoredTensors, layer: MoELayer) -> Tensor:
         raise CheckpointError(
             f"{str(checkpoint.folder)!r}: {name!r} has shape {shape}, but its config.json says {layer.router_is.shape}"
         )
+    check_float([name], checkpoint.tensors)
     weight = checkpoint.read(name)
     return weight.T if layer.router_transposed else weight
 
@@ -60,7 +61,7 @@ def expert_matrices(
         neurons_alone: Only the rows of the hidden neurons, for the first projection, ``(neurons, in)``.
 
     Raises:
-        CheckpointError: A tensor is missing, or its shape differs from that in the model of config.json.
+        CheckpointError: A tensor is missing or not float, or its shape differs from that in the model of config.json.
         StreamingError: transformers converts these tensors by more than renaming, stacking and joining.
     """
     whole = torch.empty(layer.banks[projection].shape, device="meta")
@@ -81,10 +82,12 @@ def _read(checkpoint: StoredTensors, layer: MoELayer, projection: str, neurons_a
     if len(bank.weights) == 1 and converted:  # not joined on disk: gate and up are tensors of their own
         stacked = stacked_sources(parameter, converted, bank.weights[0].shape[0])
         for names in stacked[: layer.num_experts]:  # the others are null experts
+            check_float(names, checkpoint.tensors)
             parts = [checkpoint.read(name) for name in (names[:1] if neurons_alone else names)]
             yield parts[0] if len(parts) == 1 else torch.cat(parts)
         return
     stored = [only_source(weight.name, sources) for weight in bank.weights]
+    check_float(stored, checkpoint.tensors)
     if len(stored) > 1:  # one tensor per expert
         matrices: Iterator[Tensor] = (checkpoint.read(name) for name in stored)
     else:

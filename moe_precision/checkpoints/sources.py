@@ -18,7 +18,7 @@ from transformers.core_model_loading import (
 )
 
 from ..errors import MoEPrecisionError
-from .headers import CheckpointError
+from .headers import CheckpointError, StoredTensor, check_float
 
 
 class StreamingError(MoEPrecisionError, NotImplementedError):
@@ -71,6 +71,22 @@ def sources_of(model: PreTrainedModel, names: Iterable[str]) -> Sources:
             renamed, pattern = name, None
         found[renamed].append(Source(name, pattern, by_pattern[pattern] if pattern is not None else None))
     return dict(found)
+
+
+def check_all_float(model: PreTrainedModel, made_of: Sources, tensors: Mapping[str, StoredTensor]) -> None:
+    """Checks that every float tensor of a model is stored as floats: loading would cast codes without their scales.
+
+    Args:
+        model: The float model, on any device.
+        made_of: Its `sources_of` these tensors.
+        tensors: All tensors on disk.
+
+    Raises:
+        CheckpointError: One is stored as a quantizer's codes.
+    """
+    for name, own in model.state_dict().items():
+        if own.is_floating_point():
+            check_float((source.name for source in made_of.get(name, [])), tensors)
 
 
 def with_aliases(model: PreTrainedModel, sources: Sources) -> Sources:

@@ -29,6 +29,10 @@ SUMMARIES = {
         " loads with from_pretrained after `import moe_precision`. An interrupted run resumes when it is started "
         "again."
     ),
+    "dequantize": (
+        "Write a packed checkpoint as a float one, with the values that its packed weights stand for: it needs no "
+        "moe-precision, and is as large as the float model was. The whole float model must fit in memory."
+    ),
     "export": (
         "Print a plan as the config of another quantizer (docs/export.md shows how to use each). Widths that it does "
         "not have are rounded up, with a note; a plan that it cannot carry out is an error."

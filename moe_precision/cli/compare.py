@@ -19,7 +19,7 @@ from ..plans.widths import GRANULARITIES
 from ..recording.curvature import Curvature
 from ..recording.history import RouterNormHistory
 from ..recording.statistics import ExpertStatistics
-from .options import Commands, add_command, add_dataset, add_levels, count, data_of, positive
+from .options import Commands, add_command, add_dataset, add_heldout, add_levels, count, data_of, judged_on, positive
 
 
 def run(options: argparse.Namespace) -> None:
@@ -35,8 +35,9 @@ def run(options: argparse.Namespace) -> None:
     curvature = None if path_of_curvature is None else Curvature.load(path_of_curvature)
     path_of_statistics = options.statistics or existing("statistics", options.history)
     statistics = None if path_of_statistics is None else ExpertStatistics.load(path_of_statistics)
+    data = data_of(options, options.checkpoint)
+    calibration = _calibration(options, data)
     model = load_model(options.checkpoint, dtype="float32")
-    data = data_of(options, options.checkpoint, model)
     seq2seq = model.config.is_encoder_decoder
     found = compare(
         model,
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
         history,
         curvature=curvature,
         statistics=statistics,
-        calibration=list(islice(data.train_dataloader(), options.calibration_batches)),
+        calibration=calibration,
         methods=options.methods,
         budgets=options.average_bits,
         bits=options.bits,
@@ -55,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
         task=_rouge_of(data, options.rouge_examples) if seq2seq and options.rouge_examples else None,
         task_name="ROUGE-L" if seq2seq and options.rouge_examples else "",
         end_of_text=None if seq2seq else data.tokenizer.eos_token_id,
+        text=judged_on(data),
     )
     show(comparison_table(found))
     if found.correlations:
@@ -105,6 +107,18 @@ def _checked_outputs(options: argparse.Namespace) -> list[str]:
     return outputs
 
 
+def _calibration(options: argparse.Namespace, data: Any) -> list[Any]:
+    """Training batches, never those that plans are judged on."""
+    if not options.calibration_batches:
+        return []
+    if options.heldout is not None and options.dataset is None:
+        raise ValueError(
+            "the sensitivity is measured on training text, and --heldout alone names none: give --dataset too, or "
+            "--calibration-batches 0"
+        )
+    return list(islice(data.train_dataloader(), options.calibration_batches))
+
+
 def _rouge_of(data: Any, examples: int) -> Callable[[Any], float]:
     """ROUGE-L of a model's summaries of the first validation documents."""
     from torchmetrics.text.rouge import ROUGEScore
@@ -132,7 +146,9 @@ def add_to(commands: Commands) -> None:
         "moe-precision compare runs/demo/checkpoint runs/demo/precision_plan.history.safetensors --group-size 64 "
         "--max-batches 8 --write-plan best.json",
     )
-    command.add_argument("checkpoint", help="folder of the trained float checkpoint, with its tokenizer")
+    command.add_argument(
+        "checkpoint", help="folder of the trained float checkpoint, with its tokenizer unless --tokenizer is given"
+    )
     command.add_argument("history", nargs="?", help="x.history.safetensors of its training; without it, final norms")
     command.add_argument(
         "--curvature", metavar="FILE", help="x.curvature.safetensors (default: the one beside the history, if any)"
@@ -166,6 +182,7 @@ def add_to(commands: Commands) -> None:
     command.add_argument(
         "--rouge-examples", type=count, default=32, help="documents to summarize, sequence-to-sequence (default 32)"
     )
+    add_heldout(command)
     add_dataset(command)
     command.add_argument("-o", "--output", metavar="JSON", help="write all numbers")
     command.add_argument("--plot", metavar="PNG", help="plot them")

@@ -138,7 +138,8 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
     show(_table(rows))
     print(
         f"stored bits: bytes of all expert tensors in the file, per expert weight. Losses in nats over "
-        f"{rows[0].evaluation.tokens} validation tokens;\n"
+        f"{rows[0].evaluation.tokens} validation tokens of\n"
+        "the source of Python's standard library, in files that were not trained on;\n"
         "rare: the tenth of them seen least in training. KL: divergence from the float model's predictions, mean nats\n"
         "per token; top-1: how often both find the same token most likely. Orders have as many experts at 2 and at\n"
         f"3 bits; random: one draw. plan: method {plan.method}, least predicted loss. All rows but the first two\n"

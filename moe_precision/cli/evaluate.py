@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.headers import CheckpointError
-from .options import Commands, add_command, add_dataset, data_of, positive
+from .options import Commands, add_command, add_dataset, add_heldout, data_of, judged_on, positive
 
 
 def run(options: argparse.Namespace) -> None:
@@ -23,17 +23,18 @@ def run(options: argparse.Namespace) -> None:
         if options.reference is not None:
             with Checkpoint(options.reference) as reference:
                 _check_comparable(checkpoint, reference)
-                float_model, float_name = reference.load(**kwargs), f"{reference.name} (reference)"
+        data = data_of(options, options.checkpoint)  # before any weight is read
+        if options.reference is not None:
+            float_model, float_name = reference.load(**kwargs), f"{reference.name} (reference)"
         model, name = checkpoint.load(**kwargs), checkpoint.name
-    data = data_of(options, options.checkpoint, model)
     batches = list(islice(data.val_dataloader(), options.max_batches))
     if options.reference is None:
-        show(evaluation_table({name: evaluate(model, batches, data.token_counts)}))
+        show(evaluation_table({name: evaluate(model, batches, data.token_counts)}, text=judged_on(data)))
         return
     found = measure(float_model, model, batches, "Evaluating beside the reference")
     by_loss = {float_name: found.float_losses, name: found.losses}
     results = {of: summarize_losses(losses, found.targets, data.token_counts) for of, losses in by_loss.items()}
-    show(evaluation_table(results, {name: found.divergence}))
+    show(evaluation_table(results, {name: found.divergence}, judged_on(data)))
 
 
 def _check_comparable(checkpoint: Checkpoint, reference: Checkpoint) -> None:
@@ -56,11 +57,11 @@ def _check_comparable(checkpoint: Checkpoint, reference: Checkpoint) -> None:
 
 def _tokens(folder: Any) -> dict[str, int] | None:
     """Token -> index, by the tokenizer in a checkpoint folder; None if there is none."""
-    from moe_precision.recipes.text_data import load_tokenizer
+    from ..checkpoints.tokenizer import load_tokenizer
 
     if not any(Path(folder).glob("tokenizer*")):
         return None
-    tokens: dict[str, int] = load_tokenizer(str(folder)).get_vocab()
+    tokens: dict[str, int] = load_tokenizer(folder).get_vocab()
     return tokens
 
 
@@ -70,12 +71,14 @@ def add_to(commands: Commands) -> None:
         commands,
         "evaluate",
         run,
-        "moe-precision evaluate runs/demo/quantized-plan --reference runs/demo/checkpoint --max-batches 20",
+        "moe-precision evaluate runs/demo/quantized-plan --reference runs/demo/checkpoint --max-batches 20\n"
+        "  moe-precision evaluate model --heldout my_text.jsonl",
     )
-    command.add_argument("checkpoint", help="checkpoint folder that holds its tokenizer")
+    command.add_argument("checkpoint", help="checkpoint folder, with its tokenizer unless --tokenizer is given")
     command.add_argument(
         "--reference", metavar="FLOAT", help="the float checkpoint that it was made from; both are loaded"
     )
+    add_heldout(command)
     add_dataset(command)
     command.add_argument("--max-batches", type=positive, help="use at most this many validation batches of 16")
     command.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32 or bfloat16")

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..plans.methods import AUTO, AUTO_SUMMARY, METHODS, SEEDED, MethodName
 from ..plans.settings import DEFAULT_AVERAGE_BITS, ZETA, PlanSettings
 from ..plans.widths import GRANULARITIES
 from .commands import SUMMARIES
 
 Parser = argparse.ArgumentParser
+STDLIB = "python-stdlib"  # the data set where none is named
 Commands = Any  # what `ArgumentParser.add_subparsers` returns; argparse does not export its type
 
 
@@ -37,18 +39,32 @@ def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace
 
 
 def add_dataset(command: Parser) -> None:
-    """Adds ``--dataset`` and ``--dataset-config``."""
+    """Adds ``--dataset`` and what belongs to it, and ``--tokenizer``."""
     command.add_argument(
         "--dataset",
-        default="python-stdlib",
-        help="a `datasets` name, local text files, or python-stdlib (default): the standard library's source",
+        help="a `datasets` name; local files of text, or tables (.jsonl, .csv, .parquet); or python-stdlib (default): "
+        "the standard library's source",
     )
     command.add_argument("--dataset-config", help="the configuration's name, for a `datasets` name")
+    command.add_argument("--text-column", default="text", help="the text in tables and `datasets` names (default text)")
+    command.add_argument(
+        "--tokenizer", metavar="FOLDER", help="folder or name of the tokenizer (default: the checkpoint's own)"
+    )
+
+
+def add_heldout(command: Parser) -> None:
+    """Adds ``--heldout``."""
+    command.add_argument(
+        "--heldout",
+        metavar="FILE",
+        help="a file, folder or glob to judge on, all of it (default: the held-out part of --dataset, a tenth of local "
+        "files)",
+    )
 
 
 def dataset_name(options: argparse.Namespace) -> str:
-    """The data set in words."""
-    return " ".join(part for part in (options.dataset, options.dataset_config) if part)
+    """The training text in words."""
+    return " ".join(part for part in (options.dataset or STDLIB, options.dataset_config) if part)
 
 
 def add_levels(command: Parser) -> None:
@@ -109,11 +125,40 @@ def count(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
-def data_of(options: argparse.Namespace, checkpoint: str, model: Any) -> Any:
-    """The data module that goes with a checkpoint's model, set up with its tokenizer."""
+def data_of(options: argparse.Namespace, checkpoint: str) -> Any:
+    """The data module that goes with a checkpoint, set up with its tokenizer or the one that is named.
+
+    Held-out text without a data set is judged on alone: there is no training text then.
+
+    Raises:
+        CheckpointError: There is no tokenizer, or one that gives no ids for text.
+        ValueError: The data set cannot be used, or the tokenizer is of another model.
+    """
     from moe_precision.recipes import SummarizationDataModule, TextDataModule
 
-    module = SummarizationDataModule if model.config.is_encoder_decoder else TextDataModule
-    data = module(dataset=options.dataset, dataset_config=options.dataset_config, tokenizer=checkpoint)
+    with Checkpoint(checkpoint) as opened:
+        config = opened.config
+    heldout = getattr(options, "heldout", None)
+    given = {
+        "dataset": options.dataset or (STDLIB if heldout is None else None),
+        "dataset_config": options.dataset_config,
+        "tokenizer": options.tokenizer or checkpoint,
+        "heldout": heldout,
+    }
+    seq2seq = config.is_encoder_decoder
+    data = SummarizationDataModule(**given) if seq2seq else TextDataModule(**given, text_column=options.text_column)
     data.setup("validate")
+    assert data.token_counts is not None
+    vocabulary, used = config.get_text_config().vocab_size, int(data.token_counts.nonzero().max())
+    if used >= vocabulary:
+        raise ValueError(
+            f"the tokenizer of {given['tokenizer']!r} gives ids up to {used}, but the model of {checkpoint!r} knows "
+            f"{vocabulary}: it is another model's"
+        )
     return data
+
+
+def judged_on(data: Any) -> str:
+    """What a table says of its text: where it is from, its documents and tokens, and where rare tokens are counted."""
+    counted = "of the same text" if data.hparams["dataset"] is None else f"of {data.hparams['dataset']}, training part"
+    return f"on {data.judged_on}; how rare a token is: by the counts {counted}"

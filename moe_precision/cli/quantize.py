@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..allocation.weights import StoredWeights
 from ..checkpoints.checkpoint import Checkpoint, load_model
 from ..checkpoints.folders import check_quantizing
 from ..files import check_writable
@@ -19,6 +20,7 @@ from ..quantize.replace import check_packable
 from ..quantize.sizes import ModelSizes
 from ..quantize.writer import distill_checkpoint, quantize_checkpoint
 from ..recording.collecting import MEMORY_GIB, collect_statistics, passes, peak_bytes
+from ..recording.planned_weights import check_plan_is_for
 from ..recording.statistics import ExpertStatistics, file_bytes
 from .estimate import print_sizes
 from .options import Commands, add_command, add_dataset, data_of, dataset_name, positive
@@ -42,8 +44,8 @@ def run(options: argparse.Namespace) -> None:
         check_quantizing(source, options.out, options.plan, curvature, grid, named)
         if options.dry_run:
             model = source.meta_model()
-            check_packable(model, source.layers(plan.patterns))
             of_model = ModelSizes(model, plan.patterns, plan.group_size, options.non_expert_bits)
+            check_packable(model, of_model.layers)
             print_sizes(of_model, plan=plan, statistics_memory=options.statistics_memory)
             return
     statistics = _statistics(options, plan, grid, named)
@@ -110,10 +112,10 @@ def _statistics(
 
 def _collected(options: argparse.Namespace, plan: PrecisionPlan) -> ExpertStatistics:
     """Runs the float checkpoint on training batches."""
+    data = data_of(options, options.checkpoint)
     model = load_model(options.checkpoint, dtype="float32")
     layers = find_moe_layers(model, **plan.patterns)
     plan.check(model)
-    data = data_of(options, options.checkpoint, model)
     name, memory = dataset_name(options), options.statistics_memory
     count = len(passes(layers, memory))
     several = f", in {count} passes over the text" if count > 1 else ""
@@ -133,7 +135,7 @@ def _collected(options: argparse.Namespace, plan: PrecisionPlan) -> ExpertStatis
 
 def _batches(options: argparse.Namespace) -> Any:
     """Training batches for the checkpoint's model."""
-    return data_of(options, options.checkpoint, Checkpoint(options.checkpoint).meta_model()).train_dataloader()
+    return data_of(options, options.checkpoint).train_dataloader()
 
 
 def _distill(options: argparse.Namespace, packed: Path, batches: Any) -> None:
@@ -165,12 +167,17 @@ def _quantize_with_auto_round(options: argparse.Namespace, plan: PrecisionPlan) 
     given = [name for name, value in ours.items() if value is not None]
     if given:
         raise ValueError(f"{', '.join(given)} cannot be used with --backend auto-round, which fits the weights itself")
+    with Checkpoint(options.checkpoint) as source:
+        check_plan_is_for(plan, StoredWeights(source, plan.patterns).snapshot(variance=False).router_norms)
+    if options.tokenizer is not None:
+        raise ValueError("--backend auto-round takes the checkpoint's own tokenizer: save --tokenizer's there instead")
     blocks: list[Any] = []
     if options.iterations:
-        model = Checkpoint(options.checkpoint).meta_model()
-        batches = data_of(options, options.checkpoint, model).train_dataloader()
+        batches = _batches(options)
         whole = (row for batch in batches for row in batch["input_ids"][(batch["labels"] != -100).all(dim=1)])
         blocks = list(islice(whole, options.samples))
+    if blocks:
+        print(f"tunes the rounding on {len(blocks)} blocks of training text of {dataset_name(options)}")
     for note in quantize_with_auto_round(options.checkpoint, plan, options.out, blocks, options.iterations):
         print(note, file=sys.stderr)
     print(f"wrote {options.out} in AutoRound's format; load it in a process that loads no float model afterwards")

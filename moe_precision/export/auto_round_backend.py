@@ -16,12 +16,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.dtypes import meta_model_of
 from ..checkpoints.folders import check_quantizing, folder_replaced_when_done
+from ..checkpoints.headers import header
+from ..checkpoints.other_files import copy_other_files
 from ..errors import MoEPrecisionError
+from ..files import save_tensors
 from ..plans.plan import PrecisionPlan
 from . import export, plan_of_checkpoint
 
@@ -68,7 +73,7 @@ def quantize_with_auto_round(
     source = Checkpoint(checkpoint)
     check_quantizing(source, out, plan)
     plan = plan if isinstance(plan, PrecisionPlan) else PrecisionPlan.load(plan)
-    plan.check_layers({layer.name: layer.shape for layer in source.layers(plan.patterns)}, source.model_type)
+    plan = plan.for_model(source.meta_model(), {layer.name: layer.shape for layer in source.layers(plan.patterns)})
     exported = export(plan, "autoround")
     modules = source.meta_model().named_modules()
     left_alone = {name: {"bits": 16} for name, module in modules if isinstance(module, nn.Linear)}
@@ -84,9 +89,11 @@ def quantize_with_auto_round(
         if done.returncode:
             raise AutoRoundError(f"AutoRound ended with status {done.returncode}; its messages are above")
         _lift(temporary)
+        _restore_float32(temporary, source)
         differences = plan_of_checkpoint(temporary).diff(exported.plan)
         if differences:
             raise AutoRoundError("AutoRound did not carry the plan out: " + "; ".join(differences[:5]))
+        copy_other_files(source.folder, temporary)
     return exported.notes[:-1]  # the last is of what a layer_config does not name
 
 
@@ -98,6 +105,30 @@ def _lift(folder: Path) -> None:
     (config,) = found
     for path in () if config.parent == folder else list(config.parent.iterdir()):
         path.rename(folder / path.name)
+
+
+def _restore_float32(folder: Path, source: Checkpoint) -> None:
+    """Writes tensors that the family keeps in float32 as the float checkpoint has them: AutoRound rounds them too."""
+    kept = {"BF16": _kept(source, torch.bfloat16), "F16": _kept(source, torch.float16)}
+    for file in folder.glob("*.safetensors"):
+        written = header(file)
+        rounded = {name: kept[one.dtype][name] for name, one in written.items() if name in kept.get(one.dtype, {})}
+        if not rounded:
+            continue
+        with safe_open(file, "pt", backend="pread") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            about = opened.metadata()
+        save_tensors(tensors | {name: source.read(own).float() for name, own in rounded.items()}, file, about)
+
+
+def _kept(source: Checkpoint, dtype: torch.dtype) -> dict[str, str]:
+    """Names of the tensors that are float32 in a model of ``dtype``, in the model and on disk -> name on disk."""
+    found: dict[str, str] = {}
+    for name, tensor in meta_model_of(source.model_class(), source.config, dtype).state_dict().items():
+        made_of = source.sources.get(name, [])
+        if tensor.dtype == torch.float32 and len(made_of) == 1 and made_of[0].converter is None:
+            found |= dict.fromkeys((name, made_of[0].name), made_of[0].name)
+    return found
 
 
 def _run(checkpoint: str, out: str, given: str, group_size: int, iterations: int) -> None:

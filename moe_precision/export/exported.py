@@ -35,6 +35,11 @@ class Exported:
     notes: tuple[str, ...]
 
 
+def widths_of(plan: PrecisionPlan) -> set[int]:
+    """All widths that occur in a plan."""
+    return {bits for layer in plan.layers.values() for bank in layer.projection_bits.values() for bits in bank}
+
+
 def with_widths(plan: PrecisionPlan, have: Sequence[int], target: str) -> tuple[PrecisionPlan, list[str]]:
     """The plan with every width rounded up to one that the target has.
 
@@ -85,9 +90,7 @@ def check_granularity(plan: PrecisionPlan, finest: str, reason: str) -> None:
     allowed = ("layer",) if finest == "layer" else ("layer", "layer+projection")
     if plan.granularity in allowed:
         return
-    widths = sorted(
-        {bits for layer in plan.layers.values() for bank in layer.projection_bits.values() for bits in bank}
-    )
+    widths = sorted(widths_of(plan))
     raise ExportError(
         f"{reason}, and this plan has granularity {plan.granularity!r}. Make one that it can carry out, from the run's "
         "history and checkpoint (with --method weight_error where no curvature was recorded): moe-precision plan "

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ..plans.plan import PrecisionPlan
-from .exported import GPTQ_OF_ENGINES, Exported, for_engine
+from .exported import GPTQ_OF_ENGINES, Exported, for_engine, widths_of
 from .names import all_but_experts, rules
 
 
@@ -17,6 +17,13 @@ def export(plan: PrecisionPlan, engine: str | None = None) -> Exported:
         ExportError: An engine that cannot serve the plan, or experts that no known rule unfuses.
     """
     plan, notes = for_engine(plan, engine, "GPTQModel", (2, 3, 4, 5, 6, 7, 8), "GPTQ", GPTQ_OF_ENGINES)
+    odd = sorted(widths_of(plan) & {5, 6, 7})
+    if odd:
+        notes.append(
+            f"matrices at {', '.join(map(str, odd))} bits make GPTQModel store the whole checkpoint as gptq_p, those "
+            "at 2, 3, 4 and 8 bits too: other programs that read GPTQ refuse it or read other weights. Levels of 2, "
+            "3, 4 and 8 keep the common form"
+        )
     config: dict[str, dict[str, Any]] = {}
     for rule in rules(plan):
         # an engine matches the beginning of the name of a layer's experts, GPTQModel that of each module

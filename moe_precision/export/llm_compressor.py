@@ -10,7 +10,7 @@ from ..plans.plan import PrecisionPlan
 from .exported import Exported, for_engine
 from .names import rules
 
-_OF_AN_ENGINE = (2, 3, 4, 5, 6, 7, 8)  # what vLLM accepts for the experts of a compressed-tensors checkpoint
+_WIDTHS = (2, 3, 4, 5, 6, 7, 8)  # 1 bit would store zeros only; vLLM takes the same for the experts
 
 
 def export(plan: PrecisionPlan, engine: str | None = None) -> Exported:
@@ -21,8 +21,7 @@ def export(plan: PrecisionPlan, engine: str | None = None) -> Exported:
     Raises:
         ExportError: An engine that cannot serve the plan, or experts that no known rule unfuses.
     """
-    have = (1, 2, 3, 4, 5, 6, 7, 8)
-    plan, notes = for_engine(plan, engine, "llm-compressor", have, "compressed-tensors", _OF_AN_ENGINE)
+    plan, notes = for_engine(plan, engine, "llm-compressor", _WIDTHS, "compressed-tensors", _WIDTHS)
     targets: dict[int, list[str]] = {}
     for rule in rules(plan):
         if rule.bits < 16:
@@ -34,5 +33,12 @@ def export(plan: PrecisionPlan, engine: str | None = None) -> Exported:
         f"experts_{bits}_bits": {"targets": targets[bits], "weights": {"num_bits": bits, **weights}}
         for bits in sorted(targets)
     }
+    if engine is None or len(groups) > 1:
+        why = "asymmetric" if engine is None else "of several widths"
+        notes.append(
+            f"from_pretrained of transformers 5.23 cannot load these experts, because they are {why}: load the "
+            "checkpoint with an engine or with compressed-tensors. It loads one width for all experts, exported with "
+            "--engine"
+        )
     config = {"quant_stage": {"quant_modifiers": {"QuantizationModifier": {"config_groups": groups}}}}
     return Exported(config, yaml.safe_dump(config, sort_keys=False), plan, tuple(notes))

@@ -2,8 +2,8 @@
 
 Three spellings of one matrix: the module after *unfusing*, which every quantizer of single experts does to a fused
 layer (``model.layers.0.mlp.experts.3.gate_proj``); the name on the Hub, which transformers' conversion mapping gives
-(``model.layers.0.block_sparse_moe.experts.3.w1``); and the tensor of all experts in GGUF and MLX
-(``blk.0.ffn_gate_exps``, ``model.layers.0.block_sparse_moe.switch_mlp.gate_proj``).
+(``model.layers.0.block_sparse_moe.experts.3.w1``); and the tensor of all experts in GGUF (``blk.0.ffn_gate_exps``).
+mlx-lm's are in `mlx_names`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ _PARTS = {  # of a fused parameter, in the order in which they are joined
     "up_proj": ("up_proj",),
     "down_proj": ("down_proj",),
 }
-_MLX_CONTAINER = dict.fromkeys(("afmoe", "dots1", "gpt_oss", "llama4", "llama4_text"), "experts")  # else switch_mlp
 
 
 @dataclass(frozen=True)
@@ -187,17 +186,6 @@ def gguf_tensor(place: Place) -> str:
     if place.part not in ("gate_proj", "up_proj", "down_proj"):
         raise ExportError(f"layer {place.layer!r}: GGUF has gate, up and down matrices of experts, not {place.part!r}")
     return f"blk.{block(place.layer)}.ffn_{place.part.removesuffix('_proj')}_exps"
-
-
-def mlx_module(place: Place, model_type: str) -> str:
-    """Path of mlx-lm's module for a matrix of all experts.
-
-    Raises:
-        ExportError: Not a block of a decoder.
-    """
-    block(place.layer)
-    container = _MLX_CONTAINER.get(model_type, "switch_mlp")
-    return f"{_renamed(place.layer, model_type)}.{container}.{place.part}"
 
 
 @cache

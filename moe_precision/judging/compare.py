@@ -77,6 +77,7 @@ def compare(
     task: Callable[[PreTrainedModel], float] | None = None,
     task_name: str = "",
     end_of_text: int | None = None,
+    text: str = "",
 ) -> Comparison:
     """Compares allocation methods on one trained model.
 
@@ -102,6 +103,7 @@ def compare(
         task: A metric of the quantized model, such as ROUGE; larger is better. For several draws, the first one's.
         task_name: Its name.
         end_of_text: Token that ends a document, where batches are one packed text in order; None if each row is one.
+        text: What the batches are from, in words.
 
     Raises:
         AllocationError: An unknown method, granularity, or a budget outside the levels.
@@ -116,14 +118,14 @@ def compare(
     final = weights.snapshot(variance=True)
     PlanSettings(method="uniform", average_bits=levels[0], group_size=group_size).check_fits(final.layers)
     if baseline is not None:
-        baseline.check_same_model(final)
+        baseline = baseline.in_names_of(final)
     if (baseline is None or not baseline.loads) and calibration:
         final = replace(final, loads=count_loads(model, calibration, **final.patterns))
     if curvature is not None:
-        curvature.check_layers(final.layers)
+        curvature = curvature.for_layers(final.layers)
         curvature.check_router_norms(final.router_norms)
     if statistics is not None:
-        statistics.check_layers(final.layers)
+        statistics = statistics.for_layers(final.layers)
         statistics.check_router_norms(final.router_norms)
     judge = Judge(model, batches, token_counts, end_of_text, weights.layers)
     known = _Known(final, baseline, levels, group_size, random_draws)
@@ -156,6 +158,7 @@ def compare(
         correlations=correlations(final, baseline, costs) if "sensitivity" in costs else {},
         counts=judge.counts,
         skipped=skipped,
+        text=text,
     )
 
 

@@ -77,6 +77,7 @@ class Comparison:
             where the signal gives more bits to experts that need them; empty if the sensitivity was not measured.
         counts: Tokens by document and band, ``(documents, 3)``.
         skipped: What could not be compared, and why.
+        text: What the tokens are from, in words.
     """
 
     model_type: str
@@ -89,6 +90,7 @@ class Comparison:
     correlations: dict[str, dict[str, float]]
     counts: Tensor = field(repr=False)
     skipped: list[str] = field(default_factory=list)
+    text: str = ""
 
     @property
     def budgets(self) -> list[float]:
@@ -137,6 +139,7 @@ class Comparison:
             "model_type": self.model_type,
             "levels": self.levels,
             "group_size": self.group_size,
+            "text": self.text,
             "documents": len(self.counts),
             "tokens": int(self.counts.sum()),
             "loss": _finite(self.loss),

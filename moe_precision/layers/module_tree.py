@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrize
-from transformers import PreTrainedModel
+from torch.optim.swa_utils import AveragedModel
 
 from ..compat import (
     FLAT_PARAMETER,
@@ -28,6 +28,10 @@ from ..compat import (
     own_parameters,
 )
 from ..errors import MoEPrecisionError
+from .roots import root_model as root_model
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes whose values are the weights themselves; those of 8 bits have a scale beside them."""
 
 _NUMBERED = re.compile(r"^(?:expert_?)?\d+$", re.IGNORECASE)
 _ADDITIVE_TUNERS = ("lora", "loha", "lokr", "adalora", "vera")
@@ -66,6 +70,11 @@ class Weight:
         """Whether it is a weight at all; packed codes are not."""
         return self.dtype.is_floating_point
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether PEFT adapters are around it, which change what the forward pass uses."""
+        return bool(self._adapters)
+
     def parameter(self) -> Tensor:
         """The parameter itself, without adapters, as this rank holds it."""
         own = own_parameters(self.module).get(self.key)
@@ -75,9 +84,12 @@ class Weight:
         """The values that the forward pass uses, of `shape`; a DTensor under FSDP2, with the whole shape.
 
         Raises:
-            MoELayerError: The tensor here is a shard, or an adapter whose effect on the weight is not known.
+            MoELayerError: The tensor here is a shard, holds a quantizer's codes, or has an adapter whose effect on the
+                weight is not known.
         """
         value = self.parameter()
+        if value.dtype not in FLOATS:
+            raise MoELayerError(f"{self.name!r} holds {value.dtype}: it was quantized after its layer was found")
         if value.shape != self.shape or (self.unit is not None and not self._open):
             raise MoELayerError(
                 f"{self.name!r} has shape {tuple(value.shape)} on this rank, expected {self.shape}: it is a shard "
@@ -156,24 +168,6 @@ def module_tree(model: nn.Module) -> Node:
     return _node("", root_model(model), _sharded_shapes(model))
 
 
-def root_model(module: nn.Module) -> nn.Module:
-    """The transformers model inside a LightningModule or a wrapper, or the module itself if it holds none or several.
-
-    Layer names are relative to it, so that a plan made in training fits the checkpoint saved afterwards.
-    """
-    outermost: list[PreTrainedModel] = []
-
-    def search(part: nn.Module) -> None:
-        if isinstance(part, PreTrainedModel):
-            outermost.append(part)
-        else:
-            for child in part.children():
-                search(child)
-
-    search(module)
-    return outermost[0] if len(outermost) == 1 else module
-
-
 _Shapes = dict[int, dict[str, tuple[FullyShardedDataParallel, tuple[int, ...], torch.dtype]]]
 
 
@@ -208,7 +202,7 @@ def _node(path: str, module: nn.Module, sharded: _Shapes) -> Node:
         added = tuple(adapter for adapter in adapters if getattr(adapter, "parameter_name", "weight") == name)
         node.weights[name] = Weight(prefix + name, shape, dtype, unit, gathers, module, name, added)
     for name, child in module.named_children():
-        if name != "parametrizations":
+        if name != "parametrizations" and not isinstance(child, AveragedModel):  # a copy of what is trained
             node.children[name] = _node(prefix + name, child, sharded)
     return node
 

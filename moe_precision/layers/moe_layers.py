@@ -10,9 +10,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from ..compat import split_by
 from .banks import Bank, Experts, with_count
 from .experts import find_experts, not_understood
+from .floats import held_as_codes, held_by_others, quantizer_of
 from .module_tree import MoELayerError, Node, Weight, module_tree, numbered_children, root_model, whole
 from .orientation import maps_back, oriented
 from .patterns import check_pattern, experts_by_pattern
@@ -171,7 +174,8 @@ def find_moe_layers(
 
     Raises:
         MoELayerError: No layer at all, experts without a router, two equally good routers, banks whose orientation
-            nothing shows, or a pattern that matches nothing.
+            nothing shows, a pattern that matches nothing, a model that is quantized, here or by another quantizer, or
+            one whose layers are split over processes (pipeline parallelism).
 
     Example:
         >>> [layer.name for layer in find_moe_layers(model)]
@@ -179,7 +183,11 @@ def find_moe_layers(
     """
     for argument, pattern in (("router_pattern", router_pattern), ("expert_pattern", expert_pattern)):
         check_pattern(argument, pattern)
+    _check_all_layers_here(model)
     tree = module_tree(model)
+    held = held_by_others(tree)
+    if "" in held:
+        raise MoELayerError(held[""])
     candidates = find_experts(tree) if expert_pattern is None else experts_by_pattern(tree, expert_pattern)
     paths = [experts.path for experts in candidates]
     layers: list[MoELayer] = []
@@ -205,6 +213,8 @@ def find_moe_layers(
                 f"experts at {experts.path!r} are those at {first.path!r}, under another router: one width cannot "
                 "serve two orders"
             )
+    problems += [text for path, text in held.items() if any(layer.name.startswith(f"{path}.") for layer in layers)]
+    problems += held_as_codes(tree, [experts.path for experts in taken])
     problems += not_understood(tree, taken) + product_keys(tree)
     if expert_pattern is not None:
         problems += _missed(tree, taken)
@@ -212,7 +222,9 @@ def find_moe_layers(
     problems += [] if skip_unrouted else unrouted
     if problems:
         raise MoELayerError("; ".join(problems))
-    if not layers and getattr(root_model(model), "is_quantized", False):
+    if not layers and held:
+        raise MoELayerError("; ".join(held.values()))
+    if not layers and quantizer_of(root_model(model)):
         raise MoELayerError(f"the experts of this {type(model).__name__} are quantized already; take the float model")
     if not layers:
         raise MoELayerError(
@@ -221,6 +233,17 @@ def find_moe_layers(
             "name its weights with router_pattern and expert_pattern"
         )
     return layers
+
+
+def _check_all_layers_here(model: nn.Module) -> None:
+    """Raises for a model whose layers are on several processes, each with some: a plan of some would look whole."""
+    root = root_model(model)
+    stages = split_by(root).get("pp_size", 1) if isinstance(root, PreTrainedModel) else 1
+    if stages > 1:
+        raise MoELayerError(
+            f"the layers of this {type(root).__name__} are split over processes by pipeline parallelism "
+            f"(pp_size={stages}), so that this one holds only some of them; load it without pp_size"
+        )
 
 
 def _missed(tree: Node, taken: list[Experts]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 from .numbers import AllocationError
 from .widths import check_widths
@@ -11,7 +12,7 @@ DEFAULT_LEVELS = (1, 2, 3, 4)
 DEFAULT_ORDER_LEVELS = (2, 3)  # of a method that orders experts, which takes no more than three
 
 
-def check_levels(average_bits: float, bits: Sequence[int]) -> list[int]:
+def check_levels(average_bits: float | Fraction, bits: Sequence[int]) -> list[int]:
     """The levels in order, after checking that they are widths around the average.
 
     Raises:
@@ -27,7 +28,7 @@ def check_levels(average_bits: float, bits: Sequence[int]) -> list[int]:
     return levels
 
 
-def check_budget(average_bits: float, bits: Sequence[int]) -> list[int]:
+def check_budget(average_bits: float | Fraction, bits: Sequence[int]) -> list[int]:
     """`check_levels`, and that the paper's rule takes them.
 
     Raises:

@@ -30,11 +30,13 @@ class PlanNotes(TypedDict, total=False):
         initial: Name of the checkpoint folder from which the change of norm was measured.
         final: Name of the checkpoint folder that was measured.
         statistics: What the expert statistics rest on that costs were measured with.
+        text: What gradients, statistics or calibration were taken from, where `moe-precision plan` ran the model.
         calibration_tokens: Number of tokens on which costs were scaled to the measured divergence; they are then in
             nats per token.
         predicted_cost: Sum of the costs of the chosen widths, for a method that knows costs.
         gap: How far that sum may be above the least possible one, as a share of it.
         without_gradient: Number of choices for which all widths cost the same.
+        left_over: Bits per expert weight of the budget that no expert could use, in the budget's own kind of bits.
         spread_of_final_norms: Without a baseline: experts are ranked as if their norms had been equal at the start.
         layers_without_change: Layers whose routers did not move at all.
         max_variance: The order rests on the change alone.
@@ -48,10 +50,12 @@ class PlanNotes(TypedDict, total=False):
     initial: str
     final: str
     statistics: StatisticsNote
+    text: str
     calibration_tokens: int
     predicted_cost: float
     gap: float
     without_gradient: int
+    left_over: float
     spread_of_final_norms: SpreadOfNorms
     layers_without_change: list[str]
     max_variance: Literal["not measured"]

@@ -44,7 +44,7 @@ def finite_number(name: str, value: Any) -> float:
     return value if type(value) in (int, float) else found
 
 
-def exact(average_bits: float) -> Fraction:
+def exact(average_bits: float | Fraction) -> Fraction:
     """The fraction that was meant: as floats, 2.3 and 8 / 3 are not exact."""
     meant = Fraction(average_bits).limit_denominator(100_000)
     return meant if abs(float(meant) - average_bits) <= 2 * math.ulp(average_bits) else Fraction(average_bits)

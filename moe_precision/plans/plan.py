@@ -12,12 +12,16 @@ from typing import Any, cast
 
 from torch import nn
 
+from ..layers.module_tree import root_model
 from ..layers.moe_layers import find_moe_layers
 from ..layers.patterns import Patterns
+from ..layers.prefixes import prefixes_of
 from ..layers.shape import LayerShape
 from ..version import __version__
 from . import document
 from .layer_plan import LayerPlan
+from .model_types import may_have_the_same_layers
+from .model_types import model_type_of as model_type_of
 from .notes import PlanNotes
 from .numbers import whole_number
 from .settings import PlanSettings
@@ -30,12 +34,6 @@ Bits = Mapping[str, Sequence[int] | Mapping[str, Sequence[int]]]  # layer -> wid
 def _versions() -> tuple[tuple[str, str], ...]:
     libraries = ("torch", "transformers", "pytorch-lightning")
     return (("moe-precision", __version__), *((name, importlib.metadata.version(name)) for name in libraries))
-
-
-def model_type_of(model: nn.Module) -> str:
-    """transformers' ``config.model_type`` where there is one, else the name of the class."""
-    config = getattr(model, "config", None)
-    return str(getattr(config, "model_type", None) or type(model).__name__)
 
 
 @dataclass(frozen=True)
@@ -155,8 +153,28 @@ class PrecisionPlan:
             PlanError: The model type differs, a layer is missing on either side, or shapes differ.
             MoELayerError: The model has no Mixture-of-Experts layer.
         """
-        found = {layer.name: layer.shape for layer in find_moe_layers(model, **self.patterns)}
-        self.check_layers(found, model_type_of(model))
+        self.for_model(model, {layer.name: layer.shape for layer in find_moe_layers(model, **self.patterns)})
+
+    def for_model(self, model: nn.Module, found: Mapping[str, LayerShape]) -> PrecisionPlan:
+        """The plan in the names of this model: itself, or under another prefix in another class of the same model.
+
+        ``AutoModel``, ``ForCausalLM`` and a model of text and images that holds the same text model can share a plan.
+
+        Args:
+            model: The model, on any device.
+            found: Its layers by name, as found by `find_moe_layers` with the plan's patterns.
+
+        Raises:
+            PlanError: As in `check`.
+        """
+        change = prefixes_of({name: layer.shape for name, layer in self.layers.items()}, found)
+        related = may_have_the_same_layers(root_model(model), self.model_type)
+        own_type = model_type_of(root_model(model))
+        if change is None or not related or (change.equal and self.model_type == own_type):
+            self.check_layers(dict(found), self.model_type if related else own_type)
+            return self
+        layers = {change(name): replace(layer, shape=change.shape(layer.shape)) for name, layer in self.layers.items()}
+        return replace(self, layers=layers, model_type=own_type)
 
     def check_layers(self, found: dict[str, LayerShape], model_type: str) -> None:
         """`check` for layers that were found already."""
@@ -174,10 +192,15 @@ class PrecisionPlan:
                 raise PlanError(f"the plan is for another model: layer {name!r} is {shape}, the plan expects {planned}")
 
     def diff(self, other: PrecisionPlan) -> list[str]:
-        """One line for each expert matrix whose bits differ, and for each layer that only one of the plans has."""
+        """One line for each expert matrix whose bits differ, and for each layer that only one of the plans has.
+
+        Layers that have another prefix in the other plan, which is for another class of the model, are the same.
+        """
         lines = []
-        for name in self.layers.keys() | other.layers.keys():
-            mine, theirs = self.layers.get(name), other.layers.get(name)
+        change = prefixes_of(*({name: layer.shape for name, layer in plan.layers.items()} for plan in (other, self)))
+        others_layers = other.layers if change is None else change.keys(other.layers)
+        for name in self.layers.keys() | others_layers.keys():
+            mine, theirs = self.layers.get(name), others_layers.get(name)
             if mine is None or theirs is None:
                 lines.append(f"{name}: only in the {'other' if mine is None else 'first'} plan")
                 continue

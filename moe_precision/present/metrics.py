@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..allocation.orders import bits_from_order, rank_experts
+from ..allocation.orders import bits_from_orders, rank_experts
 from ..plans.settings import PlanSettings
 from ..recording.history import RouterNormHistory, aggregates
 
@@ -41,11 +41,10 @@ def plan_metrics(history: RouterNormHistory, settings: PlanSettings) -> dict[str
     """
     if settings.method != "router_norm" or len(history.steps) < 3 or history.not_finite(last_only=True):
         return {}
-    average_bits = settings.nominal_bits(history.layers)
 
     def bits_at(record: int) -> list[int]:
-        orders = [rank_experts(change) for change in history.changes(record).values()]
-        return [bits for order in orders for bits in bits_from_order(order, average_bits, settings.levels)]
+        orders = {name: rank_experts(change) for name, change in history.changes(record).items()}
+        return [bits for widths in bits_from_orders(orders, history.layers, settings).values() for bits in widths]
 
     before, now = bits_at(-2), bits_at(-1)
     return {"plan/changed": sum(a != b for a, b in zip(before, now, strict=True)) / len(now)}

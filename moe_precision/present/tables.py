@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..layers.moe_layers import MoELayer
@@ -99,22 +100,25 @@ def _plan_title(plan: PrecisionPlan) -> str:
     asked = "" if plan.settings is None else f"asked for {plan.settings.budget}, "
     chosen = f" ({plan.notes['auto']})" if "auto" in plan.notes else ""
     calibrated = ", costs calibrated" if "calibration_tokens" in plan.notes else ""
+    measured = f", measured on {escape(plan.notes['text'])}" if "text" in plan.notes else ""
     edited = ", edited by hand" if plan.notes.get("edited") else ""
     return (
-        f"{plan.model_type}, method {plan.method}{chosen}{calibrated}{edited}, {baseline}; {asked}"
+        f"{plan.model_type}, method {plan.method}{chosen}{calibrated}{measured}{edited}, {baseline}; {asked}"
         f"reached {plan.average_bits:.4g} bits on average, {plan.stored_bits:.4g} stored (group {plan.group_size})"
     )
 
 
-def evaluation_table(results: dict[str, Evaluation], divergences: dict[str, Divergence] | None = None) -> Table:
+def evaluation_table(
+    results: dict[str, Evaluation], divergences: dict[str, Divergence] | None = None, text: str = ""
+) -> Table:
     """One row per model: loss and perplexity, overall and on the rarest tenth of the target tokens.
 
     Args:
         results: By the model's name.
         divergences: Of the models that were measured against a float model; adds their columns.
+        text: What they were evaluated on, in words; the title.
     """
-
-    table = Table(box=box.MARKDOWN)
+    table = Table(title=escape(text) or None, box=box.MARKDOWN, title_justify="left")
     columns = ["model", "loss", "perplexity", "loss, rarest 10 %", "perplexity, rarest 10 %", "tokens"]
     columns += [] if divergences is None else ["KL to float", "KL, 99 %", "KL, 99.9 %", "top-1", "same experts"]
     for column in columns:
@@ -133,11 +137,13 @@ def evaluation_table(results: dict[str, Evaluation], divergences: dict[str, Dive
 def comparison_table(comparison: Comparison) -> Table:
     """One row per method and budget: stored bits, the loss increase with intervals, overall and in the tail, and KL."""
     every = {row.divergence.every for row in comparison.rows} - {1}
+    text = f" ({escape(comparison.text)})" if comparison.text else ""
     title = (
         f"{comparison.model_type}, float loss {comparison.loss['all']:.4f} (rare {comparison.loss['rare']:.4f}), "
-        f"{int(comparison.counts.sum())} tokens of {len(comparison.counts)} documents, levels {comparison.levels}, "
-        f"group {comparison.group_size}; increase in nats per token, with 95 % intervals over documents; KL to the "
-        "float model and top-1 agreement with it" + "".join(f" on one in {k} of the tokens" for k in every)
+        f"{int(comparison.counts.sum())} tokens of {len(comparison.counts)} documents{text}, levels "
+        f"{comparison.levels}, group {comparison.group_size}; increase in nats per token, with 95 % intervals over "
+        "documents; KL to the float model and top-1 agreement with it"
+        + "".join(f" on one in {k} of the tokens" for k in every)
     )
     table = Table(title=title, box=box.MARKDOWN, title_justify="left")
     columns = ["method", "bits", "stored bits", "loss", "KL", "top-1"]

@@ -50,12 +50,15 @@ def metadata(tensors: Mapping[str, Tensor], config: str, one_set: str | None = N
     return {_SUMS: sums, _CONFIG: config, _SET: one_set or xxhash.xxh3_64(sums.encode()).hexdigest()}
 
 
-def check_files(files: Iterable[str | os.PathLike[str]], config: str) -> None:
+def check_files(files: Iterable[str | os.PathLike[str]], config: str) -> set[str]:
     """Reads every tensor of a packed checkpoint, one at a time, and compares it with its checksum.
 
     Args:
         files: All of its safetensors files.
         config: Digest of what its config.json says.
+
+    Returns:
+        The names of all tensors.
 
     Raises:
         DamagedCheckpointError: A file is damaged or truncated, lacks a checksum, was written with other files or
@@ -95,3 +98,4 @@ def check_files(files: Iterable[str | os.PathLike[str]], config: str) -> None:
             raise DamagedCheckpointError(
                 f"{name} does not belong to the config.json or the other files beside it; copy the checkpoint again"
             )
+    return seen

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 import xxhash
+from torch import nn
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import MoEPrecisionError
+from ..layers.floats import QUANT_METHOD as QUANT_METHOD
 from ..layers.moe_layers import MoELayer
 from ..plans.beside import existing
 from ..plans.document import Document
@@ -20,10 +22,10 @@ from ..plans.methods import reads
 from ..plans.plan import PrecisionPlan, as_plan
 from ..plans.widths import PlanError
 from ..recording.curvature import Curvature, as_curvature
+from ..recording.planned_weights import check_plan_is_for, norms_of_plan
 from ..recording.statistics import ExpertStatistics, as_statistics
 from .codec.grid import Grid
 
-QUANT_METHOD = "moe_precision"
 FORMAT_VERSION = 3  # of the packed checkpoint: docs/checkpoint-format.md; 1 had no checksums and no version field
 
 
@@ -38,8 +40,8 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
     Args:
         plan: A `PrecisionPlan`, its dict, or the path of its file. With a path, the curvature, grid and statistics
             that a run has left beside the plan are taken where none are given; with a plan they are not.
-        non_expert_bits: 8 or 4 to quantize the other linear layers too; routers, embeddings, norms and the output
-            head always keep their precision. None, the default, quantizes experts only.
+        non_expert_bits: 8 or 4 to quantize the other linear layers too; routers, embeddings, norms, the output head and
+            what the family keeps in float32 always keep their precision. None, the default, quantizes experts only.
         curvature: `Curvature`, or the path of its file: errors in input columns where the loss is curved count more in
             the fit. It changes values, not sizes, and is not needed again for loading.
         grid: `Grid`, or the path of its file: scales and offsets that training with `PrecisionAnneal` ended on;
@@ -110,7 +112,8 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
     @property
     def weights_matter(self) -> bool:
         """Whether something is given that belongs to certain weights."""
-        return not (self.curvature is None and self.grid is None and self.statistics is None)
+        files = self.curvature, self.grid, self.statistics
+        return any(file is not None for file in files) or bool(norms_of_plan(self.plan))
 
     def warn_if_unweighted(self) -> None:
         """Warns where the plan was made for a fit by curvature or statistics, and they are not given."""
@@ -124,9 +127,28 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
                     stacklevel=3,
                 )
 
+    def in_names_of(self, model: nn.Module, layers: list[MoELayer]) -> None:
+        """Takes on the names of a model's layers, which may be another class of the model that the plan was made for.
+
+        Args:
+            model: The float model, on any device.
+            layers: Its layers, as found by `find_moe_layers` with the plan's patterns.
+
+        Raises:
+            PlanError: The plan is for another model.
+            CurvatureError: The curvature is of another model.
+            StatisticsError: The statistics are of another model.
+            GridError: The grid belongs to another plan.
+        """
+        found = {layer.name: layer.shape for layer in layers}
+        self.plan = self.plan.for_model(model, found)
+        self.curvature = None if self.curvature is None else self.curvature.for_layers(found)
+        self.statistics = None if self.statistics is None else self.statistics.for_layers(found)
+        self.grid = None if self.grid is None else self.grid.for_plan(self.plan)
+
     @torch.no_grad()
     def check_weights(self, layers: list[MoELayer]) -> None:
-        """Checks that curvature, grid and statistics belong to these weights, by the norms of the routers.
+        """Checks that plan, curvature, grid and statistics belong to these weights, by the norms of the routers.
 
         Routers stay as they are.
 
@@ -137,6 +159,7 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
             CurvatureError: The curvature belongs to other weights.
             GridError: The grid belongs to other weights.
             StatisticsError: The statistics belong to other weights.
+            PlanError: The plan does, and there is no grid, which was fixed after it.
         """
         if not self.weights_matter:
             return
@@ -147,3 +170,5 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
             self.grid.check_router_norms(norms)
         if self.statistics is not None:
             self.statistics.check_router_norms(norms)
+        if self.grid is None:
+            check_plan_is_for(self.plan, norms)

@@ -18,9 +18,9 @@ from ..recording.curvature import Curvature
 from ..recording.statistics import ExpertStatistics
 from .codec.grid import Grid
 from .config import QUANT_METHOD, PlanQuantizationConfig, QuantizationError
-from .hf import PlanHfQuantizer, finish
-from .modules import kernels_of
-from .replace import EXPERTS_IMPLEMENTATION, find_targets, replace_weight
+from .hf import PlanHfQuantizer, check_not_split, finish
+from .modules import EXPERTS_IMPLEMENTATION, kernels_of
+from .replace import find_targets, replace_weight
 
 
 def quantize_model(
@@ -48,6 +48,7 @@ def quantize_model(
     Raises:
         PlanError: The plan is for another model.
         UnsupportedLayoutError: Experts in a layout that cannot be packed yet.
+        QuantizationError: The model is split over processes, or a weight is not finite.
 
     Example:
         >>> plan = allocate(model, method="weight_error", average_bits=2.5, group_size=64)
@@ -56,8 +57,10 @@ def quantize_model(
     config = PlanQuantizationConfig(
         plan, non_expert_bits=non_expert_bits, curvature=curvature, grid=grid, statistics=statistics
     )
+    check_not_split(model)
     layers = find_moe_layers(model, **config.plan.patterns)
     check_materialized(layers)
+    config.in_names_of(model, layers)
     targets = find_targets(
         model, layers, config.plan, non_expert_bits, config.curvature, config.grid, config.statistics
     )

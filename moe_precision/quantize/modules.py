@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import apply_gate
+from ..compat import apply_gate, experts_implementation
 from .codec.fitting import Fit, quantize_matrix
 from .matrices import DenseMatrices, PackedMatrices, check_plain
+
+EXPERTS_IMPLEMENTATION = "moe_precision"  # under which transformers finds `packed_experts_forward`
 
 
 class PackedProjection(nn.Module):
@@ -46,6 +48,11 @@ class PackedProjection(nn.Module):
                 else PackedMatrices(count, *shape, bits=width, group_size=group_size, device=device)
             )
             self.add_module(f"bits_{width}", bucket)
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts it holds."""
+        return len(self._place)
 
     def put(self, expert: int, weight: Tensor, fit: Fit = quantize_matrix) -> None:
         """Quantizes ``weight`` ``(out, in)`` as the matrix of ``expert``."""
@@ -93,6 +100,8 @@ class PackedProjection(nn.Module):
         if x.device.type == "cpu" and not 0 <= int(starts[0]) <= int(starts[-1]) <= len(x):
             raise ValueError(f"starts goes from {int(starts[0])} to {int(starts[-1])}, but there are {len(x)} rows")
         y = x.new_zeros(len(x), self.out)
+        if x.requires_grad and torch.is_grad_enabled():
+            y = y + x[:0].sum()  # 0, so that the result has a graph even if no row belongs to an expert
         for bucket, experts in self._experts.items():
             self.get_submodule(bucket).grouped(x, starts, _indices(tuple(experts), x.device), y)  # type: ignore[operator]
         return y
@@ -131,6 +140,21 @@ class PackedLinear(nn.Module):
 def sentinel(dtype: torch.dtype, device: Any = None) -> Tensor:
     """What stays under the name of a packed parameter: shape ``(1,)``, which no float loader accepts."""
     return torch.zeros(1, dtype=dtype, device=device)
+
+
+def check_implementation(experts: Any, args: tuple[Any, ...]) -> None:
+    """A forward pre-hook of packed experts: any other function than ours would multiply by sentinels.
+
+    Raises:
+        RuntimeError: The model's experts implementation is another one.
+    """
+    found = experts_implementation(experts)
+    if found != EXPERTS_IMPLEMENTATION:
+        raise RuntimeError(
+            f"the experts are packed and run with experts_implementation={EXPERTS_IMPLEMENTATION!r} only, not with "
+            f"{found!r}: call model.set_experts_implementation({EXPERTS_IMPLEMENTATION!r}), or make the model float "
+            "with moe_precision.dequantize_model(model)"
+        )
 
 
 @torch.compiler.disable

@@ -16,19 +16,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..compat import mark_as_read, runs_through_experts_interface, tied_names
+from ..compat import kept_in_float32, mark_as_read, runs_through_experts_interface, tied_names
 from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer
-from ..plans.plan import PrecisionPlan, model_type_of
+from ..plans.plan import PrecisionPlan
 from ..plans.widths import check_group_size
 from ..recording.curvature import Curvature
 from ..recording.statistics import ExpertStatistics
 from .codec.fitting import Fit, quantize_matrix, quantize_on_grid
 from .codec.grid import Grid
 from .codec.guided import fit_of
-from .modules import PackedLinear, PackedProjection, sentinel
-
-EXPERTS_IMPLEMENTATION = "moe_precision"
+from .modules import PackedLinear, PackedProjection, check_implementation, sentinel
 
 
 class UnsupportedLayoutError(MoEPrecisionError, NotImplementedError):
@@ -74,32 +72,22 @@ def find_targets(
     grid: Grid | None = None,
     statistics: ExpertStatistics | None = None,
 ) -> list[Target]:
-    """Lists the parameters that a plan quantizes, after checking that plan and model belong together.
+    """Lists the parameters that a plan quantizes.
 
     Args:
         model: The float model, on any device (meta included).
         layers: Its layers, as found by `find_moe_layers` with the plan's patterns.
-        plan: The plan.
+        plan: The plan, in the names of this model, as all that follows: `PlanQuantizationConfig.in_names_of`.
         non_expert_bits: 8 or 4 to list the other linear layers too.
         curvature: Weights the fit of each matrix.
         grid: Scales and offsets of each matrix, in place of a fit.
         statistics: Second moments of the inputs, which the fit rounds under.
 
     Raises:
-        PlanError: The plan is for another model, or the group size does not divide an input width.
-        CurvatureError: The curvature is of another model.
-        StatisticsError: The statistics are of another model.
-        GridError: The grid belongs to another plan.
+        PlanError: The group size does not divide an input width.
         UnsupportedLayoutError: Experts in a layout that cannot be packed yet.
     """
-    plan.check_layers({layer.name: layer.shape for layer in layers}, model_type_of(model))
     tied = _tied(model)
-    if curvature is not None:
-        curvature.check_layers({layer.name: layer.shape for layer in layers})
-    if statistics is not None:
-        statistics.check_layers({layer.name: layer.shape for layer in layers})
-    if grid is not None:
-        grid.check(plan)
     targets = []
     for layer in layers:
         fit = partial(_fit, layer.name, curvature=curvature, grid=grid, statistics=statistics)
@@ -195,17 +183,18 @@ def _fit(
 
 
 def _non_expert_targets(model: nn.Module, layers: list[MoELayer], bits: int, group_size: int) -> list[Target]:
-    """Every ``nn.Linear`` outside experts, except routers, the output embeddings and tied weights."""
+    """Every ``nn.Linear`` outside experts, but routers, output embeddings, tied weights and what stays in float32."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     tied = set(tied_names(model))
     routers = {layer.router for layer in layers}
+    kept = kept_in_float32(model)
     targets = []
     for path, module in model.named_modules():
         name = f"{path}.weight"
         inside = any(path.startswith(layer.experts + ".") for layer in layers)
         if not isinstance(module, nn.Linear) or module is head or inside or name in routers | tied:
             continue
-        if any(router.startswith(path + ".") for router in routers):
+        if any(router.startswith(path + ".") for router in routers) or any(one.search(name) for one in kept):
             continue
         check_group_size(group_size, path, {"weight": (module.out_features, module.in_features)})
         targets.append(Target(name, [bits], (module.out_features, module.in_features), fused=False))
@@ -259,6 +248,7 @@ def _replace_fused(model: nn.Module, target: Target, group_size: int, weight: Te
     module.register_buffer(target.name, mark)
     if not hasattr(module, "packed"):
         module.packed = nn.ModuleDict()
+        module.register_forward_pre_hook(check_implementation)
     module.get_submodule("packed").add_module(target.name, packed)
     return [mark, *packed.buffers()]
 

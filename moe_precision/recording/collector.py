@@ -19,7 +19,7 @@ from ..layers.module_tree import root_model
 from ..layers.moe_layers import MoELayer
 from .loads import NoHook, routing, uncounted_depth
 from .padding import Padding
-from .processes import summed
+from .processes import processes_per_batch, summed
 from .statistics import ExpertStatistics, StatisticsError
 
 _OUTSIDE = -1  # index of an expert that is not chosen, or of a token that is padding
@@ -67,7 +67,7 @@ class Collector:
         check_visible(layers)
         self.active, self.raises, self.depth = True, raises, uncounted_depth()
         self.error: Exception | None = None
-        self._layers = layers
+        self._layers, self._together = layers, processes_per_batch(model)
         self._sums: dict[str, dict[str, Tensor]] = {layer.name: {} for layer in layers}
         self._rows = {layer.name: {name: [0] * layer.num_experts for name in layer.banks} for layer in layers}
         self._padding = Padding()
@@ -213,7 +213,7 @@ class Collector:
                 own = torch.zeros(layer.num_experts, width, width, device=device) if own is None else own
                 moments[name] = summed(own).div_(rows.clamp(min=1).view(-1, 1, 1).to(own.device))
                 if name == layer.first:
-                    tokens = rows
+                    tokens = rows // self._together
             into.add(layer.name, moments, tokens)
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from ..errors import MoEPrecisionError
 from ..layers.banks import Bank
 from ..layers.module_tree import Weight
 from ..layers.moe_layers import MoELayer
+from ..layers.prefixes import prefixes_of
 from ..layers.shape import LayerShape
 from .router_norms import check_same_weights, norms_by_layer
 
@@ -79,13 +80,21 @@ class Curvature:
         columns = self.columns[layer][projection][expert]
         return columns + columns.mean()
 
-    def check_layers(self, found: dict[str, LayerShape]) -> None:
-        """Raises `CurvatureError` if it belongs to another model."""
-        if self.layers != found:
+    def for_layers(self, found: dict[str, LayerShape]) -> Curvature:
+        """The curvature in the names of a model's layers: itself, or that of another class of the same model.
+
+        Raises:
+            CurvatureError: It belongs to another model.
+        """
+        change = prefixes_of(self.layers, found)
+        if change is None:
             raise CurvatureError(
                 f"the curvature belongs to another model: it has layers {list(self.layers)}, expected {list(found)}, "
                 "or their shapes differ"
             )
+        if change.equal:
+            return self
+        return Curvature(found, change.keys(self.rows), change.keys(self.columns), change.keys(self.router_norms))
 
     def check_router_norms(self, norms: dict[str, Tensor]) -> None:
         """Raises `CurvatureError` if router norms show that it belongs to other weights; see `check_same_weights`."""

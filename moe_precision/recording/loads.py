@@ -7,20 +7,24 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..compat import in_backward_pass
+from ..compat import forget_compiled_code, in_backward_pass
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from .batches import run_batch
+from .processes import processes_per_batch, summed
 from .signals import expert_load
 
 Loads = dict[str, Tensor]  # layer -> (2, E) float64: tokens, summed routing weight (NaN where it cannot be seen)
 
 
 class LoadCounter:
-    """Counts what every expert receives, separately in training and evaluation mode, until it is closed.
+    """Counts what every expert receives, separately in training and in validation, until it is closed.
+
+    Which of the two runs is for the caller to say, who knows the state of the trainer. The mode of a module does not
+    tell: Lightning trains a model from `from_pretrained` in evaluation mode, and a rollout is generated in that mode in
+    the middle of a training step.
 
     Experts that are called with the chosen indices and their weights, as in transformers, give both. Separate modules
     in a plain list give only the number of tokens. A layer that gives neither is left out of the counts. Padding counts
@@ -29,10 +33,18 @@ class LoadCounter:
 
     Args:
         layers: As found by `find_moe_layers`. The hooks are on their modules, under every wrapper.
+        model: The whole model, which shows whether several processes run each batch together (tensor parallelism):
+            their tokens count once.
+
+    Attributes:
+        training: Whether what runs now is training.
+        unseen: Names of the layers that were called in a way that shows nothing.
     """
 
-    def __init__(self, layers: list[MoELayer]) -> None:
+    def __init__(self, layers: list[MoELayer], model: nn.Module | None = None) -> None:
+        self.training, self.unseen = True, set[str]()
         self._layers = layers
+        self._together = 1 if model is None else processes_per_batch(model)
         self._counts: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}  # training -> layer -> (2, E)
         self._handles: list[Any] = []
         for layer in layers:
@@ -42,27 +54,30 @@ class LoadCounter:
                     self._hook(module, self._one_expert, layer, expert)
             else:
                 self._hook(container, self.count, layer)
+        forget_compiled_code()  # that was compiled in a validation before training
 
     def _hook(self, module: nn.Module, count: Any, *known: Any) -> None:
         self._handles.append(module.register_forward_pre_hook(_Hook(count, known), with_kwargs=True))
 
     @torch.no_grad()
-    def count(self, training: bool, given: tuple[Any, ...], layer: MoELayer) -> None:
+    def count(self, given: tuple[Any, ...], layer: MoELayer) -> None:
         """Counts one call of all experts of a layer, from their arguments."""
         found = routing(given, layer.num_experts)
-        if found is not None:
-            self._add(training, layer, expert_load(*found, layer.num_experts))
+        if found is None:
+            self.unseen.add(layer.name)
+        else:
+            self._add(layer, expert_load(*found, layer.num_experts))
 
     @torch.no_grad()
-    def _one_expert(self, training: bool, given: tuple[Any, ...], layer: MoELayer, expert: int) -> None:
+    def _one_expert(self, given: tuple[Any, ...], layer: MoELayer, expert: int) -> None:
         tokens = next((x for x in given if isinstance(x, Tensor) and x.is_floating_point()), None)
         if tokens is not None:
             load = torch.zeros(2, layer.num_experts, dtype=torch.float32, device=tokens.device)
             load[0, expert], load[1] = tokens.shape[:-1].numel(), torch.nan
-            self._add(training, layer, load)
+            self._add(layer, load)
 
-    def _add(self, training: bool, layer: MoELayer, load: Tensor) -> None:
-        counts = self._counts[training]
+    def _add(self, layer: MoELayer, load: Tensor) -> None:
+        counts = self._counts[self.training]
         precise = load if load.device.type == "mps" else load.double()
         counts[layer.name] = counts[layer.name] + precise if layer.name in counts else precise
 
@@ -73,11 +88,14 @@ class LoadCounter:
         # layers that were not called have no tokens, and no weight either
         flat = [counted.get(layer.name, torch.zeros(2, layer.num_experts)).to(device) for layer in self._layers]
         together = torch.cat([one.double() if device.type != "mps" else one for one in flat], dim=1)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(together)
+        together = summed(together) / self._together
         sizes = [layer.num_experts for layer in self._layers]
         by_layer = zip(self._layers, together.cpu().double().split(sizes, dim=1), strict=True)
         return {layer.name: load.clone() for layer, load in by_layer if load[0].sum() > 0}
+
+    def forget_validation(self) -> None:
+        """Drops what was counted outside of training since the last call of `take`."""
+        self._counts[False] = {}
 
     def close(self) -> None:
         """Removes the hooks; a second call does nothing."""
@@ -96,7 +114,7 @@ class _Hook:
         if _not_counted:
             return
         if torch.compiler.is_compiling() or not in_backward_pass():
-            self._count(module.training, (*args, *kwargs.values()), *self._known)
+            self._count((*args, *kwargs.values()), *self._known)
 
     def __reduce__(self) -> Any:
         return NoHook, ()
@@ -136,7 +154,8 @@ def count_loads(model: nn.Module, batches: Iterable[dict[str, Tensor]], **patter
         patterns: ``router_pattern`` and ``expert_pattern``, as in `find_moe_layers`.
     """
     model.eval()
-    counter = LoadCounter(find_moe_layers(model, **patterns))
+    counter = LoadCounter(find_moe_layers(model, **patterns), model)
+    counter.training = False
     try:
         with torch.inference_mode():
             for batch in tqdm(batches, desc="expert load", unit="batch", leave=False):

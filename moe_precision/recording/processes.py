@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
+from ..compat import split_by
+
+_TENSOR_PARALLEL = re.compile(r"(?:^|_)(?:tp|tensor)(?:_|$)", re.IGNORECASE)
 _GOES_ON, _ENDED, _FAILED = 0, 1, 2  # in order of weight: the highest of all processes counts
 
 
 def world_size() -> int:
     """How many processes run together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def processes_per_batch(model: nn.Module) -> int:
+    """How many processes run each batch together, in tensor parallelism; 1 where each has batches of its own.
+
+    transformers says so in the config. Else the meshes of the parameters show it: all of their dimensions if FSDP2 has
+    no part in them, and otherwise those that are named for it (``tp``, ``tensor_parallel``).
+    """
+    sizes = [split_by(module).get("tp_size", 1) for module in model.modules() if isinstance(module, PreTrainedModel)]
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    for mesh in {parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)}:
+        names = mesh.mesh_dim_names or ("",) * mesh.ndim
+        together = [mesh.size(dim) for dim, name in enumerate(names) if not sharded or _TENSOR_PARALLEL.search(name)]
+        sizes.append(math.prod(together))
+    return max(sizes, default=1)
 
 
 def highest(value: int, device: torch.device) -> int:

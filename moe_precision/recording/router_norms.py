@@ -16,6 +16,11 @@ from ..layers.module_tree import whole
 from ..layers.moe_layers import MoELayer
 from .signals import max_variance
 
+_ADVICE = (
+    "Is it from another run, or of another step? For weights of another step of the same run, "
+    "`moe-precision plan HISTORY --final CHECKPOINT -o PLAN` makes a plan without it"
+)
+
 
 def router_norms(layers: list[MoELayer]) -> Tensor:
     """L2 norm of every expert's router row, all layers in one tensor.
@@ -53,7 +58,11 @@ def norms_by_layer(layers: list[MoELayer]) -> dict[str, Tensor]:
 
 
 def check_same_weights(
-    expected: dict[str, Tensor], found: dict[str, Tensor], what: str, error: type[Exception]
+    expected: dict[str, Tensor],
+    found: dict[str, Tensor],
+    what: str,
+    error: type[Exception],
+    advice: str = _ADVICE,
 ) -> None:
     """Checks by router norms that something was made from these weights, possibly in another dtype.
 
@@ -62,6 +71,7 @@ def check_same_weights(
         found: Layer name -> ``(E,)`` of the weights at hand, any float dtype.
         what: What was made, for the message.
         error: Raised where norms differ by more than rounding to another dtype explains.
+        advice: What to do then, the end of the message.
     """
     for name, norms in expected.items():
         now = found[name].detach().float().cpu()
@@ -69,7 +79,7 @@ def check_same_weights(
             difference = float(((now - norms).abs() / norms.clamp(min=1e-30)).max())
             raise error(
                 f"the {what} belongs to other weights: router norms in {name!r} differ by up to {difference:.2%}. "
-                "Is it from another run?"
+                f"{advice}"
             )
 
 

@@ -86,11 +86,10 @@ def _second_moments(optimizers: Iterable[Any]) -> tuple[dict[int, _Moment], dict
                 elif not state:
                     if parameter.requires_grad:
                         found[key] = _Moment(None, 0.0)
-                elif parameter.ndim < 2:
-                    found[key] = _Moment(None, float(state.get("step", 0)))
                 else:
                     try:
-                        found[key] = _moment(state, parameter, beta)
+                        vector = parameter.ndim < 2
+                        found[key] = _Moment(None, float(state["step"])) if vector else _moment(state, parameter, beta)
                     except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
                         problems[key] = f"the optimizer's state is unlike any known one ({error})"
     return found, problems

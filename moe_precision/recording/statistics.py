@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checkpoints.tensor_file import Nested, TensorFile, named, shapes_of
 from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer
+from ..layers.prefixes import prefixes_of
 from ..layers.shape import LayerShape
 from .router_norms import check_same_weights, norms_by_layer
 
@@ -166,13 +167,22 @@ class ExpertStatistics:
             text += f"; {self.experts_without_tokens} experts saw none and are fitted without statistics"
         return text
 
-    def check_layers(self, found: dict[str, LayerShape]) -> None:
-        """Raises `StatisticsError` if they are of another model."""
-        if self.layers != found:
+    def for_layers(self, found: dict[str, LayerShape]) -> ExpertStatistics:
+        """The statistics in the names of a model's layers: themselves, or those of another class of the same model.
+
+        Raises:
+            StatisticsError: They are of another model.
+        """
+        change = prefixes_of(self.layers, found)
+        if change is None:
             raise StatisticsError(
                 f"the statistics are of another model: they have layers {list(self.layers)}, expected {list(found)}, "
                 "or their shapes differ"
             )
+        if change.equal:
+            return self
+        moments = change.keys(self.diagonals), change.keys(self.correlations)
+        return ExpertStatistics(found, *moments, change.keys(self.tokens), change.keys(self.router_norms), self.text)
 
     def check_router_norms(self, norms: dict[str, Tensor]) -> None:
         """Raises `StatisticsError` if router norms show that they are of other weights; see `check_same_weights`."""

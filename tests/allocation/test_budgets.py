@@ -1,9 +1,14 @@
 """Budgets in stored bits and in GiB, bad arguments, and the parts of the paper's rule on their own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from moe_precision import AllocationError, RouterNormHistory, allocate, find_moe_layers
+from moe_precision import AllocationError, PlanSettings, RouterNormHistory, allocate, find_moe_layers
+from moe_precision.allocation.planning import plan_from_signals
+from moe_precision.allocation.snapshot import Snapshot
+from moe_precision.layers.shape import LayerShape
 from moe_precision.recording.router_norms import router_norms
 
 
@@ -62,3 +67,57 @@ def test_ablations_of_the_papers_rule(mixtral):
     plan = allocate(mixtral, method="norm_only", group_size=64).layers[layers[0].name]
     assert plan.order == norms.argsort().tolist()
     assert allocate(mixtral, method="max_variance", group_size=64).layers[layers[0].name].order[0] == 3
+
+
+def _snapshot(sizes, experts=8):
+    """Layers whose experts have one matrix of ``(size, 128)``, with norms that rank expert 0 first."""
+    layers = {
+        f"layers.{index}": LayerShape(f"layers.{index}.gate.weight", experts, {"up_proj": (size, 128)})
+        for index, size in enumerate(sizes)
+    }
+    return Snapshot("made_up", layers, {name: torch.arange(1.0, experts + 1) for name in layers})
+
+
+@pytest.mark.parametrize("method", ["final_norm", "random"])
+@pytest.mark.parametrize("budget", [{"stored_bits": 2.5}, {"expert_gib": 2.5 * 4 * 8 * 64 * 128 / 2**33}])
+def test_what_a_layer_leaves_over_goes_on_to_the_next(method, budget):
+    """A stored budget of 2.5 leaves 2.359375 bits for codes: 2.875 of the 8 experts of each layer at 3 bits."""
+    settings = PlanSettings(method=method, bits=(2, 3), group_size=128, **budget)
+    plan = plan_from_signals(settings, _snapshot([64] * 4), None)
+    assert [layer.bits.count(3) for layer in plan.layers.values()] == [2, 3, 3, 3]  # 2.875, 5.75, 8.625, 11.5 in all
+    assert plan.stored_bits == 2 + 11 / 32 + 18 / 128
+    assert plan.notes["left_over"] == pytest.approx(0.5 / 32, rel=1e-3)
+
+
+def test_layers_of_different_sizes_share_by_weights():
+    """3.5 experts of the first layer; its half is a quarter of an expert of the second, which has 3.75 then."""
+    settings = PlanSettings(method="random", bits=(2, 3), group_size=64, stored_bits=2 + 3.5 / 8 + 18 / 64)
+    plan = plan_from_signals(settings, _snapshot([64, 128, 32]), None)
+    counts = [layer.bits.count(3) for layer in plan.layers.values()]
+    assert counts == [3, 3, 6]  # 3.5; 3.5 + 0.5 / 2 = 3.75; 3.5 + 0.75 * 4 = 6.5
+    assert plan.stored_bits <= settings.stored_bits
+    assert plan.notes["left_over"] == pytest.approx(0.5 * 32 / (8 * 224), rel=1e-3)
+
+
+def test_nominal_bits_are_the_papers_rule_layer_by_layer():
+    settings = PlanSettings(method="random", bits=(2, 3), group_size=128, average_bits=2.359375)
+    plan = plan_from_signals(settings, _snapshot([64] * 4), None)
+    assert [layer.bits.count(3) for layer in plan.layers.values()] == [2, 2, 2, 2]
+    assert plan.notes["left_over"] == pytest.approx(0.875 / 8, rel=1e-3)
+    exact = plan_from_signals(replace(settings, average_bits=2.5), _snapshot([64] * 4), None)
+    assert exact.average_bits == 2.5
+    assert "left_over" not in exact.notes
+
+
+def test_a_budget_at_the_highest_level_is_no_more_than_that():
+    settings = PlanSettings(method="random", bits=(2, 3), group_size=64, stored_bits=3 + 18 / 64)
+    plan = plan_from_signals(settings, _snapshot([64] * 3), None)
+    assert plan.average_bits == 3
+    assert "left_over" not in plan.notes
+
+
+@pytest.mark.parametrize("stored_bits", [1.4, 2.0, 2.21, 2.77, 3.0])
+def test_three_levels_use_the_budget_up_to_one_step(stored_bits):
+    settings = PlanSettings(method="random", bits=(1, 2, 3), group_size=64, stored_bits=stored_bits)
+    plan = plan_from_signals(settings, _snapshot([64] * 5), None)
+    assert 0 <= stored_bits - plan.stored_bits < 1 / 40 + 1e-9

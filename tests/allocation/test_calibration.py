@@ -39,7 +39,9 @@ def test_the_costs_of_a_projection_add_up_to_its_divergence(family):
                 wanted, got = (m(input_ids=row["input_ids"], **decoder(m, row)).logits for m in (model, packed))
                 found.append(nn.functional.kl_div(got.log_softmax(-1), wanted.softmax(-1), reduction="sum"))
         expected = float(torch.stack(found).sum()) / calibration.tokens
-        assert float(costs[layer.name][projection][:, index].sum()) == pytest.approx(expected, rel=0.02)  # of numbers around 1e-6, in float32
+        assert float(costs[layer.name][projection][:, index].sum()) == pytest.approx(
+            expected, rel=0.02
+        )  # of numbers around 1e-6, in float32
         one, other = (of[layer.name][projection][:, index] for of in (costs, plain))
         torch.testing.assert_close(one / one.sum(), other / other.sum())
     assert (costs[layer.name][projection][:, 2] == 0).all()

@@ -17,7 +17,7 @@ def test_curvature_lowers_the_loss(trained):
 
     def loss(model):
         with torch.no_grad():
-            return sum(model(input_ids=part, labels=part).loss.item() for part in blocks.split(64)) / 4
+            return sum(model(input_ids=part, labels=part).loss.item() for part in blocks[:128].split(64)) / 2
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)  # weights stay, moments are taken
     model.train()

@@ -17,6 +17,7 @@ from moe_precision.annealing.hooks import GridHooks
 from moe_precision.callbacks import RouterNormMonitor, SavePretrained
 from moe_precision.quantize import UnsupportedLayoutError
 from moe_precision.quantize.codec.grid import Grid
+from moe_precision.recording.curvature import CurvatureError
 from tests.annealing.test_annealing import IDS, Language, Validated, anneal, fit
 from tests.annealing.test_annealing_trainer import ITEMS
 from tests.annealing.test_annealing_trainer import anneal as trainer_anneal
@@ -172,6 +173,17 @@ class Counted(pl.Callback):
         self.batches += 1
 
 
+class Unmakeable(Language):
+    """Its optimizer cannot be tried out before training."""
+
+    def configure_optimizers(self):
+        class Mine(torch.optim.SGD):
+            def __init__(self, params, something):
+                super().__init__(params, lr=0.1)
+
+        return Mine(self.parameters(), "needed")
+
+
 class WithSGD(Language):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -191,7 +203,8 @@ def jetmoe():
         (Language, lambda: [anneal(start=0)], AnnealError, "no second moments to make a plan from", 0),
         (Language, lambda: [SavePretrained(), anneal()], AnnealError, "put it after this one", 0),
         (Language, lambda: [anneal(), RouterNormMonitor(group_size=64)], AnnealError, "put it before this one", 0),
-        (WithSGD, lambda: [anneal()], AnnealError, "cannot make a plan at step 5", 1),
+        (WithSGD, lambda: [anneal()], CurvatureError, "SGD is not among the optimizers", 0),
+        (Unmakeable, lambda: [anneal()], AnnealError, "cannot make a plan at step 5", 1),
         (jetmoe, lambda: [anneal()], UnsupportedLayoutError, "fused, but not through", 0),
     ],
 )

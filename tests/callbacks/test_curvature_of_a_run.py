@@ -7,7 +7,7 @@ import torch
 from pytorch_lightning import Callback
 
 from moe_precision import PrecisionPlan, allocate, find_moe_layers
-from moe_precision.recording.curvature import Curvature
+from moe_precision.recording.curvature import Curvature, CurvatureError
 from moe_precision.recording.gradients import curvature_of_losses
 from tests.support.trainers import Module, TwoOptimizers, data, monitor, trainer
 
@@ -43,10 +43,8 @@ def test_an_optimizer_without_second_moments_still_makes_the_papers_plan(tmp_pat
     trainer(tmp_path, monitor()).fit(Plain(), data())
     assert (tmp_path / "precision_plan.json").is_file()
     assert not list(tmp_path.glob("*.curvature.*"))
-    (tmp_path / "precision_plan.json").unlink()
-    with pytest.warns(UserWarning, match="no plan is written: method 'curvature' needs curvature"):
+    with pytest.raises(CurvatureError, match="SGD is not among the optimizers"):
         trainer(tmp_path, monitor(method="curvature")).fit(Plain(), data())
-    assert not (tmp_path / "precision_plan.json").exists()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

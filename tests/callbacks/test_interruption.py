@@ -151,3 +151,58 @@ def test_a_norm_that_is_not_finite_is_said_when_it_happens(tmp_path):
 
     with pytest.warns(UserWarning, match=r"expert 2 of layer 'model\.1' has router norm nan at step 4"):
         trainer(tmp_path, Diverges(), monitor()).fit(Module(), data(6))
+
+
+def test_an_error_in_the_making_of_the_plan_costs_no_model(tmp_path, monkeypatch):
+    """Whatever it is: it is raised once the others are done."""
+
+    class OfAModel(Module):
+        def __init__(self):
+            super().__init__(build("mixtral"))
+
+        def loss(self, x):
+            return self.model(input_ids=x, labels=x).loss
+
+        def on_train_batch_end(self, *args):
+            pass
+
+    def out_of_memory(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("moe_precision.callbacks.plan_recorder.plan_of_run", out_of_memory)
+    ids = torch.randint(3, 128, (4, 8), generator=torch.Generator().manual_seed(0))
+    with (
+        pytest.warns(UserWarning, match="no plan is written: RuntimeError: out of memory"),
+        pytest.raises(RuntimeError, match="out of memory"),
+    ):
+        trainer(tmp_path, monitor(), SavePretrained()).fit(OfAModel(), torch.utils.data.DataLoader(ids, batch_size=2))
+    assert load_model(tmp_path / "checkpoint").num_parameters() > 0
+    assert RouterNormHistory.load(tmp_path / "precision_plan.history.safetensors").steps == [0, 2]
+
+
+def test_a_rerun_that_is_stopped_leaves_no_old_plan_beside_its_history(tmp_path):
+    """Nor does one that is stopped at once: it leaves what was there."""
+
+    class Fails(Module):
+        def __init__(self, batch):
+            super().__init__()
+            self.batch = batch
+
+        def training_step(self, batch, batch_idx):
+            if batch_idx == self.batch:
+                raise RuntimeError("stopped")
+            return super().training_step(batch, batch_idx)
+
+    names = ["precision_plan.json", "precision_plan.curvature.safetensors", "precision_plan.history.safetensors"]
+    trainer(tmp_path, monitor()).fit(Module(), data(4))
+    (tmp_path / names[1]).touch()
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer(tmp_path, monitor()).fit(Fails(0), data(8))
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer(tmp_path, monitor()).fit(Fails(5), data(8))
+    assert [(tmp_path / name).exists() for name in names] == [False, False, True]
+    assert RouterNormHistory.load(tmp_path / names[2]).steps == [0, 2, 4]
+    trainer(tmp_path, monitor()).fit(Module(), data(6))
+    assert PrecisionPlan.load(tmp_path / names[0]).last_step == 6

@@ -139,7 +139,7 @@ def test_a_router_that_is_not_plain_is_said(tmp_path):
     assert plan.notes["router_caveats"] == {"model.0": "mlp", "model.1": "mlp"}
 
 
-def test_save_pretrained_refuses_adapters(tmp_path):
+def test_save_pretrained_refuses_adapters_before_the_first_step(tmp_path):
     adapted = peft.get_peft_model(build("mixtral"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     module = Module(adapted)
     module.loss = lambda x: adapted(input_ids=x, labels=x).loss
@@ -148,6 +148,8 @@ def test_save_pretrained_refuses_adapters(tmp_path):
     callback = monitor()
     with pytest.raises(ValueError, match=r"holds PEFT adapters.*merge_and_unload"):
         trainer(tmp_path, callback, SavePretrained()).fit(module, ids)
+    assert callback.history.steps == [0]
+    trainer(tmp_path, callback).fit(module, ids)
     assert list(callback.plan.layers) == ["model.layers.0.mlp", "model.layers.1.mlp"]  # of the base model
 
 

@@ -54,6 +54,24 @@ def test_a_second_save_after_a_forward(packed, tmp_path):
     assert torch.equal(logits(type(packed).from_pretrained(tmp_path / "second")), expected)
 
 
+def test_what_is_given_to_a_save_is_written(packed, tmp_path):
+    """transformers drops ``state_dict=`` of a quantized model; trainers gather it under FSDP and hand it over."""
+    name = "model.norm.weight"
+    changed = packed.state_dict() | {name: torch.full_like(packed.get_parameter(name), 2)}
+    packed.save_pretrained(tmp_path / "given", state_dict=changed)
+    packed.save_pretrained(tmp_path / "own")
+    assert (load_model(tmp_path / "given").get_parameter(name) == 2).all()  # and its checksum is right
+    assert torch.equal(load_model(tmp_path / "own").get_parameter(name), packed.get_parameter(name))
+
+
+def test_a_copy_saves_its_own_weights(packed, tmp_path):
+    for number, again in enumerate((copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)))):
+        again.model.norm.weight.data.fill_(2)
+        again.save_pretrained(tmp_path / str(number))
+        assert (load_model(tmp_path / str(number)).model.norm.weight == 2).all()
+    assert not (packed.model.norm.weight == 2).any()
+
+
 def test_copies_pickles_and_moves(packed):
     expected = logits(packed)
     for again in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):

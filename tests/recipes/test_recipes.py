@@ -18,8 +18,8 @@ from moe_precision.recipes.corpus import (
     load_text,
     python_stdlib,
     summarization_pairs,
-    validation_paths,
 )
+from moe_precision.recipes.local_text import validation_paths
 from moe_precision.recipes.seq2seq_data import corrupt_spans, random_span_mask
 from moe_precision.recipes.text_data import pack, tokenize, train_tokenizer
 from tests.support.models import build

@@ -46,6 +46,7 @@ def test_fused_experts_against_what_their_router_says(family):
     for layer in layers:
         model.get_submodule(layer.router.rpartition(".")[0]).register_forward_hook(keep(layer.name))
     counter = LoadCounter(layers)
+    counter.training = False
     model(input_ids=ids())
     loads = counter.take(training=False)
     assert counter.take(training=False) == {}  # taken
@@ -90,14 +91,16 @@ def test_modules_in_a_list_tell_tokens_alone():
     assert loads["0"][1].isnan().all()
 
 
-def test_training_and_evaluation_apart_and_nothing_after_close():
+def test_training_and_validation_apart_and_nothing_after_close():
+    """Whoever counts says which it is; the mode of the modules, here the wrong one, does not."""
     model = build("mixtral")
     layers = find_moe_layers(model)
     counter = LoadCounter(layers)
-    model.train()
+    model.eval()
     for seed in range(3):  # three micro-batches of one step
         model(input_ids=ids(seed=seed))
-    model.eval()
+    model.train()
+    counter.training = False
     model(input_ids=ids(rows=1))
     assert {load[0].sum().item() for load in counter.take(training=True).values()} == {3 * 18 * 2}
     assert {load[0].sum().item() for load in counter.take(training=False).values()} == {9 * 2}
@@ -121,10 +124,13 @@ def test_a_compiled_model_counts_too():
     counter = LoadCounter(find_moe_layers(model))
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
-        for _ in range(2):
-            compiled(torch.randn(1, 6, 64))
-    (load,) = counter.take(training=False).values()
-    assert load[0].sum() == 2 * 6 * 2
+        for training, batches in ((False, 2), (True, 3), (False, 1)):  # between the same two compiled forms
+            counter.training = training
+            for _ in range(batches):
+                compiled(torch.randn(1, 6, 64))
+    for training in (False, True):
+        (load,) = counter.take(training=training).values()
+        assert load[0].sum() == 3 * 6 * 2
 
 
 def test_the_callback_counts_training_and_the_last_validation(tmp_path):
@@ -228,3 +234,15 @@ def test_a_family_whose_experts_are_not_called_with_indices_has_no_load():
     counter = LoadCounter(find_moe_layers(model))
     model.experts(torch.randn(3, config["hidden_size"]))
     assert counter.take(training=True) == {}
+
+
+def test_hooks_count_in_code_that_was_compiled_before_them():
+    """As in Lightning: the sanity check compiles the model before training begins, and validation runs it again."""
+    model = build("mixtral").eval()
+    compiled = torch.compile(model, backend="eager")
+    ids = torch.randint(3, 128, (2, 9))
+    with torch.no_grad():
+        compiled(input_ids=ids)
+        counter = LoadCounter(find_moe_layers(compiled), compiled)
+        compiled(input_ids=ids)
+    assert {load[0].sum().item() for load in counter.take(training=True).values()} == {18 * 2}

@@ -88,8 +88,8 @@ def test_what_they_rest_on(statistics):
 
 def test_another_model_and_other_weights(layers, statistics):
     with pytest.raises(StatisticsError, match="the statistics are of another model"):
-        statistics.check_layers({layer.name: layer.shape for layer in find_moe_layers(build("qwen3_moe"))})
-    statistics.check_layers({layer.name: layer.shape for layer in layers})
+        statistics.for_layers({layer.name: layer.shape for layer in find_moe_layers(build("qwen3_moe"))})
+    statistics.for_layers({layer.name: layer.shape for layer in layers})
     norms = {layer.name: layer.row_norms() for layer in layers}
     statistics.check_router_norms({name: norm * 1.001 for name, norm in norms.items()})
     norms[LAYER][4] *= 1.01

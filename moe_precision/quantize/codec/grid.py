@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from ...checkpoints.tensor_file import Nested, TensorFile, named
 from ...errors import MoEPrecisionError
 from ...layers.moe_layers import MoELayer
+from ...layers.prefixes import prefixes_of
 from ...plans.plan import PrecisionPlan
 from ...plans.widths import PlanError
 from ...recording.curvature import Curvature
@@ -81,10 +82,19 @@ class Grid:
         """Inverse of `state_dict`."""
         return cls(PrecisionPlan.from_dict(state["plan"]), dict(state["scales"]), dict(state["offsets"]))
 
-    def check(self, plan: PrecisionPlan) -> None:
-        """Raises `GridError` unless it is the grid of this plan's widths and group size."""
+    def for_plan(self, plan: PrecisionPlan) -> Grid:
+        """The grid in the names of a plan: itself, or that of the plan for another class of the same model.
+
+        Raises:
+            GridError: It is not the grid of this plan's widths and group size.
+        """
+        own, asked = ({name: layer.shape for name, layer in one.layers.items()} for one in (self.plan, plan))
+        change = prefixes_of(own, asked)
         if self.plan.group_size != plan.group_size or self.plan.diff(plan):
             raise GridError("the grid belongs to another plan: widths or group size differ; give the plan beside it")
+        if change is None or change.equal:
+            return self
+        return Grid(plan, change.keys(self.scales), change.keys(self.offsets), change.keys(self.router_norms))
 
     def check_router_norms(self, norms: dict[str, Tensor], what: str = "grid") -> None:
         """Raises `GridError` if router norms show that it belongs to other weights; see `check_same_weights`."""

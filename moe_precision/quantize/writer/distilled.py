@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from ...checkpoints.checkpoint import Checkpoint, load_model, opened
 from ...checkpoints.folders import check_quantizing, folder_replaced_when_done
 from ...checkpoints.headers import CheckpointError
+from ...checkpoints.other_files import copy_other_files
 from ..distilling import RATE, STEPS, Distilled, Through, distill_scales
 from ..hf import PlanHfQuantizer
 
@@ -63,9 +63,5 @@ def distill_checkpoint(
             student, model, batches, steps=steps, rate=rate, through=through, **quantizer.plan.patterns
         )
         student.save_pretrained(folder, max_shard_size=max_shard_size)
-        weights = ("*.safetensors", "*.safetensors.index.json")
-        for file in Path(packed).iterdir():
-            known = (folder / file.name).exists() or any(file.match(pattern) for pattern in weights)
-            if file.is_file() and not known:
-                shutil.copy2(file, folder)
+        copy_other_files(Path(packed), folder)
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 from contextlib import closing
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers.utils.hub import convert_file_size_to_int
 
 from ...checkpoints.checkpoint import Checkpoint, opened
 from ...checkpoints.folders import check_quantizing, resumable_folder
+from ...checkpoints.other_files import copy_other_files
 from ...files import replaced_when_done
 from ...plans.plan import PrecisionPlan
 from ...recording.curvature import Curvature
@@ -24,8 +24,6 @@ from .packer import Packer
 from .resume import fingerprint, is_finished
 from .shards import Shard, shards_of
 from .workers import Settings, written
-
-_WRITTEN_HERE = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.bin", "*.pt")
 
 
 def quantize_checkpoint(
@@ -40,7 +38,7 @@ def quantize_checkpoint(
     workers: int = 1,
     max_shard_size: int | str = "250MB",
 ) -> None:
-    """Quantizes a float checkpoint by a plan, layer by layer, and copies its tokenizer.
+    """Quantizes a float checkpoint by a plan, layer by layer, and copies its tokenizer and whatever else belongs to it.
 
     A process holds one float layer, what transformers needs to convert it, and one packed shard. If a run ends early,
     its finished shards stay in a hidden folder beside ``out``, and the same call resumes from there. With several
@@ -87,7 +85,7 @@ def quantize_checkpoint(
         with resumable_folder(out, job) as folder:
             _write_shards(shards, packer, folder, job, workers, settings)
             _write_config(source, quantization, folder)
-            _copy_others(source.folder, folder)
+            copy_other_files(source.folder, folder)
             _write_index(folder, shards)
 
 
@@ -112,13 +110,6 @@ def _write_config(source: Checkpoint, quantization: PlanQuantizationConfig, fold
     config.dtype = source.dtype
     config.quantization_config = quantization
     config.save_pretrained(folder)
-
-
-def _copy_others(source: Path, folder: Path) -> None:
-    """Copies the tokenizer and other small files."""
-    for file in source.iterdir():
-        if file.is_file() and not any(file.match(pattern) for pattern in _WRITTEN_HERE):
-            shutil.copy2(file, folder)
 
 
 def _write_index(folder: Path, shards: list[Shard]) -> None:

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.headers import CheckpointError
-from ...checkpoints.sources import sources_of
+from ...checkpoints.sources import check_all_float, sources_of
 from ...compat import dtype_plan
 from ...files import save_tensors
 from ..checksums import metadata
@@ -54,11 +54,12 @@ class Packer:
         )
 
     def check_weights(self) -> None:
-        """Reads the routers alone, to see whether curvature, grid and statistics belong to these weights."""
+        """Checks that all weights are float, and by the routers that what comes with the plan belongs to them."""
+        made_of = sources_of(self.model, self.checkpoint.tensors)
+        check_all_float(self.model, made_of, self.checkpoint.tensors)
         if not self.quantization.weights_matter:
             return
         routers = [layer.shape.router for layer in self.quantization.plan.layers.values()]
-        made_of = sources_of(self.model, self.checkpoint.tensors)
         self._read({source.name for router in routers for source in made_of.get(router, [])})
         lost = [router for router in routers if self.model.get_parameter(router).is_meta]
         if lost:

@@ -1,4 +1,4 @@
-"""llm-compressor carries a plan out, expert by expert and projection by projection, down to 1 bit."""
+"""llm-compressor carries a plan out, expert by expert and projection by projection, down to 2 bits."""
 
 import pytest
 import torch

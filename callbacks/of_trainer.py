@@ -1,0 +1,44 @@
+"""What a callback needs of transformers' Trainer: its folders, the state of ours in them, its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.utilities import rank_zero_warn
+from transformers import TrainerState, TrainingArguments
+
+from moe_precision.compat import trainer_run
+
+
+def run_folder(args: TrainingArguments) -> Path:
+    """The folder of the run: ``output_dir``, or in a hyperparameter search that of the trial."""
+    return Path(str(trainer_run().folder or args.output_dir))
+
+
+def save_state(save: Callable[[Path], None], args: TrainingArguments, state: TrainerState, name: str) -> None:
+    """Keeps a callback's state in the checkpoint that was just saved; warns if there is none."""
+    folder = run_folder(args) / f"checkpoint-{state.global_step}"
+    if folder.is_dir():
+        save(folder / name)
+    else:
+        rank_zero_warn(
+            f"{str(folder)!r} is not there, where transformers' Trainer keeps checkpoints: {name!r} is not saved, and "
+            "a run that resumes from this step begins anew with its record"
+        )
+
+
+def saved_file(args: TrainingArguments, state: TrainerState, name: str) -> Path | None:
+    """Path of that state in the checkpoint from which training resumes; None if it is not there, or training starts."""
+    if state.global_step == 0:
+        return None
+    places = [trainer_run().resumed_from, args.resume_from_checkpoint]
+    places.append(str(run_folder(args) / f"checkpoint-{state.global_step}"))
+    found = (Path(place, name) for place in places if isinstance(place, str))
+    return next((path for path in found if path.is_file()), None)
+
+
+def optimizers_of(known: dict[str, Any]) -> list[Any]:
+    """The optimizer among what a callback is given, if it is there yet."""
+    return [known["optimizer"]] if known.get("optimizer") is not None else []

@@ -1,0 +1,49 @@
+"""Whether the model of a resumed run is the one that its checkpoint recorded."""
+
+from __future__ import annotations
+
+import torch
+
+from moe_precision.layers.moe_layers import MoELayer
+from moe_precision.recording.history import HistoryError, RouterNormHistory
+from moe_precision.recording.router_norms import router_norms
+
+NOT_RESTORED = (
+    "transformers' Trainer leaves out routers and experts whose names on disk differ from the model's "
+    "(transformers issue 48805): load the model with from_pretrained(checkpoint) before you resume from it"
+)
+
+
+def check_restored(
+    history: RouterNormHistory, fresh: RouterNormHistory, layers: list[MoELayer], step: int, owner: str
+) -> None:
+    """Checks a history that a checkpoint brought against the model; a collective where reading norms is one.
+
+    Args:
+        history: From the checkpoint.
+        fresh: An empty one of the model's layers.
+        layers: Of the model.
+        step: At which the run resumes.
+        owner: Name of the callback, for messages.
+
+    Raises:
+        HistoryError: Its layers are others, or the routers are not those of the checkpoint: the run would train
+            the wrong model. This shows only if the checkpoint's step was recorded.
+    """
+    if list(history.layers.items()) != list(fresh.layers.items()):
+        raise HistoryError(
+            f"the checkpoint's router norms are of layers {list(history.layers)}, this model has "
+            f"{list(fresh.layers)}, or their shapes differ"
+        )
+    if history.steps[-1] != step:
+        return
+    recorded = torch.cat(list(history.last.values()))
+    now = router_norms(layers).to("cpu")
+    tolerance = 1e-5 if history.dtypes == fresh.dtypes else 1e-2  # a float32 run may resume in bfloat16
+    if not torch.allclose(now, recorded, rtol=tolerance, atol=0, equal_nan=True):
+        difference = float(((now - recorded).abs() / recorded.clamp(min=1e-30)).max())
+        raise HistoryError(
+            f"{owner}: the routers of this model are not those whose norms were recorded at step "
+            f"{step} (a norm differs by {difference:.2%}): the checkpoint was not restored into the model. "
+            f"{NOT_RESTORED}"
+        )

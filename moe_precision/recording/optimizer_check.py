@@ -1,0 +1,38 @@
+"""Whether an optimizer will keep of the experts' gradients what curvature needs, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..layers.moe_layers import MoELayer
+from .curvature import CurvatureError
+from .trusted import problem_of
+
+
+def check_second_moments(layers: list[MoELayer], optimizers: Iterable[Any]) -> None:
+    """Raises `CurvatureError` if the optimizers that train the experts can keep no second moment of their weights.
+
+    An optimizer that trains no expert yet is given the benefit of the doubt.
+
+    Args:
+        layers: As found by `find_moe_layers`.
+        optimizers: Lightning's or accelerate's wrappers are looked through.
+    """
+    weights = [weight for layer in layers for bank in layer.banks.values() for weight in bank.weights]
+    for weight in weights:
+        if weight.gathers or weight.is_adapted:
+            what = "in flat shards (FSDP1, DeepSpeed)" if weight.gathers else "behind an adapter"
+            raise CurvatureError(
+                f"{weight.name!r} is {what}: the optimizer keeps no second moment of the whole weight. Let "
+                "curvature_batches=64 take squared gradients after the last step"
+            )
+    experts = {id(weight.parameter()) for weight in weights}
+    for optimizer in optimizers:
+        inner = getattr(optimizer, "optimizer", optimizer)
+        trained = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+        if experts & trained and (problem := problem_of(inner)) is not None:
+            raise CurvatureError(
+                f"{problem}. Train the experts with AdamW or Adafactor, or let curvature_batches=64 take squared "
+                "gradients after the last step"
+            )
