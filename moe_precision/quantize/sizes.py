@@ -72,6 +72,7 @@ class ModelSizes:
         group_size: int | None = None,
         non_expert_bits: int | None = None,
     ) -> None:
+        self._model = model
         self.model_type = model_type_of(model)
         self.layers: list[MoELayer] = find_moe_layers(model, **(patterns or Patterns()))
         self.shapes = {layer.name: layer.shape for layer in self.layers}
@@ -130,7 +131,7 @@ class ModelSizes:
         Raises:
             PlanError: The plan is for another model.
         """
-        plan.check_layers(self.shapes, self.model_type)
+        plan = plan.for_model(self._model, self.shapes)
         bits = 0.0
         for layer in plan.layers.values():
             for projection, widths in layer.projection_bits.items():

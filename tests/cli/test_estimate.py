@@ -145,6 +145,13 @@ def test_a_plan_has_its_row_and_a_dry_run_is_the_same(tmp_path, capsys):
         assert packed.nbytes == pytest.approx(sizes.expert_bytes(plan.stored_bits) + sizes.rest_bytes, rel=0.01)
 
 
+def test_a_plan_of_another_class_of_the_model_is_taken(tmp_path):
+    plan = allocate(build("mixtral"), method="random", average_bits=2.5, group_size=64)
+    base = ModelSizes(model_of(config(tmp_path, **MIXTRAL, **CONFIGS["mixtral"], architectures=["MixtralModel"])))
+    assert base.layers[0].name == "layers.0.mlp"  # "model.layers.0.mlp" in the plan
+    assert base.stored_bits_of(plan) == pytest.approx(plan.stored_bits)
+
+
 def test_a_dry_run_refuses_what_the_run_would(tmp_path, capsys):
     model = build("mixtral")
     model.save_pretrained(tmp_path / "model")
