@@ -32,6 +32,7 @@ test-exports:
 benchmarks: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e .[benchmarks]
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.sizes
 	$(BIN)/python -m benchmarks.recording
 	$(BIN)/python -m benchmarks.quantizing --run runs/demo
 	$(BIN)/python -m benchmarks.rounding

@@ -69,6 +69,7 @@ def packed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -83,6 +84,7 @@ def test_importing_the_package_is_enough_to_load_a_packed_checkpoint(imports, pa
     assert out.splitlines()[-1] == "True"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import released
 from ..checkpoints.headers import CheckpointError
+from ..layers.materialized import check_materialized
 from ..layers.module_tree import root_model
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..layers.patterns import Patterns
@@ -58,6 +59,7 @@ class LiveWeights:
         self._patterns = patterns
         self._model_type = model_type_of(root_model(model))
         self.layers = find_moe_layers(model, **patterns)
+        check_materialized(self.layers)
 
     def snapshot(self, variance: bool) -> Snapshot:
         """Router norms, and the variances of the experts if asked for."""

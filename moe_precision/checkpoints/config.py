@@ -12,9 +12,14 @@ from transformers import AutoConfig, PreTrainedConfig
 from .headers import CheckpointError
 
 
-def config_of(checkpoint: str | os.PathLike[str]) -> PreTrainedConfig:
-    """The config of a checkpoint folder, or of a model on the Hub by its name, as transformers reads it."""
-    return AutoConfig.from_pretrained(checkpoint)
+def config_of(checkpoint: str | os.PathLike[str], **kwargs: Any) -> PreTrainedConfig:
+    """The config of a checkpoint folder, a config.json, or a model on the Hub by its name, as transformers reads it.
+
+    Args:
+        checkpoint: The folder, file or name.
+        kwargs: For transformers, such as ``trust_remote_code=False``: refuse what needs code of its own, do not ask.
+    """
+    return AutoConfig.from_pretrained(checkpoint, **kwargs)
 
 
 _KEYS = ("quantization_config", "compression_config")  # the second is compressed-tensors' of old

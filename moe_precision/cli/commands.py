@@ -20,6 +20,10 @@ SUMMARIES = {
         "Judge every method on your own model, at each budget and equal stored bits, by the loss on held-out text, "
         "with intervals, random draws and the tail. Says in plain words which plan to use, and can write it."
     ),
+    "estimate": (
+        "Say what a model takes, from its config.json alone: GiB of its experts, of the rest and in total at uniform "
+        "widths and at budgets, what fits a size, and the memory and files of recording statistics and of quantizing."
+    ),
     "quantize": (
         "Quantize a float checkpoint by a plan, one shard at a time, so that the model may be larger than memory; OUT"
         " loads with from_pretrained after `import moe_precision`. An interrupted run resumes when it is started "

@@ -16,10 +16,13 @@ from ..files import check_writable
 from ..layers.moe_layers import find_moe_layers
 from ..plans.beside import existing
 from ..plans.plan import PrecisionPlan
+from ..quantize.replace import check_packable
+from ..quantize.sizes import ModelSizes
 from ..quantize.writer import distill_checkpoint, quantize_checkpoint
 from ..recording.collecting import MEMORY_GIB, collect_statistics, passes, peak_bytes
 from ..recording.planned_weights import check_plan_is_for
 from ..recording.statistics import ExpertStatistics, file_bytes
+from .estimate import print_sizes
 from .options import Commands, add_command, add_dataset, data_of, dataset_name, positive
 
 
@@ -29,6 +32,8 @@ def run(options: argparse.Namespace) -> None:
     check_writable(Path(options.out).parent / "config.json")
     _check_statistics(options)
     if options.backend == "auto-round":
+        if options.dry_run:
+            raise ValueError("--dry-run tells what our own format takes; --backend auto-round writes another")
         _quantize_with_auto_round(options, plan)
         return
     curvature = options.curvature or existing("curvature", options.plan)
@@ -37,6 +42,12 @@ def run(options: argparse.Namespace) -> None:
     named = None if given == "none" else given
     with Checkpoint(options.checkpoint) as source:  # all that is read, before any work
         check_quantizing(source, options.out, options.plan, curvature, grid, named)
+        if options.dry_run:
+            model = source.meta_model()
+            of_model = ModelSizes(model, plan.patterns, plan.group_size, options.non_expert_bits)
+            check_packable(model, of_model.layers)
+            print_sizes(of_model, plan=plan, statistics_memory=options.statistics_memory)
+            return
     statistics = _statistics(options, plan, grid, named)
     if grid is not None:
         print(f"takes scales and offsets from {grid}, which training ended on")
@@ -183,6 +194,11 @@ def add_to(commands: Commands) -> None:
     command.add_argument("checkpoint", help="folder of a float checkpoint, as save_pretrained writes it")
     command.add_argument("plan", help="a plan's JSON file")
     command.add_argument("out", help="folder to write")
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check what can be checked without reading weights, print what `moe-precision estimate` prints, and stop",
+    )
     command.add_argument(
         "--non-expert-bits", type=int, choices=[4, 8], help="quantize the other linear layers too (default: leave them)"
     )

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..compat import mark_as_quantized
+from ..layers.materialized import check_materialized
 from ..layers.moe_layers import find_moe_layers
 from ..plans.document import Document
 from ..plans.plan import PrecisionPlan
@@ -58,6 +59,7 @@ def quantize_model(
     )
     check_not_split(model)
     layers = find_moe_layers(model, **config.plan.patterns)
+    check_materialized(layers)
     config.in_names_of(model, layers)
     targets = find_targets(
         model, layers, config.plan, non_expert_bits, config.curvature, config.grid, config.statistics

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
+from ..layers.materialized import check_materialized
 from ..layers.module_tree import modes_kept
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from .batches import run_batch
@@ -82,6 +83,7 @@ def collect_from_steps(
     memory_gib: float = MEMORY_GIB,
 ) -> ExpertStatistics:
     """`collect_statistics` of forward passes that the caller runs: each step is called once per pass, no gradients."""
+    check_materialized(layers)
     groups = passes(layers, memory_gib)
     if len(groups) > 1 and isinstance(steps, Iterator):
         raise StatisticsError(

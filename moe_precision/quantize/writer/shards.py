@@ -60,11 +60,11 @@ def shards_of(
     sources: dict[str, set[str]] = defaultdict(set)  # layer -> tensors on disk
     for name, tensors in made_of.items():
         if name in own:
-            sources[_layer(name)] |= {source.name for source in tensors}
+            sources[layer_of(name)] |= {source.name for source in tensors}
     by_layer: dict[str, dict[str, int]] = defaultdict(dict)  # layer -> packed tensor -> bytes
     for name, nbytes in packed_tensors(model, targets, group_size).items():
         if name in read or name not in own:
-            by_layer[_layer(name)][name] = nbytes
+            by_layer[layer_of(name)][name] = nbytes
     groups = _grouped({layer: sum(sizes.values()) for layer, sizes in by_layer.items()}, max_bytes)
     one = len(groups) == 1
     return [
@@ -130,7 +130,7 @@ def _tied_to(model: PreTrainedModel, read: set[str]) -> set[str]:
     return {name for group in groups.values() if group & read for name in group}
 
 
-def _layer(name: str) -> str:
+def layer_of(name: str) -> str:
     """The path of the layer that a tensor belongs to; others are on their own."""
     layer = _LAYER.match(name)
     return layer.group() if layer else name

@@ -1,0 +1,69 @@
+"""A model's names and shapes from its config.json alone: no weight is read, downloaded or allocated."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+from ..compat import model_of_config
+from .config import config_of
+from .headers import CheckpointError
+
+
+def model_of(source: str | os.PathLike[str]) -> PreTrainedModel:
+    """The float model of a config.json, or of the folder that holds one, on the meta device.
+
+    A model that its publisher has quantized (FP8, MXFP4) is laid out as if it were not. Without a dtype in its config
+    it is in bfloat16.
+
+    Raises:
+        CheckpointError: There is no config.json, or transformers lacks its model.
+    """
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise CheckpointError(
+            f"{os.fspath(source)!r} is neither a config.json nor a folder that holds one; of a model on the Hub, "
+            "download that file alone: hf download NAME config.json --local-dir FOLDER"
+        )
+    try:
+        config = config_of(path, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"{str(path)!r} is not a config of transformers {transformers.__version__}: {reason[0]}"
+        ) from error
+    return model_of_float_config(config, str(path))
+
+
+def model_of_float_config(config: PreTrainedConfig, name: str) -> PreTrainedModel:
+    """The float model of a config, on the meta device; the config is changed.
+
+    Args:
+        config: Any config of transformers.
+        name: Where it is from, for messages.
+
+    Raises:
+        CheckpointError: transformers has no model for it.
+    """
+    architecture = next(iter(config.architectures or []), "")
+    model_class = getattr(transformers, architecture, None) if architecture else None
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING):
+        if model_class is None and not architecture:
+            model_class = mapping.get(type(config), None)
+    if model_class is None:
+        raise CheckpointError(
+            f"{name!r} names the architecture {architecture!r}, which transformers lacks"
+            if architecture
+            else f"{name!r} names no architecture, and transformers has no language model for {config.model_type!r}"
+        )
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = config.dtype or torch.bfloat16
+    with torch.device("meta"):
+        return model_of_config(model_class, config)

