@@ -54,10 +54,15 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that a checkpoint's index names, or its only one; whether they exist is not checked.
 
     Raises:
-        CheckpointError: The folder or its config.json is missing, or the index is damaged.
+        CheckpointError: The folder or its config.json is missing, it holds PEFT adapters, or the index is damaged.
     """
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint folder at {str(folder)!r}; expected what save_pretrained writes")
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} holds PEFT adapters; merge first: model.merge_and_unload().save_pretrained(FOLDER), and "
+            "give that folder"
+        )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{str(folder)!r} has no config.json; expected what save_pretrained writes")
     _check_safetensors(folder)

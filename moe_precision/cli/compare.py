@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checkpoints.checkpoint import load_model
 from ..files import check_writable, replaced_when_done
-from ..plans.beside import PlanFiles, existing
+from ..plans.beside import PlanFiles
 from ..plans.levels import check_levels
 from ..plans.methods import ALL_METHODS, METHODS
 from ..plans.numbers import AllocationError
@@ -19,6 +19,7 @@ from ..plans.widths import GRANULARITIES
 from ..recording.curvature import Curvature
 from ..recording.history import RouterNormHistory
 from ..recording.statistics import ExpertStatistics
+from .found import beside_history
 from .options import Commands, add_command, add_dataset, add_heldout, add_levels, count, data_of, judged_on, positive
 
 
@@ -31,9 +32,12 @@ def run(options: argparse.Namespace) -> None:
 
     outputs = _checked_outputs(options)
     history = None if options.history is None else RouterNormHistory.load(options.history)
-    path_of_curvature = options.curvature or existing("curvature", options.history)
+    path_of_curvature, path_of_statistics = options.curvature, options.statistics
+    if options.history is not None:
+        beside = options.history, options.checkpoint
+        path_of_curvature = path_of_curvature or beside_history("curvature", *beside)
+        path_of_statistics = path_of_statistics or beside_history("statistics", *beside)
     curvature = None if path_of_curvature is None else Curvature.load(path_of_curvature)
-    path_of_statistics = options.statistics or existing("statistics", options.history)
     statistics = None if path_of_statistics is None else ExpertStatistics.load(path_of_statistics)
     data = data_of(options, options.checkpoint)
     calibration = _calibration(options, data)

@@ -6,10 +6,11 @@ import re
 import warnings
 from collections.abc import Sequence
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from .options import Commands, add_command
+from .options import Commands, Parser, add_command
 
 _BARE_NAME = re.compile(r"[\w-]+(?:\.yaml)?$")
 
@@ -46,19 +47,44 @@ def _recipe(value: str) -> str:
     """The path of a packaged recipe for its bare name; a path, or a config written out, is left to LightningCLI."""
     if not _BARE_NAME.match(value) or Path(value).is_file():
         return value
+    known = recipes()
+    name = value.removesuffix(".yaml")
+    if name in known:
+        return str(known[name])
+    raise FileNotFoundError(
+        f"--config {value!r}: no such file, and not one of the packaged recipes: {', '.join(known)}"
+    )
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes of the package by name."""
     folder = Path(str(files("moe_precision.recipes")))
-    path = folder / f"{value.removesuffix('.yaml')}.yaml"
-    if path.is_file():
-        return str(path)
-    known = ", ".join(sorted(one.stem for one in folder.glob("*.yaml")))
-    raise FileNotFoundError(f"--config {value!r}: no such file, and not one of the packaged recipes: {known}")
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def print_help(command: Parser) -> None:
+    """Prints what the command does, its recipes, and the options of LightningCLI; does not return."""
+    from .lightning_cli import FitCLI
+
+    command.print_help()
+    print("\noptions, each also a key of the YAML:\n", flush=True)
+    FitCLI(args=["fit", "--help"])
+
+
+def _purpose(recipe: Path) -> str:
+    """The first sentence of a recipe, in the comment that it begins with."""
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.strip("# "), lines))
+    return comment.partition(". ")[0].rstrip(".")
 
 
 def add_to(commands: Commands) -> None:
     """Declares the command."""
-    add_command(
+    listed = "\n".join(f"  {name}: {_purpose(path)}" for name, path in recipes().items())
+    command = add_command(
         commands,
         "fit",
         lambda options: commands.choices["fit"].print_help(),
         "moe-precision fit --config pretrain_mixtral --trainer.max_steps 200",
     )
+    command.epilog = f"recipes:\n{listed}\n\n{command.epilog}"

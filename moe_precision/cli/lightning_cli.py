@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 import moe_precision.callbacks  # noqa: F401  so that YAML may name the callbacks without their module
 
+_REFUSED = re.compile(r"class_path '([\w.]+)':\s+Option '(\S+)' is not accepted")
+
+
+class _Parser(LightningArgumentParser):
+    """Says what is wrong with the arguments in one line, without the usage of 60."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        refused = _REFUSED.search(message)
+        line = f"{refused[1]} has no option {refused[2]!r}" if refused else " ".join(message.split())
+        print(f"moe-precision fit: error: {line}; `moe-precision fit --help` lists the options", file=sys.stderr)
+        sys.exit(2)
+
 
 class FitCLI(LightningCLI):
     """LightningCLI with ``--plan`` and ``--train``."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        made = super().init_parser(**kwargs)
+        made.__class__ = _Parser  # whatever made it, only its errors differ
+        return made
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--plan", type=str | None, default=None, help="precision plan that training ends on")

@@ -16,11 +16,10 @@ from .commands import SUMMARIES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status. User errors print one line and return 2; ``fit`` raises them."""
+    """Runs one command; returns the exit status. User errors print one line and return 2; training raises its own."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["fit"] and arguments[1:] not in ([], ["-h"], ["--help"]):
-        _module("fit").train(arguments[1:])
-        return 0
+    if arguments[:1] == ["fit"] and arguments[1:]:
+        return _fit(arguments[1:])
     options = parser(arguments[:1]).parse_args(arguments)
     try:
         status: int | None = options.run(options)
@@ -28,6 +27,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"moe-precision {options.command}: error: {error}", file=sys.stderr)
         return 2
     return status or 0
+
+
+def _fit(arguments: list[str]) -> int:
+    """``fit`` with arguments, which LightningCLI reads; what goes wrong in training keeps its traceback."""
+    fit = _module("fit")
+    if arguments in (["-h"], ["--help"]):
+        commands = parser(["fit"])._subparsers
+        assert commands is not None
+        fit.print_help(commands._group_actions[0].choices["fit"])  # type: ignore[index]
+        return 0
+    try:
+        arguments = fit.with_packaged_recipes(arguments)
+    except FileNotFoundError as error:
+        print(f"moe-precision fit: error: {error}", file=sys.stderr)
+        return 2
+    fit.train(arguments)
+    return 0
 
 
 def parser(with_options: Iterable[str] = tuple(SUMMARIES)) -> argparse.ArgumentParser:

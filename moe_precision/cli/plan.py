@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..allocation.allocator import make_plan
 from ..allocation.calibration import Calibration, calibration_on
-from ..allocation.weights import StoredWeights
 from ..checkpoints.checkpoint import Checkpoint, load_model
 from ..checkpoints.sources import StreamingError
 from ..files import check_writable
 from ..layers.moe_layers import find_moe_layers
-from ..layers.patterns import Patterns
-from ..plans.beside import PlanFiles, existing
+from ..plans.beside import PlanFiles
 from ..plans.methods import AUTO, PLAN_METHODS, reads
 from ..plans.plan import PrecisionPlan
 from ..plans.settings import PlanSettings
 from ..present.tables import plan_table, show
 from ..recording.collecting import collect_statistics
-from ..recording.curvature import Curvature, CurvatureError
+from ..recording.curvature import Curvature
 from ..recording.gradients import curvature_of_losses
 from ..recording.history import RouterNormHistory
-from ..recording.statistics import ExpertStatistics, StatisticsError
+from ..recording.statistics import ExpertStatistics
+from .found import beside_history
 from .options import Commands, add_command, add_dataset, add_plan_settings, data_of, dataset_name, positive, settings_of
 
 
@@ -105,42 +103,20 @@ def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, _Known]:
 def _known(options: argparse.Namespace, settings: PlanSettings, final: str | None, history: str | None) -> _Known:
     """Files that are named or stand beside the history, where the method reads them; or taken from batches now."""
     found = _Known(options.curvature, options.statistics)
-    for kind in ("curvature", "statistics"):
+    kinds: tuple[Literal["curvature", "statistics"], ...] = ("curvature", "statistics")
+    for kind in kinds:
         file, batches = getattr(options, kind), getattr(options, f"{kind}_batches")
         if batches is None:
-            if file is None and (settings.method == AUTO or reads(settings.method, kind)):
-                setattr(found, kind, existing(kind, history))
+            if file is None and history is not None and (settings.method == AUTO or reads(settings.method, kind)):
+                of = final if settings.method == AUTO else None  # a method that needs the file says what is wrong
+                setattr(found, kind, beside_history(kind, history, of))
         elif file is not None:
             raise ValueError(f"--{kind} and --{kind}-batches are two sources of one thing; give one")
         elif final is None:
             raise ValueError(f"--{kind}-batches runs the trained model: give its checkpoint")
-    if final is not None and history is not None and settings.method == AUTO:
-        given = {kind for kind in ("curvature", "statistics") if getattr(options, kind) is not None}
-        _leave_out_others(found, given, settings.patterns or RouterNormHistory.load(history).patterns, final)
     if final is not None and (options.curvature_batches or options.statistics_batches):
         _run_batches(options, settings, final, history, found)
     return found
-
-
-def _leave_out_others(found: _Known, given: set[str], patterns: Patterns, final: str) -> None:
-    """Forgets files that were not named and belong to other weights, such as those of the last step of the run."""
-    loads: dict[str, Callable[[Any], Curvature | ExpertStatistics]]
-    loads = {"curvature": Curvature.load, "statistics": ExpertStatistics.load}
-    beside = {kind: getattr(found, kind) for kind in loads if kind not in given and getattr(found, kind) is not None}
-    if not beside:
-        return
-    with Checkpoint(final) as checkpoint:
-        try:
-            weights = StoredWeights(checkpoint, patterns).snapshot(variance=False)
-        except StreamingError:
-            return  # the whole model is loaded later, and the files are checked then
-    for kind, path in beside.items():
-        file = loads[kind](path).for_layers(weights.layers)
-        try:
-            file.check_router_norms(weights.router_norms)
-        except (CurvatureError, StatisticsError) as error:
-            print(f"leaves out {path}: {str(error).split('. ')[0]}", file=sys.stderr)
-            setattr(found, kind, None)
 
 
 def _run_batches(

@@ -12,6 +12,7 @@ from typing import Any
 from ..allocation.weights import StoredWeights
 from ..checkpoints.checkpoint import Checkpoint, load_model
 from ..checkpoints.folders import check_quantizing
+from ..checkpoints.tokenizer import load_tokenizer
 from ..files import check_writable
 from ..layers.moe_layers import find_moe_layers
 from ..plans.beside import existing
@@ -169,6 +170,7 @@ def _quantize_with_auto_round(options: argparse.Namespace, plan: PrecisionPlan) 
         raise ValueError(f"{', '.join(given)} cannot be used with --backend auto-round, which fits the weights itself")
     with Checkpoint(options.checkpoint) as source:
         check_plan_is_for(plan, StoredWeights(source, plan.patterns).snapshot(variance=False).router_norms)
+    load_tokenizer(options.checkpoint)  # which AutoRound writes into OUT
     if options.tokenizer is not None:
         raise ValueError("--backend auto-round takes the checkpoint's own tokenizer: save --tokenizer's there instead")
     blocks: list[Any] = []

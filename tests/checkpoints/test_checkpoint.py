@@ -232,3 +232,12 @@ def test_an_open_checkpoint_serves_everywhere(saved):
     with Checkpoint(folder) as checkpoint:
         assert allocate(checkpoint, checkpoint, **how).diff(allocate(folder, folder, **how)) == []
         assert load_model(checkpoint).config.model_type == "mixtral"
+
+
+def test_a_folder_of_adapters_says_merge_first(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = build("mixtral")
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds PEFT adapters; merge first: model.merge_and_unload\(\)"):
+        Checkpoint(tmp_path)

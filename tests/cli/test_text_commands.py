@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from moe_precision import allocate
 from moe_precision.cli.main import main
 from moe_precision.recipes.text_data import load_tokenizer, train_tokenizer
 
@@ -74,6 +75,27 @@ def test_a_checkpoint_without_tokenizer_needs_one_by_name(held, tmp_path, capsys
         assert "--tokenizer FOLDER or NAME" in capsys.readouterr().err
     assert main(["evaluate", str(bare), "--heldout", str(folder), "--tokenizer", str(tmp_path / "model")]) == 0
     assert f"{tokens:,} tokens" in tables(capsys.readouterr().out)[0]
+
+
+def test_a_table_is_read_by_its_column(held, tmp_path, capsys):
+    folder, tokens, _ = held
+    rows = [json.dumps({"body": file.read_text(), "label": "no text"}) for file in folder.iterdir()]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    command = ["evaluate", str(tmp_path / "model"), "--heldout", str(tmp_path / "rows.jsonl")]
+    assert main(command) == 2
+    assert "has the columns ['body', 'label'], not ['text']" in capsys.readouterr().err
+    assert main([*command, "--text-column", "body"]) == 0
+    assert f"12 documents, {tokens:,} tokens" in tables(capsys.readouterr().out)[0]
+
+
+def test_auto_round_refuses_what_it_would_write_without_a_tokenizer(held, tmp_path, capsys):
+    plan = allocate(tmp_path / "model", method="uniform", average_bits=2, group_size=64)
+    plan.save(tmp_path / "plan.json")
+    for file in (tmp_path / "model").glob("token*"):
+        file.unlink()
+    command = ["quantize", str(tmp_path / "model"), str(tmp_path / "plan.json"), str(tmp_path / "out")]
+    assert main([*command, "--backend", "auto-round", "--iterations", "0"]) == 2
+    assert "no tokenizer could be loaded" in capsys.readouterr().err
 
 
 def test_the_tokenizer_of_another_model_is_refused(held, tmp_path, capsys):

@@ -19,6 +19,7 @@ from moe_precision import (
 from moe_precision.cli.main import main
 from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.plans.beside import PlanFiles
+from moe_precision.recipes.text_data import train_tokenizer
 from moe_precision.recording.collecting import collect_statistics
 from moe_precision.recording.gradients import curvature_of_losses
 from moe_precision.recording.router_norms import router_norms
@@ -28,7 +29,7 @@ from tests.support.models import build
 @pytest.fixture
 def steps(tmp_path):
     """A run whose best weights are those of step 3, ``best``, and whose plan is of step 5, ``last``."""
-    model = build("mixtral")
+    model = build("mixtral", vocab_size=300)
     layers = find_moe_layers(model)
     history = RouterNormHistory.of(layers, "mixtral")
     for step, scale in ((0, 1.0), (3, 1.1), (5, 1.2)):
@@ -94,6 +95,20 @@ def test_files_of_the_last_step_are_left_out_of_a_plan_for_another(steps, capsys
     capsys.readouterr()
     assert main([*command, "--curvature", str(files.curvature), "-o", str(steps / "other.json")]) == 2
     assert "the curvature belongs to other weights" in capsys.readouterr().err
+
+
+def test_compare_leaves_them_out_too(steps, tmp_path, capsys):
+    text = "some words and some more\n" * 200
+    (tmp_path / "text.txt").write_text(text)
+    train_tokenizer([text], 300).save_pretrained(steps / "best")
+    model = load_model(steps / "last", dtype="float32")
+    ids = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))
+    files = PlanFiles.of(steps / "plan.json")
+    collect_statistics(model, [{"input_ids": ids}]).save(files.statistics)
+    command = ["compare", str(steps / "best"), str(files.history), "--heldout", str(tmp_path / "text.txt")]
+    command += ["--methods", "norm_only", "--group-size", "64", "--calibration-batches", "0"]
+    assert main(command) == 0
+    assert "leaves out " in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,0 +1,49 @@
+"""``fit`` as a user types it: help that lists recipes and options, wrong arguments in one line."""
+
+import pytest
+
+from moe_precision.cli.main import main
+
+RECIPE = ["fit", "--config", "pretrain_mixtral"]
+
+
+def test_help_lists_recipes_and_options(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert (
+        "  pretrain_mixtral: Pretrain a small Mixtral on Python's standard library and write its precision plan\n"
+        in out
+    )
+    assert "  recover: Recover what quantizing costs\n" in out
+    assert "--trainer.max_steps" in out
+    assert "--train {all,routers}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.sequence_lenght", "3"], "moe_precision.recipes.TextDataModule has no option 'sequence_lenght'"),
+        (["--trainer.max_stepz", "3"], "unrecognized arguments: --trainer.max_stepz 3"),
+        (
+            ["--trainer.max_steps", "many"],
+            "Parser key \"trainer.max_steps\": Expected a <class 'int'>. Got value: many",
+        ),
+        (["--model.checkpoin", "x"], "moe_precision.recipes.CausalLM has no option 'checkpoin'"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pytest"])  # LightningCLI warns where there are arguments other than its own
+    with pytest.raises(SystemExit) as stop:
+        main([*RECIPE, *arguments])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"moe-precision fit: error: {message}; `moe-precision fit --help` lists the options"
+
+
+def test_an_unknown_recipe_is_one_line(capsys):
+    assert main(["fit", "--config", "pretrain_mixtrall"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "moe-precision fit: error: --config 'pretrain_mixtrall': no such file, and"
+    )
