@@ -12,6 +12,7 @@ from torch import nn
 
 from moe_precision.allocation.allocator import make_plan
 from moe_precision.allocation.calibration import Calibration, check_whole
+from moe_precision.callbacks.restored import keeps_two_weights
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.plans.methods import AUTO, reads
 from moe_precision.plans.plan import PrecisionPlan
@@ -26,19 +27,30 @@ from moe_precision.recording.statistics import ExpertStatistics
 UNASKED_WEIGHTS = 10**9  # of all experts, up to which "auto" measures what widths cost: minutes on a CPU
 
 
-def check_run(settings: PlanSettings, layers: list[MoELayer], optimizers: Sequence[Any]) -> None:
+def check_run(
+    settings: PlanSettings, layers: list[MoELayer], optimizers: Sequence[Any], curvature_batches: int | None = None
+) -> None:
     """Before training: checks that its optimizers will leave what the method reads.
 
     Args:
         settings: What is asked.
         layers: Of the model.
         optimizers: That train it, as far as they are known.
+        curvature_batches: From how many batches curvature is taken instead of from the optimizers.
 
     Raises:
         CurvatureError: The method reads second moments, and there will be none.
         AllocationError: With ``method="auto"``, there will be none, and without costs no plan can be as it is asked.
     """
+    if keeps_two_weights(optimizers):
+        rank_zero_warn(
+            "the optimizer is schedule-free: norms on the way are of the weights where gradients are taken, and the "
+            "last norms, the plan and the checkpoint of what is in the model when training ends. Have the averaged "
+            "weights there: call optimizer.eval() in the module's on_train_epoch_end, which comes before on_train_end"
+        )
     named = reads(settings.method, "curvature")
+    if curvature_batches is not None:
+        return
     if not named and settings.method != AUTO:
         return
     try:

@@ -146,13 +146,12 @@ class PlanRecorder:
         rank_zero_info(f"{type(self).__name__}: recording\n{as_text(layers_table(self._layers))}")
         folder = self._files.folder
         needed = reads(self.settings.method, "statistics")
-        if self.curvature_batches is None:
-            check_run(self.settings, self._layers, optimizers)
+        check_run(self.settings, self._layers, optimizers, self.curvature_batches)
         self._collecting.start(model, self._layers, step, total, folder, obstacle, needed)
         if fresh.caveats:
             rank_zero_warn(f"{type(self).__name__}: {caveat_text(fresh.caveats)}.")
         if self.history.steps and self.history.steps[-1] <= step:  # else it is from an earlier run
-            check_restored(self.history, fresh, self._layers, step, type(self).__name__)
+            check_restored(self.history, fresh, self._layers, step, type(self).__name__, optimizers)
             self.history.caveats, self.history.patterns = fresh.caveats, fresh.patterns
             self.history.dtypes = fresh.dtypes
             self._loads.start(self._layers, self.history, model)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 
 from moe_precision.layers.moe_layers import MoELayer
 from moe_precision.recording.history import HistoryError, RouterNormHistory
@@ -14,8 +18,19 @@ NOT_RESTORED = (
 )
 
 
+def keeps_two_weights(optimizers: Iterable[Any]) -> bool:
+    """Whether an optimizer is schedule-free: it trains one set of weights, and ``optimizer.eval()`` puts in another."""
+    inner = (getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers)
+    return any(callable(getattr(one, "eval", None)) for one in inner)
+
+
 def check_restored(
-    history: RouterNormHistory, fresh: RouterNormHistory, layers: list[MoELayer], step: int, owner: str
+    history: RouterNormHistory,
+    fresh: RouterNormHistory,
+    layers: list[MoELayer],
+    step: int,
+    owner: str,
+    optimizers: Iterable[Any] = (),
 ) -> None:
     """Checks a history that a checkpoint brought against the model; a collective where reading norms is one.
 
@@ -25,6 +40,8 @@ def check_restored(
         layers: Of the model.
         step: At which the run resumes.
         owner: Name of the callback, for messages.
+        optimizers: Of the run. Under a schedule-free one the record may be of the weights where gradients are taken,
+            and the checkpoint of their average: a difference is reported, and no error.
 
     Raises:
         HistoryError: Its layers are others, or the routers are not those of the checkpoint: the run would train
@@ -42,6 +59,13 @@ def check_restored(
     tolerance = 1e-5 if history.dtypes == fresh.dtypes else 1e-2  # a float32 run may resume in bfloat16
     if not torch.allclose(now, recorded, rtol=tolerance, atol=0, equal_nan=True):
         difference = float(((now - recorded).abs() / recorded.clamp(min=1e-30)).max())
+        if keeps_two_weights(optimizers):
+            rank_zero_warn(
+                f"{owner}: the routers' norms differ by up to {difference:.2%} from those recorded at step {step}. "
+                "That is right if the checkpoint holds the averaged weights of the schedule-free optimizer and the "
+                "record those where gradients are taken; if it is too much for that, the checkpoint was not restored"
+            )
+            return
         raise HistoryError(
             f"{owner}: the routers of this model are not those whose norms were recorded at step "
             f"{step} (a norm differs by {difference:.2%}): the checkpoint was not restored into the model. "

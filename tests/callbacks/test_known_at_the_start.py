@@ -9,8 +9,9 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from moe_precision import AllocationError, MoELayerError
+from moe_precision import AllocationError, HistoryError, MoELayerError, RouterNormHistory, router_norms
 from moe_precision.callbacks import PrecisionAnneal, RouterNormTrainerCallback, SavePretrained
+from moe_precision.callbacks.restored import check_restored
 from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.moe_layers import find_moe_layers
@@ -214,6 +215,41 @@ def test_what_an_optimizer_will_keep(optimizer, keeps, family):
     assert torch.equal(torch.get_rng_state(), state)
     assert not made.state
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights.items())
+
+
+# -- schedule-free optimizers ----------------------------------------------------------------------------------------
+
+
+class ScheduleFree(torch.optim.AdamW):
+    """`eval` would put the averaged weights into the model."""
+
+    def eval(self):
+        pass
+
+
+def test_a_resume_under_a_schedule_free_optimizer_is_no_error():
+    """The record may be of the weights where gradients are taken, and the checkpoint of their average."""
+    model = build("mixtral")
+    layers = find_moe_layers(model)
+    history = RouterNormHistory.of(layers, "mixtral", {})
+    history.record(5, router_norms(layers))
+    fresh = RouterNormHistory.of(layers, "mixtral", {})
+    check_restored(history, fresh, layers, 5, "Owner")
+    with torch.no_grad():
+        layers[0].router_is.parameter().mul_(1.001)
+    with pytest.warns(UserWarning, match=r"norms differ by up to 0.10% from those recorded at step 5.*schedule-free"):
+        check_restored(history, fresh, layers, 5, "Owner", [ScheduleFree(model.parameters())])
+    with pytest.raises(HistoryError, match="the checkpoint was not restored"):
+        check_restored(history, fresh, layers, 5, "Owner", [torch.optim.AdamW(model.parameters())])
+
+
+def test_a_schedule_free_optimizer_is_told_at_the_start(tmp_path):
+    class WithIt(Module):
+        def configure_optimizers(self):
+            return ScheduleFree(self.parameters(), lr=1e-2)
+
+    with pytest.warns(UserWarning, match=r"schedule-free.*call optimizer.eval\(\)"):
+        trainer(tmp_path, monitor(method="router_norm")).fit(WithIt(), data(2))
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------
