@@ -91,7 +91,12 @@ def plan_of_run(
         return make_plan(settings, None, history, curvature, known)
     with isolate_rng(), left_as_it_is(model):
         calibration = _calibration(model, history, steps)
-        return make_plan(settings, model, history, curvature, known, calibration)
+        if calibration is not None:
+            try:
+                return make_plan(settings, model, history, curvature, known, calibration)
+            except Exception as error:  # a step that raises, predictions that are not finite
+                rank_zero_info(f"costs are not calibrated: {error}")
+        return make_plan(settings, model, history, curvature, known)
 
 
 def _calibration(
