@@ -127,6 +127,9 @@ def _means_in(state: dict[str, Any], parameter: Tensor, beta: float) -> Means:
         return row_and_column_means(moment)
     for rows, columns in (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col")):  # Adafactor, torch's and HF's
         if isinstance(state.get(rows), Tensor):
+            if rows == "row_var" and state[rows].dtype in (torch.bfloat16, torch.float16):
+                # torch's steps in this dtype, with a share for the new that falls to nothing; transformers' in float32
+                raise ValueError(f"Adafactor's moments in {state[rows].dtype} hardly decay: train in float32")
             leading, inp = parameter.shape[:-1], (*parameter.shape[:-2], parameter.shape[-1])
             return state[rows].float().cpu().reshape(leading), state[columns].float().cpu().reshape(inp)
     if isinstance(state.get("state2"), Tensor) and state["state2"].dtype == torch.uint8:  # bitsandbytes' Adam8bit

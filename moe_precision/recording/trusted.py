@@ -45,7 +45,8 @@ def problem_of(optimizer: Any) -> str | None:
     name = f"{type(inner).__module__.split('.')[0]}.{type(inner).__name__}"
     step = inspect.unwrap(type(inner).step)
     decay = _KNOWN.get((step.__module__.split(".")[0], step.__qualname__.split(".")[0]))
-    if decay is None or name.endswith("4bit"):  # 4 bits round small moments up
+    coarse = any(base.__name__.endswith("4bit") for base in type(inner).__mro__)  # 4 bits round small moments up
+    if decay is None or coarse:
         return f"{name} is not among the optimizers whose moments were found to be means of squared gradients"
     for group in inner.param_groups:
         amount = group.get("weight_decay", 0)

@@ -96,6 +96,15 @@ def test_sixteen_bit_moments_that_cannot_decay_are_refused():
         curvature_of(find_moe_layers(model), [optimizer])
 
 
+def test_adafactor_of_torch_in_sixteen_bits_is_refused():
+    """Its state is of the parameters' dtype; transformers' is float32."""
+    model = build("mixtral").bfloat16()
+    curvature_of(find_moe_layers(model), [trained_with(Adafactor, model, relative_step=False, scale_parameter=False)])
+    optimizer = trained_with(torch.optim.Adafactor, model)
+    with pytest.raises(CurvatureError, match=r"Adafactor's moments in torch.bfloat16 hardly decay"):
+        curvature_of(find_moe_layers(model), [optimizer])
+
+
 def test_a_state_of_another_shape_is_an_error_of_curvature():
     """And not one that ends a run before its model is saved."""
     model = build("mixtral")
