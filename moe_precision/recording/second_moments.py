@@ -76,7 +76,7 @@ def _second_moments(optimizers: Iterable[Any]) -> tuple[dict[int, _Moment], dict
     problems: dict[int, str] = {}
     for optimizer in optimizers:
         inner = getattr(optimizer, "optimizer", optimizer)
-        problem = problem_of(inner)
+        problem = problem_of(optimizer)
         for group in inner.param_groups:
             beta = float(group.get("betas", (0.0, 0.0))[1])
             for parameter in group["params"]:
