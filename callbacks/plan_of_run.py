@@ -102,9 +102,11 @@ def plan_of_run(
 def _calibration(
     model: nn.Module, history: RouterNormHistory, steps: Iterable[Callable[[], object]]
 ) -> Calibration | None:
-    steps = iter(steps)
+    asked, steps = steps != (), iter(steps)
     first = next(steps, None)
     if first is None:
+        if asked:
+            rank_zero_info("costs are not calibrated: the training data has no batch left")
         return None
     if world_size() > 1:
         rank_zero_info("costs are not calibrated: that runs in one process alone")
