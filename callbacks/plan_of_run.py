@@ -103,15 +103,22 @@ def plan_of_run(
         return make_plan(settings, None, history, curvature, known)
     with isolate_rng(), left_as_it_is(model):
         calibration = _calibration(model, history, steps)
-        return make_plan(settings, model, history, curvature, known, calibration)
+        if calibration is not None:
+            try:
+                return make_plan(settings, model, history, curvature, known, calibration)
+            except Exception as error:  # a step that raises, predictions that are not finite
+                rank_zero_info(f"costs are not calibrated: {error}")
+        return make_plan(settings, model, history, curvature, known)
 
 
 def _calibration(
     model: nn.Module, history: RouterNormHistory, steps: Iterable[Callable[[], object]]
 ) -> Calibration | None:
-    steps = iter(steps)
+    asked, steps = steps != (), iter(steps)
     first = next(steps, None)
     if first is None:
+        if asked:
+            rank_zero_info("costs are not calibrated: the training data has no batch left")
         return None
     if world_size() > 1:
         rank_zero_info("costs are not calibrated: that runs in one process alone")

@@ -8,10 +8,13 @@ are all quantized: one number for each layer, projection and width, to which the
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -29,6 +32,7 @@ from .costs import Costs, pricing, quantized_matrix
 
 TOKENS = 4096  # enough: factors from 16,384 gave the same plans
 _KEPT_BYTES = 2**29  # of log-probabilities
+_UNSTEADY = 1e-4  # nats per token between two passes of the same weights, above which costs of 4 bits drown
 
 
 class Calibration:
@@ -43,7 +47,8 @@ class Calibration:
         tokens: Number of tokens that are compared.
 
     Raises:
-        AllocationError: The model is none of transformers', there is no batch, or no logits come out.
+        AllocationError: The model is none of transformers', there is no batch, no logits come out, or they differ from
+            one pass to the next.
     """
 
     def __init__(self, model: nn.Module, steps: Iterable[Callable[[], Any]]) -> None:
@@ -63,13 +68,19 @@ class Calibration:
                 break
         if not self.tokens:
             raise AllocationError("calibration needs at least one batch with tokens")
+        if not (unsteady := self.divergence()) < _UNSTEADY:
+            raise AllocationError(
+                f"the same weights give predictions that are {unsteady:.2g} nats per token apart from one pass to the "
+                "next: do batches change at random in the training step?"
+            )
 
     def divergence(self) -> float:
         """Mean KL divergence of the model as it is now from what it was, in nats per token."""
         total = 0.0
         for step, before in zip(self._steps, self._float, strict=True):
             now = self._logits(step).log_softmax(-1)
-            total += float((before.exp() * (before - now)).sum(dtype=torch.float64))
+            terms = (before.exp() * (before - now)).masked_fill_(before == -torch.inf, 0)  # no probability, no part
+            total += float(terms.sum(dtype=torch.float64))
         return max(total, 0.0) / self.tokens
 
     @torch.no_grad()
@@ -87,14 +98,31 @@ class Calibration:
 
         handle = self._root.register_forward_hook(hook, with_kwargs=True)
         try:
-            with modes_kept(self._model):
+            with modes_kept(self._model), _same_random_numbers():
                 self._model.eval()
+                torch.clear_autocast_cache()  # autocast around this would keep the weights of the pass before
                 step()
         finally:
             handle.remove()
         if not seen:
             raise AllocationError("calibration needs batches that go through the transformers model")
         return torch.cat(seen)
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Inside, random numbers are the same every time: a training step may mask or disturb its batch with them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def calibration_on(model: nn.Module, batches: Iterable[Any]) -> Calibration:

@@ -76,7 +76,7 @@ def _second_moments(optimizers: Iterable[Any]) -> tuple[dict[int, _Moment], dict
     problems: dict[int, str] = {}
     for optimizer in optimizers:
         inner = getattr(optimizer, "optimizer", optimizer)
-        problem = problem_of(inner)
+        problem = problem_of(optimizer)
         for group in inner.param_groups:
             beta = float(group.get("betas", (0.0, 0.0))[1])
             for parameter in group["params"]:
@@ -126,6 +126,9 @@ def _means_in(state: dict[str, Any], parameter: Tensor, beta: float) -> Means:
         return row_and_column_means(moment)
     for rows, columns in (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col")):  # Adafactor, torch's and HF's
         if isinstance(state.get(rows), Tensor):
+            if rows == "row_var" and state[rows].dtype in (torch.bfloat16, torch.float16):
+                # torch's steps in this dtype, with a share for the new that falls to nothing; transformers' in float32
+                raise ValueError(f"Adafactor's moments in {state[rows].dtype} hardly decay: train in float32")
             leading, inp = parameter.shape[:-1], (*parameter.shape[:-2], parameter.shape[-1])
             return state[rows].float().cpu().reshape(leading), state[columns].float().cpu().reshape(inp)
     if isinstance(state.get("state2"), Tensor) and state["state2"].dtype == torch.uint8:  # bitsandbytes' Adam8bit

@@ -26,6 +26,7 @@ _KNOWN = {  # package and class that defines `step`
     ("torchao", "_AdamBase"): _BY_ATTRIBUTE,
     ("bitsandbytes", "Optimizer8bit"): _DECOUPLED,
 }
+_WRAPPERS = ("pytorch_lightning", "lightning", "lightning_fabric", "accelerate", "deepspeed")  # change no gradient
 
 
 def problem_of(optimizer: Any) -> str | None:
@@ -41,11 +42,13 @@ def problem_of(optimizer: Any) -> str | None:
         >>> problem_of(torch.optim.Adam(weights, weight_decay=0.1)).split(", so")[0]
         'torch.optim.Adam adds the weight decay of 0.1 to the gradient'
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
+    known_wrapper = type(optimizer).__module__.split(".")[0] in _WRAPPERS
+    inner = getattr(optimizer, "optimizer", optimizer) if known_wrapper else optimizer
     name = f"{type(inner).__module__.split('.')[0]}.{type(inner).__name__}"
-    step = inspect.unwrap(type(inner).step)
+    step = inspect.unwrap(getattr(type(inner), "step", problem_of))
     decay = _KNOWN.get((step.__module__.split(".")[0], step.__qualname__.split(".")[0]))
-    if decay is None or name.endswith("4bit"):  # 4 bits round small moments up
+    coarse = any(base.__name__.endswith("4bit") for base in type(inner).__mro__)  # 4 bits round small moments up
+    if decay is None or coarse:
         return f"{name} is not among the optimizers whose moments were found to be means of squared gradients"
     for group in inner.param_groups:
         amount = group.get("weight_decay", 0)

@@ -141,3 +141,33 @@ def test_adapters_are_refused():
     layers = find_moe_layers(adapted)
     with pytest.raises(AllocationError, match="behind an adapter"):
         calibrated_costs(layers, (2,), 64, None, None, calibration_on(adapted, batches()))
+
+
+def test_a_step_that_disturbs_its_batch_at_random_does_so_equally_each_time():
+    model, ids = build("mixtral"), batches(1)[0]["input_ids"]
+
+    def step():
+        return model(input_ids=torch.where(torch.rand(ids.shape) < 0.5, torch.randint(3, 128, ids.shape), ids))
+
+    before = torch.get_rng_state()
+    assert Calibration(model, [step]).divergence() < 1e-9
+    assert torch.equal(torch.get_rng_state(), before)
+    own = torch.Generator()
+    with pytest.raises(AllocationError, match="from one pass to the next"):
+        Calibration(model, [lambda: model(input_ids=torch.randint(3, 128, ids.shape, generator=own))])
+
+
+def test_tokens_that_the_model_rules_out_have_no_part():
+    model = build("mixtral")
+    model.lm_head.register_forward_hook(
+        lambda module, args, logits: logits.index_fill(-1, torch.tensor([5]), -torch.inf)
+    )
+    costs = calibrated_costs(find_moe_layers(model), (1,), 64, None, None, calibration_on(model, batches()))
+    assert all(0 < found.sum() < torch.inf for of in costs.values() for found in of.values())
+
+
+def test_autocast_around_it_keeps_no_weights_of_the_pass_before():
+    model = build("switch_transformers")  # its experts are linear layers, whose cast weights autocast keeps
+    with torch.autocast("cpu", torch.bfloat16):
+        costs = calibrated_costs(find_moe_layers(model), (1,), 64, None, None, calibration_on(model, batches()))
+    assert all(found.sum() > 0 for of in costs.values() for found in of.values())

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer as HFTrainer
 from transformers import TrainingArguments
 
-from moe_precision import PrecisionPlan, allocate, quantize_model
+from moe_precision import PrecisionPlan, RouterNormHistory, allocate, find_moe_layers, quantize_model
 from moe_precision.callbacks import (
     PrecisionAnneal,
     RouterNormMonitor,
@@ -16,8 +16,10 @@ from moe_precision.callbacks import (
     plan_of_run,
     statistics_recorder,
 )
+from moe_precision.plans.settings import PlanSettings
 from moe_precision.recording import collecting
 from moe_precision.recording.collecting import collect_statistics
+from moe_precision.recording.router_norms import router_norms
 from moe_precision.recording.statistics import ExpertStatistics, StatisticsError
 from tests.callbacks.test_router_norm_monitor import Module, TwoOptimizers, data, monitor, trainer
 from tests.support.models import build
@@ -215,3 +217,26 @@ def test_costs_of_many_weights_are_not_measured_unasked(tmp_path, monkeypatch):
     asked = RouterNormMonitor(group_size=64, method="curvature", export_to="asked.json")
     trainer(tmp_path, asked, max_epochs=1, max_steps=-1).fit(OfAModel(), DataLoader(rows(), batch_size=3))
     assert PrecisionPlan.load(tmp_path / "asked.json").method == "curvature"
+
+
+def test_a_plan_is_made_where_calibration_fails(monkeypatch):
+    model = build("mixtral")
+    layers = find_moe_layers(model)
+    history = RouterNormHistory.of(layers, "mixtral")
+    history.record(0, router_norms(layers))
+    history.record(1, router_norms(layers) + 1)
+    settings = PlanSettings(method="weight_error", average_bits=2.5, bits=(2, 3), group_size=64)
+    calls, told = [], []
+    monkeypatch.setattr(plan_of_run, "rank_zero_info", told.append)
+
+    def step():
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("out of memory")
+        return model(input_ids=torch.arange(3, 15).reshape(1, 12))
+
+    plan = plan_of_run.plan_of_run(settings, model, history, None, None, [step])
+    assert "calibration_tokens" not in plan.notes
+    assert told == ["costs are not calibrated: out of memory"]
+    plan_of_run.plan_of_run(settings, model, history, None, None, iter(()))
+    assert told[1:] == ["costs are not calibrated: the training data has no batch left"]

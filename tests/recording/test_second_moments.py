@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from pytorch_lightning.core.optimizer import LightningOptimizer
 from transformers.optimization import Adafactor
 
 from moe_precision import find_moe_layers
@@ -94,6 +97,31 @@ def test_sixteen_bit_moments_that_cannot_decay_are_refused():
     optimizer = trained_with(torch.optim.AdamW, model, betas=(0.9, 0.999))
     with pytest.raises(CurvatureError, match=r"torch.bfloat16 hardly decays with beta2=0.999"):
         curvature_of(find_moe_layers(model), [optimizer])
+
+
+def test_adafactor_of_torch_in_sixteen_bits_is_refused():
+    """Its state is of the parameters' dtype; transformers' is float32."""
+    model = build("mixtral").bfloat16()
+    curvature_of(find_moe_layers(model), [trained_with(Adafactor, model, relative_step=False, scale_parameter=False)])
+    optimizer = trained_with(torch.optim.Adafactor, model)
+    with pytest.raises(CurvatureError, match=r"Adafactor's moments in torch.bfloat16 hardly decay"):
+        curvature_of(find_moe_layers(model), [optimizer])
+
+
+def test_a_wrapper_that_nobody_knows_is_not_looked_through():
+    """It may change the gradients before the optimizer inside sees them, as OrthoGrad does."""
+
+    class OrthoGrad:
+        def __init__(self, optimizer):
+            self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+    model = build("mixtral")
+    optimizer = trained_with(torch.optim.AdamW, model)
+    curvature_of(find_moe_layers(model), [LightningOptimizer(optimizer)])
+    Accelerator(cpu=True)
+    curvature_of(find_moe_layers(model), [AcceleratedOptimizer(optimizer)])
+    with pytest.raises(CurvatureError, match="OrthoGrad is not among"):
+        curvature_of(find_moe_layers(model), [OrthoGrad(optimizer)])
 
 
 def test_a_state_of_another_shape_is_an_error_of_curvature():
