@@ -92,8 +92,9 @@ class Calibration:
             logits = getattr(output, "logits", None)
             if not isinstance(logits, Tensor):
                 raise AllocationError(f"calibration needs logits, and {type(module).__name__} gives none")
-            chosen = logits[_kept(kwargs, logits)]
-            self._every = self._every or max(1, 4 * chosen.numel() // _KEPT_BYTES)
+            chosen = logits[_kept(kwargs, logits, self._root.config.is_encoder_decoder)]
+            expected = max(TOKENS, len(chosen)) * chosen.shape[-1] * 4  # bytes, if all were kept
+            self._every = self._every or -(-expected // _KEPT_BYTES)
             seen.append(chosen[:: self._every].float())
 
         handle = self._root.register_forward_hook(hook, with_kwargs=True)
@@ -130,13 +131,17 @@ def calibration_on(model: nn.Module, batches: Iterable[Any]) -> Calibration:
     return Calibration(model, (partial(run_batch, model, batch) for batch in batches))
 
 
-def _kept(kwargs: Mapping[str, Any], logits: Tensor) -> Tensor:
-    """Which positions are compared, ``(B, T)`` bool: those with a label, else those that are not padding."""
-    for name, padding in (("labels", -100), ("attention_mask", 0)):
-        given = kwargs.get(name)
-        if isinstance(given, Tensor) and given.shape == logits.shape[:-1]:
-            return given != padding
-    return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+def _kept(kwargs: Mapping[str, Any], logits: Tensor, encoder_decoder: bool) -> Tensor:
+    """Which positions are compared, ``(B, T)`` bool: those that predict a label, else those that are not padding."""
+    kept = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    labels, mask = kwargs.get("labels"), kwargs.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
+    if isinstance(labels, Tensor) and labels.shape == kept.shape:
+        if encoder_decoder:
+            return labels != -100
+        kept[:, :-1], kept[:, -1] = labels[:, 1:] != -100, False
+    elif isinstance(mask, Tensor) and mask.shape == kept.shape:
+        kept = mask != 0
+    return kept
 
 
 @torch.no_grad()

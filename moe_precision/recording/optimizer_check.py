@@ -31,7 +31,7 @@ def check_second_moments(layers: list[MoELayer], optimizers: Iterable[Any]) -> N
     for optimizer in optimizers:
         inner = getattr(optimizer, "optimizer", optimizer)
         trained = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
-        if experts & trained and (problem := problem_of(optimizer)) is not None:
+        if experts & trained and (problem := problem_of(optimizer, experts)) is not None:
             raise CurvatureError(
                 f"{problem}. Train the experts with AdamW or Adafactor, or let curvature_batches=64 take squared "
                 "gradients after the last step"

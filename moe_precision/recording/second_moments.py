@@ -76,8 +76,8 @@ def _second_moments(optimizers: Iterable[Any]) -> tuple[dict[int, _Moment], dict
     problems: dict[int, str] = {}
     for optimizer in optimizers:
         inner = getattr(optimizer, "optimizer", optimizer)
-        problem = problem_of(optimizer)
         for group in inner.param_groups:
+            problem = problem_of(optimizer, {id(parameter) for parameter in group["params"]})
             beta = float(group.get("betas", (0.0, 0.0))[1])
             for parameter in group["params"]:
                 key, state = id(parameter), inner.state.get(parameter, {})

@@ -10,6 +10,7 @@ refused by name.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Container
 from typing import Any
 
 _DECOUPLED = "decoupled"  # weight decay never enters the moment
@@ -29,11 +30,12 @@ _KNOWN = {  # package and class that defines `step`
 _WRAPPERS = ("pytorch_lightning", "lightning", "lightning_fabric", "accelerate", "deepspeed")  # change no gradient
 
 
-def problem_of(optimizer: Any) -> str | None:
+def problem_of(optimizer: Any, of: Container[int] | None = None) -> str | None:
     """Why an optimizer's second moments cannot be taken as running means of squared gradients; None if they can.
 
     Args:
         optimizer: A torch optimizer, or Lightning's or accelerate's wrapper around one.
+        of: Ids of the parameters whose moments count; None for all.
 
     Example:
         >>> import torch
@@ -51,6 +53,8 @@ def problem_of(optimizer: Any) -> str | None:
     if decay is None or coarse:
         return f"{name} is not among the optimizers whose moments were found to be means of squared gradients"
     for group in inner.param_groups:
+        if of is not None and not any(id(parameter) in of for parameter in group["params"]):
+            continue
         amount = group.get("weight_decay", 0)
         coupled = (decay == _BY_GROUP and not group.get("decoupled_weight_decay", False)) or (
             decay == _BY_ATTRIBUTE and not getattr(inner, "is_adamw", False)

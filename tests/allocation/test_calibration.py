@@ -37,11 +37,12 @@ def test_the_costs_of_a_projection_add_up_to_its_divergence(family):
             found = []
             for row in given:
                 wanted, got = (m(input_ids=row["input_ids"], **decoder(m, row)).logits for m in (model, packed))
+                if not model.config.is_encoder_decoder:  # the last position predicts no label
+                    wanted, got = wanted[:, :-1], got[:, :-1]
                 found.append(nn.functional.kl_div(got.log_softmax(-1), wanted.softmax(-1), reduction="sum"))
         expected = float(torch.stack(found).sum()) / calibration.tokens
-        assert float(costs[layer.name][projection][:, index].sum()) == pytest.approx(
-            expected, rel=0.02
-        )  # of numbers around 1e-6, in float32
+        total = float(costs[layer.name][projection][:, index].sum())
+        assert total == pytest.approx(expected, rel=0.02)  # numbers around 1e-6, in float32
         one, other = (of[layer.name][projection][:, index] for of in (costs, plain))
         torch.testing.assert_close(one / one.sum(), other / other.sum())
     assert (costs[layer.name][projection][:, 2] == 0).all()
@@ -58,7 +59,7 @@ def test_padding_is_not_compared():
     mask[:, 9:] = 0
     labels = ids.masked_fill(mask == 0, -100)
     assert calibration_on(model, [{"input_ids": ids, "attention_mask": mask}]).tokens == 18
-    assert calibration_on(model, [{"input_ids": ids, "labels": labels}]).tokens == 18
+    assert calibration_on(model, [{"input_ids": ids, "labels": labels}]).tokens == 16  # those that predict a label
     assert calibration_on(model, [{"input_ids": ids}]).tokens == 24
 
 
@@ -72,17 +73,17 @@ def test_no_more_batches_than_needed(monkeypatch):
             taken.append(batch)
             yield batch
 
-    assert calibration_on(model, given()).tokens == 48
+    assert calibration_on(model, given()).tokens == 44
     assert len(taken) == 2
-    monkeypatch.setattr(module, "_KEPT_BYTES", 4 * 128 * 8)  # 24 tokens of a vocabulary of 128: every third is kept
-    assert calibration_on(model, batches(5)).tokens == 16
+    monkeypatch.setattr(module, "_KEPT_BYTES", 4 * 128 * 8)  # room for 8 of 30 tokens: every fourth is kept
+    assert calibration_on(model, batches(5)).tokens == 12
 
 
 def test_a_plan_of_calibrated_costs():
     model = build("mixtral")
     asked = {"method": "weight_error", "bits": (1, 2, 3, 4), "group_size": 64}
     plan = allocate(model, average_bits=2, calibration=batches(), **asked)
-    assert plan.notes["calibration_tokens"] == 72
+    assert plan.notes["calibration_tokens"] == 66
     costs = calibrated_costs(find_moe_layers(model), (1, 2, 3, 4), 64, None, None, calibration_on(model, batches()))
     for name, layer in plan.layers.items():
         for projection, by in layer.costs.items():

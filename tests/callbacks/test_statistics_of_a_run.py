@@ -82,7 +82,7 @@ def test_of_a_transformers_model_under_lightning(tmp_path):
     known = {"curvature": callback.curvature, "statistics": found, "group_size": 64}
     expected = allocate(module.model, callback.history, calibration=batches, **known)
     assert plan.diff(expected) == []
-    assert plan.notes["calibration_tokens"] == expected.notes["calibration_tokens"] == 120
+    assert plan.notes["calibration_tokens"] == expected.notes["calibration_tokens"] == 108
     assert plan.diff(allocate(module.model, callback.history, **known)) != []
     quantize_model(module.model, tmp_path / "precision_plan.json")  # with the files beside it: no warning
 

@@ -206,3 +206,16 @@ def test_rarely_used_experts_are_on_the_same_scale():
     assert (skipped[3:] == 0).all()  # never used: known, and zero
     with pytest.raises(CurvatureError, match="no gradient has reached any expert"):
         curvature_of(find_moe_layers(model), [torch.optim.AdamW(model.parameters())])
+
+
+def test_weight_decay_of_groups_without_experts_does_not_matter():
+    model = build("mixtral")
+    layers = find_moe_layers(model)
+    experts = [weight.parameter() for layer in layers for bank in layer.banks.values() for weight in bank.weights]
+    others = [p for p in model.parameters() if not any(p is expert for expert in experts)]
+    groups = [{"params": experts}, {"params": others, "weight_decay": 0.1}]
+    optimizer = torch.optim.Adam(groups, lr=1e-3)
+    ids = torch.randint(3, 128, (2, 12))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert curvature_of(layers, [optimizer]).rows[layers[0].name]["down_proj"].sum() > 0
