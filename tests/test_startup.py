@@ -84,7 +84,7 @@ def test_importing_the_package_is_enough_to_load_a_packed_checkpoint(imports, pa
     assert out.splitlines()[-1] == "True"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "first",
     [

@@ -218,8 +218,9 @@ class AnnealStudy:
         else:
             model = load_model(checkpoint, dtype=torch.float32)
         if budget is not None and not anneals:
+            plan = PrecisionPlan.load(recovery.plan)  # of the weights before these steps
             model = quantize_model(
-                model, PrecisionPlan.load(recovery.plan), curvature=None if steps else recovery.curvature
+                model, plan.widths_only() if steps else plan, curvature=None if steps else recovery.curvature
             )
         return self.losses(model)
 

@@ -58,7 +58,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint folder at {str(folder)!r}; expected what save_pretrained writes")
-    if (folder / "adapter_config.json").is_file():
+    whole = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    if (folder / "adapter_config.json").is_file() and not whole:
         raise CheckpointError(
             f"{str(folder)!r} holds PEFT adapters; merge first: model.merge_and_unload().save_pretrained(FOLDER), and "
             "give that folder"

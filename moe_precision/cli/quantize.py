@@ -155,7 +155,7 @@ def _distill(options: argparse.Namespace, packed: Path, batches: Any) -> None:
 
 
 def _quantize_with_auto_round(options: argparse.Namespace, plan: PrecisionPlan) -> None:
-    from ..export.auto_round_backend import quantize_with_auto_round
+    from ..export.auto_round_backend import check_installed, quantize_with_auto_round
 
     ours = {
         "--curvature": options.curvature,
@@ -168,6 +168,7 @@ def _quantize_with_auto_round(options: argparse.Namespace, plan: PrecisionPlan) 
     given = [name for name, value in ours.items() if value is not None]
     if given:
         raise ValueError(f"{', '.join(given)} cannot be used with --backend auto-round, which fits the weights itself")
+    check_installed()
     with Checkpoint(options.checkpoint) as source:
         check_plan_is_for(plan, StoredWeights(source, plan.patterns).snapshot(variance=False).router_norms)
     load_tokenizer(options.checkpoint)  # which AutoRound writes into OUT

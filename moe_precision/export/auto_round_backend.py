@@ -37,6 +37,12 @@ class AutoRoundError(MoEPrecisionError, ValueError):
     """AutoRound is missing, failed, or did not do what the plan says."""
 
 
+def check_installed() -> None:
+    """Raises `AutoRoundError` without AutoRound."""
+    if find_spec("auto_round") is None:
+        raise AutoRoundError("AutoRound is not installed: pip install 'moe-precision[auto-round]'")
+
+
 def quantize_with_auto_round(
     checkpoint: str | os.PathLike[str],
     plan: PrecisionPlan | str | os.PathLike[str],
@@ -62,8 +68,7 @@ def quantize_with_auto_round(
         ExportError: Experts that nothing is known to unfuse.
         CheckpointError: The checkpoint is incomplete, or quantized already, or ``out`` would replace it.
     """
-    if find_spec("auto_round") is None:
-        raise AutoRoundError("AutoRound is not installed: pip install 'moe-precision[auto-round]'")
+    check_installed()
     if iterations < 0:
         raise ValueError(f"iterations={iterations}: expected 0, to round to the nearest, or more")
     if iterations and not blocks:

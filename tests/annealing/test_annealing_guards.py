@@ -173,17 +173,6 @@ class Counted(pl.Callback):
         self.batches += 1
 
 
-class Unmakeable(Language):
-    """Its optimizer cannot be tried out before training."""
-
-    def configure_optimizers(self):
-        class Mine(torch.optim.SGD):
-            def __init__(self, params, something):
-                super().__init__(params, lr=0.1)
-
-        return Mine(self.parameters(), "needed")
-
-
 class WithSGD(Language):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -204,7 +193,6 @@ def jetmoe():
         (Language, lambda: [SavePretrained(), anneal()], AnnealError, "put it after this one", 0),
         (Language, lambda: [anneal(), RouterNormMonitor(group_size=64)], AnnealError, "put it before this one", 0),
         (WithSGD, lambda: [anneal()], CurvatureError, "SGD is not among the optimizers", 0),
-        (Unmakeable, lambda: [anneal()], AnnealError, "cannot make a plan at step 5", 1),
         (jetmoe, lambda: [anneal()], UnsupportedLayoutError, "fused, but not through", 0),
     ],
 )

@@ -44,7 +44,7 @@ def folders(tmp_path):
         ("tp", "tp_size=2", 1),
         ("ep", "tp_size=2, ep_size=2", 1),
         ("ep_of_own_batches", "ep_size=2, fsdp_size=2", 2),
-        ("fsdp", "fsdp_size=2", 2),
+        pytest.param("fsdp", "fsdp_size=2", 2, marks=pytest.mark.thorough),
     ],
 )
 def test_split_models(split, sizes, batches, folders):

@@ -106,7 +106,7 @@ def test_an_error_in_a_conversion_leaves_finished_shards(error, message, saved, 
     assert contents(out) == contents(tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_error_in_a_worker_leaves_finished_shards(saved, tmp_path):
     model, plan, source, out = saved
     with torch.no_grad():

@@ -68,6 +68,7 @@ def test_a_plan_given_by_its_path_brings_the_files_beside_it(model, tmp_path):
         quantize_model(other, tmp_path / "x.json")
 
 
+@pytest.mark.thorough
 def test_workers_read_the_file(model, tmp_path):
     statistics, plan = statistics_of(model), plan_of(model)
     model.save_pretrained(tmp_path / "float")
