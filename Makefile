@@ -1,12 +1,12 @@
 # make demo   train a small Mixtral, make its plan, quantize, reload, compare (minutes on two CPU cores)
-# make test   the whole test suite, in three processes for two cores; `make test WORKERS=8` takes more
+# make test   the whole test suite, on two cores; `make test WORKERS=8` takes more
 # make test-fast   the tests that take no time, under a minute
 # make lint   ruff and mypy
 # Each works on a fresh checkout: it first makes .venv and installs the exact versions in constraints.txt.
 
 PYTHON ?= python3
 BIN := .venv/bin
-WORKERS ?= 3
+WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast lint test-exports benchmarks evidence

@@ -36,6 +36,7 @@ def hooked(model, bits=1):
     return GridHooks(layers, Grid.fit(layers, plan))
 
 
+@pytest.mark.thorough
 def test_a_model_compiled_before_is_compiled_anew():
     model = build("mixtral", num_hidden_layers=1)
     compiled = torch.compile(model, backend="eager")

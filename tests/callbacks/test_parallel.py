@@ -42,7 +42,7 @@ def folders(tmp_path):
     ("split", "sizes", "batches"),
     [
         ("tp", "tp_size=2", 1),
-        ("ep", "tp_size=2, ep_size=2", 1),
+        pytest.param("ep", "tp_size=2, ep_size=2", 1, marks=pytest.mark.thorough),
         ("ep_of_own_batches", "ep_size=2, fsdp_size=2", 2),
         pytest.param("fsdp", "fsdp_size=2", 2, marks=pytest.mark.thorough),
     ],

@@ -88,7 +88,8 @@ def test_a_table_is_read_by_its_column(held, tmp_path, capsys):
     assert f"12 documents, {tokens:,} tokens" in tables(capsys.readouterr().out)[0]
 
 
-def test_auto_round_refuses_what_it_would_write_without_a_tokenizer(held, tmp_path, capsys):
+def test_auto_round_refuses_what_it_would_write_without_a_tokenizer(held, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("moe_precision.export.auto_round_backend.find_spec", lambda name: True)
     plan = allocate(tmp_path / "model", method="uniform", average_bits=2, group_size=64)
     plan.save(tmp_path / "plan.json")
     for file in (tmp_path / "model").glob("token*"):

@@ -88,7 +88,7 @@ def test_generating(packed):
     assert packed.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False).shape[1] > 3
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_rest_of_the_model_can_be_compiled(packed):
     """Attention and routers are in compiled graphs; packed experts are not, and stay with their kernels."""
     expected, kernels = logits(packed), packed.moe_precision_kernels()

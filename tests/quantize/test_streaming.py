@@ -217,7 +217,7 @@ quantize_checkpoint(*sys.argv[1:4], max_shard_size="20MB")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
 def test_a_checkpoint_larger_than_memory(tmp_path):
     """Three times the memory that the process may take beyond its imports: 2 layers of 25 MB in float, and a margin.

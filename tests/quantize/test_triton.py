@@ -80,7 +80,7 @@ for capability, bits, rows in ((80, 3, grouped._MANY), (90, 2, grouped._MANY), (
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_triton_compiles_for_gpus(tmp_path):
     """Down to machine code, which needs no GPU."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
