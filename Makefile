@@ -44,6 +44,7 @@ benchmarks: .venv/installed
 	$(BIN)/python -m benchmarks.annealing
 	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.layers
+	$(BIN)/python -m benchmarks.products
 	$(BIN)/python -m pytest -m thorough
 
 # Prints the tables in docs/*-tables.md. Takes hours.
