@@ -198,7 +198,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_killed_worker_leaves_what_is_finished(saved, tmp_path):
     _, plan, source, out = saved
     plan.save(tmp_path / "plan.json")
