@@ -132,7 +132,7 @@ def a_record_every_step() -> None:
         record = statistics.median(a - b for a, b in zip(hooks[5:], logs[5:], strict=False))
         logging = statistics.median(logs[5:])
         layers = find_moe_layers(cli.model)
-        counter, tokens = LoadCounter(layers), cli.datamodule.hparams["batch_size"] * 128
+        counter, tokens = LoadCounter(layers, cli.model), cli.datamodule.hparams["batch_size"] * 128
         index, weights = torch.randint(8, (tokens, 2)), torch.rand(tokens, 2)
 
         def count() -> None:

@@ -11,7 +11,8 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
 from moe_precision.allocation.allocator import make_plan
-from moe_precision.allocation.calibration import Calibration, check_whole
+from moe_precision.allocation.calibration import Calibration
+from moe_precision.allocation.costs import check_plain
 from moe_precision.callbacks.restored import keeps_two_weights
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.plans.methods import AUTO, reads
@@ -124,7 +125,7 @@ def _calibration(
         rank_zero_info("costs are not calibrated: that runs in one process alone")
         return None
     try:
-        check_whole(find_moe_layers(model, **history.patterns))
+        check_plain(find_moe_layers(model, **history.patterns))
         return Calibration(model, chain([first], steps))
     except Exception as error:  # whatever a training step raises here, the plan is still to be written
         rank_zero_info(f"costs are not calibrated: {error}")

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -28,9 +27,9 @@ from ..quantize.codec.guided import fit_of
 from ..recording.batches import run_batch
 from ..recording.curvature import Curvature
 from ..recording.statistics import ExpertStatistics
-from .costs import Costs, pricing, quantized_matrix
+from .costs import Costs, check_plain, pricing, quantized_matrix
 
-TOKENS = 4096  # enough: factors from 16,384 gave the same plans
+TOKENS = 4096
 _KEPT_BYTES = 2**29  # of log-probabilities
 _UNSTEADY = 1e-4  # nats per token between two passes of the same weights, above which costs of 4 bits drown
 
@@ -170,13 +169,12 @@ def calibrated_costs(
         together: As in `expert_costs`.
 
     Raises:
-        AllocationError: The experts are sharded, or behind adapters.
-        CostError: A matrix cannot be quantized.
+        CostError: The experts are sharded, or behind adapters, or a matrix cannot be quantized.
 
     Returns:
         For each layer and projection ``(E, len(widths))`` float64.
     """
-    check_whole(layers)
+    check_plain(layers)
     costs: Costs = {}
     total = sum(len(layer.banks) * len(widths) for layer in layers)
     by = statistics if together else None
@@ -205,19 +203,3 @@ def calibrated_costs(
                         matrix.copy_(before)
                 costs[layer.name][name] = found
     return costs
-
-
-def check_whole(layers: Sequence[MoELayer]) -> None:
-    """Checks that quantized values can be written into the experts.
-
-    Raises:
-        AllocationError: They are sharded, or behind adapters.
-    """
-    for weight in _weights(layers):
-        read = weight.read()
-        if isinstance(read, DTensor) or type(read.data) is not Tensor or read is not weight.parameter():
-            raise AllocationError(f"{weight.name!r} is sharded or behind an adapter: costs cannot be calibrated there")
-
-
-def _weights(layers: Sequence[MoELayer]) -> Iterator[Any]:
-    return (weight for layer in layers for bank in layer.banks.values() for weight in bank.weights)

@@ -121,6 +121,18 @@ def quantized_matrix(weight: Tensor, bits: int, group_size: int, fit: Fit, place
         raise CostError(f"{projection!r} of expert {expert} in layer {layer!r}: {error}") from error
 
 
+def check_plain(layers: Iterable[MoELayer]) -> None:
+    """Checks that other values can be written into the experts of a live model.
+
+    Raises:
+        CostError: They are sharded, or behind adapters.
+    """
+    for weight in (weight for layer in layers for bank in layer.banks.values() for weight in bank.weights):
+        read = weight.read()
+        if type(read.data) is not Tensor or read is not weight.parameter():
+            raise CostError(f"{weight.name!r} is sharded or behind an adapter: give the merged model")
+
+
 def pricing(
     curvature: Curvature | None, statistics: ExpertStatistics | None, layer: str, projection: str, expert: int
 ) -> Price:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..allocation.costs import CostError, Costs, pricing
+from ..allocation.costs import Costs, check_plain, pricing
 from ..layers.moe_layers import MoELayer
 from ..quantize.codec.guided import fit_of
 from ..quantize.kernels import scaled
@@ -55,13 +55,11 @@ class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
         self._live: dict[Matrix, Tensor] = {}
         self._quantized: dict[tuple[Matrix, int], tuple[Tensor, Tensor, Tensor]] = {}
         self._now: dict[Matrix, int] = {}
+        check_plain(layers)
         total = sum(len(layer.banks) * layer.num_experts for layer in layers)
         with torch.no_grad(), tqdm(total=total, desc="quantizing", unit="matrix", leave=False, disable=None) as bar:
             for layer in layers:
                 for name, bank in layer.banks.items():
-                    for weight in bank.weights:
-                        if type(weight.read().data) is not Tensor or weight.read() is not weight.parameter():
-                            raise CostError(f"{weight.name!r} is sharded or behind an adapter: give the merged model")
                     for expert in range(layer.num_experts):
                         matrix = (layer.name, name, expert)
                         live = bank.read(expert)

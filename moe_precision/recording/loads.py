@@ -41,10 +41,10 @@ class LoadCounter:
         unseen: Names of the layers that were called in a way that shows nothing.
     """
 
-    def __init__(self, layers: list[MoELayer], model: nn.Module | None = None) -> None:
+    def __init__(self, layers: list[MoELayer], model: nn.Module) -> None:
         self.training, self.unseen = True, set[str]()
         self._layers = layers
-        self._together = 1 if model is None else processes_per_batch(model)
+        self._together = processes_per_batch(model)
         self._counts: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}  # training -> layer -> (2, E)
         self._handles: list[Any] = []
         for layer in layers:

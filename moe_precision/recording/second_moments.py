@@ -5,7 +5,7 @@ That second moment estimates the diagonal of the empirical Fisher matrix, at no 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,8 @@ def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature
         CurvatureError: An expert weight has no second moment that can be trusted in any of them: the optimizer is of
             another kind, the experts are frozen, or its state is a flat shard (FSDP1, DeepSpeed) or too coarse.
     """
-    moments, problems = _second_moments(optimizers)
+    experts = {id(weight.parameter()) for layer in layers for bank in layer.banks.values() for weight in bank.weights}
+    moments, problems = _second_moments(optimizers, experts)
     steps = _steps_of(layers, moments)
 
     def means_of(weight: Weight) -> Means | None:
@@ -70,8 +71,8 @@ class _Moment(NamedTuple):
     step: float
 
 
-def _second_moments(optimizers: Iterable[Any]) -> tuple[dict[int, _Moment], dict[int, str]]:
-    """By parameter id: the means of its second moment, unbiased, or why there are none."""
+def _second_moments(optimizers: Iterable[Any], experts: Container[int]) -> tuple[dict[int, _Moment], dict[int, str]]:
+    """By parameter id: the means of its second moment, unbiased, or why there are none; of others the step alone."""
     found: dict[int, _Moment] = {}
     problems: dict[int, str] = {}
     for optimizer in optimizers:
@@ -88,8 +89,8 @@ def _second_moments(optimizers: Iterable[Any]) -> tuple[dict[int, _Moment], dict
                         found[key] = _Moment(None, 0.0)
                 else:
                     try:
-                        vector = parameter.ndim < 2
-                        found[key] = _Moment(None, float(state["step"])) if vector else _moment(state, parameter, beta)
+                        expert = key in experts
+                        found[key] = _moment(state, parameter, beta) if expert else _Moment(None, float(state["step"]))
                     except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
                         problems[key] = f"the optimizer's state is unlike any known one ({error})"
     return found, problems

@@ -9,7 +9,7 @@ from torch import nn
 from moe_precision import AllocationError, allocate, find_moe_layers, quantize_model, replan
 from moe_precision.allocation import calibration as module
 from moe_precision.allocation.calibration import Calibration, calibrated_costs, calibration_on
-from moe_precision.allocation.costs import expert_costs
+from moe_precision.allocation.costs import CostError, expert_costs
 from tests.support.models import build
 
 
@@ -140,7 +140,7 @@ def test_adapters_are_refused():
     model = build("mixtral", num_hidden_layers=1)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_parameters=["experts.gate_up_proj"], r=2))
     layers = find_moe_layers(adapted)
-    with pytest.raises(AllocationError, match="behind an adapter"):
+    with pytest.raises(CostError, match="behind an adapter"):
         calibrated_costs(layers, (2,), 64, None, None, calibration_on(adapted, batches()))
 
 

@@ -52,7 +52,7 @@ def test_split_models(split, sizes, batches, folders):
     on_two_processes(folder, parallel_run.main, split)
     layers = find_moe_layers(model)
     norms, variances = norms_by_layer(layers), {layer.name: max_variances(layer) for layer in layers}
-    counter = LoadCounter(layers)
+    counter = LoadCounter(layers, model)
     expected = logits(model)
     loads = counter.take(training=True)
     plan = allocate(model, method="weight_error", average_bits=3, bits=(2, 4), group_size=32)

@@ -45,7 +45,7 @@ def test_fused_experts_against_what_their_router_says(family):
 
     for layer in layers:
         model.get_submodule(layer.router.rpartition(".")[0]).register_forward_hook(keep(layer.name))
-    counter = LoadCounter(layers)
+    counter = LoadCounter(layers, model)
     counter.training = False
     model(input_ids=ids())
     loads = counter.take(training=False)
@@ -83,7 +83,7 @@ def test_switch_leaves_out_what_exceeds_the_capacity():
 def test_modules_in_a_list_tell_tokens_alone():
     model = nn.Sequential(PlainMoE(), PlainMoE())
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
-    counter = LoadCounter(find_moe_layers(model))
+    counter = LoadCounter(find_moe_layers(model), model)
     model(x)
     loads = counter.take(training=True)
     expected = torch.bincount(model[0].router(x).argmax(-1), minlength=4)
@@ -95,7 +95,7 @@ def test_training_and_validation_apart_and_nothing_after_close():
     """Whoever counts says which it is; the mode of the modules, here the wrong one, does not."""
     model = build("mixtral")
     layers = find_moe_layers(model)
-    counter = LoadCounter(layers)
+    counter = LoadCounter(layers, model)
     model.eval()
     for seed in range(3):  # three micro-batches of one step
         model(input_ids=ids(seed=seed))
@@ -114,14 +114,14 @@ def test_training_and_validation_apart_and_nothing_after_close():
 def test_gradient_checkpointing_counts_once(reentrant):
     model = build("mixtral").train()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    counter = LoadCounter(find_moe_layers(model))
+    counter = LoadCounter(find_moe_layers(model), model)
     model(input_ids=ids(), labels=ids()).loss.backward()
     assert {load[0].sum().item() for load in counter.take(training=True).values()} == {18 * 2}
 
 
 def test_a_compiled_model_counts_too():
     model = nn.Sequential(build("mixtral").model.layers[0].mlp).eval()
-    counter = LoadCounter(find_moe_layers(model))
+    counter = LoadCounter(find_moe_layers(model), model)
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         for training, batches in ((False, 2), (True, 3), (False, 1)):  # between the same two compiled forms
@@ -203,7 +203,7 @@ def test_masks():
 
 def test_copies_and_pickles_of_a_counted_model_do_not_count():
     model = nn.Sequential(PlainMoE())
-    counter = LoadCounter(find_moe_layers(model))
+    counter = LoadCounter(find_moe_layers(model), model)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         copied(torch.randn(5, 32))
     assert counter.take(training=True) == {}
@@ -231,7 +231,7 @@ def test_a_family_whose_experts_are_not_called_with_indices_has_no_load():
     experts.forward = lambda x: x
     model = nn.Module()
     model.experts, model.router = experts, nn.Linear(config["hidden_size"], 4, bias=False)
-    counter = LoadCounter(find_moe_layers(model))
+    counter = LoadCounter(find_moe_layers(model), model)
     model.experts(torch.randn(3, config["hidden_size"]))
     assert counter.take(training=True) == {}
 
