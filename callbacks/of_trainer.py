@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_warn
-from transformers import TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-from moe_precision.compat import trainer_run
+from moe_precision.compat import save_under_module_names, trainer_run, was_dequantized_on_loading
 
 
 def run_folder(args: TrainingArguments) -> Path:
@@ -33,10 +33,14 @@ def saved_file(args: TrainingArguments, state: TrainerState, name: str) -> Path 
     """Path of that state in the checkpoint from which training resumes; None if it is not there, or training starts."""
     if state.global_step == 0:
         return None
-    places = [trainer_run().resumed_from, args.resume_from_checkpoint]
-    places.append(str(run_folder(args) / f"checkpoint-{state.global_step}"))
-    found = (Path(place, name) for place in places if isinstance(place, str))
-    return next((path for path in found if path.is_file()), None)
+    path = Path(trainer_run().resumed_from or run_folder(args) / f"checkpoint-{state.global_step}", name)
+    return path if path.is_file() else None
+
+
+def saves_as_float(model: Any) -> None:
+    """Has the Trainer save a release that was dequantized on loading under its modules' names, not its packed ones."""
+    if isinstance(model, PreTrainedModel) and was_dequantized_on_loading(model):
+        save_under_module_names(model)
 
 
 def optimizers_of(known: dict[str, Any]) -> list[Any]:

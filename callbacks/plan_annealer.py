@@ -227,7 +227,7 @@ class PlanAnnealer:
                 curvature_of(find_moe_layers(model, **self._patterns()), optimizers)
             except CurvatureError as error:
                 raise AnnealError(
-                    f"method 'curvature' cannot make a plan at step {self._first_step}: {error}"
+                    f"method {self.settings.method!r} cannot make a plan at step {self._first_step}: {error}"
                 ) from error
 
     def _after_step(self, step: int) -> None:
@@ -241,8 +241,8 @@ class PlanAnnealer:
         metrics = {"anneal/active": float(self._hooks is not None)}
         if self._hooks is not None and self._before:
             pairs = list(zip(self._before, self._hooks.codes(), strict=True))
-            flipped, total = sum(int((a != b).sum()) for a, b in pairs), sum(a.numel() for a, _ in pairs)
-            metrics["anneal/flips"] = flipped / max(1, total)
+            flipped = sum((a != b).sum().to(pairs[0][0].device) for a, b in pairs)  # one wait for the device
+            metrics["anneal/flips"] = int(flipped) / max(1, sum(a.numel() for a, _ in pairs))
             self._before = []
         return metrics
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
@@ -12,14 +11,12 @@ from torch import nn
 
 from moe_precision.allocation.allocator import make_plan
 from moe_precision.allocation.calibration import Calibration
-from moe_precision.allocation.costs import check_plain
 from moe_precision.callbacks.restored import keeps_two_weights
-from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
+from moe_precision.layers.moe_layers import MoELayer
 from moe_precision.plans.methods import AUTO, reads
 from moe_precision.plans.plan import PrecisionPlan
 from moe_precision.plans.settings import PlanSettings, expert_weights
 from moe_precision.recording.curvature import Curvature, CurvatureError
-from moe_precision.recording.gradients import left_as_it_is
 from moe_precision.recording.history import RouterNormHistory
 from moe_precision.recording.optimizer_check import check_second_moments
 from moe_precision.recording.processes import world_size
@@ -69,7 +66,7 @@ def plan_of_run(
     history: RouterNormHistory,
     curvature: Curvature | None,
     statistics: ExpertStatistics | None,
-    steps: Iterable[Callable[[], object]] = (),
+    steps: Iterable[Callable[[], object]] | None = None,
 ) -> PrecisionPlan:
     """Makes the plan; reads weights, a collective where they are sharded, only if widths have costs.
 
@@ -83,8 +80,9 @@ def plan_of_run(
         history: The recorded norms.
         curvature: Of the trained model, if it is known.
         statistics: Of the experts' inputs, if they are known.
-        steps: Forward passes of training batches, to calibrate costs with. Where that cannot be done (several
-            processes, sharded experts, a model that gives no logits), costs stay as they are, and the log says why.
+        steps: Forward passes of training batches, to calibrate costs with; None for none. Where that cannot be done
+            (several processes, sharded experts, a model that gives no logits), costs stay as they are, and the log
+            says why.
 
     Raises:
         AllocationError: What the method reads is missing, or a norm is not finite.
@@ -102,31 +100,12 @@ def plan_of_run(
     known = statistics if method == AUTO or reads(method, "curvature") else None
     if not priced:
         return make_plan(settings, None, history, curvature, known)
-    with isolate_rng(), left_as_it_is(model):
-        calibration = _calibration(model, history, steps)
-        if calibration is not None:
+    with isolate_rng():
+        if steps is not None and world_size() > 1:
+            rank_zero_info("costs are not calibrated: that runs in one process alone")
+        elif steps is not None:
             try:
-                return make_plan(settings, model, history, curvature, known, calibration)
-            except Exception as error:  # a step that raises, predictions that are not finite
+                return make_plan(settings, model, history, curvature, known, Calibration(model, steps))
+            except Exception as error:  # whatever a training step raises here, the plan is still to be written
                 rank_zero_info(f"costs are not calibrated: {error}")
         return make_plan(settings, model, history, curvature, known)
-
-
-def _calibration(
-    model: nn.Module, history: RouterNormHistory, steps: Iterable[Callable[[], object]]
-) -> Calibration | None:
-    asked, steps = steps != (), iter(steps)
-    first = next(steps, None)
-    if first is None:
-        if asked:
-            rank_zero_info("costs are not calibrated: the training data has no batch left")
-        return None
-    if world_size() > 1:
-        rank_zero_info("costs are not calibrated: that runs in one process alone")
-        return None
-    try:
-        check_plain(find_moe_layers(model, **history.patterns))
-        return Calibration(model, chain([first], steps))
-    except Exception as error:  # whatever a training step raises here, the plan is still to be written
-        rank_zero_info(f"costs are not calibrated: {error}")
-        return None

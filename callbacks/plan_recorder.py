@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
@@ -138,10 +137,8 @@ class PlanRecorder:
         Arguments are those of `StatisticsRecorder.start`, and the optimizers, as far as they are known. Returns whether
         a record was taken.
         """
-        patterns = self.settings.patterns
-        self._whole, self._model = model, trained_part(model, self.module, patterns)
-        self._layers = find_moe_layers(model := self._model, **patterns)
-        fresh = RouterNormHistory.of(self._layers, model_type_of(root_model(model)), patterns)
+        fresh = self._find(model)
+        model = self._model or model
         self.settings.check_fits(fresh.layers)
         rank_zero_info(f"{type(self).__name__}: recording\n{as_text(layers_table(self._layers))}")
         folder = self._files.folder
@@ -167,12 +164,16 @@ class PlanRecorder:
         self._loads.start(self._layers, self.history, model)
         return recorded
 
+    def _find(self, whole: nn.Module) -> RouterNormHistory:
+        """Finds the part that is recorded and its layers; an empty history of them."""
+        patterns = self.settings.patterns
+        self._whole, self._model = whole, trained_part(whole, self.module, patterns)
+        self._layers = find_moe_layers(self._model, **patterns)
+        return RouterNormHistory.of(self._layers, model_type_of(root_model(self._model)), patterns)
+
     def _start_late(self, model: nn.Module, step: int) -> None:
         """Instead of `_start`, for a run that had ended before this start: no batch is to come."""
-        self._whole, self._model = model, trained_part(model, self.module, self.settings.patterns)
-        self._layers = find_moe_layers(self._model, **self.settings.patterns)
-        fresh = RouterNormHistory.of(self._layers, model_type_of(root_model(self._model)), self.settings.patterns)
-        check_restored(self.history, fresh, self._layers, step, type(self).__name__)
+        check_restored(self.history, self._find(model), self._layers, step, type(self).__name__)
 
     def _has_plan(self, step: int) -> bool:
         """Whether the plan of a step is there already."""
@@ -264,7 +265,7 @@ class PlanRecorder:
             whole, self._layers, optimizers, losses, self.curvature_batches, type(self).__name__
         )
         calibrating = self._collecting.calibrating(steps)
-        with nullcontext() if model is whole else left_as_it_is(whole):
+        with left_as_it_is(whole):
             self.statistics = self._collecting.finish(model, self._layers, steps)
         if writes:
             for kind, found in (("curvature", self.curvature), ("statistics", self.statistics)):
@@ -274,7 +275,7 @@ class PlanRecorder:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 recorded = self.history, self.curvature, self.statistics
-                with nullcontext() if model is whole else left_as_it_is(whole):
+                with left_as_it_is(whole):
                     self.plan = plan_of_run(self.settings, model, *recorded, calibrating)
         except ValueError as error:  # norms that are not finite, no second moments; other callbacks have work to do
             rank_zero_warn(f"{type(self).__name__}: no plan is written: {error}")

@@ -9,7 +9,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moe_precision.annealing.covers import AnnealError
-from moe_precision.callbacks.of_trainer import optimizers_of, run_folder, save_state, saved_file
+from moe_precision.callbacks.of_trainer import optimizers_of, run_folder, save_state, saved_file, saves_as_float
 from moe_precision.callbacks.plan_annealer import PlanAnnealer
 from moe_precision.callbacks.restored import NOT_RESTORED
 from moe_precision.callbacks.router_norm_trainer_callback import RouterNormTrainerCallback
@@ -60,6 +60,7 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        saves_as_float(model)
         if args.load_best_model_at_end:
             raise AnnealError(
                 "load_best_model_at_end brings back weights of an earlier step, not those that ended on the grid: "

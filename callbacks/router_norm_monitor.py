@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from moe_precision.callbacks.extra_batches import takes
 from moe_precision.callbacks.late_finish import is_finished, why_not_late
-from moe_precision.callbacks.lightning_packages import LightningCallback, averages_weights, total_steps
+from moe_precision.callbacks.lightning_packages import LightningCallback, averages_weights, is_called, total_steps
 from moe_precision.callbacks.plan_recorder import PlanRecorder
 from moe_precision.callbacks.statistics_recorder import Again
 from moe_precision.layers.module_tree import root_model
-from moe_precision.present.wandb_media import is_wandb
 
 _MANUAL = "needs automatic optimization: this module steps its own optimizers, and no batch runs without its step"
 
@@ -150,7 +149,7 @@ class RouterNormMonitor(PlanRecorder, LightningCallback):
             plan = None
             self._files.keep(error)  # until others have saved the model
         if plan is not None:
-            for logger in filter(is_wandb, trainer.loggers):
+            for logger in (one for one in trainer.loggers if is_called(one, "WandbLogger")):
                 self._ending.media(partial(getattr, logger, "experiment"), self.history, plan, self._files.paths.plan)
         self._seen.look(self._layers)
         trainer.strategy.barrier("RouterNormMonitor.on_train_end")

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from moe_precision.callbacks.of_trainer import optimizers_of, run_folder, save_state, saved_file
+from moe_precision.callbacks.of_trainer import optimizers_of, run_folder, save_state, saved_file, saves_as_float
 from moe_precision.callbacks.plan_recorder import PlanRecorder
 from moe_precision.callbacks.statistics_recorder import Again
-from moe_precision.compat import save_under_module_names, was_dequantized_on_loading
 from moe_precision.present.wandb_media import current_run
 from moe_precision.recording.history import RouterNormHistory
 
@@ -83,8 +82,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if isinstance(model, PreTrainedModel) and was_dequantized_on_loading(model):
-            save_under_module_names(model)  # else the Trainer saves float tensors under a release's packed names
+        saves_as_float(model)
         if self.curvature_batches is not None and args.world_size > 1:
             raise ValueError(
                 f"curvature_batches={self.curvature_batches} needs a single process, and there are {args.world_size}: "

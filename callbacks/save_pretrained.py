@@ -7,25 +7,22 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_precision.callbacks.late_finish import is_finished, why_not_late
+from moe_precision.callbacks.late_finish import in_flat_shards, is_finished, why_not_late
 from moe_precision.callbacks.lightning_packages import LightningCallback
 from moe_precision.callbacks.trained_part import submodule
 from moe_precision.checkpoints.config import config_of
-from moe_precision.checkpoints.dtypes import cast
+from moe_precision.checkpoints.dtypes import DTYPES, cast
 from moe_precision.checkpoints.folders import check_replaceable, folder_replaced_when_done
 from moe_precision.checkpoints.tokenizer import load_tokenizer
 from moe_precision.compat import was_dequantized_on_loading
 from moe_precision.files import check_writable
 from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.roots import is_trained, transformers_models
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class SavePretrained(LightningCallback):
@@ -48,7 +45,8 @@ class SavePretrained(LightningCallback):
     Raises:
         CheckpointError: ``tokenizer`` names none, or an empty one.
         ValueError: An unknown dtype; when training starts, if the LightningModule holds no transformers model, several
-            that are trained, or one with PEFT adapters; if another callback of the run writes into the folder.
+            that are trained, one with PEFT adapters, or one in flat shards (FSDP1, DeepSpeed ZeRO-3); if another
+            callback of the run writes into the folder.
         OSError: In ``setup``, if the folder cannot be written to, or holds something other than a checkpoint.
     """
 
@@ -59,8 +57,8 @@ class SavePretrained(LightningCallback):
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         module: str | None = None,
     ) -> None:
-        if dtype is not None and dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)} or None, got {dtype!r}")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or None, got {dtype!r}")
         self.dirpath, self.dtype, self.module = dirpath, dtype, module
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
         if self.tokenizer is not None and not hasattr(self.tokenizer, "save_pretrained"):
@@ -74,6 +72,11 @@ class SavePretrained(LightningCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._model(pl_module)
+        if in_flat_shards(trainer.strategy.model or pl_module):
+            raise ValueError(
+                "SavePretrained cannot put together the shards of FSDP1 or DeepSpeed ZeRO-3: train with FSDP2 "
+                "(ModelParallelStrategy) or ZeRO-2, or leave it out and convert the Trainer's checkpoint"
+            )
         self._started = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,7 +134,7 @@ class SavePretrained(LightningCallback):
 
     def _write(self, trainer: Trainer, model: PreTrainedModel, state: dict[str, Any]) -> None:
         packed = getattr(model, "is_quantized", False)  # whose scales have a dtype of their own
-        dtype = model.dtype if self.dtype is None or packed else _DTYPES[self.dtype]
+        dtype = model.dtype if self.dtype is None or packed else DTYPES[self.dtype]
         if self.dtype is not None and not packed:
             state = cast(model, state, dtype)
         folder = _free(Path(trainer.default_root_dir, self.dirpath))

@@ -14,7 +14,6 @@ from torch import nn
 from moe_precision.layers.moe_layers import MoELayer
 from moe_precision.recording.collecting import collect_from_steps, peak_bytes
 from moe_precision.recording.collector import check_visible
-from moe_precision.recording.gradients import left_as_it_is
 from moe_precision.recording.in_turn import StatisticsInTurn, most_bytes
 from moe_precision.recording.processes import processes_per_batch, world_size
 from moe_precision.recording.statistics import ExpertStatistics, StatisticsError, file_bytes
@@ -191,17 +190,16 @@ class StatisticsRecorder:
                 taken += 1
                 yield step
 
-        with left_as_it_is(model):
-            found = collect_from_steps(model, layers, Again(counted))
+        found = collect_from_steps(model, layers, Again(counted))
         if taken < self._batches and self._asked is not None:
             rank_zero_warn(f"{self._owner}: there are {taken} batches to take statistics from, of {self._batches}.")
         batches = taken * world_size() // processes_per_batch(model)
         found.text = f"{batches} training batches of the run that the plan is of"
         return found
 
-    def calibrating(self, steps: Iterable[Step]) -> Iterable[Step]:
-        """Those of the forward passes that costs may be calibrated on: none where no statistics are collected."""
-        return steps if self._batches or self._share is not None else ()
+    def calibrating(self, steps: Iterable[Step]) -> Iterable[Step] | None:
+        """The forward passes, if costs may be calibrated on them: not where no statistics are collected."""
+        return steps if self._batches or self._share is not None else None
 
     def close(self) -> None:
         """Takes the hooks off, for good; a second call does nothing."""

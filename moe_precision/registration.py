@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 
 _MODELS = "transformers.modeling_utils"  # imports all that `quantize.hf` needs of transformers, before it ends
@@ -28,15 +27,22 @@ class _Waiting(MetaPathFinder):
         ours = package == __package__ and rest not in _LIGHT
         if not ours and name != _MODELS:
             return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)  # before anything else of ours is imported: it must not run within itself
-        spec = find_spec(name)
+        others = (finder.find_spec(name, path, target) for finder in [*sys.meta_path] if finder is not self)
+        spec = next(filter(None, others), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            execute(module)
+            if self not in sys.meta_path:  # another module has registered, or is about to
+                execute(module)
+                return
+            sys.meta_path.remove(self)  # only now: a module that is merely looked up, or missing, registers nothing
+            try:
+                execute(module)
+            except BaseException:
+                register_with_transformers()  # goes on waiting
+                raise
             import_module(_QUANTIZER)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]

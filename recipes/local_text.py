@@ -68,7 +68,7 @@ def are_tables(pattern: str, files: dict[str, Path]) -> bool:
         ValueError: Some are tables and some are not.
     """
     tables = [name for name, file in files.items() if file.suffix.lower() in TABLES]
-    prose = [name for name in files if name not in tables]
+    prose = [name for name, file in files.items() if file.suffix.lower() not in TABLES]
     if tables and prose:
         raise ValueError(
             f"{pattern!r} holds tables ({tables[0]}) and files that are read as prose ({prose[0]}); give one kind, as "
@@ -118,9 +118,7 @@ def _read_table(name: str, file: Path, columns: dict[str, str]) -> Dataset:
         ) from error
     missing = [column for column in columns if column not in table.column_names]
     if missing:
-        raise ValueError(
-            f"{str(file)!r} has the columns {table.column_names}, not {missing}; name its own (--text-column)"
-        )
+        raise ValueError(f"{str(file)!r} has the columns {table.column_names}, not {missing}")
     table = table.select_columns(list(columns)).rename_columns({a: b for a, b in columns.items() if a != b})
     for column in table.column_names:
         wrong = next((i for i, value in enumerate(table[column]) if not isinstance(value, str)), None)

@@ -92,6 +92,8 @@ def test_importing_the_package_is_enough_to_load_a_packed_checkpoint(imports, pa
         "import moe_precision.layers",  # one of ours loads the models, before it is complete itself
         "import moe_precision.compat",
         "import moe_precision.plans.settings, transformers.modeling_utils",
+        "try:\n    from moe_precision import no_such_name\nexcept ImportError:\n    import transformers.modeling_utils",
+        "import importlib.util as u; u.find_spec('moe_precision.callbacks'); import transformers.modeling_utils",
     ],
 )
 def test_the_quantizer_is_registered_whatever_loads_the_models_first(first):

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from scipy.stats import spearmanr
-from torch import Tensor
 
 from benchmarks.studies.rounding_study import RoundingStudy
 from benchmarks.studies.study_models import Setting, folder_of, merged, run
@@ -22,9 +20,16 @@ from benchmarks.studies.study_report import markdown_table
 from moe_precision.files import replaced_when_done
 from moe_precision.judging.reference import Reference
 from moe_precision.judging.simulation import SimulatedExperts
+from moe_precision.judging.statistics import rank_correlation
 from moe_precision.layers.moe_layers import find_moe_layers
 
 BATCHES, WIDTHS = 16, (1, 2, 3, 4)
+HEADER = """# Costs against what was measured
+
+Printed by `python -m benchmarks.studies.cost_scales --report`. Every expert matrix quantized alone, and all of a
+projection together; divergence on 16 training batches, a row for each seed and width.
+
+"""
 
 
 def measure(study: Setting, name: str, seed: int, root: Path) -> str:
@@ -73,11 +78,11 @@ def report(study: Setting, root: Path) -> str:
                 table.append([name, str(bits), ranks, f"{over_all:.2f}", f"{min(scales):.2f} to {max(scales):.2f}"])
     head = ["model", "bits", "rank correlation within a projection", "over all", "measured ÷ predicted, by projection"]
     title = "Costs by statistics against measured divergence (a ratio of 1: the median at 2 bits)"
-    return markdown_table(title, head, table)
+    return HEADER + markdown_table(title, head, table)
 
 
-def _rank(one: Sequence[float] | Tensor, other: Sequence[float] | Tensor) -> float:
-    return float(spearmanr(torch.as_tensor(one), torch.as_tensor(other)).statistic)
+def _rank(one: Sequence[float], other: Sequence[float]) -> float:
+    return rank_correlation(torch.tensor(one), torch.tensor(other))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.studies.study_models import REFERENCE, Setting, folder_of, language_reference, merged, run, train
-from moe_precision import allocate, collect_statistics, distill_scales, quantize_model
+from moe_precision import allocate, collect_statistics, distill_scales, quantize_model, replan
 from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.files import replaced_when_done
 from moe_precision.judging.evaluation import BANDS, frequency_bands
@@ -72,11 +72,15 @@ class RoundingStudy:
             uniform = allocate(self.model, method="uniform", average_bits=bits, group_size=self.group_size)
             yield f"uniform {bits}", uniform
         known = {"curvature": self.curvature, "group_size": self.group_size}
+        asked = {"method": "statistics", "statistics": self.statistics, **known}
+        measured = {  # once; a budget only solves the knapsack
+            "curvature": allocate(self.model, method="curvature", **known),
+            "uncalibrated": allocate(self.model, **asked),
+            "statistics": allocate(self.model, **asked, calibration=self.training),
+        }
         for budget in BUDGETS:
-            yield f"curvature {budget:g}", allocate(self.model, method="curvature", average_bits=budget, **known)
-            asked = {"method": "statistics", "average_bits": budget, "statistics": self.statistics, **known}
-            yield f"uncalibrated {budget:g}", allocate(self.model, **asked)
-            yield f"statistics {budget:g}", allocate(self.model, **asked, calibration=self.training)
+            for name, plan in measured.items():
+                yield f"{name} {budget:g}", replan(plan, average_bits=budget)
 
     def measure(self) -> list[dict[str, Any]]:
         """Quantizes by every plan, with and without statistics, and distilled in both ways."""

@@ -17,6 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..compat import dtype_plan, model_of_config
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""What a checkpoint may be saved in, by the name that users give."""
+
 
 def meta_model_of(model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A new float model on the meta device, with the dtypes that ``from_pretrained(dtype=)`` gives its tensors.

@@ -66,7 +66,8 @@ def weight_files(folder: Path) -> list[Path]:
         )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{str(folder)!r} has no config.json; expected what save_pretrained writes")
-    _check_safetensors(folder)
+    if not whole:
+        _check_safetensors(folder)
     index = folder / "model.safetensors.index.json"
     if not index.is_file() or (folder / "model.safetensors").is_file():  # as in transformers: an old index is ignored
         return [folder / "model.safetensors"]
@@ -78,9 +79,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _check_safetensors(folder: Path) -> None:
-    """Raises `CheckpointError` for a folder whose weights are not where they are looked for; says where."""
-    if any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-        return
+    """Raises `CheckpointError` for a folder whose weights are somewhere else than where they are looked for."""
     names = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".safetensors"))
     pickled = [name for name in names if name.startswith("pytorch_model")]
     if pickled:

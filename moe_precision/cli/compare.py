@@ -19,7 +19,7 @@ from ..plans.widths import GRANULARITIES
 from ..recording.curvature import Curvature
 from ..recording.history import RouterNormHistory
 from ..recording.statistics import ExpertStatistics
-from .found import beside_history
+from .found import KINDS, beside_history
 from .options import Commands, add_command, add_dataset, add_heldout, add_levels, count, data_of, judged_on, positive
 
 
@@ -34,9 +34,10 @@ def run(options: argparse.Namespace) -> None:
     history = None if options.history is None else RouterNormHistory.load(options.history)
     path_of_curvature, path_of_statistics = options.curvature, options.statistics
     if options.history is not None:
-        beside = options.history, options.checkpoint
-        path_of_curvature = path_of_curvature or beside_history("curvature", *beside)
-        path_of_statistics = path_of_statistics or beside_history("statistics", *beside)
+        named = {"curvature": path_of_curvature, "statistics": path_of_statistics}
+        beside = beside_history([kind for kind in KINDS if named[kind] is None], options.history, options.checkpoint)
+        path_of_curvature = path_of_curvature or beside.get("curvature")
+        path_of_statistics = path_of_statistics or beside.get("statistics")
     curvature = None if path_of_curvature is None else Curvature.load(path_of_curvature)
     statistics = None if path_of_statistics is None else ExpertStatistics.load(path_of_statistics)
     data = data_of(options, options.checkpoint)

@@ -11,10 +11,11 @@ from importlib.metadata import PackageNotFoundError, requires, version
 import torch
 from packaging.requirements import Requirement
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from ..present.tables import show
-from ..quantize.selfcheck import Check, check_kernels
+from ..quantize.selfcheck import Check, State, check_kernels
 from ..version import __version__
 from .options import Commands, add_command
 
@@ -31,10 +32,11 @@ KERNELS = ("C++ compiler", "C++", "C++ rounding", "ARK", "torch int4", "Triton")
 
 def run(options: argparse.Namespace) -> int:
     """Prints the tables; 1 if something is broken, or absent and required."""
-    checks = [_python(), _torch(), *_dependencies(), *check_kernels()]
+    checks, extras = [_python(), _torch(), *_dependencies(), *check_kernels()], _extras()
     show(_table("what is there", checks))
-    show(_table("extras: pip install 'moe-precision[NAME]'", _extras()))
-    wrong = [one for one in checks if one.state == "broken" or (one.state == "absent" and one.name in options.require)]
+    show(_table(escape("extras: pip install 'moe-precision[NAME]'"), extras))
+    required = [one for one in checks if one.state == "absent" and one.name in options.require]
+    wrong = [*(one for one in (*checks, *extras) if one.state == "broken"), *required]
     for one in wrong:
         print(f"{one.name}: {one.state}: {one.detail}", file=sys.stderr)
     absent = [one.name for one in checks if one.state == "absent" and one not in wrong]
@@ -69,12 +71,12 @@ def _extras() -> list[Check]:
     ]
 
 
-def _installed(wanted: Requirement, use: str, name: str | None = None, absent: str = "broken") -> Check:
+def _installed(wanted: Requirement, use: str, name: str | None = None, absent: State = "broken") -> Check:
     name = name or wanted.name
     try:
         found = version(wanted.name)
     except PackageNotFoundError:
-        return Check(name, "absent" if absent == "absent" else "broken", f"not installed; {wanted.specifier}", use)
+        return Check(name, absent, f"not installed; {wanted.specifier}", use)
     if not wanted.specifier.contains(found, prereleases=True):
         return Check(name, "broken", f"{found} is installed, expected {wanted.specifier}", use)
     return Check(name, "works", found, use)
@@ -97,7 +99,7 @@ def _table(title: str, checks: list[Check]) -> Table:
     for column in ("what", "state", "detail", "what it is for"):
         table.add_column(column, overflow="fold")
     for one in checks:
-        table.add_row(one.name, one.state, one.detail, one.use)
+        table.add_row(*map(escape, (one.name, one.state, one.detail, one.use)))
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import warnings
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from .options import Commands, Parser, add_command
+from .options import Commands, add_command
 
 _BARE_NAME = re.compile(r"[\w-]+(?:\.yaml)?$")
 
@@ -62,11 +63,11 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def print_help(command: Parser) -> None:
+def print_help(options: argparse.Namespace) -> None:
     """Prints what the command does, its recipes, and the options of LightningCLI; does not return."""
     from .lightning_cli import FitCLI
 
-    command.print_help()
+    options.run(options)
     print("\noptions, each also a key of the YAML:\n", flush=True)
     FitCLI(args=["fit", "--help"])
 

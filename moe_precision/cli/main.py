@@ -33,9 +33,7 @@ def _fit(arguments: list[str]) -> int:
     """``fit`` with arguments, which LightningCLI reads; what goes wrong in training keeps its traceback."""
     fit = _module("fit")
     if arguments in (["-h"], ["--help"]):
-        commands = parser(["fit"])._subparsers
-        assert commands is not None
-        fit.print_help(commands._group_actions[0].choices["fit"])  # type: ignore[index]
+        fit.print_help(parser(["fit"]).parse_args(["fit"]))
         return 0
     try:
         arguments = fit.with_packaged_recipes(arguments)

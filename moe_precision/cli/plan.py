@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -19,7 +18,7 @@ from ..checkpoints.checkpoint import Checkpoint, load_model
 from ..checkpoints.sources import StreamingError
 from ..files import check_writable
 from ..layers.moe_layers import find_moe_layers
-from ..plans.beside import PlanFiles
+from ..plans.beside import Kind, PlanFiles
 from ..plans.methods import AUTO, PLAN_METHODS, reads
 from ..plans.plan import PrecisionPlan
 from ..plans.settings import PlanSettings
@@ -29,7 +28,7 @@ from ..recording.curvature import Curvature
 from ..recording.gradients import curvature_of_losses
 from ..recording.history import RouterNormHistory
 from ..recording.statistics import ExpertStatistics
-from .found import beside_history
+from .found import KINDS, beside_history
 from .options import Commands, add_command, add_dataset, add_plan_settings, data_of, dataset_name, positive, settings_of
 
 
@@ -88,7 +87,7 @@ def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, _Known]:
     sources = known.curvature, known.statistics
     if known.model is not None:
         plan = make_plan(settings, known.model, history, *sources, known.calibration)
-        plan.notes["final"] = Checkpoint(str(final)).name
+        plan.notes["final"] = Path(str(final)).resolve().name
         plan.notes["text"] = f"training batches of {dataset_name(options)}"
         return plan, known
     try:
@@ -97,23 +96,28 @@ def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, _Known]:
         if initial is not None:
             raise
         print(f"{error}: loading the whole model instead", file=sys.stderr)
-        return make_plan(settings, load_model(final), history, *sources), known
+        plan = make_plan(settings, load_model(final), history, *sources)
+        plan.notes["final"] = Path(str(final)).resolve().name
+        return plan, known
 
 
 def _known(options: argparse.Namespace, settings: PlanSettings, final: str | None, history: str | None) -> _Known:
     """Files that are named or stand beside the history, where the method reads them; or taken from batches now."""
     found = _Known(options.curvature, options.statistics)
-    kinds: tuple[Literal["curvature", "statistics"], ...] = ("curvature", "statistics")
-    for kind in kinds:
+    looked_for: list[Kind] = []
+    for kind in KINDS:
         file, batches = getattr(options, kind), getattr(options, f"{kind}_batches")
         if batches is None:
-            if file is None and history is not None and (settings.method == AUTO or reads(settings.method, kind)):
-                of = final if settings.method == AUTO else None  # a method that needs the file says what is wrong
-                setattr(found, kind, beside_history(kind, history, of))
+            if file is None and (settings.method == AUTO or reads(settings.method, kind)):
+                looked_for.append(kind)
         elif file is not None:
             raise ValueError(f"--{kind} and --{kind}-batches are two sources of one thing; give one")
         elif final is None:
             raise ValueError(f"--{kind}-batches runs the trained model: give its checkpoint")
+    if history is not None:
+        of = final if settings.method == AUTO else None  # a method that needs the file says what is wrong
+        for beside, path in beside_history(looked_for, history, of).items():
+            setattr(found, beside, path)
     if final is not None and (options.curvature_batches or options.statistics_batches):
         _run_batches(options, settings, final, history, found)
     return found

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..allocation.weights import StoredWeights
 from ..checkpoints.checkpoint import Checkpoint, load_model
 from ..checkpoints.folders import check_quantizing
 from ..checkpoints.tokenizer import load_tokenizer
@@ -21,7 +20,6 @@ from ..quantize.replace import check_packable
 from ..quantize.sizes import ModelSizes
 from ..quantize.writer import distill_checkpoint, quantize_checkpoint
 from ..recording.collecting import MEMORY_GIB, collect_statistics, passes, peak_bytes
-from ..recording.planned_weights import check_plan_is_for
 from ..recording.statistics import ExpertStatistics, file_bytes
 from .estimate import print_sizes
 from .options import Commands, add_command, add_dataset, data_of, dataset_name, positive
@@ -35,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
     if options.backend == "auto-round":
         if options.dry_run:
             raise ValueError("--dry-run tells what our own format takes; --backend auto-round writes another")
-        _quantize_with_auto_round(options, plan)
+        _quantize_with_auto_round(options)
         return
     curvature = options.curvature or existing("curvature", options.plan)
     grid = options.grid or existing("grid", options.plan)
@@ -75,8 +73,8 @@ def run(options: argparse.Namespace) -> None:
             _distill(options, undistilled, batches)
         finally:
             shutil.rmtree(undistilled)
-    before, after = Checkpoint(options.checkpoint), Checkpoint(options.out)
-    sizes = f"{before.nbytes / 1e6:.2f} MB -> {after.nbytes / 1e6:.2f} MB"
+    after = Checkpoint(options.out)
+    sizes = f"{source.nbytes / 1e6:.2f} MB -> {after.nbytes / 1e6:.2f} MB"
     bits = after.stored_bits_per_expert_weight(plan)
     print(f"wrote {options.out}: {sizes}, {bits:.3f} stored bits per expert weight")
 
@@ -154,7 +152,7 @@ def _distill(options: argparse.Namespace, packed: Path, batches: Any) -> None:
     print(found.described())
 
 
-def _quantize_with_auto_round(options: argparse.Namespace, plan: PrecisionPlan) -> None:
+def _quantize_with_auto_round(options: argparse.Namespace) -> None:
     from ..export.auto_round_backend import check_installed, quantize_with_auto_round
 
     ours = {
@@ -168,12 +166,10 @@ def _quantize_with_auto_round(options: argparse.Namespace, plan: PrecisionPlan) 
     given = [name for name, value in ours.items() if value is not None]
     if given:
         raise ValueError(f"{', '.join(given)} cannot be used with --backend auto-round, which fits the weights itself")
-    check_installed()
-    with Checkpoint(options.checkpoint) as source:
-        check_plan_is_for(plan, StoredWeights(source, plan.patterns).snapshot(variance=False).router_norms)
-    load_tokenizer(options.checkpoint)  # which AutoRound writes into OUT
     if options.tokenizer is not None:
         raise ValueError("--backend auto-round takes the checkpoint's own tokenizer: save --tokenizer's there instead")
+    check_installed()
+    load_tokenizer(options.checkpoint)  # which AutoRound writes into OUT
     blocks: list[Any] = []
     if options.iterations:
         batches = _batches(options)
@@ -181,7 +177,7 @@ def _quantize_with_auto_round(options: argparse.Namespace, plan: PrecisionPlan) 
         blocks = list(islice(whole, options.samples))
     if blocks:
         print(f"tunes the rounding on {len(blocks)} blocks of training text of {dataset_name(options)}")
-    for note in quantize_with_auto_round(options.checkpoint, plan, options.out, blocks, options.iterations):
+    for note in quantize_with_auto_round(options.checkpoint, options.plan, options.out, blocks, options.iterations):
         print(note, file=sys.stderr)
     print(f"wrote {options.out} in AutoRound's format; load it in a process that loads no float model afterwards")
 

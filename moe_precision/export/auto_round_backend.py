@@ -20,14 +20,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..allocation.weights import StoredWeights
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.dtypes import meta_model_of
 from ..checkpoints.folders import check_quantizing, folder_replaced_when_done
 from ..checkpoints.headers import header
 from ..checkpoints.other_files import copy_other_files
+from ..checkpoints.sources import StreamingError
 from ..errors import MoEPrecisionError
 from ..files import save_tensors
+from ..plans.beside import existing
 from ..plans.plan import PrecisionPlan
+from ..recording.planned_weights import check_plan_is_for
 from . import export, plan_of_checkpoint
 
 _LAYER_CONFIG, _TOKENS = "layer_config.json", "tokens.safetensors"
@@ -77,8 +81,11 @@ def quantize_with_auto_round(
         raise ValueError("blocks of text have several lengths; expected one, since AutoRound leaves shorter ones out")
     source = Checkpoint(checkpoint)
     check_quantizing(source, out, plan)
+    annealed = not isinstance(plan, PrecisionPlan) and existing("grid", plan) is not None  # from other weights than now
     plan = plan if isinstance(plan, PrecisionPlan) else PrecisionPlan.load(plan)
     plan = plan.for_model(source.meta_model(), {layer.name: layer.shape for layer in source.layers(plan.patterns)})
+    if not annealed:
+        _check_weights(source, plan)
     exported = export(plan, "autoround")
     modules = source.meta_model().named_modules()
     left_alone = {name: {"bits": 16} for name, module in modules if isinstance(module, nn.Linear)}
@@ -100,6 +107,15 @@ def quantize_with_auto_round(
             raise AutoRoundError("AutoRound did not carry the plan out: " + "; ".join(differences[:5]))
         copy_other_files(source.folder, temporary)
     return exported.notes[:-1]  # the last is of what a layer_config does not name
+
+
+def _check_weights(source: Checkpoint, plan: PrecisionPlan) -> None:
+    """Raises `PlanError` if router norms show that the plan was made for other weights."""
+    try:
+        norms = StoredWeights(source, plan.patterns).snapshot(variance=False).router_norms
+    except StreamingError:
+        return  # routers that are made of several tensors, which only a model shows
+    check_plan_is_for(plan, norms)
 
 
 def _lift(folder: Path) -> None:

@@ -132,7 +132,7 @@ def _stored(place: Place, expert: int, shape: LayerShape, stores: _Stores) -> St
     for whole in {place.fused, place.hub} & tensors.keys():
         slices, *matrix = tensors[whole].shape
         expected = sorted(shape.projections[place.projection])
-        fits = tensors[whole].dtype in forms.FLOAT and slices >= shape.num_experts and sorted(matrix) == expected
+        fits = tensors[whole].is_float and slices >= shape.num_experts and sorted(matrix) == expected
         forms.check(fits, whole, tensors[whole], (shape.num_experts, *shape.projections[place.projection]))
         return Stored(16, None)
     raise CheckpointError(

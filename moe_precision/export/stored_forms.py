@@ -13,7 +13,6 @@ from typing import Any
 from ..checkpoints.headers import CheckpointError, StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
-FLOAT = ("BF16", "F16", "F32")
 GPTQ, AWQ, COMPRESSED_TENSORS, MLX = "gptq", "awq", "compressed-tensors", "mlx"
 _FORMS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {  # quant_method -> keys of the config, their value -> form
     "gptq": (("checkpoint_format",), dict.fromkeys(("gptq", "gptq_v2", "gptq_p"), GPTQ)),
@@ -136,7 +135,7 @@ def compressed(
 def mlx(name: str, tensors: Tensors, experts: int, out: int, inp: int) -> Stored:
     """``weight`` of all experts is ``(E, out, in * bits / 32)`` uint32, ``scales`` are ``(E, out, in / group)``."""
     packed = tensors[f"{name}.weight"]
-    if packed.dtype in FLOAT:
+    if packed.is_float:
         check(packed.shape == (experts, out, inp), f"{name}.weight", packed, (experts, out, inp))
         return Stored(16, None)
     words = packed.shape[2] if len(packed.shape) == 3 else 0
@@ -151,7 +150,7 @@ def in_bytes(name: str, tensors: Tensors, out: int, inp: int, named: list[int]) 
     weight = tensors[f"{name}.weight"]
     if weight.dtype == "I8" and weight.shape == (out, inp) and named == [8]:
         return Stored(8, _group_size(name, f"{name}.weight_scale", 1, tensors, inp))
-    check(weight.dtype in FLOAT and weight.shape == (out, inp), name, weight, (out, inp))
+    check(weight.is_float and weight.shape == (out, inp), name, weight, (out, inp))
     return Stored(16, None)
 
 

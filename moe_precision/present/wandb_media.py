@@ -19,11 +19,6 @@ _MAX_ROWS = 10_000  # of a table, and so points of all curves of a chart; W&B cu
 _NAME_LENGTH = 128  # of an artifact
 
 
-def is_wandb(logger: Any) -> bool:
-    """Whether a logger is a WandbLogger or inherits from one, of `lightning.pytorch` or of `pytorch_lightning`."""
-    return any(one.__name__ == "WandbLogger" for one in type(logger).__mro__)
-
-
 MEDIA = ("the charts", "the plan", "the summary")
 """What `log_media` logs; each may fail alone."""
 

@@ -50,8 +50,8 @@ def restore_floats(model: Any, dtype: torch.dtype | None = None) -> Any:
         linear.register_parameter("bias", module.bias)
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, linear.train(module.training))
-    if hasattr(model, "moe_precision_kernels"):
-        del model.moe_precision_kernels
+    for name in ("moe_precision_kernels", "save_pretrained"):  # which `finish` has set
+        vars(model).pop(name, None)
     if isinstance(model, PreTrainedModel):
         if EXPERTS_IMPLEMENTATION in model.get_experts_implementation().values():
             model.set_experts_implementation(model.get_correct_experts_implementation(None))
@@ -112,7 +112,7 @@ def dequantize_checkpoint(
         torch.float32
     """
     with opened(packed) as source:
-        if (source.quantization or {}).get("quant_method") != QUANT_METHOD:
+        if source.quantizer != QUANT_METHOD:
             raise CheckpointError(
                 f"{str(source.folder)!r} was not packed by moe-precision: it cannot be dequantized here"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,13 @@ class _PackWeight(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         model, missing = kwargs["model"], kwargs["missing_keys"]
-        waiting = {target.parameter for target in self.quantizer.waiting}
         left = {}
         for key, value in input_dict.items():
             name = kwargs["full_layer_name"] if len(input_dict) == 1 else key
             weight = value[0] if isinstance(value, list) else value
-            if name not in waiting:  # made from the same tensors on disk as one that is packed
+            if not self.quantizer.param_needs_quantization(
+                model, name
+            ):  # made from the same tensors on disk as one that is packed
                 left[name] = weight
                 continue
             self.quantizer.pack(model, name, weight)
@@ -155,13 +156,13 @@ class PlanHfQuantizer(HfQuantizer):
                 f"{len(self._waiting)} expert weights were not in the checkpoint, the first is "
                 f"{next(iter(self._waiting))!r}; is the checkpoint complete and of this model?"
             )
+        layers = tuple(f"{layer}." for layer in self.plan.layers)
         unread = [
             name
             for name, tensor in model.state_dict(keep_vars=True).items()
-            if (self.pre_quantized or any(name.startswith(layer + ".") for layer in self.plan.layers))
+            if not was_read(tensor)
             and not may_be_missing(model, name)
-            and not self._is_of_a_new_head(model, name)
-            and not was_read(tensor)
+            and (name.startswith(layers) or (self.pre_quantized and not self._is_of_a_new_head(model, name)))
         ]
         if unread:
             raise QuantizationError(
@@ -250,8 +251,7 @@ def _save_pretrained(
     **kwargs: Any,
 ) -> None:
     """``save_pretrained`` that writes a given ``state_dict`` of a packed model too."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    with quantizer.saving(state_dict) if isinstance(quantizer, PlanHfQuantizer) else nullcontext():
+    with model.hf_quantizer.saving(state_dict):
         type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **kwargs)
 
 

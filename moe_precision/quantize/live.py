@@ -87,5 +87,6 @@ def quantize_model(
         model.config.quantization_config = config
         mark_as_quantized(model.config)
         finish(model)
-    model.moe_precision_kernels = partial(kernels_of, model)  # type: ignore[assignment]
+    else:
+        model.moe_precision_kernels = partial(kernels_of, model)  # type: ignore[assignment]
     return model.eval()

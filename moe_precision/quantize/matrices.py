@@ -204,6 +204,22 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.matrices.weight(ctx.index, gradient.dtype), None, None
 
 
+class _GroupedProduct(torch.autograd.Function):
+    """`_Product` for several matrices in one launch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, matrices: PackedMatrices | DenseMatrices, indices: list[int], ends: Tensor
+    ) -> Tensor:
+        ctx.matrices, ctx.indices, ctx.ends = matrices, indices, ends
+        return grouped_linear(x, matrices.weights(indices, x.dtype), ends)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        weights = ctx.matrices.weights(ctx.indices, gradient.dtype).transpose(1, 2)
+        return grouped_linear(gradient, weights, ctx.ends), None, None, None
+
+
 class DenseMatrices(nn.Module):
     """``count`` matrices that are left as they are: the 16-bit experts of a layer whose others are packed."""
 
@@ -246,11 +262,11 @@ def multiply_rows(
     used = kernels.spans(starts, experts)
     if not used:
         return
-    rows = torch.cat([torch.arange(rows.start, rows.stop, device=x.device) for _, rows in used])
+    rows = torch.cat([torch.arange(rows.start, rows.stop, device="cpu") for _, rows in used]).to(x.device)
     counts, indices = [rows.stop - rows.start for _, rows in used], [index for index, _ in used]
     if together:
         ends = torch.tensor(counts, device=x.device).cumsum(0, dtype=torch.int32)
-        products = grouped_linear(x.index_select(0, rows), matrices.weights(indices, x.dtype), ends)
+        products = _GroupedProduct.apply(x.index_select(0, rows), matrices, indices, ends)
     else:
         parts = zip(indices, x.index_select(0, rows).split(counts), strict=True)
         products = torch.cat([matrices.linear(index, part) for index, part in parts])

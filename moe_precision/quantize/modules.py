@@ -100,10 +100,10 @@ class PackedProjection(nn.Module):
         if x.device.type == "cpu" and not 0 <= int(starts[0]) <= int(starts[-1]) <= len(x):
             raise ValueError(f"starts goes from {int(starts[0])} to {int(starts[-1])}, but there are {len(x)} rows")
         y = x.new_zeros(len(x), self.out)
-        if x.requires_grad and torch.is_grad_enabled():
-            y = y + x[:0].sum()  # 0, so that the result has a graph even if no row belongs to an expert
         for bucket, experts in self._experts.items():
             self.get_submodule(bucket).grouped(x, starts, _indices(tuple(experts), x.device), y)  # type: ignore[operator]
+        if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+            y = y + x[:0].sum()  # 0: no row belongs to an expert, and the result has a graph all the same
         return y
 
 

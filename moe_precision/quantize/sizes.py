@@ -20,6 +20,7 @@ from .writer.shards import layer_of
 
 GIB = 2**30
 _GROUP_SIZES = (128, 64, 32)
+_SHARD_BYTES = 250_000_000  # of a packed file; a larger layer gets its own
 
 
 @dataclass(frozen=True)
@@ -167,19 +168,18 @@ class ModelSizes:
         low = int(average)
         return Fit(room, stored, average, (low,) if average == low else (low, low + 1), uniform)
 
-    def quantizing_bytes(self, stored_bits: float, max_shard_bytes: int = 250_000_000) -> float:
+    def quantizing_bytes(self, stored_bits: float) -> float:
         """Bytes that one process of `quantize_checkpoint` holds at most, beside the imports.
 
         The largest layer as it is read, as much again for transformers to convert it, and one packed file.
 
         Args:
             stored_bits: Bits per expert weight.
-            max_shard_bytes: Size of a packed file; a larger layer gets its own.
         """
         layer = max(self._layer_bytes.values())
         experts = max(shape.expert_size * shape.num_experts for shape in self.shapes.values())
         packed = experts * stored_bits / 8
         with_rest = max(packed, layer - experts * self.dtype.itemsize + packed)
         whole = self.rest_bytes + self.expert_bytes(stored_bits)
-        found: float = 2 * layer + max(with_rest, min(max_shard_bytes, whole))
+        found: float = 2 * layer + max(with_rest, min(_SHARD_BYTES, whole))
         return found

@@ -174,6 +174,17 @@ class Counted(pl.Callback):
         self.batches += 1
 
 
+class InHalf(Language):
+    """Its moments hardly decay, which only a step shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = self.model.bfloat16()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
 class WithSGD(Language):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -194,6 +205,7 @@ def jetmoe():
         (Language, lambda: [SavePretrained(), anneal()], AnnealError, "put it after this one", 0),
         (Language, lambda: [anneal(), RouterNormMonitor(group_size=64)], AnnealError, "put it before this one", 0),
         (WithSGD, lambda: [anneal()], CurvatureError, "SGD is not among the optimizers", 0),
+        (InHalf, lambda: [anneal()], AnnealError, "cannot make a plan at step 5.*hardly decays", 1),
         (jetmoe, lambda: [anneal()], UnsupportedLayoutError, "fused, but not through", 0),
     ],
 )

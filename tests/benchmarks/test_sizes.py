@@ -5,14 +5,14 @@ import pytest
 from benchmarks import sizes
 from tests.support.markdown import ROOT
 
-PUBLISHED_WITH_MORE = {"GLM-4.5-Air": 106 - 103.48, "Kimi K2": 1000 - 1026.41}  # a further layer; "1 trillion"
+OTHERWISE_COUNTED = {"GLM-4.5-Air", "Kimi K2"}  # with a further layer, and as "1 trillion"
 
 
 @pytest.mark.parametrize("name", sizes.MODELS)
 def test_the_parameters_are_those_that_were_published(name):
     published = sizes.MODELS[name]
-    found = sizes.sizes_of(published, name).parameters / 1e9 + PUBLISHED_WITH_MORE.get(name, 0)
-    assert found == pytest.approx(published.billions, rel=0.002)
+    found = sizes.sizes_of(published, name).parameters / 1e9
+    assert found == pytest.approx(published.billions, rel=0.03 if name in OTHERWISE_COUNTED else 0.002)
 
 
 def test_docs_show_what_the_command_prints(capsys):

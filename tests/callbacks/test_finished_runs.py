@@ -11,21 +11,10 @@ from moe_precision.callbacks import PrecisionAnneal, SavePretrained
 from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.cli.main import main
 from moe_precision.quantize.codec.grid import Grid
-from tests.support.models import build, logits
-from tests.support.trainers import Module, monitor, trainer
+from tests.support.models import logits
+from tests.support.trainers import Language, monitor, trainer
 
 IDS = torch.randint(3, 128, (10, 8), generator=torch.Generator().manual_seed(0))
-
-
-class Language(Module):
-    def __init__(self):
-        super().__init__(build("mixtral"))
-
-    def loss(self, x):
-        return self.model(input_ids=x, labels=x).loss
-
-    def on_train_batch_end(self, *args):
-        pass
 
 
 class Killed(BaseException):

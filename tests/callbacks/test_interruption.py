@@ -16,7 +16,7 @@ from moe_precision.cli.main import main
 from tests.support.interrupted_run import compare
 from tests.support.models import build
 from tests.support.processes import finish, start
-from tests.support.trainers import Module, data, monitor, trainer
+from tests.support.trainers import Language, Module, data, monitor, trainer
 
 
 @pytest.mark.slow
@@ -156,16 +156,6 @@ def test_a_norm_that_is_not_finite_is_said_when_it_happens(tmp_path):
 def test_an_error_in_the_making_of_the_plan_costs_no_model(tmp_path, monkeypatch):
     """Whatever it is: it is raised once the others are done."""
 
-    class OfAModel(Module):
-        def __init__(self):
-            super().__init__(build("mixtral"))
-
-        def loss(self, x):
-            return self.model(input_ids=x, labels=x).loss
-
-        def on_train_batch_end(self, *args):
-            pass
-
     def out_of_memory(*args):
         raise RuntimeError("out of memory")
 
@@ -175,7 +165,7 @@ def test_an_error_in_the_making_of_the_plan_costs_no_model(tmp_path, monkeypatch
         pytest.warns(UserWarning, match="no plan is written: RuntimeError: out of memory"),
         pytest.raises(RuntimeError, match="out of memory"),
     ):
-        trainer(tmp_path, monitor(), SavePretrained()).fit(OfAModel(), torch.utils.data.DataLoader(ids, batch_size=2))
+        trainer(tmp_path, monitor(), SavePretrained()).fit(Language(), torch.utils.data.DataLoader(ids, batch_size=2))
     assert load_model(tmp_path / "checkpoint").num_parameters() > 0
     assert RouterNormHistory.load(tmp_path / "precision_plan.history.safetensors").steps == [0, 2]
 

@@ -11,9 +11,8 @@ from torch.optim.swa_utils import AveragedModel
 from moe_precision import PrecisionPlan
 from moe_precision.annealing.covers import AnnealError
 from moe_precision.callbacks import PrecisionAnneal, RouterNormMonitor, SavePretrained
-from moe_precision.callbacks.lightning_packages import averages_weights
+from moe_precision.callbacks.lightning_packages import averages_weights, is_called
 from moe_precision.checkpoints.checkpoint import load_model
-from moe_precision.present.wandb_media import is_wandb
 from tests.support.models import PlainMoE, build
 from tests.support.trainers import Module, data, monitor, trainer
 
@@ -109,8 +108,8 @@ def test_a_wandb_logger_of_either_and_what_inherits_from_it(package):
     class Mine(package.loggers.WandbLogger):
         pass
 
-    assert is_wandb(object.__new__(Mine))
-    assert not is_wandb(object.__new__(package.loggers.CSVLogger))
+    assert is_called(object.__new__(Mine), "WandbLogger")
+    assert not is_called(object.__new__(package.loggers.CSVLogger), "WandbLogger")
 
 
 # -- averages of other packages, which have names of their own --------------------------------------------------------

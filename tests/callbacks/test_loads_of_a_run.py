@@ -10,25 +10,19 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from moe_precision import AllocationError
 from moe_precision.callbacks import RouterNormTrainerCallback
 from tests.support.models import PlainMoE, build
-from tests.support.trainers import Module, data, monitor, trainer
+from tests.support.trainers import Language, Module, data, monitor, trainer
 
 IDS = torch.randint(3, 128, (12, 8), generator=torch.Generator().manual_seed(0))
 
 
-class Language(Module):
+class Evaluated(Language):
     """A model as `from_pretrained` gives it, in evaluation mode, which Lightning leaves it in."""
 
     def __init__(self):
         super().__init__(build("mixtral").eval())
 
-    def loss(self, x):
-        return self.model(input_ids=x, labels=x).loss
 
-    def on_train_batch_end(self, *args):
-        pass
-
-
-class Rollouts(Language):
+class Rollouts(Evaluated):
     """Generates four tokens for every row inside of a training step, as reinforcement learning does."""
 
     def training_step(self, batch, batch_idx):
@@ -39,7 +33,7 @@ class Rollouts(Language):
         return self.loss(batch)
 
 
-class Validated(Language):
+class Validated(Evaluated):
     """Puts the model into training mode for its validation: dropout as a measure of doubt."""
 
     def validation_step(self, batch, batch_idx):
@@ -57,7 +51,7 @@ def loader(rows=12):
 
 def test_a_model_in_evaluation_mode_is_trained(tmp_path):
     callback = monitor(group_size=64, method="load")
-    module = Language()
+    module = Evaluated()
     trainer(tmp_path, callback).fit(module, loader())
     assert not module.model.training
     assert totals(callback.history, "training") == {12 * 8 * 2}  # rows, tokens, experts per token

@@ -17,21 +17,10 @@ from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.present.wandb_media import MEDIA, artifact_name, kept_records, log_media
 from moe_precision.recording.router_norms import router_norms
 from tests.support.models import build
-from tests.support.trainers import MemoryLogger, Module, monitor, trainer
+from tests.support.trainers import Language, MemoryLogger, monitor, trainer
 from tests.support.wandb_file import read_artifacts, read_curves
 
 IDS = torch.randint(3, 128, (10, 8), generator=torch.Generator().manual_seed(0))
-
-
-class Language(Module):
-    def __init__(self):
-        super().__init__(build("mixtral"))
-
-    def loss(self, x):
-        return self.model(input_ids=x, labels=x).loss
-
-    def on_train_batch_end(self, *args):
-        pass
 
 
 class Broken(MemoryLogger):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Mxfp4Config, Trainer, TrainingArguments
 
 from moe_precision import allocate, quantize_model
-from moe_precision.callbacks import RouterNormTrainerCallback, SavePretrained
+from moe_precision.callbacks import PrecisionAnnealTrainerCallback, RouterNormTrainerCallback, SavePretrained
 from moe_precision.checkpoints import Checkpoint, CheckpointError, load_model
 from moe_precision.compat import was_dequantized_on_loading
 from moe_precision.quantize.writer import quantize_checkpoint
@@ -67,14 +67,22 @@ def test_what_is_saved_loads_with_the_same_weights(release, tmp_path):
     assert [layer.name for layer in Checkpoint(tmp_path / "saved").layers()]  # which plan and quantize read
 
 
+def recorder():
+    return RouterNormTrainerCallback(method="router_norm", group_size=32)
+
+
+def annealer():
+    return PrecisionAnnealTrainerCallback(method="uniform", average_bits=4, bits=(4,), group_size=32, start=0)
+
+
+@pytest.mark.parametrize("callback", [recorder, annealer])
 @pytest.mark.parametrize("release", [gpt_oss, block_fp8])
-def test_transformers_trainer_beside_our_callback(release, tmp_path):
+def test_transformers_trainer_beside_our_callback(release, callback, tmp_path):
     release(tmp_path / "release")
     model = auto_class("").from_pretrained(tmp_path / "release", dtype=torch.float32)
     arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[], save_strategy="no")
-    callback = RouterNormTrainerCallback(method="router_norm", group_size=32)
     ids = list(range(3, 11))
-    trained = Trainer(model, arguments, train_dataset=[{"input_ids": ids, "labels": ids}] * 8, callbacks=[callback])
+    trained = Trainer(model, arguments, train_dataset=[{"input_ids": ids, "labels": ids}] * 8, callbacks=[callback()])
     trained.train()
     trained.save_model(tmp_path / "saved")
     again = load_model(tmp_path / "saved", dtype=torch.float32).state_dict()
@@ -95,8 +103,3 @@ def test_a_release_that_cannot_be_quantized_says_how_to_make_it_float(tmp_path):
         quantize_checkpoint(tmp_path / "release", plan, tmp_path / "out")
     quantize_checkpoint(tmp_path / "float", plan, tmp_path / "out")
     assert torch.equal(logits(load_model(tmp_path / "out")), logits(quantize_model(model, plan)))
-
-
-def test_a_float_model_is_saved_in_the_names_of_the_hub(tmp_path):
-    build("mixtral").save_pretrained(tmp_path / "float")
-    assert not was_dequantized_on_loading(load_model(tmp_path / "float"))

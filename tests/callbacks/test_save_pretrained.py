@@ -11,18 +11,7 @@ from moe_precision.callbacks import SavePretrained
 from moe_precision.checkpoints.tokenizer import load_tokenizer
 from moe_precision.recipes.text_data import train_tokenizer
 from tests.support.models import build
-from tests.support.trainers import Module, trainer
-
-
-class LM(Module):
-    def __init__(self):
-        super().__init__(build("mixtral"))
-
-    def loss(self, x):
-        return self.model(input_ids=x, labels=x).loss
-
-    def on_train_batch_end(self, *args):
-        pass
+from tests.support.trainers import Language, trainer
 
 
 def saved_by(tmp_path, saver, module):
@@ -39,12 +28,12 @@ def tokenizer():
 def test_a_given_tokenizer_is_saved(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "elsewhere")
     for given in (tokenizer, str(tmp_path / "elsewhere")):
-        folder = saved_by(tmp_path, SavePretrained(tokenizer=given), LM())
+        folder = saved_by(tmp_path, SavePretrained(tokenizer=given), Language())
         assert load_tokenizer(folder).get_vocab() == tokenizer.get_vocab()
 
 
 def test_the_modules_own_tokenizer_is_found(tmp_path, tokenizer):
-    module = LM()
+    module = Language()
     module.tokenizer = tokenizer
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="SavePretrained")
@@ -53,7 +42,7 @@ def test_the_modules_own_tokenizer_is_found(tmp_path, tokenizer):
 
 
 def test_a_missing_tokenizer_is_said_and_the_model_is_saved(tmp_path):
-    module = LM()
+    module = Language()
     module.tokenizer = str.split  # of another library: it cannot be saved, and must not lose the model
     with pytest.warns(UserWarning, match=r"holds no tokenizer.*SavePretrained\(tokenizer=...\)"):
         folder = saved_by(tmp_path, SavePretrained(), module)
@@ -66,3 +55,11 @@ def test_what_is_no_tokenizer_is_refused_before_training(tmp_path):
         SavePretrained(tokenizer=str(tmp_path / "model"))
     with pytest.raises(ValueError, match="tokenizer must be a transformers tokenizer"):
         SavePretrained(tokenizer=str.split)
+
+
+def test_shards_that_nobody_can_put_together_are_refused_at_the_start(tmp_path):
+    module = Language()
+    next(module.parameters()).ds_id = 0  # as DeepSpeed ZeRO-3 marks its placeholders
+    with pytest.raises(ValueError, match="cannot put together the shards of FSDP1 or DeepSpeed ZeRO-3"):
+        saved_by(tmp_path, SavePretrained(), module)
+    assert not list((tmp_path / "checkpoint").glob("*"))

@@ -239,4 +239,4 @@ def test_a_plan_is_made_where_calibration_fails(monkeypatch):
     assert "calibration_tokens" not in plan.notes
     assert told == ["costs are not calibrated: out of memory"]
     plan_of_run.plan_of_run(settings, model, history, None, None, iter(()))
-    assert told[1:] == ["costs are not calibrated: the training data has no batch left"]
+    assert told[1:] == ["costs are not calibrated: calibration needs at least one batch with tokens"]

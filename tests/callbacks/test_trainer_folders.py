@@ -16,7 +16,8 @@ from tests.support.models import build
 
 pytestmark = pytest.mark.slow
 
-ROWS = [{"input_ids": row, "labels": row} for row in torch.randint(3, 128, (8, 8))]
+IDS = torch.randint(3, 128, (8, 8), generator=torch.Generator().manual_seed(0))
+ROWS = [{"input_ids": row, "labels": row} for row in IDS]
 
 
 def trainer(folder, *callbacks, steps=4, trainer_class=Trainer, **changes):

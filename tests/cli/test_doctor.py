@@ -72,7 +72,7 @@ def any_cpu_int4():
         pytest.skip("torch has no int4 kernel here")
 
 
-def test_why_ark_and_triton_are_not_there(monkeypatch):
+def test_why_ark_and_triton_are_not_there(monkeypatch, capsys):
     monkeypatch.setattr(selfcheck, "is_intel", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = by_name()
@@ -81,6 +81,8 @@ def test_why_ark_and_triton_are_not_there(monkeypatch):
     monkeypatch.setattr(selfcheck, "is_intel", lambda: True)
     monkeypatch.setattr(selfcheck, "find_spec", lambda name: None)
     assert "pip install 'moe-precision[cpu]'" in by_name()["ARK"].detail
+    main(["doctor"])
+    assert "'moe-precision[cpu]'" in "".join(capsys.readouterr().out.split())  # and not taken for a style
 
 
 def test_versions_outside_the_range_and_missing_packages_are_broken(monkeypatch, capsys):

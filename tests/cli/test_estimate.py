@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from moe_precision import PrecisionPlan, allocate, collect_statistics, quantize_checkpoint, quantize_model
-from moe_precision.checkpoints import Checkpoint, CheckpointError
+from moe_precision.checkpoints import Checkpoint
 from moe_precision.checkpoints.blueprint import model_of
 from moe_precision.cli.main import main
 from moe_precision.layers import MoELayerError
@@ -217,8 +217,3 @@ def test_a_model_on_the_meta_device_has_no_weights_to_plan_by():
     ):
         with pytest.raises(MoELayerError, match="is on the meta device, which holds shapes and no weights: load"):
             call()
-
-
-def test_errors_name_the_file(tmp_path):
-    with pytest.raises(CheckpointError, match="absent"):
-        model_of(tmp_path / "absent")

@@ -48,7 +48,7 @@ def main(folder: str, split: str) -> None:
     dist.init_process_group("gloo")
     path = Path(folder)
     config = DistributedConfig(**SPLITS[split])
-    found: dict = {"refusals": [], "rank": dist.get_rank()}
+    found: dict = {"refusals": []}
     plan = PrecisionPlan.load(path / "plan.json")
 
     def refused(call: Callable[[], object]) -> None:

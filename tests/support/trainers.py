@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from moe_precision.callbacks import RouterNormMonitor
-from tests.support.models import PlainMoE
+from tests.support.models import PlainMoE, build
 
 
 class MemoryLogger(Logger):
@@ -56,6 +56,19 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Language(Module):
+    """A small transformers model that learns rows of tokens."""
+
+    def __init__(self, model=None):
+        super().__init__(build("mixtral") if model is None else model)
+
+    def loss(self, x):
+        return self.model(input_ids=x, labels=x).loss
+
+    def on_train_batch_end(self, *args):
+        pass  # it has no first layer of its own, whose norms `Module` takes
 
 
 class TwoOptimizers(Module):
