@@ -21,7 +21,7 @@ from moe_precision.layers.patterns import Patterns
 from moe_precision.plans.beside import existing
 from moe_precision.plans.methods import MethodName, reads
 from moe_precision.plans.plan import as_plan
-from moe_precision.plans.settings import ZETA, PlanSettings
+from moe_precision.plans.settings import MAX_DROPPED, MIN_TOKENS, ZETA, PlanSettings
 from moe_precision.plans.widths import Granularity
 from moe_precision.quantize.codec.grid import Grid
 from moe_precision.quantize.replace import check_packable
@@ -62,24 +62,14 @@ class PlanAnnealer:
         granularity: Granularity | None = None,
         seed: int = 0,
         zeta: float = ZETA,
+        max_dropped: float = MAX_DROPPED,
+        min_tokens: int = MIN_TOKENS,
         router_pattern: str | None = None,
         expert_pattern: str | None = None,
         module: str | None = None,
         export_to: str = "annealed_plan.json",
     ) -> None:
-        self.settings = PlanSettings(
-            method=method,
-            average_bits=average_bits,
-            stored_bits=stored_bits,
-            expert_gib=expert_gib,
-            bits=bits,
-            group_size=group_size,
-            granularity=granularity,
-            seed=seed,
-            zeta=zeta,
-            router_pattern=router_pattern,
-            expert_pattern=expert_pattern,
-        )
+        self.settings = PlanSettings.among(locals())
         self.settings.check_plannable()
         if not 0 <= start < float("inf") or (start >= 1 and start != int(start)):
             raise ValueError(f"start must be a share of max_steps below 1 or a whole step, got {start}")

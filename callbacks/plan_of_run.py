@@ -72,7 +72,7 @@ def plan_of_run(
 
     With ``method="auto"`` and more than `UNASKED_WEIGHTS`, the paper's rule is taken, and the plan says how to get the
     other one: measuring costs quantizes every expert at every width, which nobody expects at the end of a large run.
-    Where whole layers are to share a width, costs are measured all the same.
+    Where whole layers are to share a width, or experts may be dropped, costs are measured all the same.
 
     Args:
         settings: What is asked.
@@ -88,8 +88,8 @@ def plan_of_run(
         AllocationError: What the method reads is missing, or a norm is not finite.
     """
     method, weights = settings.method, expert_weights(history.layers.values())
-    by_layer = str(settings.granularity).startswith("layer")  # which the paper's rule does not know
-    if method == AUTO and curvature is not None and weights > UNASKED_WEIGHTS and not by_layer:
+    unknown = settings.may_drop or str(settings.granularity).startswith("layer")  # to the paper's rule
+    if method == AUTO and curvature is not None and weights > UNASKED_WEIGHTS and not unknown:
         plan = make_plan(settings.resolved("router_norm", history.layers), history=history)
         plan.notes["auto"] = (
             f"measuring what each width costs takes long for {weights / 1e9:.1f} billion expert weights; to have it "

@@ -24,7 +24,7 @@ from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.plans.methods import AUTO, MethodName, reads
 from moe_precision.plans.numbers import AllocationError
 from moe_precision.plans.plan import PrecisionPlan, model_type_of
-from moe_precision.plans.settings import ZETA, PlanSettings
+from moe_precision.plans.settings import MAX_DROPPED, MIN_TOKENS, ZETA, PlanSettings
 from moe_precision.plans.widths import Granularity
 from moe_precision.present.metrics import plan_metrics
 from moe_precision.present.tables import as_text, layers_table
@@ -63,6 +63,8 @@ class PlanRecorder:
         granularity: Granularity | None = None,
         seed: int = 0,
         zeta: float = ZETA,
+        max_dropped: float = MAX_DROPPED,
+        min_tokens: int = MIN_TOKENS,
         router_pattern: str | None = None,
         expert_pattern: str | None = None,
         module: str | None = None,
@@ -73,19 +75,7 @@ class PlanRecorder:
         statistics_batches: int | None = None,
         statistics_from: float | None = None,
     ) -> None:
-        self.settings = PlanSettings(
-            method=method,
-            average_bits=average_bits,
-            stored_bits=stored_bits,
-            expert_gib=expert_gib,
-            bits=bits,
-            group_size=group_size,
-            granularity=granularity,
-            seed=seed,
-            zeta=zeta,
-            router_pattern=router_pattern,
-            expert_pattern=expert_pattern,
-        )
+        self.settings = PlanSettings.among(locals())
         self.settings.check_plannable()
         for name, value in (("every_n_steps", every_n_steps), ("curvature_batches", curvature_batches)):
             if value is not None and value < 1:
@@ -94,8 +84,9 @@ class PlanRecorder:
         self.every_n_steps, self.export_to = every_n_steps, export_to
         self.log_experts, self.module = log_experts, module
         self.curvature_batches = curvature_batches
-        if reads(method, "statistics") and statistics_batches == 0 and statistics_from is None:
-            raise ValueError(f"method {method!r} needs expert statistics, and statistics_batches=0 collects none")
+        if self._needs_statistics and statistics_batches == 0 and statistics_from is None:
+            what = "0 among the levels" if self.settings.may_drop else f"method {method!r}"
+            raise ValueError(f"{what} needs expert statistics, and statistics_batches=0 collects none")
         self._collecting = StatisticsRecorder(type(self).__name__, statistics_batches, statistics_from)
         self.history = RouterNormHistory()
         self.curvature: Curvature | None = None
@@ -108,6 +99,11 @@ class PlanRecorder:
         self._warned = False
         self._seen = WeightsSeen()  # at the end
         self._ending = EndLogging(type(self).__name__)
+
+    @property
+    def _needs_statistics(self) -> bool:
+        """Whether there is no plan without expert statistics."""
+        return self.settings.may_drop or reads(self.settings.method, "statistics")
 
     def _prepare(self, folder: str | None, anew: bool) -> None:
         """Before training: where the plan goes, checked to be writable; None for a run that writes nothing.
@@ -142,9 +138,8 @@ class PlanRecorder:
         self.settings.check_fits(fresh.layers)
         rank_zero_info(f"{type(self).__name__}: recording\n{as_text(layers_table(self._layers))}")
         folder = self._files.folder
-        needed = reads(self.settings.method, "statistics")
         check_run(self.settings, self._layers, optimizers, self.curvature_batches)
-        self._collecting.start(model, self._layers, step, total, folder, obstacle, needed)
+        self._collecting.start(model, self._layers, step, total, folder, obstacle, self._needs_statistics)
         if fresh.caveats:
             rank_zero_warn(f"{type(self).__name__}: {caveat_text(fresh.caveats)}.")
         if self.history.steps and self.history.steps[-1] <= step:  # else it is from an earlier run

@@ -55,6 +55,8 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
             default, ``layer`` or ``layer+projection``.
         seed: For ``method="random"`` and ``"shuffled_curvature"``.
         zeta: Factor of the paper's reorder rule.
+        max_dropped: Largest share of a layer's experts that may be dropped, where ``bits`` has 0.
+        min_tokens: Tokens of the statistics below which an expert is not dropped.
         router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by
             structure; see `find_moe_layers`.
         expert_pattern: Regular expression that names the experts' weights.

@@ -50,13 +50,15 @@ class RouterNormMonitor(PlanRecorder, LightningCallback):
         expert_gib: Budget as the size of all routed experts in the file, in GiB, instead of ``average_bits``.
         bits: Levels to choose from, of 1 to 8, or 16: one, two, or three that are equally spaced, by default 2 and 3;
             any number for a method that knows costs (``statistics``, ``curvature``, ``weight_error``), by default 1 to
-            4.
+            4. With 0 among them experts may be dropped, which needs expert statistics.
         group_size: Weights that share a scale and an offset when the plan is carried out; divides every expert's input
             width.
         granularity: What shares a width: ``expert``; for methods that know costs also ``expert+projection``, their
             default, ``layer`` or ``layer+projection``.
         seed: For ``method="random"`` and ``"shuffled_curvature"``.
         zeta: Factor of the paper's reorder rule.
+        max_dropped: Largest share of a layer's experts that may be dropped, where ``bits`` has 0.
+        min_tokens: Tokens of the statistics below which an expert is not dropped.
         router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by
             structure; see `find_moe_layers`.
         expert_pattern: Regular expression that names the experts' weights.

@@ -18,7 +18,7 @@ from ..plans.methods import AUTO, METHODS, MethodName, chosen
 from ..plans.notes import PlanNotes
 from ..plans.numbers import AllocationError
 from ..plans.plan import PrecisionPlan
-from ..plans.settings import ZETA, PlanSettings
+from ..plans.settings import MAX_DROPPED, MIN_TOKENS, ZETA, PlanSettings
 from ..plans.widths import Granularity
 from ..recording.curvature import Curvature, as_curvature
 from ..recording.history import HistoryError, RouterNormHistory
@@ -48,6 +48,8 @@ def allocate(
     granularity: Granularity | None = None,
     seed: int = 0,
     zeta: float = ZETA,
+    max_dropped: float = MAX_DROPPED,
+    min_tokens: int = MIN_TOKENS,
     router_pattern: str | None = None,
     expert_pattern: str | None = None,
 ) -> PrecisionPlan:
@@ -77,12 +79,14 @@ def allocate(
         stored_bits: Budget with scales and offsets included, instead of ``average_bits``.
         expert_gib: Budget as the size of all routed experts in the file, in GiB, instead of ``average_bits``.
         bits: Levels to choose from; any number of them, by default 1 to 4, for a method that knows costs, else by
-            default 2 and 3.
+            default 2 and 3. 0 among them lets an expert be dropped, which needs ``statistics``.
         group_size: Weights that share a scale and an offset, along the input dimension.
         granularity: What shares a width: by default ``expert+projection`` for a method that knows costs, else
             ``expert``, the only one for other methods.
         seed: For ``method="random"`` and ``"shuffled_curvature"``.
         zeta: Factor of the paper's reorder rule.
+        max_dropped: Largest share of a layer's experts that may be dropped, where 0 is among the levels.
+        min_tokens: Tokens of the statistics below which an expert is not dropped.
         router_pattern: As in `find_moe_layers`, where ``model`` needs it; a history brings its own.
         expert_pattern: Names the experts' weights, as in `find_moe_layers`.
 
@@ -102,19 +106,7 @@ def allocate(
         >>> plan.average_bits
         2.5
     """
-    settings = PlanSettings(
-        method=method,
-        average_bits=average_bits,
-        stored_bits=stored_bits,
-        expert_gib=expert_gib,
-        bits=bits,
-        group_size=group_size,
-        granularity=granularity,
-        seed=seed,
-        zeta=zeta,
-        router_pattern=router_pattern,
-        expert_pattern=expert_pattern,
-    )
+    settings = PlanSettings.among(locals())
     calibrated: Calibration | None = None
     if calibration is not None:
         if not isinstance(model, nn.Module):
@@ -168,7 +160,7 @@ def make_plan(
         else:
             raise HistoryError("the history holds the baseline alone: give the trained model or its checkpoint too")
         _check_finite(final, recorded)
-        settings, costs = settings.resolved(name, final.layers), None
+        settings, costs, tokens = settings.resolved(name, final.layers), None, None
         if method.knows_costs:
             weighed = as_curvature(curvature) if curvature is not None and "curvature" in method.reads else None
             if weighed is not None:
@@ -179,6 +171,7 @@ def make_plan(
                 under = under.for_layers(final.layers)
                 under.check_router_norms(final.router_norms)
                 notes["statistics"] = {"text": under.text, "tokens": under.tokens_by_layer()}
+                tokens = under.tokens
             settings.check_fits(final.layers)
             assert weights is not None
             together = "statistics" in method.reads
@@ -186,7 +179,7 @@ def make_plan(
             costs = weights.costs(*given, together=together, calibration=calibration)
             if calibration is not None:
                 notes["calibration_tokens"] = calibration.tokens
-    return plan_from_signals(settings, final, baseline, costs, notes)
+    return plan_from_signals(settings, final, baseline, costs, notes, tokens)
 
 
 def _check_sources(

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from ..layers.module_tree import modes_kept, root_model
 from ..layers.moe_layers import MoELayer
 from ..plans.numbers import AllocationError
+from ..plans.widths import DROPPED
 from ..quantize.codec.guided import fit_of
 from ..recording.batches import run_batch
 from ..recording.curvature import Curvature
@@ -193,13 +194,48 @@ def calibrated_costs(
                                 fit = fit_of(*place, curvature, statistics)
                                 quantized = quantized_matrix(matrix, bits, group_size, fit, place)
                                 found[expert, index] = pricing(curvature, by, *place)(matrix, quantized)
-                                live[expert].copy_(quantized)
-                            measured, predicted = calibration.divergence(), float(found[:, index].sum())
-                            if predicted > 0:
-                                found[:, index] *= measured / predicted
+                                if bits != DROPPED:
+                                    live[expert].copy_(quantized)
+                        if bits not in (DROPPED, 16):
+                            scale_to([found[:, index]], calibration.divergence())
                         bar.update()
                 finally:
                     for matrix, before in zip(live, kept, strict=True):
                         matrix.copy_(before)
                 costs[layer.name][name] = found
+            if DROPPED in widths:
+                calibrate_dropping(layer, costs[layer.name], list(widths).index(DROPPED), calibration)
     return costs
+
+
+def calibrate_dropping(layer: MoELayer, costs: dict[str, Tensor], index: int, calibration: Calibration) -> None:
+    """Scales what the absence of experts costs: the cheaper half of a layer's experts is dropped for a moment.
+
+    All of them together would leave nothing of the layer, which no plan does.
+
+    Args:
+        layer: Its experts get their weights back.
+        costs: Projection -> ``(E, widths)``; its column ``index`` is changed in place.
+        index: Of the width 0.
+        calibration: Of the same model.
+    """
+    absent = [of[:, index] for of in costs.values()]  # (E,) each
+    cheaper = torch.stack(absent).sum(0).argsort(stable=True)[: layer.num_experts // 2].tolist()
+    live = [bank.read(expert) for bank in layer.banks.values() for expert in cheaper]
+    kept = [matrix.clone() for matrix in live]
+    try:
+        for matrix in live:
+            matrix.zero_()
+        measured = calibration.divergence()
+    finally:
+        for matrix, before in zip(live, kept, strict=True):
+            matrix.copy_(before)
+    scale_to(absent, measured, cheaper)
+
+
+def scale_to(costs: list[Tensor], measured: float, experts: Sequence[int] | slice = slice(None)) -> None:
+    """Scales costs in place so that those of some experts add up to what was measured of them."""
+    predicted = sum(float(of[experts].sum()) for of in costs)
+    if predicted > 0:
+        for of in costs:
+            of *= measured / predicted

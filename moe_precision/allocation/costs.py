@@ -7,6 +7,7 @@ count the errors of a row together, as they act on the output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer
+from ..plans.widths import DROPPED
 from ..quantize.codec.fitting import Fit
 from ..quantize.codec.guided import fit_of
 from ..quantize.kernels import scaled
@@ -44,7 +46,8 @@ def expert_costs(
 
     Args:
         layers: As found by `find_moe_layers`, with weights.
-        widths: Candidate widths; 16 costs nothing.
+        widths: Candidate widths; 16 costs nothing. At 0 a matrix is gone; an expert's absence costs the sum over its
+            matrices.
         group_size: Weights that share a scale and an offset.
         curvature: Weights the fit and the errors, so that costs are in proportion to the predicted increase of the
             loss; None gives squared weight errors.
@@ -95,10 +98,8 @@ def costs_of_matrices(
 
 
 def _of_matrix(weight: Tensor, widths: Sequence[int], group_size: int, fit: Fit, price: Price, place: Place) -> Tensor:
-    found = [
-        0.0 if bits == 16 else price(weight, quantized_matrix(weight, bits, group_size, fit, place)) for bits in widths
-    ]
-    return torch.tensor(found, dtype=torch.float64)
+    at = partial(quantized_matrix, weight, group_size=group_size, fit=fit, place=place)
+    return torch.tensor([0.0 if bits == 16 else price(weight, at(bits)) for bits in widths], dtype=torch.float64)
 
 
 def quantized_matrix(weight: Tensor, bits: int, group_size: int, fit: Fit, place: Place) -> Tensor:
@@ -106,7 +107,7 @@ def quantized_matrix(weight: Tensor, bits: int, group_size: int, fit: Fit, place
 
     Args:
         weight: ``(out, in)``.
-        bits: The width, below 16.
+        bits: The width, below 16; at 0 nothing is left.
         group_size: Weights that share a scale and an offset.
         fit: As `fit_of` gives it.
         place: Layer, projection and expert, for the error's message.
@@ -114,6 +115,8 @@ def quantized_matrix(weight: Tensor, bits: int, group_size: int, fit: Fit, place
     Raises:
         CostError: It cannot be quantized.
     """
+    if bits == DROPPED:
+        return torch.zeros_like(weight, dtype=torch.float32)
     layer, projection, expert = place
     try:
         return scaled(*fit(weight, bits, group_size))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -35,18 +36,43 @@ class Choice:
     gap: float
 
 
-def choose(costs: np.ndarray, sizes: np.ndarray, budget: int) -> Choice:
+@dataclass(frozen=True)
+class Cap:
+    """At most ``most`` of some units take a choice: experts of a layer that are dropped.
+
+    Attributes:
+        units: Indices of the units, ``(N,)``.
+        choice: Index of the choice.
+        most: How many of them may take it.
+    """
+
+    units: np.ndarray
+    choice: int
+    most: int
+
+
+def choose(
+    costs: np.ndarray,
+    sizes: np.ndarray,
+    budget: int,
+    allowed: np.ndarray | None = None,
+    caps: Sequence[Cap] = (),
+) -> Choice:
     """Chooses one of ``C`` choices for each of ``U`` units, at the least total cost within the budget.
 
     Args:
         costs: ``(U, C)`` finite.
         sizes: ``(U, C)`` whole numbers, in bits.
         budget: Largest total size, in the same unit; never exceeded.
+        allowed: ``(U, C)`` bool, at least one choice of each unit; None allows all.
+        caps: On some choices.
 
     Raises:
         ValueError: The smallest sizes together exceed the budget.
     """
-    smallest = int(sizes.min(axis=1).sum())
+    allowed = np.ones(costs.shape, dtype=bool) if allowed is None else allowed
+    capped = _within_caps(costs, allowed, caps)
+    smallest = int(np.where(capped, sizes, sizes.max()).min(axis=1).sum())
     if smallest > budget:
         raise ValueError(f"the smallest choices take {smallest} bits together, the budget is {budget}")
     divisor = math.gcd(*sizes.ravel().tolist())
@@ -54,40 +80,58 @@ def choose(costs: np.ndarray, sizes: np.ndarray, budget: int) -> Choice:
     scale = np.abs(costs).mean() or 1.0
     units, choices = costs.shape
     variables = np.arange(units * choices)
-    rows = np.concatenate([variables // choices, np.full(units * choices, units)])
-    values = np.concatenate([np.ones(units * choices), sizes.ravel()])
-    matrix = coo_array((values, (rows, np.concatenate([variables, variables])))).tocsr()
-    lower, upper = np.append(np.ones(units), 0.0), np.append(np.ones(units), float(budget))
+    rows = [variables // choices, np.full(units * choices, units)]
+    columns, values = [variables, variables], [np.ones(units * choices), sizes.ravel()]
+    for row, cap in enumerate(caps, start=units + 1):
+        rows.append(np.full(len(cap.units), row))
+        columns.append(cap.units * choices + cap.choice)
+        values.append(np.ones(len(cap.units)))
+    places = np.concatenate(rows), np.concatenate(columns)
+    matrix = coo_array((np.concatenate(values), places), shape=(units + 1 + len(caps), units * choices)).tocsr()
+    upper = np.concatenate([np.ones(units), [float(budget)], [float(cap.most) for cap in caps]])
+    lower = np.concatenate([np.ones(units), np.zeros(1 + len(caps))])
     found = milp(
         (costs / scale).ravel(),
         integrality=np.ones(units * choices),
-        bounds=Bounds(0, 1),
+        bounds=Bounds(0, allowed.ravel().astype(float)),
         constraints=LinearConstraint(matrix, lower, upper),
         options={"time_limit": _TIME_LIMIT, "mip_rel_gap": _RELATIVE_GAP},
     )
-    fallback = greedy(costs, sizes, budget)
+    fallback = greedy(costs, sizes, budget, capped)
     if found.x is None:
         return fallback
     index = found.x.reshape(units, choices).argmax(axis=1)
     cost = float(np.take_along_axis(costs, index[:, None], axis=1).sum())
     within = int(np.take_along_axis(sizes, index[:, None], axis=1).sum()) <= budget
+    within &= all(int((index[cap.units] == cap.choice).sum()) <= cap.most for cap in caps)
     if not within or cost > fallback.cost:
         return fallback
     return Choice(index, cost, float(found.mip_gap or 0.0))
 
 
-def greedy(costs: np.ndarray, sizes: np.ndarray, budget: int) -> Choice:
+def _within_caps(costs: np.ndarray, allowed: np.ndarray, caps: Sequence[Cap]) -> np.ndarray:
+    """What is allowed, with a capped choice left to the units that it costs least: any choice is within the caps."""
+    allowed = allowed.copy()
+    for cap in caps:
+        able = cap.units[allowed[cap.units, cap.choice]]
+        by_cost = able[np.argsort(costs[able, cap.choice], kind="stable")]
+        allowed[by_cost[cap.most :], cap.choice] = False
+    return allowed
+
+
+def greedy(costs: np.ndarray, sizes: np.ndarray, budget: int, allowed: np.ndarray | None = None) -> Choice:
     """Chooses along the lower convex hull of each unit, steepest step first; the gap is to the relaxed problem.
 
     Arguments as in `choose`.
     """
-    index = sizes.argmin(axis=1)
+    allowed = np.ones(costs.shape, dtype=bool) if allowed is None else allowed
+    index = np.where(allowed, sizes, sizes.max() + 1).argmin(axis=1)
     steps: list[tuple[float, int, int, int]] = []  # (cost saved per bit, unit, from, to)
     for unit in range(len(costs)):
         current = int(index[unit])
         while True:
             gain, more = costs[unit, current] - costs[unit], sizes[unit] - sizes[unit, current]
-            slopes = np.where((more > 0) & (gain > 0), gain / np.maximum(more, 1), 0.0)
+            slopes = np.where((more > 0) & (gain > 0) & allowed[unit], gain / np.maximum(more, 1), 0.0)
             following = int(slopes.argmax())
             if slopes[following] <= 0:
                 break
@@ -118,64 +162,126 @@ class LeastCost:
     indifferent: int = 0  # units for which all widths cost the same
 
 
-def least_cost_bits(layers: Mapping[str, LayerShape], costs: Costs, settings: PlanSettings) -> LeastCost:
+def least_cost_bits(
+    layers: Mapping[str, LayerShape],
+    costs: Costs,
+    settings: PlanSettings,
+    tokens: Mapping[str, Sequence[float]] | None = None,
+) -> LeastCost:
     """Gives every unit of a granularity a width so that the total cost is least within one budget for all layers.
 
     Args:
         layers: Layer name -> shape.
         costs: As `expert_costs` returns them, for the levels of the settings.
-        settings: Levels, budget, group size, and what shares a width.
+        settings: Levels, budget, group size, and what shares a width. With 0 among the levels an expert is one unit
+            whose choices are widths for its matrices, or nothing of any.
+        tokens: Layer name -> tokens that each expert was seen with; needed where experts may be dropped.
 
     Raises:
         AllocationError: The budget is too small.
     """
-    levels, group_size, granularity = settings.levels, settings.group_size, settings.granularity or "expert"
+    units = _units(layers, settings)
+    choices = {k: _choices(settings, k) for k in {len(matrices) for matrices in units}}
+    widest = max(map(len, choices.values()))
+    unit_costs, sizes = np.zeros((len(units), widest)), np.zeros((len(units), widest), dtype=np.int64)
+    allowed = np.zeros((len(units), widest), dtype=bool)
     stored_bits = settings.stored_budget(layers)
-    by_expert, by_projection = granularity.startswith("expert"), granularity.endswith("+projection")
-    units: dict[tuple[str, str, int], list[tuple[str, str, int]]] = {}  # unit -> its matrices
+    size_of = [
+        bits if stored_bits is None else stored_bits_per_weight(bits, settings.group_size) for bits in settings.levels
+    ]
+    total = 0
+    for row, matrices in enumerate(units):
+        of = choices[len(matrices)]  # (choices, matrices) level indices
+        allowed[row, : len(of)] = True
+        for column, (name, projection, expert) in enumerate(matrices):
+            out, inp = layers[name].projections[projection]
+            levels = of[:, column]
+            unit_costs[row, : len(of)] += costs[name][projection][expert].numpy()[levels]
+            sizes[row, : len(of)] += np.array([round(size * out * inp) for size in size_of])[levels]
+            total += out * inp
+    if not np.isfinite(unit_costs).all():
+        raise AllocationError("a cost is not finite: the weights or the curvature are damaged")
+    possible = np.where(allowed, unit_costs, unit_costs[:, :1])
+    alike = possible.max(axis=1) == possible.min(axis=1)  # experts that never had a gradient
+    if alike.all():
+        raise AllocationError("all widths cost the same for every expert: there is nothing to choose by")
+    caps = _caps(layers, units, alike, allowed, settings, tokens) if settings.may_drop else []
+    asked = settings.nominal_bits(layers) if stored_bits is None else stored_bits
+    try:
+        choice = _choose_where_it_matters(unit_costs, sizes, alike, int(exact(asked) * total), allowed, caps)
+    except ValueError as error:
+        kept = f", of which max_dropped={settings.max_dropped} and min_tokens={settings.min_tokens} forbid some 0s"
+        raise AllocationError(
+            f"the levels {list(settings.levels)}{kept if settings.may_drop else ''} do not fit the budget: {error}"
+        ) from error
+    bits = {name: {p: [0] * shape.num_experts for p in shape.projections} for name, shape in layers.items()}
+    for index, matrices in zip(choice.index, units, strict=True):
+        for level, (name, projection, expert) in zip(choices[len(matrices)][index], matrices, strict=True):
+            bits[name][projection][expert] = settings.levels[level]
+    return LeastCost(bits, choice.cost, choice.gap, int(alike.sum()))
+
+
+def _units(layers: Mapping[str, LayerShape], settings: PlanSettings) -> list[list[tuple[str, str, int]]]:
+    """What one choice is made for: each a list of matrices (layer, projection, expert)."""
+    granularity = settings.granularity or "expert"
+    by_expert = granularity.startswith("expert")
+    by_projection = granularity.endswith("+projection") and not settings.may_drop
+    units: dict[tuple[str, str, int], list[tuple[str, str, int]]] = {}
     for name, shape in layers.items():
         for projection in shape.projections:
             for expert in range(shape.num_experts):
                 unit = (name, projection if by_projection else "", expert if by_expert else -1)
                 units.setdefault(unit, []).append((name, projection, expert))
-    nominal = stored_bits is None
-    size_of = [bits if nominal else stored_bits_per_weight(bits, group_size) for bits in levels]
-    unit_costs = np.zeros((len(units), len(levels)))
-    sizes = np.zeros((len(units), len(levels)), dtype=np.int64)
-    total = 0
-    for row, matrices in enumerate(units.values()):
-        for name, projection, expert in matrices:
-            out, inp = layers[name].projections[projection]
-            unit_costs[row] += costs[name][projection][expert].numpy()
-            sizes[row] += [round(size * out * inp) for size in size_of]
-            total += out * inp
-    if not np.isfinite(unit_costs).all():
-        raise AllocationError("a cost is not finite: the weights or the curvature are damaged")
-    alike = unit_costs.max(axis=1) == unit_costs.min(axis=1)  # experts that never had a gradient
-    if alike.all():
-        raise AllocationError("all widths cost the same for every expert: there is nothing to choose by")
-    asked = settings.nominal_bits(layers) if stored_bits is None else stored_bits
-    try:
-        choice = _choose_where_it_matters(unit_costs, sizes, alike, int(exact(asked) * total))
-    except ValueError as error:
-        raise AllocationError(f"the levels {list(levels)} do not fit the budget: {error}") from error
-    bits = {name: {p: [0] * shape.num_experts for p in shape.projections} for name, shape in layers.items()}
-    for index, matrices in zip(choice.index, units.values(), strict=True):
-        for name, projection, expert in matrices:
-            bits[name][projection][expert] = levels[index]
-    return LeastCost(bits, choice.cost, choice.gap, int(alike.sum()))
+    return list(units.values())
 
 
-def _choose_where_it_matters(costs: np.ndarray, sizes: np.ndarray, alike: np.ndarray, budget: int) -> Choice:
+def _choices(settings: PlanSettings, matrices: int) -> np.ndarray:
+    """Level indices of each choice of a unit, ``(choices, matrices)``; the first drops it, where that is a choice."""
+    levels = range(len(settings.levels))
+    if settings.may_drop and settings.granularity == "expert+projection":
+        return np.array([(0,) * matrices, *product(levels[1:], repeat=matrices)])
+    return np.array([(level,) * matrices for level in levels])
+
+
+def _caps(
+    layers: Mapping[str, LayerShape],
+    units: list[list[tuple[str, str, int]]],
+    alike: np.ndarray,
+    allowed: np.ndarray,
+    settings: PlanSettings,
+    tokens: Mapping[str, Sequence[float]] | None,
+) -> list[Cap]:
+    """How many experts of each layer may be dropped; ``allowed`` then forbids it for those that were hardly seen."""
+    if tokens is None:
+        raise AllocationError("0 bits drop an expert, which needs the tokens of expert statistics")
+    of_layer: dict[str, list[int]] = {name: [] for name in layers}
+    for row, matrices in enumerate(units):
+        name, _, expert = matrices[0]
+        of_layer[name].append(row)
+        if alike[row] or tokens[name][expert] < settings.min_tokens:  # no evidence is no evidence of no use
+            allowed[row, 0] = False
+    caps = []
+    for name, rows in of_layer.items():
+        experts = layers[name].num_experts
+        most = min(int(settings.max_dropped * experts), experts - (layers[name].top_k or 1))
+        caps.append(Cap(np.array(rows), 0, most))
+    return caps
+
+
+def _choose_where_it_matters(
+    costs: np.ndarray, sizes: np.ndarray, alike: np.ndarray, budget: int, allowed: np.ndarray, caps: Sequence[Cap]
+) -> Choice:
     """`choose` for units that differ; the others get their smallest size, and then, in order, what is left over."""
-    index = sizes.argmin(axis=1)
-    rest = budget - int(sizes[alike].min(axis=1).sum() if alike.any() else 0)
-    choice = choose(costs[~alike], sizes[~alike], rest)
+    index = np.where(allowed, sizes, sizes.max() + 1).argmin(axis=1)
+    rest = budget - int(np.take_along_axis(sizes, index[:, None], axis=1)[alike].sum())
+    place = np.cumsum(~alike) - 1  # of a unit among those that differ
+    caps = [Cap(place[cap.units[~alike[cap.units]]], cap.choice, cap.most) for cap in caps]
+    choice = choose(costs[~alike], sizes[~alike], rest, allowed[~alike], caps)
     index[~alike] = choice.index
     left = budget - int(np.take_along_axis(sizes, index[:, None], axis=1).sum())
     for unit in np.flatnonzero(alike):
         more = sizes[unit] - sizes[unit, index[unit]]
-        fitting = np.where(more <= left, more, -1)
+        fitting = np.where((more <= left) & allowed[unit], more, -1)
         index[unit] = int(fitting.argmax())
         left -= int(fitting.max())
-    return Choice(index, choice.cost + float(costs[alike].min(axis=1).sum() if alike.any() else 0.0), choice.gap)
+    return Choice(index, choice.cost + float(costs[alike, 0].sum()), choice.gap)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ def plan_from_signals(
     baseline: Snapshot | None,
     costs: Costs | None = None,
     notes: PlanNotes | None = None,
+    tokens: Mapping[str, Tensor] | None = None,
 ) -> PrecisionPlan:
     """Makes a plan from what was measured.
 
@@ -41,6 +42,7 @@ def plan_from_signals(
         baseline: The start of training; its loads are used where ``final`` has none. None if it is not known.
         costs: What each level costs, for a method that knows costs; ``shuffled_curvature`` shuffles curvature's.
         notes: What was found already.
+        tokens: Layer name -> tokens that the statistics saw each expert with, ``(E,)``; for settings with 0 bits.
 
     Raises:
         AllocationError: A signal that the method reads is missing, or the budget is out of range.
@@ -49,7 +51,7 @@ def plan_from_signals(
     settings.check_fits(final.layers)
     found = dict(notes or {})
     if settings.knows_costs:
-        layers = _by_cost(settings, final, baseline, costs, found)
+        layers = _by_cost(settings, final, baseline, costs, found, tokens)
     else:
         layers = _by_order(settings, final, baseline)
     if reads(settings.method, "norm_change"):
@@ -112,14 +114,20 @@ def _by_order(settings: PlanSettings, final: Snapshot, baseline: Snapshot | None
 
 
 def _by_cost(
-    settings: PlanSettings, final: Snapshot, baseline: Snapshot | None, costs: Costs | None, notes: dict[str, Any]
+    settings: PlanSettings,
+    final: Snapshot,
+    baseline: Snapshot | None,
+    costs: Costs | None,
+    notes: dict[str, Any],
+    tokens: Mapping[str, Tensor] | None,
 ) -> dict[str, LayerPlan]:
     """The widths of least total cost, from one knapsack over all layers."""
     if costs is None:
         raise AllocationError(f"method {settings.method!r} needs what each width costs")
     if settings.method == "shuffled_curvature":
         costs = shuffled_costs(costs, settings.seed)
-    least = least_cost_bits(final.layers, costs, settings)
+    seen = None if tokens is None or not settings.may_drop else {name: of.tolist() for name, of in tokens.items()}
+    least = least_cost_bits(final.layers, costs, settings, seen)
     notes |= {"predicted_cost": rounded(least.cost), "gap": rounded(least.gap)}
     if least.indifferent:
         notes["without_gradient"] = least.indifferent
@@ -135,7 +143,11 @@ def _by_cost(
             for projection, of in costs[name].items()
         }
         plans[name] = LayerPlan(
-            shape=shape, projection_bits=least.bits[name], router_norms=_norms(name, final, baseline), costs=by_width
+            shape=shape,
+            projection_bits=least.bits[name],
+            router_norms=_norms(name, final, baseline),
+            signals={} if seen is None else {"tokens": seen[name], **_loads(name, final, baseline)},
+            costs=by_width,
         )
     return plans
 
@@ -215,6 +227,15 @@ def caveat_text(caveats: dict[str, str]) -> str:
     return "; ".join(
         f"the router of {len(names)} layers ({names[0]!r}, ...) {CAVEATS[kind]}" for kind, names in of_kind.items()
     )
+
+
+def _loads(name: str, final: Snapshot, baseline: Snapshot | None) -> dict[str, list[float]]:
+    """What a dropped expert did in training, where it was counted: its tokens and their routing weight."""
+    loads = final.loads if baseline is None else baseline.loads or final.loads
+    if name not in loads:
+        return {}
+    known = zip(("expert_load", "routing_weight"), loads[name], strict=True)
+    return {key: _readable(values) for key, values in known if values.isfinite().all()}
 
 
 def _norms(name: str, final: Snapshot, baseline: Snapshot | None) -> dict[str, list[float]]:

@@ -52,7 +52,8 @@ def replan(
         }
         for name, layer in plan.layers.items()
     }
-    least = least_cost_bits(shapes, costs, settings)
+    tokens = {name: layer.signals["tokens"] for name, layer in plan.layers.items() if "tokens" in layer.signals}
+    least = least_cost_bits(shapes, costs, settings, tokens or None)
     layers = copy.deepcopy(plan.layers)  # so that editing one plan never changes another
     layers = {name: replace(layer, projection_bits=least.bits[name]) for name, layer in layers.items()}
     notes: dict[str, Any] = {**plan.notes, "predicted_cost": rounded(least.cost), "gap": rounded(least.gap)}

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..compat import own_parameters, run_first_in_backward, saved_tensors_hooks_are_set, version_of
 from ..errors import MoEPrecisionError
+from ..plans.widths import DROPPED
 from ..quantize.codec.fitting import codes_on_grid
 from ..quantize.codec.grid import on_grid
 from .buffers import Buffers
@@ -55,6 +56,15 @@ class Place:
         on_grid(self._bank(weight), self.bits, self.scale, self.offset, self._bank(out))
         return out
 
+    def of_kept(self, gradient: Tensor) -> Tensor:
+        """A gradient of the parameter, 0 for experts that are dropped."""
+        if DROPPED not in self.bits:
+            return gradient
+        gradient = gradient.clone()
+        bank = self._bank(gradient)
+        bank[[expert for expert, bits in enumerate(self.bits) if bits == DROPPED]] = 0
+        return gradient
+
     def codes(self) -> Tensor:
         """The weight's codes now, uint8, of evenly spaced rows; a collective under FSDP2."""
         bank = self._bank(self._whole())
@@ -62,7 +72,7 @@ class Place:
         parts = [
             codes_on_grid(bank[i, ::step], bits, self.scale[i, ::step], self.offset[i, ::step]).to(torch.uint8)
             for i, bits in enumerate(self.bits)
-            if bits < 16
+            if DROPPED < bits < 16
         ]
         return torch.stack(parts) if parts else torch.empty(0, dtype=torch.uint8)
 
@@ -127,7 +137,7 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         ctx.place.gradients += 1
-        return gradient, None, None
+        return ctx.place.of_kept(gradient), None, None
 
 
 class Cover:

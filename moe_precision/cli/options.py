@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..plans.methods import AUTO, AUTO_SUMMARY, METHODS, SEEDED, MethodName
-from ..plans.settings import DEFAULT_AVERAGE_BITS, ZETA, PlanSettings
+from ..plans.settings import DEFAULT_AVERAGE_BITS, MAX_DROPPED, MIN_TOKENS, ZETA, PlanSettings
 from ..plans.widths import GRANULARITIES
 from .commands import SUMMARIES
 
@@ -92,7 +91,8 @@ def add_plan_settings(command: Parser, methods: tuple[MethodName, ...]) -> None:
         "--bits",
         type=int,
         nargs="+",
-        help="levels to choose from (default 1 2 3 4 for methods that know costs, else 2 3)",
+        help="levels to choose from (default 1 2 3 4 for methods that know costs, else 2 3); with 0 among them experts "
+        "may be dropped, which needs expert statistics",
     )
     _add_group_size(command)
     command.add_argument(
@@ -103,14 +103,27 @@ def add_plan_settings(command: Parser, methods: tuple[MethodName, ...]) -> None:
     )
     command.add_argument("--seed", type=int, default=0, help=f"for --method {' and '.join(SEEDED)}")
     command.add_argument("--zeta", type=float, default=ZETA, help="factor of the paper's reorder rule (default 3)")
+    command.add_argument(
+        "--max-dropped",
+        type=float,
+        default=MAX_DROPPED,
+        metavar="SHARE",
+        help=f"largest share of a layer's experts that may be dropped, with 0 among --bits (default {MAX_DROPPED})",
+    )
+    command.add_argument(
+        "--min-tokens",
+        type=int,
+        default=MIN_TOKENS,
+        metavar="N",
+        help=f"tokens of the statistics below which an expert is not dropped (default {MIN_TOKENS})",
+    )
     command.add_argument("--router-pattern", metavar="REGEX", help="names the routers' weights; see find_moe_layers")
     command.add_argument("--expert-pattern", metavar="REGEX", help="names the experts' weights; see find_moe_layers")
 
 
 def settings_of(options: argparse.Namespace) -> PlanSettings:
     """The settings that a command with `add_plan_settings` was given."""
-    known = {one.name for one in fields(PlanSettings)}
-    return PlanSettings(**{key: value for key, value in vars(options).items() if key in known})
+    return PlanSettings.among(vars(options))
 
 
 def positive(text: str) -> int:

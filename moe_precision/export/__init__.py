@@ -52,6 +52,11 @@ def export(
     plan = as_plan(plan)
     if plan.average_bits == 16:
         raise ExportError("nothing to quantize: every width of the plan is 16, which leaves an expert as it is")
+    if plan.drops:
+        raise ExportError(
+            f"the plan drops experts (0 bits), and {to} has no format for an expert that is not there: make a plan "
+            "with --bits from 1, or cut them out with `moe-precision prune` and export the plan of what is left"
+        )
     if to in _SERVED:
         return _SERVED[to](plan, engine)
     if engine is not None:

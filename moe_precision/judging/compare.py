@@ -5,7 +5,7 @@ KL to the float model stands beside the loss: it is less noisy, and says how far
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from ..allocation.weights import LiveWeights
 from ..layers.patterns import Patterns
 from ..plans.levels import check_levels
 from ..plans.methods import ALL_METHODS, METHODS, MethodName, reads
+from ..plans.notes import PlanNotes
 from ..plans.numbers import AllocationError
 from ..plans.plan import PrecisionPlan
 from ..plans.settings import PlanSettings
@@ -31,8 +32,9 @@ from ..recording.statistics import ExpertStatistics
 from .comparison import Comparison, Row
 from .correlations import correlations
 from .divergence import Divergence
-from .evaluation import BANDS, document_losses
+from .evaluation import BANDS
 from .judge import Judge
+from .method_costs import levels_of, method_costs
 from .simulation import SimulatedExperts
 
 SHUFFLES = 5  # draws of shuffled_curvature, for each granularity; as many as of random would take most of the time
@@ -47,6 +49,8 @@ class _Known:
     levels: list[int]
     group_size: int
     random_draws: int
+    tokens: Mapping[str, Tensor] | None = None  # that the statistics saw each expert with
+    calibrated: int = 0  # tokens on which costs were calibrated
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,12 @@ def compare(
         history: Recorded norms and loads of its training.
         curvature: For ``curvature``, ``statistics`` and the fit.
         statistics: For ``statistics`` and the fit.
-        calibration: Batches on which ``sensitivity`` is measured, other than those that methods are judged on. Without
-            them it is left out. Loads are counted on them if the history has none.
+        calibration: Batches on which ``sensitivity`` is measured and costs are calibrated, other than those that
+            methods are judged on. Without them neither is done. Loads are counted on them if the history has none.
         methods: Names of allocation methods.
         budgets: Nominal bits; at one group size, equal nominal bits are equal stored bits.
-        bits: Levels. The paper's rule takes up to three, equally spaced.
+        bits: Levels. The paper's rule takes up to three, equally spaced. With 0 among them, methods that can price that
+            may drop experts; the others choose from the rest.
         group_size: Weights that share a scale and an offset.
         granularities: For the methods that know costs.
         random_draws: Seeds of ``random``; 39 or more can show a difference at 5 %, two-sided. ``shuffled_curvature``
@@ -116,7 +121,7 @@ def compare(
     weights = LiveWeights(model, Patterns() if history is None else history.patterns)
     baseline = None if history is None else Snapshot.first_of(history)
     final = weights.snapshot(variance=True)
-    PlanSettings(method="uniform", average_bits=levels[0], group_size=group_size).check_fits(final.layers)
+    PlanSettings(method="uniform", average_bits=levels[-1], group_size=group_size).check_fits(final.layers)
     if baseline is not None:
         baseline = baseline.in_names_of(final)
     if (baseline is None or not baseline.loads) and calibration:
@@ -128,12 +133,14 @@ def compare(
         statistics = statistics.for_layers(final.layers)
         statistics.check_router_norms(final.router_norms)
     judge = Judge(model, batches, token_counts, end_of_text, weights.layers)
-    known = _Known(final, baseline, levels, group_size, random_draws)
+    tokens = None if statistics is None else statistics.tokens
+    known = _Known(final, baseline, levels, group_size, random_draws, tokens)
     rows: list[Row] = []
     skipped: list[str] = []
     float_task = None if task is None else task(model)
     with SimulatedExperts(weights.layers, levels, group_size, curvature, statistics=statistics) as simulated:
-        costs = _all_costs(simulated, levels, methods, curvature, model, calibration, skipped)
+        costs, calibrated = method_costs(simulated, levels, methods, curvature, model, calibration, skipped)
+        known = replace(known, calibrated=calibrated)
         entries = _entries(known, methods, budgets, granularities, costs, skipped)
         with tqdm(total=sum(len(e.plans) for e in entries), desc="comparing", unit="plan", disable=None) as progress:
             for entry in entries:
@@ -223,15 +230,17 @@ def _plans(
         settings = PlanSettings(
             method=method,
             average_bits=average_bits,
-            bits=known.levels,
+            bits=levels_of(method, known.levels),
             group_size=known.group_size,
             granularity=granularity,
             seed=seed,
         )
-        return plan_from_signals(settings, known.final, known.baseline, costs)
+        scaled = known.calibrated and METHODS[method].knows_costs and not reads(method, "calibration")
+        notes = PlanNotes(calibration_tokens=known.calibrated) if scaled else None
+        return plan_from_signals(settings, known.final, known.baseline, costs, notes, known.tokens)
 
     if budget is None:
-        return [plan(level) for level in known.levels]
+        return [plan(level) for level in levels_of(method, known.levels)]
     draws = {"random": known.random_draws, "shuffled_curvature": min(SHUFFLES, known.random_draws)}.get(method, 1)
     return [plan(budget, seed) for seed in range(draws)]
 
@@ -259,34 +268,3 @@ def _row(
         draws=[float(one.sum() / tokens) for one in draws],
         rare_draws=[float(one[:, BANDS.index("rare")].sum() / rare) for one in draws],
     )
-
-
-def _all_costs(
-    simulated: SimulatedExperts,
-    levels: Sequence[int],
-    methods: Sequence[str],
-    curvature: Curvature | None,
-    model: PreTrainedModel,
-    calibration: Sequence[dict[str, Tensor]],
-    skipped: list[str],
-) -> dict[str, Costs]:
-    """What each width costs according to every method that knows costs."""
-    found: dict[str, Costs] = {}
-    if "weight_error" in methods:
-        found["weight_error"] = simulated.costs(levels, None)
-    for method in (one for one in methods if reads(one, "curvature")):
-        if curvature is None:
-            skipped.append(f"{method}: no curvature is given")
-        elif not reads(method, "statistics"):
-            found[method] = found.get("curvature") or simulated.costs(levels, curvature)
-        elif simulated.statistics is None:
-            skipped.append(f"{method}: no statistics are given")
-        else:
-            found[method] = simulated.costs(levels, curvature, together=True)
-    if "sensitivity" in methods and not calibration:
-        skipped.append("sensitivity: no calibration batches are given")
-    elif "sensitivity" in methods:
-        found["sensitivity"] = simulated.sensitivity(
-            levels, lambda: float(document_losses(model, calibration)[0].double().mean())
-        )
-    return found

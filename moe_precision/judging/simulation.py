@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..allocation.calibration import Calibration, calibrate_dropping, scale_to
 from ..allocation.costs import Costs, check_plain, pricing
 from ..layers.moe_layers import MoELayer
+from ..plans.widths import DROPPED
 from ..quantize.codec.guided import fit_of
 from ..quantize.kernels import scaled
 from ..recording.curvature import Curvature
@@ -23,6 +26,7 @@ from ..recording.statistics import ExpertStatistics
 Quantizer = Callable[[Tensor, int, int, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 Bits = Mapping[str, Mapping[str, Sequence[int]]]  # layer -> projection -> width of each expert
 Matrix = tuple[str, str, int]  # layer, projection, expert
+Group = tuple[str, str, int]  # layer, projection, width
 
 
 class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
@@ -30,7 +34,7 @@ class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
 
     Args:
         layers: As found by `find_moe_layers`, whole on this process, with plain parameters.
-        widths: Widths that will be asked for; 16 is always there.
+        widths: Widths that will be asked for; 0 and 16 are always there.
         group_size: Weights that share a scale and an offset.
         curvature: Weights the fit, as in the quantize step; None for an unweighted one.
         quantizer: Fits a matrix instead of ours, from weight, width, group size and column weights.
@@ -49,7 +53,7 @@ class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
         quantizer: Quantizer | None = None,
         statistics: ExpertStatistics | None = None,
     ) -> None:
-        self.layers, self.widths, self.group_size = layers, sorted(set(widths) - {16}), group_size
+        self.layers, self.widths, self.group_size = layers, sorted(set(widths) - {DROPPED, 16}), group_size
         self.curvature, self.statistics = curvature, statistics
         self._floats: dict[Matrix, Tensor] = {}
         self._live: dict[Matrix, Tensor] = {}
@@ -91,7 +95,9 @@ class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
             self._now[matrix] = bits
 
     def values(self, matrix: Matrix, bits: int) -> Tensor:
-        """What a matrix is at a width, ``(out, in)``: the float weight at 16."""
+        """What a matrix is at a width, ``(out, in)``: the float weight at 16, and 0 at 0."""
+        if bits == DROPPED:
+            return torch.zeros_like(self._floats[matrix])
         return self._floats[matrix] if bits == 16 else scaled(*self._quantized[matrix, bits])
 
     def restore(self) -> None:
@@ -115,10 +121,52 @@ class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
 
         return self._of_all(of)
 
+    def divergences(self, levels: Sequence[int], calibration: Calibration) -> dict[Group, float]:
+        """Divergence of the model whose experts of one projection of one layer are all at one of the levels.
+
+        Args:
+            levels: Widths; 0 and 16 are left out.
+            calibration: Of the model as it was.
+        """
+        self.restore()
+        widths = [bits for bits in levels if bits not in (DROPPED, 16)]
+        groups = [(layer, name, bits) for layer in self.layers for name in layer.banks for bits in widths]
+        found = {}
+        for layer, name, bits in tqdm(groups, desc="calibrating", unit="width", leave=False, disable=None):
+            experts = [(layer.name, name, expert) for expert in range(layer.num_experts)]
+            for matrix in experts:
+                self.set(matrix, bits)
+            found[layer.name, name, bits] = calibration.divergence()
+            for matrix in experts:
+                self.set(matrix, 16)
+        return found
+
+    def calibrated(
+        self, costs: Costs, levels: Sequence[int], measured: Mapping[Group, float], calibration: Calibration
+    ) -> Costs:
+        """Costs scaled to what was measured, as `calibrated_costs` are.
+
+        Args:
+            costs: At the levels.
+            levels: Widths.
+            measured: What `divergences` returned for them.
+            calibration: For the level 0.
+        """
+        self.restore()
+        found = {layer: {name: of.clone() for name, of in parts.items()} for layer, parts in costs.items()}
+        for layer in self.layers:
+            for (name, of), (index, bits) in product(found[layer.name].items(), enumerate(levels)):
+                if (layer.name, name, bits) in measured:
+                    scale_to([of[:, index]], measured[layer.name, name, bits])
+            if DROPPED in levels:
+                calibrate_dropping(layer, found[layer.name], list(levels).index(DROPPED), calibration)
+        return found
+
     def sensitivity(self, levels: Sequence[int], loss: Callable[[], float], name: str = "sensitivity") -> Costs:
         """Measured increase of a loss when one matrix alone is quantized: the reference that signals are judged by.
 
-        Slow: one loss for each expert, projection and level.
+        Slow: one loss for each expert, projection and level. At 0 bits an expert is dropped whole, and each of its
+        matrices is given its share of that loss.
 
         Args:
             levels: Widths.
@@ -133,12 +181,17 @@ class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
         with tqdm(total=len(self._now) * len(levels), desc=name, unit="loss", leave=False, disable=None) as bar:
 
             def of(matrix: Matrix) -> list[float]:
+                layer, _, expert = matrix
+                whole = [one for one in self._now if one[0] == layer and one[2] == expert]
                 found = []
                 for bits in levels:
-                    self.set(matrix, bits)
-                    found.append(loss() - base)
+                    together = whole if bits == DROPPED else [matrix]
+                    for one in together:
+                        self.set(one, bits)
+                    found.append((loss() - base) / len(together))
                     bar.update()
-                self.set(matrix, 16)
+                    for one in together:
+                        self.set(one, 16)
                 return found
 
             return self._of_all(of)

@@ -263,6 +263,13 @@ def _twice(names: list[str], what: str) -> list[str]:
     return [f"{what} {name!r} would serve two lists of experts" for name in repeated]
 
 
+def _top_k(experts: Experts, router: Router) -> int | None:
+    """How many experts serve a token, as the router or a module around it states."""
+    places = (router.weight.module, router.root.module, experts.node.module)
+    found = (getattr(module, "top_k", None) for module in places)
+    return next((k for k in found if type(k) is int and 0 < k <= experts.num_experts), None)
+
+
 def _describe(experts: Experts, router: Router) -> MoELayer:
     if experts.num_experts == 0:
         experts = with_count(experts, router.weight.shape[1 if router.transposed else 0])
@@ -271,7 +278,7 @@ def _describe(experts: Experts, router: Router) -> MoELayer:
     return MoELayer(
         name=router.root.path,
         experts=experts.path,
-        shape=LayerShape(router.weight.name, experts.num_experts, shapes, experts.template),
+        shape=LayerShape(router.weight.name, experts.num_experts, shapes, experts.template, _top_k(experts, router)),
         layout=experts.layout,
         caveat=router.caveat,
         width=router.width,

@@ -19,12 +19,14 @@ class LayerShape:
         experts: Module path of one expert, ``{expert}`` in place of its index, or, without it, of the module that
             holds the weights of all experts; empty for other layouts, and where a file from an earlier release does not
             state it.
+        top_k: How many experts serve a token; None where the modules do not say.
     """
 
     router: str
     num_experts: int
     projections: dict[str, tuple[int, int]]
     experts: str = field(default="", compare=False)
+    top_k: int | None = field(default=None, compare=False)
 
     @property
     def expert_size(self) -> int:
@@ -35,9 +37,10 @@ class LayerShape:
     def from_dict(cls, data: dict[str, Any]) -> LayerShape:
         """Inverse of `to_dict`."""
         shapes = {name: (int(out), int(inp)) for name, (out, inp) in data["projections"].items()}
-        return cls(data["router"], data["num_experts"], shapes, data.get("experts", ""))
+        return cls(data["router"], data["num_experts"], shapes, data.get("experts", ""), data.get("top_k"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for checkpoints and JSON."""
         shapes = {name: list(shape) for name, shape in self.projections.items()}
-        return {"router": self.router, "num_experts": self.num_experts, "projections": shapes, "experts": self.experts}
+        found = {"router": self.router, "num_experts": self.num_experts, "projections": shapes, "experts": self.experts}
+        return found if self.top_k is None else {**found, "top_k": self.top_k}

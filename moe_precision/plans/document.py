@@ -15,10 +15,12 @@ from typing import Any, NoReturn, cast
 import jsonschema
 
 from ..files import replaced_when_done
-from .widths import PlanError, check_group_size
+from .dropping import check_dropped
+from .widths import DROPPED, PlanError, check_group_size
 
 FORMAT = "moe-precision-plan"
 FORMAT_VERSION = 2
+DROPPING_VERSION = 3  # of a plan with 0 bits among its levels or widths, which earlier readers must refuse
 
 Document = dict[str, Any]
 
@@ -61,10 +63,10 @@ def validate(data: Any, source: str) -> None:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise PlanError(f'{source} is not a precision plan: expected "format": {FORMAT!r}, got {found!r}')
-    if data.get("format_version") != FORMAT_VERSION:
+    if data.get("format_version") not in (FORMAT_VERSION, DROPPING_VERSION):
         raise PlanError(
-            f"{source} has format_version {data.get('format_version')!r}, this release reads {FORMAT_VERSION}; "
-            "use the release that made it, or make the plan again from its history"
+            f"{source} has format_version {data.get('format_version')!r}, this release reads {FORMAT_VERSION} and "
+            f"{DROPPING_VERSION}; use the release that made it, or make the plan again from its history"
         )
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(data))
     if error is not None:
@@ -74,6 +76,17 @@ def validate(data: Any, source: str) -> None:
         raise PlanError(f"{source} states {' and '.join(given)} in its settings, which are {len(given)} budgets")
     for name, layer in data["layers"].items():
         _check_layer(name, layer, data["group_size"], source)
+    if data["format_version"] != version_of(data["layers"], data["settings"]):
+        raise PlanError(
+            f"{source} states format_version {data['format_version']}, but 0 bits, which drop an expert, make it "
+            f"{version_of(data['layers'], data['settings'])}; change plans with PrecisionPlan.with_bits"
+        )
+
+
+def version_of(layers: Document, settings: Document | None) -> int:
+    """The format version of a plan with these layers and settings, as its file holds them."""
+    widths = {bits for layer in layers.values() for matrix in layer["projections"].values() for bits in matrix["bits"]}
+    return DROPPING_VERSION if DROPPED in widths | set((settings or {}).get("bits", ())) else FORMAT_VERSION
 
 
 def _check_layer(name: str, layer: Document, group_size: int, source: str) -> None:
@@ -93,7 +106,11 @@ def _check_layer(name: str, layer: Document, group_size: int, source: str) -> No
             raise PlanError(f"{source}: layer {name!r} has a value of {key} that is not finite")
     if "order" in layer and sorted(layer["order"]) != list(range(experts)):
         raise PlanError(f"{source}: the order of layer {name!r} does not name each of its {experts} experts once")
-    if any(bits != 16 for v in layer["projections"].values() for bits in v["bits"]):
+    try:
+        check_dropped(name, {p: v["bits"] for p, v in layer["projections"].items()}, layer.get("top_k"))
+    except PlanError as error:
+        raise PlanError(f"{source}: {error}") from error
+    if any(DROPPED < bits < 16 for v in layer["projections"].values() for bits in v["bits"]):
         check_group_size(group_size, name, {p: tuple(v["shape"]) for p, v in layer["projections"].items()})
 
 

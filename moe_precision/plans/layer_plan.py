@@ -7,7 +7,7 @@ from operator import mul
 
 from ..layers.shape import LayerShape
 from .document import Document
-from .widths import PlanError
+from .widths import DROPPED, PlanError
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,12 @@ class LayerPlan:
         return list(first)
 
     @property
+    def dropped(self) -> list[int]:
+        """Experts at 0 bits, in order."""
+        widths = next(iter(self.projection_bits.values()))
+        return [expert for expert, bits in enumerate(widths) if bits == DROPPED]
+
+    @property
     def mean_bits(self) -> list[float]:
         """Bits of each expert, the mean over its weights where its projections have different widths."""
         sizes = [out * inp for out, inp in self.shape.projections.values()]
@@ -58,7 +64,7 @@ class LayerPlan:
             "projections": {p: {"shape": list(shapes[p]), "bits": b} for p, b in self.projection_bits.items()},
         }
         costs = {p: {str(bits): values for bits, values in by.items()} for p, by in self.costs.items()}
-        optional: Document = {"experts": self.shape.experts, "order": self.order}
+        optional: Document = {"experts": self.shape.experts, "top_k": self.shape.top_k, "order": self.order}
         optional |= {"router_norms": self.router_norms, "signals": self.signals, "costs": costs}
         return entry | {key: value for key, value in optional.items() if value}
 
@@ -68,7 +74,9 @@ class LayerPlan:
         projections, costs = entry["projections"], entry.get("costs", {})
         shapes = {p: (int(v["shape"][0]), int(v["shape"][1])) for p, v in projections.items()}
         return cls(
-            shape=LayerShape(entry["router"], int(entry["num_experts"]), shapes, entry.get("experts", "")),
+            shape=LayerShape(
+                entry["router"], int(entry["num_experts"]), shapes, entry.get("experts", ""), entry.get("top_k")
+            ),
             projection_bits={p: [int(bits) for bits in v["bits"]] for p, v in projections.items()},
             order=list(entry.get("order", [])),
             router_norms=dict(entry.get("router_norms", {})),

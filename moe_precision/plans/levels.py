@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from .numbers import AllocationError
-from .widths import check_widths
+from .widths import DROPPED, check_widths
 
 DEFAULT_LEVELS = (1, 2, 3, 4)
 DEFAULT_ORDER_LEVELS = (2, 3)  # of a method that orders experts, which takes no more than three
@@ -17,7 +17,7 @@ def check_levels(average_bits: float | Fraction, bits: Sequence[int]) -> list[in
 
     Raises:
         AllocationError: No levels, or an average outside them.
-        PlanError: A width that is not 1 to 8 or 16.
+        PlanError: A width that is not 0 to 8 or 16.
     """
     if isinstance(bits, int) or not bits:
         raise AllocationError(f"bits must list the levels to choose from, as in (2, 3); got {bits!r}")
@@ -32,9 +32,11 @@ def check_budget(average_bits: float | Fraction, bits: Sequence[int]) -> list[in
     """`check_levels`, and that the paper's rule takes them.
 
     Raises:
-        AllocationError: More than three levels, unequal spacing, or an average outside the levels.
+        AllocationError: 0 or more than three levels, unequal spacing, or an average outside the levels.
     """
     levels = check_levels(average_bits, bits)
+    if DROPPED in levels:
+        raise AllocationError("0 bits drop an expert, and the paper's rule cannot tell what that costs: levels from 1")
     if len(levels) > 3:
         raise AllocationError(f"the paper's rule takes one, two or three levels, got {len(levels)}: {levels}")
     if len(levels) == 3 and levels[1] - levels[0] != levels[2] - levels[1]:

@@ -49,6 +49,8 @@ class Method:
         seeded: It draws by the settings' seed; a comparison takes the mean over several draws.
         knows_costs: It knows what each width costs each expert and solves one knapsack over all layers; else it orders
             the experts of each layer, and the paper's rule turns the order into widths.
+        prices_dropping: It also knows what an expert's absence costs (0 bits). Costs that count errors one by one do
+            not: the weights of a row add up in the output.
     """
 
     name: MethodName
@@ -58,6 +60,7 @@ class Method:
     control: bool = False
     seeded: bool = False
     knows_costs: bool = False
+    prices_dropping: bool = False
 
 
 def _method(name: MethodName, summary: str, *reads: Signal, source: str, **kind: bool) -> Method:
@@ -112,6 +115,7 @@ METHODS: dict[MethodName, Method] = {
             "statistics",
             source="own; a Fisher matrix of two factors, as in K-FAC (arXiv 1503.05671), the output's one a diagonal",
             knows_costs=True,
+            prices_dropping=True,
         ),
         _method(
             "shuffled_curvature",
@@ -130,12 +134,14 @@ METHODS: dict[MethodName, Method] = {
             "calibration",
             source="reference for all signals",
             knows_costs=True,
+            prices_dropping=True,
         ),
     )
 }
 ALL_METHODS: tuple[MethodName, ...] = tuple(METHODS)
 ORDER_METHODS: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if not m.knows_costs)
 COST_METHODS: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if m.knows_costs)
+DROPPING_METHODS: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if m.prices_dropping)
 PLAN_METHODS: tuple[MethodName, ...] = (AUTO, *(m.name for m in METHODS.values() if "calibration" not in m.reads))
 SEEDED: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if m.seeded)
 CONTROLS: tuple[MethodName, ...] = tuple(m.name for m in METHODS.values() if m.control)

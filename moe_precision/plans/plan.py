@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,8 @@ from ..layers.prefixes import prefixes_of
 from ..layers.shape import LayerShape
 from ..version import __version__
 from . import document
+from .difference import differences
+from .dropping import check_dropped
 from .layer_plan import LayerPlan
 from .model_types import may_have_the_same_layers
 from .model_types import model_type_of as model_type_of
@@ -87,13 +90,18 @@ class PrecisionPlan:
         return self._mean(lambda bits: stored_bits_per_weight(bits, self.group_size))
 
     def _mean(self, cost: Callable[[int], float]) -> float:
-        total, weights = 0.0, 0
-        for layer in self.layers.values():
-            for name, widths in layer.projection_bits.items():
-                out, inp = layer.shape.projections[name]
-                total += out * inp * sum(cost(bits) for bits in widths)
-                weights += out * inp * len(widths)
-        return total / weights
+        banks = [
+            (math.prod(layer.shape.projections[name]), widths)
+            for layer in self.layers.values()
+            for name, widths in layer.projection_bits.items()
+        ]
+        weights = sum(size * len(widths) for size, widths in banks)
+        return sum(size * sum(map(cost, widths)) for size, widths in banks) / weights
+
+    @property
+    def drops(self) -> bool:
+        """Whether an expert of any layer is at 0 bits."""
+        return any(layer.dropped for layer in self.layers.values())
 
     @property
     def patterns(self) -> Patterns:
@@ -119,7 +127,8 @@ class PrecisionPlan:
             A new plan whose notes say that it was edited.
 
         Raises:
-            PlanError: An unknown layer or projection, another number of experts, or a width that is not 1 to 8 or 16.
+            PlanError: An unknown layer or projection, another number of experts, a width that is not 0 to 8 or 16, or
+                experts that are dropped in part, or too many of them.
 
         Example:
             >>> plan = allocate(model, method="uniform", average_bits=2, group_size=64)
@@ -144,6 +153,7 @@ class PrecisionPlan:
                     )
                 check_widths(widths)
             layers[name] = replace(layer, projection_bits=layer.projection_bits | changed)
+            check_dropped(name, layers[name].projection_bits, layer.shape.top_k)
         return replace(self, layers=layers, notes=cast(PlanNotes, {**self.notes, "edited": True}))
 
     def check(self, model: nn.Module) -> None:
@@ -196,32 +206,19 @@ class PrecisionPlan:
 
         Layers that have another prefix in the other plan, which is for another class of the model, are the same.
         """
-        lines = []
-        change = prefixes_of(*({name: layer.shape for name, layer in plan.layers.items()} for plan in (other, self)))
-        others_layers = other.layers if change is None else change.keys(other.layers)
-        for name in self.layers.keys() | others_layers.keys():
-            mine, theirs = self.layers.get(name), others_layers.get(name)
-            if mine is None or theirs is None:
-                lines.append(f"{name}: only in the {'other' if mine is None else 'first'} plan")
-                continue
-            for projection, widths in mine.projection_bits.items():
-                others = theirs.projection_bits.get(projection, [])
-                if len(others) != len(widths):
-                    lines.append(f"{name} {projection}: {len(widths)} experts, {len(others)} in the other plan")
-                    continue
-                pairs = enumerate(zip(widths, others, strict=True))
-                lines += [f"{name} expert {e} {projection}: {a} -> {b} bits" for e, (a, b) in pairs if a != b]
-        return sorted(lines)
+        return differences(self.layers, other.layers)
 
     def to_dict(self) -> document.Document:
         """The plan as the file holds it."""
+        layers = {name: layer.to_dict() for name, layer in self.layers.items()}
+        settings = None if self.settings is None else self.settings.to_dict()
         found: document.Document = {
             "format": document.FORMAT,
-            "format_version": document.FORMAT_VERSION,
+            "format_version": document.version_of(layers, settings),
             "created_by": self.created_by,
             "model_type": self.model_type,
             "method": self.method,
-            "settings": None if self.settings is None else self.settings.to_dict(),
+            "settings": settings,
             "notes": dict(self.notes),
             "granularity": self.granularity,
             "group_size": self.group_size,
@@ -229,7 +226,7 @@ class PrecisionPlan:
             "stored_bits": round(self.stored_bits, 6),
             "baseline": "none" if self.baseline_step is None else {"step": self.baseline_step},
             "last_step": self.last_step,
-            "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
+            "layers": layers,
         }
         return copy.deepcopy(found)
 

@@ -1,4 +1,7 @@
-"""What is asked of a plan: the budget, the levels, the method, and what shares a width. Checked once, when made."""
+"""What is asked of a plan: the budget, the levels, the method, and what shares a width. Checked once, when made.
+
+Long because every setting is explained and checked in one place.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ from typing import Any, cast
 
 from ..layers.patterns import Patterns, check_pattern
 from ..layers.shape import LayerShape
+from .dropping import check_dropping
 from .levels import DEFAULT_LEVELS, DEFAULT_ORDER_LEVELS, check_budget, check_levels, order_levels
-from .methods import ALL_METHODS, AUTO, COST_METHODS, METHODS, PLAN_METHODS, MethodName, reads
+from .methods import ALL_METHODS, AUTO, COST_METHODS, DROPPING_METHODS, METHODS, PLAN_METHODS, MethodName, reads
 from .numbers import AllocationError, exact, finite_number, whole_number
 from .widths import (
+    DROPPED,
     GRANULARITIES,
     SCALE_AND_OFFSET_BITS,
     Granularity,
@@ -22,6 +27,7 @@ from .widths import (
 
 DEFAULT_AVERAGE_BITS = 2.5
 ZETA = 3.0  # how many times larger a MaxVar must be to overtake, as in the paper
+MAX_DROPPED, MIN_TOKENS = 0.5, 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +42,16 @@ class PlanSettings:
         expert_gib: Budget as the size of all routed experts in the file, in GiB, instead of ``average_bits``.
         bits: Levels to choose from, of 1 to 8, or 16 for "left as it is". A method that orders experts takes one, two,
             or three equally spaced levels, 2 and 3 by default; a method that knows costs takes any, 1 to 4 by default.
-            ``uniform`` has only its average.
+            ``uniform`` has only its average. With 0 among them an expert may be dropped whole, which ``statistics``
+            alone can price.
         group_size: Weights along the input dimension that share a scale and an offset; a multiple of 8.
         granularity: What shares a width: ``expert``, ``expert+projection``, ``layer`` or ``layer+projection``; all but
             ``expert`` need a method that knows costs. By default ``expert+projection`` for these, else ``expert``.
         seed: For ``method="random"`` and ``"shuffled_curvature"``.
         zeta: Factor of the paper's reorder rule: how many times larger a variance must be to overtake.
+        max_dropped: Largest share of a layer's experts that may be dropped, where 0 is among the levels; as many
+            as serve a token are kept in any case.
+        min_tokens: Tokens of the statistics below which an expert is not dropped: too little was seen of it.
         router_pattern: Regular expression that names the routers' weights, as in `find_moe_layers`.
         expert_pattern: Regular expression that names the experts' weights, as in `find_moe_layers`.
 
@@ -65,8 +75,15 @@ class PlanSettings:
     granularity: Granularity | None = None
     seed: int = 0
     zeta: float = ZETA
+    max_dropped: float = MAX_DROPPED
+    min_tokens: int = MIN_TOKENS
     router_pattern: str | None = None
     expert_pattern: str | None = None
+
+    @classmethod
+    def among(cls, given: Mapping[str, Any]) -> PlanSettings:
+        """The settings among other keywords, such as the ``locals()`` of a function that takes them all."""
+        return cls(**{one.name: given[one.name] for one in fields(cls)})
 
     def __post_init__(self) -> None:
         if self.method not in (AUTO, *METHODS):
@@ -96,8 +113,15 @@ class PlanSettings:
             )
         if not self.zeta > 0:
             raise AllocationError(f"zeta must be positive, got {self.zeta}")
+        if self.may_drop:
+            check_dropping(self.method, str(self.granularity), self.levels, self.max_dropped, self.min_tokens)
         self._check_budget()
-        if self.method == AUTO and self.expert_gib is None and not str(self.granularity).startswith("layer"):
+        if (
+            self.method == AUTO
+            and not self.may_drop
+            and self.expert_gib is None
+            and not str(self.granularity).startswith("layer")
+        ):
             self.resolved("router_norm")
 
     def _coerce(self) -> None:
@@ -105,8 +129,8 @@ class PlanSettings:
         if self.bits is None or isinstance(self.bits, str | int) or not hasattr(self.bits, "__iter__"):
             raise AllocationError(f"bits must list the levels to choose from, as in (2, 3); got {self.bits!r}")
         plain: dict[str, Any] = {"bits": tuple(sorted({whole_number("bits", bits) for bits in self.bits}))}
-        plain |= {key: whole_number(key, getattr(self, key)) for key in ("group_size", "seed")}
-        numbers = [key for key in (*BUDGETS, "zeta") if getattr(self, key) is not None]
+        plain |= {key: whole_number(key, getattr(self, key)) for key in ("group_size", "seed", "min_tokens")}
+        numbers = [key for key in (*BUDGETS, "zeta", "max_dropped") if getattr(self, key) is not None]
         plain |= {key: finite_number(key, getattr(self, key)) for key in numbers}
         for key, value in plain.items():
             object.__setattr__(self, key, value)
@@ -130,6 +154,11 @@ class PlanSettings:
         """Whether the method knows what each width costs, and solves one knapsack over all layers; ``auto`` may."""
         return self.method == AUTO or self.method in COST_METHODS
 
+    @property
+    def may_drop(self) -> bool:
+        """Whether experts may be dropped: 0 is among the levels."""
+        return DROPPED in self.levels
+
     def resolved(self, method: MethodName, layers: Mapping[str, LayerShape] | None = None) -> PlanSettings:
         """The settings of the method that ``auto`` stands for; others are returned as they are.
 
@@ -141,10 +170,16 @@ class PlanSettings:
             layers: Layer name -> shape; needed for ``expert_gib``.
 
         Raises:
-            AllocationError: The budget is outside the levels, or whole layers were to share a width, which needs costs.
+            AllocationError: The budget is outside the levels, or whole layers were to share a width or experts were to
+                be dropped, which needs costs.
         """
         if self.method != AUTO:
             return self
+        if self.may_drop and method not in DROPPING_METHODS:
+            raise AllocationError(
+                f"0 bits drop an expert, and 'auto' has only {method!r} here, which cannot tell what that costs: it "
+                "takes the trained weights, their curvature and expert statistics, or levels from 1"
+            )
         if method in COST_METHODS:
             return replace(self, method=method)
         if str(self.granularity).startswith("layer"):
@@ -165,7 +200,7 @@ class PlanSettings:
         if self.method != "uniform":
             return tuple(self.bits or ())
         width = max(self.bits or (0,)) if self.average_bits is None else self.average_bits
-        if width not in range(17):
+        if width not in range(1, 17):
             raise AllocationError(f"method 'uniform' gives all experts one width: average_bits={width} is not a width")
         return (int(width),)
 
@@ -259,6 +294,8 @@ class PlanSettings:
             found["seed"] = self.seed
         if not self.knows_costs and reads(self.method, "max_variance") and self.method != "max_variance":
             found["zeta"] = self.zeta
+        if self.may_drop:
+            found |= {"max_dropped": self.max_dropped, "min_tokens": self.min_tokens}
         return found
 
     @classmethod

@@ -7,7 +7,8 @@ from typing import Literal, get_args
 
 from ..errors import MoEPrecisionError
 
-WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)  # 16: the expert is left as it is
+DROPPED = 0  # the expert is dropped: nothing of its matrices is stored
+WIDTHS = (DROPPED, 1, 2, 3, 4, 5, 6, 7, 8, 16)  # 16: the expert is left as it is
 SCALE_AND_OFFSET_BITS = 18  # per group: quantize/codec/scales.py
 
 Granularity = Literal["expert", "expert+projection", "layer", "layer+projection"]
@@ -19,10 +20,12 @@ class PlanError(MoEPrecisionError, ValueError):
 
 
 def check_widths(widths: Iterable[int]) -> None:
-    """Raises `PlanError` for a width that is not 1 to 8 or 16."""
+    """Raises `PlanError` for a width that is not 0 to 8 or 16."""
     wrong = sorted({width for width in widths if width not in WIDTHS})
     if wrong:
-        raise PlanError(f"bits must be 1 to 8, or 16 for an expert that is left alone; got {wrong}")
+        raise PlanError(
+            f"bits must be 1 to 8, 16 for an expert that is left alone, or 0 for one that is dropped; got {wrong}"
+        )
 
 
 def check_group_size(group_size: int, layer: str, projections: Mapping[str, tuple[int, int]]) -> None:
@@ -51,14 +54,14 @@ def stored_bits_per_weight(bits: int, group_size: int) -> float:
     """Bits that a weight takes in the file: its code, and its share of the group's scale and offset.
 
     Args:
-        bits: Width of the code; 16 is stored as it is, without scales.
+        bits: Width of the code; 16 is stored as it is, without scales, and 0 not at all.
         group_size: Weights that share a scale and an offset.
 
     Raises:
         PlanError: The group size is not a multiple of 8.
     """
     _check_multiple_of_8(group_size)
-    return float(bits) if bits == 16 else bits + SCALE_AND_OFFSET_BITS / group_size
+    return float(bits) if bits in (DROPPED, 16) else bits + SCALE_AND_OFFSET_BITS / group_size
 
 
 def _check_multiple_of_8(group_size: int) -> None:

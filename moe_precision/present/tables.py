@@ -102,10 +102,25 @@ def _plan_title(plan: PrecisionPlan) -> str:
     calibrated = ", costs calibrated" if "calibration_tokens" in plan.notes else ""
     measured = f", measured on {escape(plan.notes['text'])}" if "text" in plan.notes else ""
     edited = ", edited by hand" if plan.notes.get("edited") else ""
+    stored = f"{plan.stored_bits:.4g} stored (group {plan.group_size})"
+    dropped = f"; {dropped_text(plan)}" if plan.drops else ""
     return (
         f"{plan.model_type}, method {plan.method}{chosen}{calibrated}{measured}{edited}, {baseline}; {asked}"
-        f"reached {plan.average_bits:.4g} bits on average, {plan.stored_bits:.4g} stored (group {plan.group_size})"
+        f"reached {plan.average_bits:.4g} bits on average, {stored}{dropped}"
     )
+
+
+def dropped_text(plan: PrecisionPlan) -> str:
+    """How many experts a plan drops, and what they had of the tokens and the routing weight where that was counted."""
+    experts = sum(layer.shape.num_experts for layer in plan.layers.values())
+    text = f"{sum(len(layer.dropped) for layer in plan.layers.values())} of {experts} experts dropped"
+    shares = []
+    for what, keys in (("tokens", ("expert_load", "tokens")), ("routing weight", ("routing_weight",))):
+        key = next((key for key in keys if all(key in layer.signals for layer in plan.layers.values())), None)
+        if key is not None:
+            lost = sum(layer.signals[key][expert] for layer in plan.layers.values() for expert in layer.dropped)
+            shares.append(f"{lost / sum(sum(layer.signals[key]) for layer in plan.layers.values()):.1%} of the {what}")
+    return text + (f", which had {' and '.join(shares)}" if shares else "")
 
 
 def evaluation_table(

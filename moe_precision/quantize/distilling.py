@@ -111,7 +111,7 @@ def distill_scales(
     check_routers(layers, packed)
     matrices = [matrix for one in scales for matrix in one.matrices]
     if not matrices:
-        raise DistillError("all experts of the packed model are at 16 bits: there are no scales to distill")
+        raise DistillError("no expert of the packed model is at 1 to 8 bits: there are no scales to distill")
     taken = list(islice(batches, _CHECKED + steps))
     if not taken:
         raise DistillError("there is no batch to distill on")

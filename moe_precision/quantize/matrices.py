@@ -227,6 +227,7 @@ class DenseMatrices(nn.Module):
 
     def __init__(self, count: int, out: int, inp: int, dtype: torch.dtype, device: Any = None) -> None:
         super().__init__()
+        self.shape = count, out, inp
         self.register_buffer("matrices", torch.empty(count, out, inp, dtype=dtype, device=device))
 
     def put(self, index: int, weight: Tensor, fit: Fit = quantize_matrix) -> None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..compat import apply_gate, experts_implementation
+from .buckets import Bucket, bucket_of
 from .codec.fitting import Fit, quantize_matrix
-from .matrices import DenseMatrices, PackedMatrices, check_plain
+from .matrices import check_plain
 
 EXPERTS_IMPLEMENTATION = "moe_precision"  # under which transformers finds `packed_experts_forward`
 
@@ -23,7 +24,7 @@ class PackedProjection(nn.Module):
     """One projection of all experts of a layer, bucketed by width: children ``bits_2``, ``bits_3``, ...
 
     Args:
-        bits: Width of each expert.
+        bits: Width of each expert; the bucket ``bits_0`` of those that are dropped holds nothing.
         shape: ``(out, in)`` of each matrix.
         group_size: Weights that share a scale and an offset.
         dtype: Dtype of the experts that stay at 16 bits.
@@ -42,12 +43,7 @@ class PackedProjection(nn.Module):
             experts.append(expert)
         for width in sorted(set(bits)):
             count = len(self._experts[f"bits_{width}"])
-            bucket = (
-                DenseMatrices(count, *shape, dtype=dtype, device=device)
-                if width == 16
-                else PackedMatrices(count, *shape, bits=width, group_size=group_size, device=device)
-            )
-            self.add_module(f"bits_{width}", bucket)
+            self.add_module(f"bits_{width}", bucket_of(width, count, *shape, group_size, dtype, device))
 
     @property
     def num_experts(self) -> int:
@@ -59,11 +55,11 @@ class PackedProjection(nn.Module):
         bucket, index = self._place[expert]
         self.get_submodule(bucket).put(index, weight, fit)  # type: ignore[operator]
 
-    def place(self, expert: int) -> tuple[PackedMatrices | DenseMatrices, int]:
+    def place(self, expert: int) -> tuple[Bucket, int]:
         """Where the matrix of ``expert`` is held."""
         name, index = self._place[expert]
         bucket = self.get_submodule(name)
-        assert isinstance(bucket, PackedMatrices | DenseMatrices)
+        assert isinstance(bucket, Bucket)
         return bucket, index
 
     def weight(self, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -123,8 +119,9 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, bits: int, group_size: int, device: Any = None) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.packed = PackedMatrices(1, self.out_features, self.in_features, bits, group_size, device)
-        self.register_buffer("weight", sentinel(linear.weight.dtype, device))
+        dtype = linear.weight.dtype
+        self.packed = bucket_of(bits, 1, self.out_features, self.in_features, group_size, dtype, device)
+        self.register_buffer("weight", sentinel(dtype, device))
         self.register_parameter("bias", linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -199,5 +196,5 @@ def kernels_of(model: nn.Module) -> dict[str, str]:
         Module path -> for example ``"C++, 2 bits, 3 matrices of 4096 x 14336"``.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    buckets = {path: m for path, m in model.named_modules() if isinstance(m, PackedMatrices | DenseMatrices)}
+    buckets = {path: m for path, m in model.named_modules() if isinstance(m, Bucket)}
     return {path: bucket.described(dtype) for path, bucket in buckets.items()}

@@ -12,6 +12,7 @@ from ..layers.banks import Bank
 from ..layers.moe_layers import MoELayer
 from ..layers.router_rows import router_row_norms
 from ..recording.router_norms import check_same_weights
+from .buckets import Bucket, NoMatrices
 from .codec.packing import unpack
 from .codec.scales import compress, expand, lost_in_float16
 from .kernels import Matrices
@@ -101,9 +102,15 @@ class TrainableScales:
         self._matrices: dict[str, dict[int | None, _Matrix]] = {}  # parameter -> expert of a fused one, else None
         for bank in layer.banks.values():
             for weight in bank.weights:
-                self._floats[weight.name] = weight.parameter().detach()
+                held = _held(weight.name, bank, layer, packed)
+                self._matrices[weight.name] = {
+                    expert: _Matrix(bucket, index)
+                    for expert, (bucket, index) in held.items()
+                    if isinstance(bucket, PackedMatrices)
+                }
+                dropped = [expert for expert, (bucket, _) in held.items() if isinstance(bucket, NoMatrices)]
+                self._floats[weight.name] = _without(weight.parameter().detach(), dropped)
                 self._transposed[weight.name] = bank.transposed
-                self._matrices[weight.name] = _matrices(weight.name, bank, layer, packed)
 
     @property
     def matrices(self) -> list[_Matrix]:
@@ -163,8 +170,21 @@ def check_routers(layers: list[MoELayer], packed: nn.Module) -> None:
     check_same_weights(norms, {layer.name: layer.row_norms() for layer in layers}, "packed model", DistillError)
 
 
-def _matrices(name: str, bank: Bank, layer: MoELayer, packed: nn.Module) -> dict[int | None, _Matrix]:
-    """The packed matrices of one float parameter; those of experts at 16 bits are not among them."""
+def _without(weight: Tensor, dropped: list[int | None]) -> Tensor:
+    """The float parameter, 0 where an expert is dropped: all of it for None, else that slice."""
+    if not dropped:
+        return weight
+    left = weight.clone()
+    for expert in dropped:
+        (left if expert is None else left[expert]).zero_()
+    return left
+
+
+def _held(name: str, bank: Bank, layer: MoELayer, packed: nn.Module) -> dict[int | None, tuple[Bucket, int]]:
+    """Where the packed model holds the matrices of one float parameter: by expert of a fused one, else under None.
+
+    Nothing for a linear layer that was left as it is.
+    """
     owner, _, leaf = name.rpartition(".")
     try:
         module = packed.get_submodule(owner)
@@ -172,17 +192,16 @@ def _matrices(name: str, bank: Bank, layer: MoELayer, packed: nn.Module) -> dict
         raise DistillError(f"the packed model has no {owner!r}: it is not of this float model") from error
     shape = layer.projections[next(key for key, one in layer.banks.items() if one is bank)]
     if isinstance(module, PackedLinear):
-        found: dict[int | None, _Matrix] = {None: _Matrix(module.packed, 0)}
+        found: dict[int | None, tuple[Bucket, int]] = {None: (module.packed, 0)}
     elif hasattr(module, "packed"):
         projection = module.get_submodule(f"packed.{leaf}")
         assert isinstance(projection, PackedProjection)
-        places = [projection.place(expert) for expert in range(layer.num_experts)]
-        found = {e: _Matrix(held, i) for e, (held, i) in enumerate(places) if isinstance(held, PackedMatrices)}
+        found = {expert: projection.place(expert) for expert in range(layer.num_experts)}
     elif isinstance(module, nn.Linear):
         found = {}
     else:
         raise DistillError(f"{owner!r} of the packed model is a {type(module).__name__} without packed experts")
-    for matrix in found.values():
-        if matrix.held.shape[1:] != shape:
-            raise DistillError(f"{name!r} has shape {shape}, its packed matrices {matrix.held.shape[1:]}")
+    for bucket, _ in found.values():
+        if bucket.shape[1:] != shape:
+            raise DistillError(f"{name!r} has shape {shape}, its packed matrices {bucket.shape[1:]}")
     return found

@@ -268,6 +268,12 @@ def test_plans_by_statistics_are_compared_as_they_are_made_and_packed(known):
     assert row.plan.diff(plan) == []
     packed = quantize_model(copy.deepcopy(model), plan, **given)
     assert row.divergence.kl == pytest.approx(divergence(packed, model, batches[:2]).kl, rel=0.02)
+    settings["calibration"] = batches[3:4]
+    calibrated = compare(model, batches[:2], counts, history, methods=methods, statistics=statistics, **settings)
+    row = calibrated.get("statistics", 2.5, "expert+projection")
+    plan = allocate(model, average_bits=2.5, bits=(1, 2, 3), group_size=64, calibration=batches[3:4], **given)
+    assert row.plan.diff(plan) == []
+    assert row.plan.notes["calibration_tokens"] == plan.notes["calibration_tokens"] == 16 * 127
     by_curvature = [one.get("curvature", 2.5, "expert+projection").divergence.kl for one in (without, found)]
     assert by_curvature[1] < by_curvature[0]  # the fit rounds under them
 

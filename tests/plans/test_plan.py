@@ -126,7 +126,7 @@ def set_bits(data, value, projection="down_proj"):
         (lambda d: d.update(group_size=60), "not a multiple of 8"),
         (lambda d: d.update(group_size=128), "group_size=128 does not divide the input width 64"),
         (lambda d: set_bits(d, 9), r"at \$\.layers\['model.layers.0.mlp'\].*bits\[2\].*9 is not one of"),
-        (lambda d: set_bits(d, 0), "0 is not one of"),
+        (lambda d: set_bits(d, 0), "expert 2 has bits {'gate_up_proj': 3, 'down_proj': 0}; 0 drops an expert"),
         (lambda d: set_bits(d, 2.5), "2.5 is not one of"),
         (
             lambda d: [set_bits(d, 8, projection) for projection in ("gate_up_proj", "down_proj")],

@@ -107,7 +107,7 @@ def test_what_cannot_be_asked(given, message):
 def test_what_cannot_be_stored():
     with pytest.raises(PlanError, match="group_size=60 is not a positive multiple of 8"):
         PlanSettings(group_size=60)
-    with pytest.raises(PlanError, match="bits must be 1 to 8, or 16"):
+    with pytest.raises(PlanError, match="bits must be 1 to 8, 16"):
         PlanSettings(bits=(2, 9), average_bits=3)
     with pytest.raises(PlanError, match="group_size=128 does not divide the input width 32 of 'up' in layer '0'"):
         PlanSettings().check_fits(LAYERS)

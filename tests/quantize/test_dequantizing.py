@@ -37,7 +37,11 @@ def test_a_float_model_of_the_same_values(family, non_expert_bits, tmp_path):
     with safe_open(tmp_path / "again" / "model.safetensors", "pt") as file:
         assert set(file.keys()) == on_disk
     again = load_model(tmp_path / "again")
-    assert torch.equal(logits(again), logits(model))
+    weights = model.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items())
+    torch.testing.assert_close(
+        logits(again), logits(model), atol=1e-5, rtol=1e-5
+    )  # tensors may lie otherwise in memory
     find_moe_layers(again)  # float experts again, which can be planned for and packed
     quantize_model(again, mixed_plan(again))
 

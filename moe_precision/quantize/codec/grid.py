@@ -19,7 +19,7 @@ from ...errors import MoEPrecisionError
 from ...layers.moe_layers import MoELayer
 from ...layers.prefixes import prefixes_of
 from ...plans.plan import PrecisionPlan
-from ...plans.widths import PlanError
+from ...plans.widths import DROPPED, PlanError
 from ...recording.curvature import Curvature
 from ...recording.router_norms import check_same_weights
 from .fitting import codes_on_grid, quantize_matrix
@@ -39,7 +39,7 @@ class Grid:
     """What a code means in every group.
 
     Attributes:
-        plan: The widths; experts at 16 bits are left alone.
+        plan: The widths; experts at 16 bits are left alone, those at 0 dropped.
         scales: Layer name -> projection -> ``(E, out, in / group)`` float16.
         offsets: Layer name -> projection -> ``(E, out, in / group)`` float16.
         router_norms: Layer name -> ``(E,)`` float32 when it was saved, which identify the weights that it belongs to.
@@ -63,7 +63,7 @@ class Grid:
                     for expert, matrix in enumerate(bank.matrices()):
                         whole = matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
                         weights = None if curvature is None else curvature.fit_weights(layer.name, name, expert)
-                        if widths[expert] == 16:  # left alone
+                        if widths[expert] in (DROPPED, 16):  # nothing to fit
                             none = torch.zeros(len(whole), whole.shape[1] // plan.group_size, dtype=torch.float16)
                             fitted.append((none.to(whole.device), none.to(whole.device)))
                             continue
@@ -132,7 +132,7 @@ def on_grid(weight: Tensor, bits: Sequence[int], scale: Tensor, offset: Tensor, 
 
     Args:
         weight: ``(E, out, in)``, any float dtype and strides.
-        bits: Width of each matrix; a matrix at 16 bits is copied.
+        bits: Width of each matrix; a matrix at 16 bits is copied, one at 0 becomes 0.
         scale: ``(E, out, in / group)``.
         offset: The same shape.
         out: Where to put them, like the weight.
@@ -143,8 +143,8 @@ def on_grid(weight: Tensor, bits: Sequence[int], scale: Tensor, offset: Tensor, 
     out = torch.empty_like(weight) if out is None else out
     rows = max(1, _CHUNK // weight.shape[2])
     for expert, width in enumerate(bits):
-        if width == 16:
-            out[expert].copy_(weight[expert])
+        if width in (DROPPED, 16):
+            out[expert].copy_(weight[expert]) if width else out[expert].zero_()
             continue
         for start in range(0, weight.shape[1], rows):
             chunk = (expert, slice(start, start + rows))
