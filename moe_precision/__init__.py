@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .quantize import PlanQuantizationConfig, QuantizationError, UnsupportedLayoutError, quantize_model
     from .quantize.dequantizing import dequantize_checkpoint, dequantize_model
     from .quantize.distilling import Distilled, distill_scales
+    from .quantize.pruning import prune_checkpoint
     from .quantize.trainable import DistillError
     from .quantize.writer import distill_checkpoint, quantize_checkpoint
     from .recording.collecting import collect_statistics
@@ -70,6 +71,7 @@ __all__ = [
     "distill_scales",
     "find_moe_layers",
     "load_model",
+    "prune_checkpoint",
     "quantize_checkpoint",
     "quantize_model",
     "rank_experts",
@@ -90,6 +92,7 @@ _DEFINED_IN = {
     ".plans.widths": ("PlanError",),
     ".quantize": ("PlanQuantizationConfig", "QuantizationError", "UnsupportedLayoutError", "quantize_model"),
     ".quantize.dequantizing": ("dequantize_checkpoint", "dequantize_model"),
+    ".quantize.pruning": ("prune_checkpoint",),
     ".quantize.distilling": ("Distilled", "distill_scales"),
     ".quantize.trainable": ("DistillError",),
     ".quantize.writer": ("distill_checkpoint", "quantize_checkpoint"),

@@ -29,6 +29,10 @@ SUMMARIES = {
         " loads with from_pretrained after `import moe_precision`. An interrupted run resumes when it is started "
         "again."
     ),
+    "prune": (
+        "Write a float checkpoint without the experts that a plan drops (0 bits), rows of the router cut: stock "
+        "transformers loads it. Every layer keeps as many. The whole float model must fit in memory."
+    ),
     "dequantize": (
         "Write a packed checkpoint as a float one, with the values that its packed weights stand for: it needs no "
         "moe-precision, and is as large as the float model was. The whole float model must fit in memory."
