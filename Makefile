@@ -56,6 +56,8 @@ evidence: .venv/installed
 	$(BIN)/python -m benchmarks.studies.rounding_study --output runs/study --report > docs/rounding-tables.md
 	$(BIN)/python -m benchmarks.studies.cost_scales --output runs/study --seeds 0
 	$(BIN)/python -m benchmarks.studies.cost_scales --output runs/study --report > docs/cost-scales-tables.md
+	$(BIN)/python -m benchmarks.studies.dropping_study --output runs/study --workers 2
+	$(BIN)/python -m benchmarks.studies.dropping_study --output runs/study --report > docs/dropping-tables.md
 	$(BIN)/python -m benchmarks.studies.anneal_study --output runs/anneal --workers 2
 	$(BIN)/python -m benchmarks.studies.anneal_study --output runs/anneal --report > docs/annealing-tables.md
 	$(BIN)/python -m benchmarks.studies.theory --output runs/theory

@@ -411,7 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study or print its tables."""
     from benchmarks.studies.study_report import report
 
-    run(arguments, __doc__, "runs/study", lambda study: study["models"], measure, report)
+    run(arguments, __doc__, "runs/study", lambda study: study["compared"], measure, report)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,23 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.studies import anneal_report, anneal_study, study, study_models, study_report, theory
+from benchmarks.studies import (
+    anneal_report,
+    anneal_study,
+    dropping_report,
+    dropping_study,
+    experts_seen,
+    rounding_study,
+    study,
+    study_models,
+    study_report,
+    theory,
+)
 from benchmarks.studies.quantizers import least_squares, quantizers, rtn
+from moe_precision import find_moe_layers
 from moe_precision.quantize.kernels import scaled
 from tests.cli.test_cli import TEXT
+from tests.support.dropped import observed
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +158,57 @@ def test_a_rare_share_beyond_the_theorems(capsys):
     with pytest.raises(SystemExit):
         theory.main(["--rare-share", "0.3"])
     assert "between 0 and 1/4" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_dropping_is_measured_beside_published_pruning(small, monkeypatch):
+    settings, root = small
+    monkeypatch.setattr(rounding_study, "STATISTICS_ROWS", 32)
+    monkeypatch.setattr(rounding_study, "STEPS", 2)
+    monkeypatch.setattr(rounding_study, "OTHER_TOKENS", 256)
+    monkeypatch.setattr(dropping_study, "STEPS", 2)
+    monkeypatch.setattr(dropping_study, "BUDGETS", (1.0, 1.25))
+    monkeypatch.setattr(dropping_study, "COMPARED", (1.0,))
+    assert dropping_study.measure(settings, "mixtral", 0, root) == "mixtral 0: done"
+    found = json.loads((root / "mixtral" / "seed_0" / "dropping.json").read_text())
+    by_plan = {one["plan"]: one for one in found["results"] if "fit" not in one}
+    for budget in dropping_study.COMPARED:
+        ours = by_plan[f"0 to 4 at {budget:g}"]
+        for criterion in experts_seen.CRITERIA:
+            published = by_plan.get(f"{criterion} at {budget:g}", ours)
+            assert published["stored_bits"] >= ours["stored_bits"] - 1e-9
+            assert math.isfinite(published["own"]["kl"])
+    assert by_plan["uniform 1"]["stored_bits"] == 1 + 18 / 64
+    text = dropping_report.report(settings, root)
+    assert text.count("### ") == 3
+    assert "| 0 to 4 at 1, distilled |" in text
+    assert "| mean output |" in text
+
+
+def test_what_stands_in_the_place_of_an_expert():
+    model, _, data = observed("mixtral")
+    layers = find_moe_layers(model)
+    seen = experts_seen.seen_experts(model, layers, data[:2])
+    layer, experts = layers[0].name, layers[0].container()
+    hidden, index, weights = torch.randn(3, 64), torch.tensor([[0, 1]] * 3), torch.tensor([[0.25, 0.75]] * 3)
+    dropped = {one.name: [0] for one in layers}
+    with torch.no_grad():
+        whole = experts(hidden, index, weights)
+        first = experts(hidden, index[:, :1], torch.ones(3, 1))
+        for expert in dropped[layer]:
+            for matrix in layers[0].expert_weights(expert).values():
+                matrix.zero_()
+        left = experts(hidden, index, weights)
+        torch.testing.assert_close(left, whole - 0.25 * first)
+        with experts_seen.in_place_of("weight to the others", layers, dropped, seen, model):
+            torch.testing.assert_close(experts(hidden, index, weights), left / 0.75)
+        with experts_seen.in_place_of("mean output", layers, dropped, seen, model):
+            expected = left + 0.25 * seen[layer].mean_output[0]
+            torch.testing.assert_close(experts(hidden, index, weights), expected)
+        with experts_seen.in_place_of("next best expert", layers, dropped, seen, model):
+            logits, scores, chosen = model.model.layers[0].mlp.gate(hidden)
+        assert 0 not in chosen
+        kept = logits[:, 1:].softmax(-1).topk(2)
+        torch.testing.assert_close(scores, kept.values / kept.values.sum(-1, keepdim=True))
+        assert torch.equal(chosen, kept.indices + 1)
+    assert float(seen[layer].tokens.sum()) == 2 * 4 * 32 * 2  # tokens of two batches, two experts each

@@ -1,0 +1,136 @@
+"""What published criteria of expert pruning look at, and what may stand in the place of a dropped expert.
+
+Criteria are numbers per expert; the experts with the least are dropped. Everything here works on live transformers
+models whose experts are fused and run through its experts interface.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_precision.compat import apply_gate
+from moe_precision.layers.moe_layers import MoELayer
+
+Dropped = Mapping[str, Sequence[int]]  # layer -> experts
+PLACES = ("nothing", "mean output", "weight to the others", "next best expert")
+
+
+@dataclass
+class Seen:
+    """What an expert did on some batches.
+
+    Attributes:
+        tokens: Number of tokens, ``(E,)``.
+        reap: Mean over these tokens of gate value times norm of the output, ``(E,)``: REAP (arXiv 2510.13999).
+        mean_output: The vector nearest to its outputs in squares weighted by squared gate values, ``(E, H)``.
+    """
+
+    tokens: Tensor
+    reap: Tensor
+    mean_output: Tensor
+
+
+@torch.no_grad()
+def seen_experts(model: nn.Module, layers: Sequence[MoELayer], batches: Iterable[dict[str, Tensor]]) -> dict[str, Seen]:
+    """Runs a model on batches and watches all experts of some layers."""
+    sums: dict[str, list[Tensor]] = {}
+
+    def watch(layer: MoELayer, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        hidden, index, weights = (*args, *kwargs.values())[:3]
+        first, last = layer.banks["gate_up_proj"], layer.banks["down_proj"]
+        for expert in range(layer.num_experts):
+            token, place = torch.where(index == expert)
+            inner = apply_gate(module, hidden[token] @ first.read(expert).T)
+            output, gate = inner @ last.read(expert).T, weights[token, place].unsqueeze(1)  # (n, H), (n, 1)
+            tokens, saliency, total, of_gate = sums[layer.name]
+            tokens[expert] += len(token)
+            saliency[expert] += (gate[:, 0] * output.norm(dim=1)).sum()
+            total[expert] += (gate.square() * output).sum(0)
+            of_gate[expert] += gate.square().sum()
+
+    handles = []
+    for layer in layers:
+        experts, width = layer.num_experts, layer.width
+        sums[layer.name] = [
+            torch.zeros(experts),
+            torch.zeros(experts),
+            torch.zeros(experts, width),
+            torch.zeros(experts),
+        ]
+        handles.append(layer.container().register_forward_pre_hook(partial(watch, layer), with_kwargs=True))
+    try:
+        for batch in batches:
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: Seen(tokens, saliency / tokens.clamp(min=1), total / of_gate.clamp(min=1e-12).unsqueeze(1))
+        for name, (tokens, saliency, total, of_gate) in sums.items()
+    }
+
+
+@contextmanager
+def in_place_of(
+    place: str, layers: Sequence[MoELayer], dropped: Dropped, seen: Mapping[str, Seen], model: nn.Module
+) -> Iterator[None]:
+    """Inside, something stands in the place of dropped experts, whose own matrices are 0.
+
+    Args:
+        place: One of `PLACES`.
+        layers: Of the model.
+        dropped: Experts by layer.
+        seen: For the mean outputs.
+        model: The live model.
+    """
+    handles: list[Any] = []
+    for layer in layers:
+        gone = torch.zeros(layer.num_experts, dtype=torch.bool)
+        gone[list(dropped[layer.name])] = True
+        experts, router = layer.container(), model.get_submodule(layer.router.rpartition(".")[0])
+        if place == "next best expert":
+            handles.append(router.register_forward_hook(partial(_reroute, gone)))
+        elif place == "weight to the others":
+            handles.append(experts.register_forward_pre_hook(partial(_rescale, gone)))
+        elif place == "mean output":
+            vectors = seen[layer.name].mean_output * gone.unsqueeze(1)
+            handles.append(experts.register_forward_hook(partial(_add, vectors)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reroute(gone: Tensor, router: Any, args: Any, output: Any) -> Any:
+    """The router's choice among the experts that are left, as if the rows of the others had been cut."""
+    logits, scores, _ = output
+    probabilities = logits.float().masked_fill(gone, -torch.inf).softmax(-1)
+    values, index = probabilities.topk(router.top_k, dim=-1)
+    if getattr(router, "norm_topk_prob", True):
+        values = values / values.sum(-1, keepdim=True)
+    return logits, values.to(scores.dtype), index
+
+
+def _rescale(gone: Tensor, experts: nn.Module, args: Any) -> Any:
+    hidden, index, weights = args
+    left = weights.masked_fill(gone[index], 0)
+    share = weights.sum(-1, keepdim=True) / left.sum(-1, keepdim=True).clamp(min=1e-12)
+    return hidden, index, torch.where(left.sum(-1, keepdim=True) > 0, left * share, left)
+
+
+def _add(vectors: Tensor, experts: nn.Module, args: Any, output: Tensor) -> Tensor:
+    _, index, weights = args
+    return output + (vectors[index] * weights.unsqueeze(-1)).sum(1).to(output.dtype)
+
+
+CRITERIA: dict[str, Callable[[Seen, Tensor], Tensor]] = {
+    "REAP": lambda seen, change: seen.reap,
+    "load": lambda seen, change: seen.tokens,
+    "norm changed most": lambda seen, change: -change,
+}
