@@ -16,6 +16,10 @@ SUMMARIES = {
         "Print the bits of every expert as a table, from a plan or from a checkpoint that AutoRound, GPTQModel, "
         "llm-compressor or moe-precision quantized; with --diff, print where two of them differ."
     ),
+    "report": (
+        "Write a run as one HTML page that needs no network: router norms by layer, their change against load and "
+        "curvature, the bits of every expert, when the plan settled, results of compare, and what to type next."
+    ),
     "compare": (
         "Judge every method on your own model, at each budget and equal stored bits, by the loss on held-out text, "
         "with intervals, random draws and the tail. Says in plain words which plan to use, and can write it."

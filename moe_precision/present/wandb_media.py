@@ -12,6 +12,7 @@ import xxhash
 
 from moe_precision.plans.plan import PrecisionPlan
 from moe_precision.present.figures import plot_change_heatmap
+from moe_precision.present.thinning import evenly_thinned
 from moe_precision.recording.history import RouterNormHistory
 
 _MAX_POINTS = 500  # per curve in a chart; W&B itself samples lines to 1,500 points
@@ -52,10 +53,7 @@ def kept_records(records: int, curves: int) -> list[int]:
 
     Empty where not even two points of each curve are within W&B's limit.
     """
-    most = min(_MAX_POINTS, _MAX_ROWS // max(1, curves))
-    if records <= most:
-        return list(range(records))
-    return [round(i * (records - 1) / (most - 1)) for i in range(most)] if most >= 2 else []
+    return evenly_thinned(records, min(_MAX_POINTS, _MAX_ROWS // max(1, curves)))
 
 
 def _charts(history: RouterNormHistory) -> dict[str, Any]:
