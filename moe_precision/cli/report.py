@@ -27,7 +27,5 @@ def add_to(commands: Commands) -> None:
         run,
         "moe-precision report runs/demo\n  moe-precision report runs/demo/precision_plan.json -o report.html",
     )
-    command.add_argument(
-        "run_folder", metavar="RUN", help="the folder of a run, or the plan (x.json) or history in it"
-    )
+    command.add_argument("run_folder", metavar="RUN", help="the folder of a run, or the plan (x.json) or history in it")
     command.add_argument("-o", "--output", metavar="HTML", help="default: report.html beside the plan")

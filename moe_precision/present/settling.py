@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ def settling(history: RouterNormHistory, settings: PlanSettings) -> Settling | N
     return Settling(
         steps=[history.steps[record] for record in kept],
         to_last=[_share(plan, plans[-1]) for plan in plans],
-        to_previous=[1.0, *(_share(now, before) for before, now in zip(plans, plans[1:], strict=False))],
+        to_previous=[1.0, *(_share(now, before) for before, now in pairwise(plans))],
         budget=f"{settings.budget} of levels {' and '.join(map(str, settings.levels))}",
     )
 

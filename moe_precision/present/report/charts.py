@@ -5,15 +5,16 @@ A trace of experts names its place among the widths in ``meta.width``; the page 
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...plans.plan import PrecisionPlan
 from ..settling import Settling
 from ..thinning import evenly_thinned
+from .groups import Widths
 from .run import Run
 from .signals import Signal, correlation
 
@@ -21,42 +22,11 @@ Figure = dict[str, Any]  # ``data`` and ``layout``
 
 MAX_VALUES = 250_000  # of all curves together, which keeps the page of a large model below 5 MB
 _MAX_POINTS = 500  # of one curve
-_MOST_GROUPS = 6  # different means of bits that get a color each
 _NUMBERED_CELLS = 16  # experts of a layer up to which a heatmap's cells show their bits
 _LINEAR_SPREAD = 30.0  # the largest value over the least, up to which an axis is linear
 _FEW_CURVES = 32  # of a layer, up to which more than the ends of each have symbols
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "x", "hexagon")
 _MOUSE = "<extra></extra>"  # nothing beside the text that is given
-
-
-class Widths:
-    """The groups that experts are colored by: their mean bits, to the nearest whole number where there are many.
-
-    Attributes:
-        groups: Mean bits, ascending; None alone without a plan.
-    """
-
-    def __init__(self, plan: PrecisionPlan | None) -> None:
-        self._of = {} if plan is None else {name: layer.mean_bits for name, layer in plan.layers.items()}
-        means = {round(bits, 4) for of in self._of.values() for bits in of}
-        self._whole = len(means) > _MOST_GROUPS
-        self.groups: list[float | None] = [*sorted({round(bits) if self._whole else bits for bits in means})] or [None]
-
-    def group(self, layer: str, expert: int) -> int:
-        """The place of an expert among the groups."""
-        if not self._of:
-            return 0
-        bits = self._of[layer][expert]
-        return self.groups.index(round(bits) if self._whole else round(bits, 4))
-
-    def label(self, group: int) -> str:
-        """Name of a group."""
-        bits = self.groups[group]
-        return "experts" if bits is None else f"{'about ' * self._whole}{bits:.3g} bits"
-
-    def of_expert(self, layer: str, expert: int) -> str:
-        """Bits of one expert in words, or nothing."""
-        return f", {self._of[layer][expert]:.3g} bits" if self._of else ""
 
 
 def kept_steps(run: Run) -> list[int]:
@@ -185,6 +155,7 @@ def _heatmap(rows: list[list[int]], levels: list[int]) -> Figure:
     if max(map(len, rows)) <= _NUMBERED_CELLS:
         trace["texttemplate"] = "%{text}"
     layout = _layout(min(900, max(220, 120 + 22 * len(rows))), "expert", "MoE layer")
+    layout["margin"]["t"] = 12
     layout["xaxis"] |= {"showgrid": False, "zeroline": False, "tickformat": "d"} | _whole(max(map(len, rows)))
     layout["yaxis"] |= {"showgrid": False, "zeroline": False, "autorange": "reversed"} | _whole(len(rows))
     return {"data": [trace], "layout": layout}
@@ -269,6 +240,8 @@ def comparison_charts(comparison: dict[str, Any], controls: set[str]) -> list[tu
             "hovertemplate": f"%{{y}}: %{{x:.4f}}{_MOUSE}",
         }
         layout = _layout(110 + 26 * len(rows), "increase of the loss, nats per token", "")
+        layout["margin"]["t"] = 12
+        layout["xaxis"]["exponentformat"] = "none"  # not 200µ
         layout["yaxis"] |= {"autorange": "reversed", "type": "category"}
         found.append((f"{budget:g} bits", {"data": [trace], "layout": layout}))
     return found
@@ -283,8 +256,7 @@ def row_name(row: dict[str, Any]) -> str:
 
 def digits(values: Tensor, number: int = 7) -> list[float | None]:
     """The leading digits of each value, by default all that a float32 holds; None for what JSON does not have."""
-    finite = torch.isfinite(values).tolist()
-    return [float(f"{x:.{number}g}") if known else None for x, known in zip(values.tolist(), finite, strict=True)]
+    return [float(f"{value:.{number}g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _layout(height: int, x: str, y: str) -> Figure:

@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import os
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -16,6 +17,7 @@ from ...plans.methods import CONTROLS
 from ...version import __version__
 from ..settling import Settling, norm_settings, settling
 from . import charts, texts
+from .groups import Widths
 from .run import ReportError, Run, read_run
 from .signals import Signal, correlation, signals_of
 from .themes import themes
@@ -65,9 +67,8 @@ def check_installed() -> None:
 def page(run: Run) -> str:
     """The whole page of a run, as HTML."""
     from jinja2 import Environment, StrictUndefined
-    from plotly.offline import get_plotlyjs
 
-    widths, signals = charts.Widths(run.plan), signals_of(run)
+    widths, signals = Widths(run.plan), signals_of(run)
     settled = None if run.history is None else settling(run.history, norm_settings(run.plan))
     figures = payload(run, signals, widths, settled)
     sources = {kind: files(__package__).joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js")}
@@ -79,7 +80,7 @@ def page(run: Run) -> str:
         "subtitle": texts.subtitle(run),
         "style": sources["css"],
         "script": sources["js"],
-        "library": _packed(get_plotlyjs()),
+        "library": _library(),
         "figures": _packed(json.dumps(figures, allow_nan=False, separators=(",", ":"))),
         "facts": texts.facts(run, settled),
         "commands": texts.commands(run),
@@ -105,7 +106,7 @@ def page(run: Run) -> str:
     return environment.from_string(sources["html"]).render(names)
 
 
-def payload(run: Run, signals: list[Signal], widths: charts.Widths, settled: Settling | None) -> dict[str, Any]:
+def payload(run: Run, signals: list[Signal], widths: Widths, settled: Settling | None) -> dict[str, Any]:
     """Everything that the page's script draws: plain types, for JSON.
 
     Args:
@@ -140,9 +141,17 @@ def payload(run: Run, signals: list[Signal], widths: charts.Widths, settled: Set
     return {"themes": themes(len(widths.groups), len(levels)), "layers": layers, "charts": found}
 
 
+@cache
+def _library() -> str:
+    """plotly.js, packed."""
+    from plotly.offline import get_plotlyjs
+
+    return _packed(get_plotlyjs())
+
+
 def _packed(text: str) -> str:
     """Text as a page carries it: compressed, in base64; the same text gives the same characters."""
-    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+    return base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
 
 
 def unpacked(text: str) -> str:
@@ -160,5 +169,3 @@ def _correlations(run: Run, signals: list[Signal]) -> list[list[str]]:
                 cells = [f"{value:+.2f}" for value in (min(known), median(known), max(known))]
                 found.append([f"{one.key} and {other.key}", *cells])
     return found
-
-

@@ -1,4 +1,4 @@
-"""What the folder of a run holds: its plan, its history, the files beside them, and results of the demo and `compare`."""
+"""What the folder of a run holds: plan, history, the files beside them, and results of the demo and of `compare`."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _files_of(path: Path) -> PlanFiles:
     if not stems:
         raise FileNotFoundError(
             f"{str(path)!r} holds no run: expected a plan (x.json) or a history (x.history.safetensors), as "
-            "RouterNormMonitor and RouterNormTrainerCallback write them; name the folder that holds them, or one of them"
+            "RouterNormMonitor and RouterNormTrainerCallback write them; name the folder that holds them, or a file"
         )
     if len(stems) > 1 and _DEFAULT_PLAN not in stems:
         raise ReportError(f"{str(path)!r} holds several runs or plans ({', '.join(sorted(stems))}): name one of them")
@@ -174,7 +174,7 @@ def _check_one_model(run: Run) -> None:
     if planned != run.history.layers:
         raise ReportError(
             f"{str(run.files.plan)!r} and {str(run.files.history)!r} are of two models: the plan has layers "
-            f"{list(planned)}, the history {list(run.history.layers)}, or their shapes differ; name the files of one run"
+            f"{list(planned)}, the history {list(run.history.layers)}, or their shapes differ; name files of one run"
         )
 
 

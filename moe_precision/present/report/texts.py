@@ -59,7 +59,9 @@ def facts(run: Run, settled: Settling | None) -> list[Fact]:
     if (plan := run.plan) is not None:
         asked = "" if plan.settings is None or not hasattr(plan.settings, "budget") else _budget(run)
         found.append(Fact("average bits", f"{plan.average_bits:.4g}", asked))
-        found.append(Fact("stored bits", f"{plan.stored_bits:.4g}", f"with scales and offsets, group {plan.group_size}"))
+        found.append(
+            Fact("stored bits", f"{plan.stored_bits:.4g}", f"with scales and offsets, group {plan.group_size}")
+        )
         weights = expert_weights(run.shapes.values())
         found.append(Fact("experts take", _size(weights * plan.stored_bits), f"{_size(weights * 16)} at 16 bits"))
         found.append(Fact("method", plan.method, str(plan.notes.get("auto", ""))))
@@ -94,14 +96,18 @@ def commands(run: Run) -> list[Command]:
         line = ["plan", history, "--average-bits", "2.5", "-o", plan]
         return [Command("Make a plan from the recorded norms:", _line(line))]
     quantized = folder / "quantized"
-    found = [Command(f"Quantize the checkpoint by this plan{where}:", _line(["quantize", checkpoint, plan, str(quantized)]))]
+    found = [
+        Command(f"Quantize the checkpoint by this plan{where}:", _line(["quantize", checkpoint, plan, str(quantized)]))
+    ]
     if (quantized / "config.json").is_file():
         line = ["evaluate", str(quantized), "--reference", checkpoint]
         found.insert(0, Command("Measure the quantized model against the float model:", _line(line)))
     group = ["--group-size", str(run.plan.group_size)]
     if run.history is not None and run.comparison is None:
         line = ["compare", checkpoint, history, *group, "--output", str(folder / "comparison.json")]
-        found.append(Command(f"Judge every method on this model{where}; the report then shows the result:", _line(line)))
+        found.append(
+            Command(f"Judge every method on this model{where}; the report then shows the result:", _line(line))
+        )
     if run.history is not None:
         line = ["plan", history, "--average-bits", "2", *group, "-o", str(folder / "plan_2.json")]
         if run.checkpoint is not None:
@@ -136,7 +142,9 @@ def pairs(signals: list[Signal]) -> str:
     """Which signals are not there."""
     named = {"change": "the change of norm", "load": "the load", "curvature": "the curvature"}
     absent = [text for key, text in named.items() if key not in {signal.key for signal in signals}]
-    found = "Each point is an expert of the layer, in the color and with the symbol of its curve; g is the loss's gradient."
+    found = (
+        "Each point is an expert of the layer, in the color and with the symbol of its curve; g is the loss's gradient."
+    )
     return f"{found} Not recorded: {' and '.join(absent)}." if absent else found
 
 
@@ -148,7 +156,9 @@ def columns(run: Run, signals: list[Signal]) -> list[str]:
 def _projections(run: Run) -> list[str]:
     if run.plan is None:
         return []
-    return [f"bits of {name}" for name in dict.fromkeys(n for of in run.plan.layers.values() for n in of.projection_bits)]
+    return [
+        f"bits of {name}" for name in dict.fromkeys(n for of in run.plan.layers.values() for n in of.projection_bits)
+    ]
 
 
 def rows(run: Run, signals: list[Signal], layer: str) -> list[list[Any]]:
@@ -181,7 +191,9 @@ def settling(run: Run, settled: Settling | None) -> str:
     if run.history is None:
         return ""
     if settled is None:
-        return "At least three records of finite norms are needed, the baseline among them, to tell when a plan settled."
+        return (
+            "At least three records of finite norms are needed, the baseline among them, to tell when a plan settled."
+        )
     end = settled.steps[-1]
     when = (
         f"From step {settled.settled_at:,} on no expert's bits changed"
@@ -189,8 +201,13 @@ def settling(run: Run, settled: Settling | None) -> str:
         else "Bits still changed with the last record"
     )
     other = run.plan is not None and run.plan.method not in ("router_norm", "norm_only")
-    why = f" The plan of this run is by method {run.plan.method}, of which no history is kept." * other if run.plan else ""
-    return f"{when}, in a plan by the change of router norms alone at {settled.budget}; training ended at step {end:,}.{why}"
+    why = (
+        f" The plan of this run is by method {run.plan.method}, of which no history is kept." * other
+        if run.plan
+        else ""
+    )
+    by = f"in a plan by the change of router norms alone at {settled.budget}"
+    return f"{when}, {by}; training ended at step {end:,}.{why}"
 
 
 def tokens(run: Run) -> str:
@@ -228,15 +245,17 @@ def tables(run: Run) -> list[ResultTable]:
                 row_name(row),
                 f"{row['average_bits']:.3g}",
                 f"{row['stored_bits']:.3f}",
-                _number(row["increase"]["value"], ".4f"),
-                f"{_number(row['increase']['low'], '.4f')} to {_number(row['increase']['high'], '.4f')}",
+                _number(row["increase"]["value"], ".5f"),
+                f"{_number(row['increase']['low'], '.5f')} to {_number(row['increase']['high'], '.5f')}",
                 _number(row["divergence"]["kl"], ".5f"),
                 _number(row["divergence"]["top1"], ".1%"),
             ]
-            for row in comparison["rows"]
+            for row in sorted(
+                comparison["rows"], key=lambda row: (row["asked_bits"] or 0.0, row["increase"]["value"] or 0.0)
+            )
         ]
         text = (
-            f"`compare`: increase of the loss over the float model's {_number(comparison['loss'].get('all'), '.4f')}, "
+            f"Result of compare: increase of the loss over the float model's {_number(comparison['loss'].get('all'), '.4f')}, "
             f"in nats per token, over {comparison['tokens']:,} tokens of {comparison['documents']:,} documents "
             f"({comparison['text'] or 'text that the file does not name'}). Hollow points are controls."
         )
@@ -272,4 +291,3 @@ def sections(names: Mapping[str, Any]) -> list[tuple[str, str]]:
     shown += [("settling", "Settling", names["settling_text"]), ("tokens", "Tokens", names["tokens_text"])]
     shown += [("comparison", "Comparison", names["tables"]), ("settings", "Settings", names["settings"])]
     return [(where, name) for where, name, there in [*shown, ("files", "Files", True)] if there]
-

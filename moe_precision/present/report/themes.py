@@ -1,7 +1,7 @@
 """Colors of the two themes, as templates for plotly's layout, and a color for every width.
 
-More bits have more contrast with the ground: darker on white, brighter on black. The colors are viridis, whose lightness
-rises steadily, so that they stay apart for color-blind readers and in print; scatter plots add a symbol for each width.
+More bits have more contrast with the ground: darker on white, brighter on black. The colors are viridis, whose
+lightness rises steadily, so that color-blind readers can tell them apart; charts add a symbol for each width.
 """
 
 from __future__ import annotations
