@@ -255,8 +255,9 @@ def tables(run: Run) -> list[ResultTable]:
             )
         ]
         text = (
-            f"Result of compare: increase of the loss over the float model's {_number(comparison['loss'].get('all'), '.4f')}, "
-            f"in nats per token, over {comparison['tokens']:,} tokens of {comparison['documents']:,} documents "
+            "Result of compare: increase of the loss over the float model's "
+            f"{_number(comparison['loss'].get('all'), '.4f')}, in nats per token, over "
+            f"{comparison['tokens']:,} tokens of {comparison['documents']:,} documents "
             f"({comparison['text'] or 'text that the file does not name'}). Hollow points are controls."
         )
         drawn = [name for name, _ in comparison_charts(comparison, set())]
