@@ -38,14 +38,14 @@ _FRONT_MATTER = re.compile(r"\A\ufeff?---\s*\n(?P<yaml>.*?\n)---\s*(?:\n|\Z)", r
 _IN_CACHE = re.compile(r"models--([^/]+)--([^/]+)$")  # folders of the Hub's cache
 
 
-def write_card(source: Checkpoint, folder: Path, name: str, quantization: PlanQuantizationConfig) -> None:
+def write_card(source: Checkpoint, folder: Path, packed_bytes: int, quantization: PlanQuantizationConfig) -> None:
     """Writes the card of what was packed.
 
     Args:
         source: The float checkpoint; its own README.md, if there is one, goes below.
-        folder: The packed checkpoint, complete but for files that are copied.
-        name: What the packed checkpoint is called.
-        quantization: How it was packed.
+        folder: Where the card goes.
+        packed_bytes: Of all tensors that were packed.
+        quantization: How they were packed.
     """
     original = source.folder / CARD
     base = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else ""
@@ -58,8 +58,7 @@ def write_card(source: Checkpoint, folder: Path, name: str, quantization: PlanQu
         data["base_model"] = known["base_model"]
     tags = known["tags"] if isinstance(known.get("tags"), list) else []
     data |= {"library_name": "transformers", "tags": [*dict.fromkeys([*map(str, tags), *_TAGS, plan.model_type])]}
-    with Checkpoint(folder) as packed:
-        body = _body(source, packed, name, hub_name, quantization)
+    body = _body(source, packed_bytes, hub_name, quantization)
     card = ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{body}")
     text = str(card).rstrip() + "\n" + (f"\n{_BASE}\n\n## Card of the base\n\n{_fenced(base)}" if base else "")
     _write(folder, text)
@@ -71,21 +70,11 @@ def has_card(folder: Path) -> bool:
     return path.is_file() and _MORE in path.read_text(encoding="utf-8", errors="replace")
 
 
-def add_to_card(folder: Path, line: str, name: str | None = None) -> None:
-    """Adds a line to what a card says of how its model was made; nothing where there is no card of ours.
-
-    Args:
-        folder: The packed checkpoint.
-        line: What was done.
-        name: What it is called now; None to leave that.
-    """
-    if not has_card(folder):
-        return
-    ours, marker, below = (folder / CARD).read_text(encoding="utf-8").partition(_MORE)
-    if name is not None:
-        ours = re.sub(r"^# .*$", lambda _: f"# {name}", ours, count=1, flags=re.M)
-        ours = re.sub(r'from_pretrained\("[^"]*"\)', lambda _: f'from_pretrained("{name}")', ours)
-    _write(folder, f"{ours}- {_line(line)}\n{marker}{below}")
+def add_to_card(folder: Path, line: str) -> None:
+    """Adds a line to what a card says of how its model was made; nothing where there is no card of ours."""
+    if has_card(folder):
+        text = (folder / CARD).read_text(encoding="utf-8")
+        _write(folder, text.replace(_MORE, f"- {_line(line)}\n{_MORE}", 1))
 
 
 def restore_base_card(folder: Path) -> None:
@@ -132,14 +121,12 @@ def _hub_name(source: Checkpoint) -> str | None:
     return None
 
 
-def _body(
-    source: Checkpoint, packed: Checkpoint, name: str, hub_name: str | None, quantization: PlanQuantizationConfig
-) -> str:
+def _body(source: Checkpoint, packed_bytes: int, hub_name: str | None, quantization: PlanQuantizationConfig) -> str:
     plan = quantization.plan
     of = f"[{hub_name}](https://huggingface.co/{hub_name})" if hub_name else f"the float checkpoint `{source.name}`"
     rest = "stay as they were" if quantization.non_expert_bits is None else f"have {quantization.non_expert_bits} bits"
     lines = [
-        f"# {name}",
+        f"# {hub_name or source.name}, packed to {plan.average_bits:.4g} bits",
         "",
         f"{of[0].upper()}{of[1:]}, with its routed experts packed to {plan.average_bits:.4g} bits per weight on",
         f"average by moe-precision {__version__}. Other layers {rest}.",
@@ -151,14 +138,14 @@ def _body(
         "```",
         "",
         "```python",
-        *_use(source, name),
+        *_use(source),
         "```",
         "",
         "## Size",
         "",
         "| | before | after |",
         "|---|---|---|",
-        f"| all tensors, GiB | {source.nbytes / 2**30:.4g} | {packed.nbytes / 2**30:.4g} |",
+        f"| all tensors, GiB | {source.nbytes / 2**30:.4g} | {packed_bytes / 2**30:.4g} |",
         f"| bits per expert weight | {8 * source.dtype.itemsize} | {plan.stored_bits:.4g} with scales and offsets |",
         "",
         "## How it was made",
@@ -172,7 +159,7 @@ def _body(
     return "\n".join(lines) + "\n"
 
 
-def _use(source: Checkpoint, name: str) -> list[str]:
+def _use(source: Checkpoint) -> list[str]:
     """Lines that load the model, by the auto class where transformers has one for it."""
     architecture = (source.config.architectures or ["AutoModel"])[0]
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(source.config.model_type) == architecture
@@ -181,11 +168,11 @@ def _use(source: Checkpoint, name: str) -> list[str]:
         "import moe_precision  # registers the format with transformers",
         f"from transformers import {loader}",
         "",
-        f'model = {loader}.from_pretrained("{name}")  # this folder, or its name on the Hub',
+        f'model = {loader}.from_pretrained(".")  # this folder; elsewhere its path or its name on the Hub',
     ]
     if (source.folder / "tokenizer_config.json").is_file():
         found[1] = f"from transformers import {', '.join(sorted([loader, 'AutoTokenizer']))}"
-        found.append(f'tokenizer = AutoTokenizer.from_pretrained("{name}")')
+        found.append('tokenizer = AutoTokenizer.from_pretrained(".")')
     return found
 
 

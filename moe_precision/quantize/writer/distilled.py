@@ -66,5 +66,5 @@ def distill_checkpoint(
         student.save_pretrained(folder, max_shard_size=max_shard_size)
         copy_other_files(Path(packed), folder)
         line = f"Distilled: scales and offsets trained for {steps} steps, codes kept; {found.described()}."
-        add_to_card(folder, line, Path(out).resolve().name)
+        add_to_card(folder, line)
     return found

@@ -87,8 +87,8 @@ def quantize_checkpoint(
             _write_shards(shards, packer, folder, job, workers, settings)
             _write_config(source, quantization, folder)
             _write_index(folder, shards)
-            write_card(source, folder, Path(out).resolve().name, quantization)  # before the base's is copied
-            copy_other_files(source.folder, folder)
+            write_card(source, folder, sum(shard.packed_bytes for shard in shards), quantization)
+            copy_other_files(source.folder, folder)  # but for the card, which is there
 
 
 def _write_shards(
