@@ -15,7 +15,8 @@ from ..plans.settings import PlanSettings
 from ..recording.history import RouterNormHistory
 from .thinning import evenly_thinned
 
-_MAX_RECORDS = 100
+_MAX_RECORDS = 500
+_MAX_ORDERED = 1_500_000  # experts of all records together, seconds of work
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,13 @@ class Settling:
     Attributes:
         steps: Optimizer steps of these records.
         to_last: Share of experts whose bits differ from those at the last record.
-        to_previous: Share of experts whose bits differ from those at the record before; the first of them is 1.
+        to_previous: Share of experts whose bits differ from those at the record before; None for the first.
         budget: The budget and the levels in words.
     """
 
     steps: list[int]
     to_last: list[float]
-    to_previous: list[float]
+    to_previous: list[float | None]
     budget: str
 
     @property
@@ -84,7 +85,9 @@ def settling(history: RouterNormHistory, settings: PlanSettings) -> Settling | N
     """
     if len(history.steps) < 3 or history.not_finite():
         return None
-    kept = [index + 1 for index in evenly_thinned(len(history.steps) - 1, _MAX_RECORDS)]
+    experts = sum(shape.num_experts for shape in history.layers.values())
+    most = max(2, min(_MAX_RECORDS, _MAX_ORDERED // experts))
+    kept = [index + 1 for index in evenly_thinned(len(history.steps) - 1, most)]
 
     def bits_at(record: int) -> Tensor:
         orders = {name: rank_experts(change) for name, change in history.changes(record).items()}
@@ -97,7 +100,7 @@ def settling(history: RouterNormHistory, settings: PlanSettings) -> Settling | N
     return Settling(
         steps=[history.steps[record] for record in kept],
         to_last=[_share(plan, plans[-1]) for plan in plans],
-        to_previous=[1.0, *(_share(now, before) for before, now in pairwise(plans))],
+        to_previous=[None, *(_share(now, before) for before, now in pairwise(plans))],
         budget=f"{settings.budget} of levels {' and '.join(map(str, settings.levels))}",
     )
 

@@ -172,7 +172,7 @@ def settling_chart(found: Settling) -> Figure:
             "type": "scatter",
             "mode": "lines+markers" if len(found.steps) <= 60 else "lines",
             "x": found.steps,
-            "y": [round(share, 4) for share in shares],
+            "y": [None if share is None else round(share, 4) for share in shares],
             "name": name,
             "line": {"dash": dash, "width": 2},
             "marker": {"symbol": symbol, "size": 6},
@@ -251,7 +251,7 @@ def row_name(row: dict[str, Any]) -> str:
     """Method, with its granularity where it is not the usual one."""
     if row["method"] == "uniform":
         return f"uniform {row['average_bits']:g} bits"
-    return row["method"] + ("" if row["granularity"] == "expert" else f", {row['granularity']}")
+    return str(row["method"]) + ("" if row["granularity"] == "expert" else f", {row['granularity']}")
 
 
 def digits(values: Tensor, number: int = 7) -> list[float | None]:

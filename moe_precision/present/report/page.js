@@ -15,7 +15,7 @@ function painted(figure) {
   const colors = page.themes[theme];
   const data = figure.data.map((trace) => {
     const meta = trace.meta || {};
-    if (meta.levels) return { ...trace, colorscale: colors.levels };
+    if (meta.levels) return { ...trace, colorscale: colors.levels, textfont: { color: colors.number } };
     if (meta.width === undefined) return trace;
     const color = colors.widths[meta.width];
     const found = { ...trace, marker: { ...trace.marker, color }, line: { ...trace.line, color } };

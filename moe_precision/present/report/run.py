@@ -221,7 +221,8 @@ def _checkpoint_in(folder: Path) -> Path | None:
     """A float checkpoint: ``checkpoint``, where the recipes leave it, or the only one in the folder."""
     found = [one for one in sorted(folder.iterdir()) if one.is_dir() and _is_float_checkpoint(one)]
     named = [one for one in found if one.name == "checkpoint"]
-    return (named or (found if len(found) == 1 else [None]))[0]
+    only = named or found
+    return only[0] if len(only) == 1 else None
 
 
 def _is_float_checkpoint(folder: Path) -> bool:

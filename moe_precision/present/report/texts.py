@@ -207,7 +207,9 @@ def settling(run: Run, settled: Settling | None) -> str:
         else ""
     )
     by = f"in a plan by the change of router norms alone at {settled.budget}"
-    return f"{when}, {by}; training ended at step {end:,}.{why}"
+    records = len(run.history.steps) - 1
+    thinned = f" Of {records:,} records {len(settled.steps)} were looked at." * (len(settled.steps) < records)
+    return f"{when}, {by}; training ended at step {end:,}.{thinned}{why}"
 
 
 def tokens(run: Run) -> str:

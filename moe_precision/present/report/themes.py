@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 
 _LINES = {"light": ["#0b5cad", "#c25400", "#5f6b76"], "dark": ["#6cb6ff", "#ffa657", "#9aa4af"]}  # blue, orange, gray
 _INK = {"light": ("#1b1f24", "#d0d7de", "#ffffff"), "dark": ("#e6edf3", "#30363d", "#161b22")}  # text, grid, hover
-_RANGE = {"light": (0.68, 0.0), "dark": (0.32, 1.0)}  # of viridis, from the fewest bits to the most
+_RANGE = {"light": (0.55, 0.0), "dark": (0.32, 1.0)}  # of viridis, from the fewest bits to the most
 
 
 def themes(groups: int, levels: int) -> dict[str, Any]:
@@ -24,8 +24,8 @@ def themes(groups: int, levels: int) -> dict[str, Any]:
         levels: Number of widths in the heatmap.
 
     Returns:
-        ``light`` and ``dark``, each with ``template`` for plotly's layout, ``widths`` (a color for each group) and
-        ``levels`` (a color scale in steps).
+        ``light`` and ``dark``, each with ``template`` for plotly's layout, ``widths`` (a color for each group),
+        ``levels`` (a color scale in steps) and ``number`` (the color of numbers on it).
     """
     found = {}
     for name, (text, grid, hover) in _INK.items():
@@ -44,6 +44,7 @@ def themes(groups: int, levels: int) -> dict[str, Any]:
         found[name] = {
             "template": {"layout": layout},
             "widths": _colors(name, groups),
+            "number": "#ffffff" if name == "light" else None,  # on a cell; None for plotly's choice
             "levels": [[edge / levels, color] for at, color in enumerate(colors) for edge in (at, at + 1)],
         }
     return found
