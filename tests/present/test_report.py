@@ -227,6 +227,7 @@ def test_a_comparison_and_the_demos_results_are_shown(run):
     demo = {"model": "plan", "nominal_bits": 2.5, "stored_bits": 2.75, "file_mb": 1.5, "divergence": None}
     (run / "results.json").write_text(json.dumps([demo | {"evaluation": {"loss": 3.5, "rare_loss": 6, "tokens": 9}}]))
     (run / "broken.json").write_text("{")
+    (run / "old.json").write_text(json.dumps(found | {"rows": [{"method": "curvature"}]}))
     figures, text = figures_of(write_report(run))
     (trace,) = figures["charts"]["comparison-0"]["data"]
     assert trace["y"] == ["curvature", "random"]
@@ -236,7 +237,18 @@ def test_a_comparison_and_the_demos_results_are_shown(run):
     assert "<td>0.12500 to 0.50000</td>" in text
     assert "use &lt;curvature&gt;" in text
     assert "<td>3.5000</td>" in text
-    assert "not JSON, left out: broken.json" in text
+    assert "and left out: broken.json, old.json" in text
+
+
+def test_norms_that_are_not_finite_are_gaps(run):
+    history = history_of()
+    history.record(40, torch.tensor([1.0, float("nan"), 1.0, 2.0, 2.0, float("inf")]))
+    history.save(run / "precision_plan.history.safetensors")
+    (run / "precision_plan.json").unlink()
+    figures, text = figures_of(write_report(run))
+    assert figures["layers"][0]["curves"]["data"][1]["y"][-2:] == [1.75, None]
+    assert "settling-chart" not in figures["charts"]
+    assert "At least three records of finite norms are needed" in text
 
 
 def test_without_plotly_the_message_says_what_to_install(run, monkeypatch, capsys):

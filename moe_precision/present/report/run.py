@@ -23,6 +23,17 @@ from ...recording.statistics import ExpertStatistics, StatisticsError
 
 _DEFAULT_PLAN = "precision_plan"
 _LARGEST_RESULT = 64 * 2**20  # bytes of a JSON file that may be a result
+_COMPARISON = "moe-precision-comparison"
+_COMPARED_ROW = {
+    **dict.fromkeys(("method", "granularity", "asked_bits", "average_bits", "stored_bits")),
+    "increase": dict.fromkeys(("value", "low", "high")),
+    "divergence": dict.fromkeys(("kl", "top1")),
+}
+_COMPARED = {"rows": [_COMPARED_ROW], "loss": {}, "tokens": None, "documents": None, "text": None}
+_DEMO_ROW = {
+    **dict.fromkeys(("model", "nominal_bits", "stored_bits", "file_mb", "divergence")),
+    "evaluation": dict.fromkeys(("loss", "rare_loss", "tokens")),
+}
 Beside = TypeVar("Beside", Curvature, ExpertStatistics)
 
 
@@ -203,18 +214,30 @@ def _read_results(run: Run) -> None:
         if path == run.files.plan:
             continue
         kind = _json_format(path)
-        if kind == "damaged":
+        if kind not in ("damaged", "demo", _COMPARISON):
+            continue
+        data = None if kind == "damaged" else json.loads(path.read_text(encoding="utf-8"))
+        if kind == "demo" and _like(data, [_DEMO_ROW]):
+            run.demo = data
+        elif kind == _COMPARISON and _like(data, _COMPARED):
+            run.comparison = data
+        else:
             damaged.append(path.name)
-        elif kind == "demo":
-            run.demo = json.loads(path.read_text(encoding="utf-8"))
-            run.read.append(path)
-        elif kind == "moe-precision-comparison":
-            run.comparison = json.loads(path.read_text(encoding="utf-8"))
-            run.read.append(path)
+            continue
+        run.read.append(path)
     if damaged:
-        run.absent.append(f"not JSON, left out: {', '.join(sorted(damaged))}")
+        run.absent.append(f"damaged, or of another release, and left out: {', '.join(sorted(damaged))}")
     if not run.demo and run.comparison is None:
         run.absent.append("no comparison: `moe-precision compare --output FILE.json` writes one")
+
+
+def _like(data: Any, pattern: Any) -> bool:
+    """Whether data has the keys of a pattern, at every depth; all items of a list are like the pattern's only one."""
+    if isinstance(pattern, dict):
+        return isinstance(data, dict) and all(key in data and _like(data[key], of) for key, of in pattern.items())
+    if isinstance(pattern, list):
+        return isinstance(data, list) and all(_like(item, pattern[0]) for item in data)
+    return True
 
 
 def _checkpoint_in(folder: Path) -> Path | None:
