@@ -47,6 +47,10 @@ SUMMARIES = {
         "is from the float model: KL divergence (mean, 99th and 99.9th percentile over tokens), the share of tokens "
         "with the same most likely next token, and the share that goes to the same experts in every layer."
     ),
+    "workspace": (
+        "Save a view in a Weights & Biases project with panels for what the callbacks log: the plan, the router norms "
+        "of every expert by layer, and the load."
+    ),
     "doctor": (
         "Check this machine: versions, the C++ compiler, every kernel by a product whose result is known, and why one "
         "is not there; optional packages and what they are for. The exit status is 1 if something is broken, or absent "

@@ -29,7 +29,7 @@ _COMPARED_ROW = {
     "increase": dict.fromkeys(("value", "low", "high")),
     "divergence": dict.fromkeys(("kl", "top1")),
 }
-_COMPARED = {"rows": [_COMPARED_ROW], "loss": {}, "tokens": None, "documents": None, "text": None}
+_COMPARED: dict[str, Any] = {"rows": [_COMPARED_ROW], "loss": {}, "tokens": None, "documents": None, "text": None}
 _DEMO_ROW = {
     **dict.fromkeys(("model", "nominal_bits", "stored_bits", "file_mb", "divergence")),
     "evaluation": dict.fromkeys(("loss", "rare_loss", "tokens")),
@@ -216,7 +216,7 @@ def _read_results(run: Run) -> None:
         kind = _json_format(path)
         if kind not in ("damaged", "demo", _COMPARISON):
             continue
-        data = None if kind == "damaged" else json.loads(path.read_text(encoding="utf-8"))
+        data: Any = None if kind == "damaged" else json.loads(path.read_text(encoding="utf-8"))
         if kind == "demo" and _like(data, [_DEMO_ROW]):
             run.demo = data
         elif kind == _COMPARISON and _like(data, _COMPARED):
