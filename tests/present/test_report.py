@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from moe_precision import Curvature, PlanSettings, PrecisionPlan, RouterNormHistory, allocate
+from moe_precision import Curvature, ExpertStatistics, PlanSettings, PrecisionPlan, RouterNormHistory, allocate
 from moe_precision.cli.main import main, parser
 from moe_precision.layers.shape import LayerShape
 from moe_precision.plans.beside import PlanFiles
@@ -215,6 +215,20 @@ def test_curvature_of_other_weights_is_left_out(run):
     assert found.curvature is None
     assert [signal.key for signal in signals_of(found)] == ["change", "load"]
     assert any("precision_plan.curvature.safetensors is left out" in line for line in found.absent)
+
+
+def test_tokens_behind_the_statistics(run):
+    history = history_of()
+    found = ExpertStatistics(history.layers, router_norms=history.last, text="<two> batches")
+    for at, name in enumerate(history.layers):
+        moments = {p: torch.eye(inp).repeat(3, 1, 1) for p, (_, inp) in SHAPES.items()}
+        found.add(name, moments, torch.tensor([0, 5, 9]) * (at + 1))
+    found.save(run / "precision_plan.statistics.safetensors")
+    figures, text = figures_of(write_report(run))
+    by_name = {trace["name"]: trace["y"] for trace in figures["charts"]["tokens-chart"]["data"]}
+    assert by_name == {"least": [0, 0], "median": [5, 10], "most": [9, 18]}
+    assert "Taken from &lt;two&gt; batches. 2 experts saw none" in text
+    assert [row[-1] for row in figures["layers"][1]["rows"]] == [0, 10, 18]
 
 
 def test_a_comparison_and_the_demos_results_are_shown(run):

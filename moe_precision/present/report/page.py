@@ -76,7 +76,7 @@ def page(run: Run) -> str:
     first = next(iter(run.shapes))
     heatmaps = [] if run.plan is None else [name for name, _ in charts.bits_heatmaps(run.plan)]
     names = {
-        "title": f"{run.model_type}: report of a run",
+        "title": f"{run.model_type or 'Model'}: report of a run",
         "subtitle": texts.subtitle(run),
         "style": sources["css"],
         "script": sources["js"],

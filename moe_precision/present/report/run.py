@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -134,7 +135,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         run.absent.append(f"no history ({run.files.history.name}): {kept}")
     _check_one_model(run)
     run.curvature = _beside(run, "curvature", Curvature.load)
-    statistics = _beside(run, "statistics", ExpertStatistics.load)
+    statistics = _beside(run, "statistics", partial(ExpertStatistics.load, check_moments=False))
     if statistics is not None:
         run.tokens, run.statistics_text = statistics.tokens, statistics.text
     if not (run.history is not None and run.history.loads):

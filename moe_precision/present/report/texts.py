@@ -100,7 +100,7 @@ def commands(run: Run) -> list[Command]:
         Command(f"Quantize the checkpoint by this plan{where}:", _line(["quantize", checkpoint, plan, str(quantized)]))
     ]
     if (quantized / "config.json").is_file():
-        line = ["evaluate", str(quantized), "--reference", checkpoint]
+        line = ["evaluate", str(quantized), "--reference", checkpoint, "--card"]
         found.insert(0, Command("Measure the quantized model against the float model:", _line(line)))
     group = ["--group-size", str(run.plan.group_size)]
     if run.history is not None and run.comparison is None:
