@@ -69,5 +69,5 @@ evidence: .venv/installed
 
 # Apart from the rest, because importing transformers imports torchao, which prints warnings on a CPU.
 .venv/peers: .venv/installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e .[dev,peers]
+	$(BIN)/python -m pip install -q -c constraints.txt -e .[dev,peers,workspace]
 	touch $@

@@ -30,7 +30,7 @@ def test_the_wheel_holds_every_module_recipe_and_schema(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as opened:
         packed = {name for name in opened.namelist() if ".dist-info/" not in name}
-    kinds = ("*.py", "*.cpp", "*.yaml", "*.json", "py.typed")
+    kinds = ("*.py", "*.cpp", "*.yaml", "*.json", "*.html", "*.css", "*.js", "py.typed")
     folders = {
         "moe_precision": "moe_precision",
         "callbacks": "moe_precision/callbacks",

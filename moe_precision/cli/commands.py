@@ -16,6 +16,10 @@ SUMMARIES = {
         "Print the bits of every expert as a table, from a plan or from a checkpoint that AutoRound, GPTQModel, "
         "llm-compressor or moe-precision quantized; with --diff, print where two of them differ."
     ),
+    "report": (
+        "Write a run as one HTML page that needs no network: router norms by layer, their change against load and "
+        "curvature, the bits of every expert, when the plan settled, results of compare, and what to type next."
+    ),
     "compare": (
         "Judge every method on your own model, at each budget and equal stored bits, by the loss on held-out text, "
         "with intervals, random draws and the tail. Says in plain words which plan to use, and can write it."
@@ -46,6 +50,10 @@ SUMMARIES = {
         "blocks of 256 tokens (the demo uses blocks of 128, so its numbers differ). With --reference also how far it "
         "is from the float model: KL divergence (mean, 99th and 99.9th percentile over tokens), the share of tokens "
         "with the same most likely next token, and the share that goes to the same experts in every layer."
+    ),
+    "workspace": (
+        "Save a view in a Weights & Biases project with panels for what the callbacks log: the plan, the router norms "
+        "of every expert by layer, and the load."
     ),
     "doctor": (
         "Check this machine: versions, the C++ compiler, every kernel by a product whose result is known, and why one "

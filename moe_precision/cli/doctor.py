@@ -23,6 +23,8 @@ NAME = "moe-precision"
 EXTRAS = {
     "cpu": "ARK kernels, which run packed experts on Intel CPUs",
     "auto-round": "`quantize --backend auto-round`",
+    "report": "`report`, a run as an HTML page",
+    "workspace": "`workspace`, a saved view in Weights & Biases",
     "peers": "optimizers and shards of torchao, bitsandbytes and DeepSpeed, for their tests",
     "benchmarks": "peers of `python -m benchmarks.inference`",
     "dev": "tests and linters",

@@ -17,9 +17,15 @@ def run(options: argparse.Namespace) -> None:
     from ..judging.divergence import measure
     from ..judging.evaluation import evaluate, summarize_losses
     from ..present.tables import evaluation_table, show
+    from ..quantize.card import has_card
 
     kwargs = {} if options.dtype == "auto" else {"dtype": options.dtype}
     with Checkpoint(options.checkpoint) as checkpoint:
+        if options.card and not has_card(checkpoint.folder):
+            raise CheckpointError(
+                f"--card adds to a card that `moe-precision quantize` has written, and {str(checkpoint.folder)!r} has "
+                "none: name a folder that it wrote, or leave --card out"
+            )
         if options.reference is not None:
             with Checkpoint(options.reference) as reference:
                 _check_comparable(checkpoint, reference)
@@ -29,12 +35,25 @@ def run(options: argparse.Namespace) -> None:
         model, name = checkpoint.load(**kwargs), checkpoint.name
     batches = list(islice(data.val_dataloader(), options.max_batches))
     if options.reference is None:
-        show(evaluation_table({name: evaluate(model, batches, data.token_counts)}, text=judged_on(data)))
+        results = {name: evaluate(model, batches, data.token_counts)}
+        show(evaluation_table(results, text=judged_on(data)))
+        _note(options, f"Measured {judged_on(data)}: loss {results[name].loss:.4f}.")
         return
     found = measure(float_model, model, batches, "Evaluating beside the reference")
     by_loss = {float_name: found.float_losses, name: found.losses}
     results = {of: summarize_losses(losses, found.targets, data.token_counts) for of, losses in by_loss.items()}
     show(evaluation_table(results, {name: found.divergence}, judged_on(data)))
+    losses = f"loss {results[float_name].loss:.4f} of the float model, {results[name].loss:.4f} of this one"
+    _note(options, f"Measured {judged_on(data)}: {losses}; KL divergence {found.divergence.kl:.5f} nats per token.")
+
+
+def _note(options: argparse.Namespace, line: str) -> None:
+    """Writes the result into the model card, where that is asked for."""
+    from ..quantize.card import CARD, add_to_card
+
+    if options.card:
+        add_to_card(Path(options.checkpoint), line)
+        print(f"added to {Path(options.checkpoint) / CARD}")
 
 
 def _check_comparable(checkpoint: Checkpoint, reference: Checkpoint) -> None:
@@ -78,6 +97,7 @@ def add_to(commands: Commands) -> None:
     command.add_argument(
         "--reference", metavar="FLOAT", help="the float checkpoint that it was made from; both are loaded"
     )
+    command.add_argument("--card", action="store_true", help="add the result to the checkpoint's README.md")
     add_heldout(command)
     add_dataset(command)
     command.add_argument("--max-batches", type=positive, help="use at most this many validation batches of 16")

@@ -8,6 +8,7 @@ import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..judging.comparison import Comparison
 from ..plans.methods import CONTROLS
@@ -58,6 +59,8 @@ def plot_change_heatmap(history: RouterNormHistory) -> Figure:
     figure = Figure(figsize=(1.5 + min(12, 0.35 * width), 1.2 + min(10, 0.35 * len(changes))), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(grid.numpy(), aspect="auto", cmap="viridis", interpolation="nearest")
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.set_xlabel("expert")
     axis.set_ylabel("MoE layer")
     figure.colorbar(image, ax=axis, label="change of router L2 norm")

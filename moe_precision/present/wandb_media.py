@@ -12,6 +12,7 @@ import xxhash
 
 from moe_precision.plans.plan import PrecisionPlan
 from moe_precision.present.figures import plot_change_heatmap
+from moe_precision.present.thinning import evenly_thinned
 from moe_precision.recording.history import RouterNormHistory
 
 _MAX_POINTS = 500  # per curve in a chart; W&B itself samples lines to 1,500 points
@@ -19,7 +20,7 @@ _MAX_ROWS = 10_000  # of a table, and so points of all curves of a chart; W&B cu
 _NAME_LENGTH = 128  # of an artifact
 
 
-MEDIA = ("the charts", "the plan", "the summary")
+MEDIA = ("the charts", "the plan", "the settings", "the summary")
 """What `log_media` logs; each may fail alone."""
 
 
@@ -38,6 +39,8 @@ def log_media(what: str, run: Callable[[], Any], history: RouterNormHistory, pla
         to.log(_charts(history))
     elif what == "the plan":
         to.log_artifact(_artifact(to, plan, path))
+    elif what == "the settings":
+        to.config.update({"moe_precision": _settings(plan)}, allow_val_change=True)  # of a run that was resumed too
     else:
         to.summary.update({f"precision_plan/{key}": value for key, value in _headline(plan).items()})
 
@@ -52,10 +55,7 @@ def kept_records(records: int, curves: int) -> list[int]:
 
     Empty where not even two points of each curve are within W&B's limit.
     """
-    most = min(_MAX_POINTS, _MAX_ROWS // max(1, curves))
-    if records <= most:
-        return list(range(records))
-    return [round(i * (records - 1) / (most - 1)) for i in range(most)] if most >= 2 else []
+    return evenly_thinned(records, min(_MAX_POINTS, _MAX_ROWS // max(1, curves)))
 
 
 def _charts(history: RouterNormHistory) -> dict[str, Any]:
@@ -78,6 +78,12 @@ def _charts(history: RouterNormHistory) -> dict[str, Any]:
 
 def _headline(plan: PrecisionPlan) -> dict[str, Any]:
     return {"average_bits": plan.average_bits, "stored_bits": plan.stored_bits, "method": plan.method}
+
+
+def _settings(plan: PrecisionPlan) -> dict[str, Any]:
+    """What was asked of the plan, for the run's config: runs can be filtered and grouped by it."""
+    asked = {} if plan.settings is None else plan.settings.to_dict()
+    return asked | {"method": plan.method, "group_size": plan.group_size}
 
 
 def _artifact(run: Any, plan: PrecisionPlan, path: Path) -> Any:

@@ -15,6 +15,7 @@ from ..checkpoints.folders import folder_replaced_when_done
 from ..checkpoints.headers import CheckpointError
 from ..checkpoints.other_files import copy_other_files
 from ..compat import forget_forward_pre_hook, mark_as_float, save_under_hub_names
+from .card import restore_base_card
 from .config import QUANT_METHOD, QuantizationError
 from .modules import EXPERTS_IMPLEMENTATION, PackedLinear, check_implementation
 
@@ -124,3 +125,4 @@ def dequantize_checkpoint(
             assert isinstance(model, PreTrainedModel)
             model.save_pretrained(folder, max_shard_size=max_shard_size)
             copy_other_files(source.folder, folder)
+            restore_base_card(folder)

@@ -219,8 +219,13 @@ class ExpertStatistics:
         _FILE.save(path, tensors, layers=shapes_of(self.layers), text=self.text)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ExpertStatistics:
+    def load(cls, path: str | os.PathLike[str], *, check_moments: bool = True) -> ExpertStatistics:
         """Reads what `save` wrote. Second moments stay on disk until they are needed.
+
+        Args:
+            path: The file.
+            check_moments: Whether every second moment is read once, to see that it can be used. For tokens, text and
+                router norms alone that is not needed, and a large file takes long to read.
 
         Raises:
             FileNotFoundError: No such file.
@@ -233,7 +238,7 @@ class ExpertStatistics:
         )
         moments = file.nested("diagonals", layers), file.nested("correlations", layers)
         found = cls(layers, *moments, tokens, norms, file.text("text"))
-        for name in layers:
+        for name in layers if check_moments else ():
             found._check_layer(name)
         return found
 

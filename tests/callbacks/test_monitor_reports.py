@@ -25,7 +25,7 @@ def test_wandb_offline_run(tmp_path):
     logger = WandbLogger(project="test", offline=True, save_dir=tmp_path)
     callback = monitor()
     trainer(tmp_path, callback, logger=logger).fit(Module(), data(4))
-    summary = dict(logger.experiment.summary._as_dict())
+    summary, settings = dict(logger.experiment.summary._as_dict()), logger.experiment.config["moe_precision"]
     wandb.finish()
     wandb.teardown()
     (path,) = tmp_path.rglob("*.wandb")
@@ -42,6 +42,9 @@ def test_wandb_offline_run(tmp_path):
     (artifact,) = {a.name: a for a in read_artifacts(path) if a.type == "precision-plan"}.values()
     assert artifact.name.startswith("precision-plan-")
     assert summary["precision_plan/average_bits"] == 2.5
+    asked = callback.plan.settings
+    assert settings == {**asked.to_dict(), "method": asked.method, "group_size": asked.group_size}
+    assert settings["average_bits"] == 2.5
     assert any(record.WhichOneof("record_type") == "exit" for record in read_records(path))
 
 

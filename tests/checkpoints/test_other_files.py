@@ -81,7 +81,7 @@ def test_quantizing_takes_along_what_belongs_to_the_model(saved):
         UserWarning, match=r"left out, as weights of another kind.*checkpoint-5/.*model.Q4_K_M.gguf.*pytorch_model.bin"
     ):
         quantize_checkpoint(source, plan, out)
-    assert files_in(out) == {"config.json", "model.safetensors", *BELONGS}
+    assert files_in(out) == {"config.json", "model.safetensors", "README.md", *BELONGS}  # its own card
     assert {name: (out / name).read_text() for name in BELONGS} == BELONGS
     assert load_model(out).is_quantized
 

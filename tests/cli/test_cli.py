@@ -115,7 +115,7 @@ def test_evaluate_against_the_float_checkpoint(run, capsys):
     model.save_pretrained(run / "checkpoint")
     assert main(["quantize", str(run / "checkpoint"), str(run / "plan.json"), str(out)]) == 0
     capsys.readouterr()
-    assert main(["evaluate", str(out), "--reference", str(run / "checkpoint"), *data]) == 0
+    assert main(["evaluate", str(out), "--reference", str(run / "checkpoint"), "--card", *data]) == 0
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     head = next(line for line in lines if "model" in line)
     rows = {line[0]: dict(zip(head, line, strict=True)) for line in lines if len(line) == len(head)}
@@ -124,6 +124,10 @@ def test_evaluate_against_the_float_checkpoint(run, capsys):
     packed = rows["packed"]
     assert 0 < float(packed["KL to float"]) < float(packed["KL, 99 %"]) <= float(packed["KL, 99.9 %"])
     assert 0 < float(packed["same experts"].rstrip("%")) <= 100
+    card = (out / "README.md").read_text()
+    assert f"{packed['loss']} of this one; KL divergence {packed['KL to float']} nats per token.\n" in card
+    assert main(["evaluate", str(run / "checkpoint"), "--card", *data]) == 2
+    assert "--card adds to a card that `moe-precision quantize` has written" in capsys.readouterr().err
     assert main(["evaluate", str(run / "checkpoint"), "--reference", str(run / "checkpoint"), *data]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert [cell.strip() for cell in last.split("|")[-6:-1]] == ["0.00000", "0.0000", "0.0000", "100.0%", "100.0%"]

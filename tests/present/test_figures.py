@@ -1,9 +1,11 @@
 """Pictures of plans: curves in the order of bits, whatever shares a width."""
 
+import pytest
 import torch
 
 from moe_precision import RouterNormHistory, allocate, find_moe_layers
-from moe_precision.present.figures import plot_router_norms
+from moe_precision.layers.shape import LayerShape
+from moe_precision.present.figures import plot_change_heatmap, plot_router_norms
 from moe_precision.recording.router_norms import router_norms
 from tests.support.models import build
 
@@ -32,6 +34,17 @@ def test_curves_of_a_plan_by_projection():
     colors = [line.get_color() for line in first.lines]
     assert colors[0] == colors[4] != colors[1]
     assert [line.get_ydata()[-1] for line in first.lines] == history.norms["model.layers.0.mlp"][-1].tolist()
+
+
+@pytest.mark.parametrize("experts", [2, 8, 64])
+def test_the_heatmap_counts_in_whole_numbers(experts):
+    history = RouterNormHistory({"layer": LayerShape("gate", experts, {"up": (8, 8)})})
+    history.record(0, torch.zeros(experts))
+    history.record(1, torch.ones(experts))
+    axis = plot_change_heatmap(history).axes[0]
+    ticks = [*axis.get_xticks(), *axis.get_yticks()]
+    assert ticks
+    assert all(tick == int(tick) for tick in ticks)
 
 
 def test_curves_without_a_plan():

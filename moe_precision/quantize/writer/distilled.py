@@ -13,6 +13,7 @@ from ...checkpoints.checkpoint import Checkpoint, load_model, opened
 from ...checkpoints.folders import check_quantizing, folder_replaced_when_done
 from ...checkpoints.headers import CheckpointError
 from ...checkpoints.other_files import copy_other_files
+from ..card import add_to_card
 from ..distilling import RATE, STEPS, Distilled, Through, distill_scales
 from ..hf import PlanHfQuantizer
 
@@ -64,4 +65,6 @@ def distill_checkpoint(
         )
         student.save_pretrained(folder, max_shard_size=max_shard_size)
         copy_other_files(Path(packed), folder)
+        line = f"Distilled: scales and offsets trained for {steps} steps, codes kept; {found.described()}."
+        add_to_card(folder, line)
     return found

@@ -18,6 +18,7 @@ from ...files import replaced_when_done
 from ...plans.plan import PrecisionPlan
 from ...recording.curvature import Curvature
 from ...recording.statistics import ExpertStatistics
+from ..card import write_card
 from ..codec.grid import Grid
 from ..config import PlanQuantizationConfig
 from .packer import Packer
@@ -85,8 +86,9 @@ def quantize_checkpoint(
         with resumable_folder(out, job) as folder:
             _write_shards(shards, packer, folder, job, workers, settings)
             _write_config(source, quantization, folder)
-            copy_other_files(source.folder, folder)
             _write_index(folder, shards)
+            write_card(source, folder, sum(shard.packed_bytes for shard in shards), quantization)
+            copy_other_files(source.folder, folder)  # but for the card, which is there
 
 
 def _write_shards(
