@@ -45,6 +45,7 @@ benchmarks: .venv/installed
 	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m benchmarks.products
+	$(BIN)/python -m benchmarks.activations --run runs/demo
 	$(BIN)/python -m pytest -m thorough
 
 # Prints the tables in docs/*-tables.md. Takes hours.

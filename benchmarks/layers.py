@@ -4,18 +4,20 @@
 
 Mixtral's layer (8 experts of 4096 x 14336, top 2) and one of 128 experts (2048 x 768, top 8), with experts of 2 and 3
 bits in turn. Decode is one token and eight, prefill 2048. The bandwidth is that of reading the bytes of every expert
-that has a token, in each form; the last column is its share of what a copy reaches on the same device.
+that has a token, in each form; beside it, its share of what a copy reaches on the same device. The last two columns are
+ratios to bfloat16 too: with activations that are not rounded to int8 (on a CPU), and with half of the experts dropped.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 
 import torch
 from torch.utils.benchmark import Timer
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moe_precision import allocate, quantize_model
+from moe_precision import allocate, quantize_model, set_activations
 from moe_precision.quantize.modules import kernels_of
 
 LAYERS = {  # hidden size, intermediate size, experts, experts per token
@@ -49,6 +51,7 @@ def main(device: str) -> None:
     best = copy_bandwidth(device, 1 << 30)
     print(f"{name}, torch {torch.__version__}; a copy reads and writes {best / 1e9:.0f} GB/s\n")
     head = ["layer", "tokens", "bf16, ms", "ours, ms", "ratio", "bf16, GB/s", "ours, GB/s", "ours, share of a copy's"]
+    head += ["activations as they are", "half of the experts dropped"]
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     used = {}
     for layer, (hidden, intermediate, count, top) in LAYERS.items():
@@ -72,19 +75,24 @@ def main(device: str) -> None:
             inputs[what] = x, index, top_weights.to(x.dtype)
             before[what] = seconds(moe.experts, *inputs[what])
         plan = allocate(model, method="uniform", average_bits=2, bits=(2,), group_size=GROUP)
-        for plan_layer in plan.layers.values():
-            for bits in plan_layer.projection_bits.values():
-                bits[:] = [2, 3] * (count // 2)
-        model = quantize_model(model, plan)
+        mixed = plan.with_bits({name: [2, 3] * (count // 2) for name in plan.layers})
+        halved = plan.with_bits({name: [0, 2, 3, 0] * (count // 4) for name in plan.layers})
+        fewer = quantize_model(copy.deepcopy(model), halved).model.layers[0].mlp.experts
+        model = quantize_model(model, mixed)
         packed = sum(buffer.nbytes for buffer in moe.experts.buffers())
         for what, (x, index, top_weights) in inputs.items():
+            set_activations(model, "int8")
             after = seconds(moe.experts, x, index, top_weights)
+            half = seconds(fewer, x, index, top_weights)
+            set_activations(model, "bfloat16")
+            exact = seconds(moe.experts, x, index, top_weights)
             share = len(index.unique()) / count  # of the experts
             speed = [bytes_ * share / time for bytes_, time in ((2 * weights, before[what]), (packed, after))]
             times = f"{1e3 * before[what]:.3f} | {1e3 * after:.3f} | {after / before[what]:.2f}"
-            print(
-                f"| {layer} | {what} | {times} | {speed[0] / 1e9:.0f} | {speed[1] / 1e9:.0f} | {speed[1] / best:.2f} |"
-            )
+            read = f"{speed[0] / 1e9:.0f} | {speed[1] / 1e9:.0f} | {speed[1] / best:.2f}"
+            others = f"{exact / before[what]:.2f} | {half / before[what]:.2f}"
+            print(f"| {layer} | {what} | {times} | {read} | {others} |", flush=True)
+        set_activations(model, "int8")
         used[layer] = sorted({kernel.split(",")[0] for kernel in kernels_of(model).values()})
     print(f"\nkernels: {used}")
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .quantize import PlanQuantizationConfig, QuantizationError, UnsupportedLayoutError, quantize_model
     from .quantize.dequantizing import dequantize_checkpoint, dequantize_model
     from .quantize.distilling import Distilled, distill_scales
+    from .quantize.modules import set_activations
     from .quantize.pruning import prune_checkpoint
     from .quantize.trainable import DistillError
     from .quantize.writer import distill_checkpoint, quantize_checkpoint
@@ -77,6 +78,7 @@ __all__ = [
     "rank_experts",
     "replan",
     "router_norms",
+    "set_activations",
 ]
 
 _DEFINED_IN = {
@@ -92,6 +94,7 @@ _DEFINED_IN = {
     ".plans.widths": ("PlanError",),
     ".quantize": ("PlanQuantizationConfig", "QuantizationError", "UnsupportedLayoutError", "quantize_model"),
     ".quantize.dequantizing": ("dequantize_checkpoint", "dequantize_model"),
+    ".quantize.modules": ("set_activations",),
     ".quantize.pruning": ("prune_checkpoint",),
     ".quantize.distilling": ("Distilled", "distill_scales"),
     ".quantize.trainable": ("DistillError",),

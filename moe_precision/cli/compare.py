@@ -181,7 +181,7 @@ def add_to(commands: Commands) -> None:
         "--calibration-batches",
         type=count,
         default=4,
-        help="training batches on which costs are calibrated, and the sensitivity of every expert matrix at every level "
+        help="training batches on which costs are calibrated, and the sensitivity of every expert matrix at each level "
         "is measured, which is slow (default 4; 0 leaves both out)",
     )
     command.add_argument(

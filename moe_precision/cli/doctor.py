@@ -29,7 +29,7 @@ EXTRAS = {
     "benchmarks": "peers of `python -m benchmarks.inference`",
     "dev": "tests and linters",
 }
-KERNELS = ("C++ compiler", "C++", "C++ rounding", "ARK", "torch int4", "Triton")
+KERNELS = ("C++ compiler", "C++", "C++ in int8", "C++ rounding", "ARK", "torch int4", "Triton")
 
 
 def run(options: argparse.Namespace) -> int:

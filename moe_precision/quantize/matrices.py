@@ -38,6 +38,7 @@ class PackedMatrices(nn.Module):
         super().__init__()
         self.shape = count, out, inp
         self.bits, self.group_size = bits, group_size
+        self.exact = False  # activations are never rounded to int8
         groups = inp // group_size
         self.register_buffer("codes", torch.empty(count, out, inp * bits // 8, dtype=torch.uint8, device=device))
         self.register_buffer("scale", torch.empty(count, out, groups, dtype=torch.uint8, device=device))
@@ -131,7 +132,7 @@ class PackedMatrices(nn.Module):
 
     def request(self, device: torch.device, dtype: torch.dtype, training: bool = False) -> kernels.Request:
         """What a kernel would have to compute for activations of this kind."""
-        return kernels.Request(device.type, dtype, training, self.bits, *self.shape[1:], self.group_size)
+        return kernels.Request(device.type, dtype, training, self.bits, *self.shape[1:], self.group_size, self.exact)
 
     def _enter_kernel(self, request: kernels.Request) -> None:
         if self._chosen_for is not None and self._chosen_for.training:  # forward and backward take turns

@@ -60,9 +60,7 @@ def test_who_may_be_dropped():
     costs, tokens = {"0": costs_of(8)}, {"0": [100] * 8}
     layers = {"0": shape}
     assert least_cost_bits(layers, costs, asked(average_bits=0.8), tokens).bits["0"]["up"].count(0) == 2  # six serve
-    with pytest.raises(
-        AllocationError, match=r"max_dropped=0\.5 and min_tokens=32 forbid some 0s do not fit"
-    ):
+    with pytest.raises(AllocationError, match=r"max_dropped=0\.5 and min_tokens=32 forbid some 0s do not fit"):
         least_cost_bits(layers, costs, asked(average_bits=0.7), tokens)
     with pytest.raises(AllocationError, match="do not fit the budget"):
         least_cost_bits(layers, costs, asked(average_bits=0.8, max_dropped=0.2), tokens)

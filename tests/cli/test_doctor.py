@@ -36,7 +36,7 @@ def test_without_a_compiler_the_reason_is_given_and_required_kernels_fail(monkey
     assert [found[name].state for name in ("C++ compiler", "C++", "C++ rounding")] == ["absent"] * 3
     assert "no C++ compiler 'no-such-compiler': install g++" in found["C++ compiler"].detail
     assert main(["doctor"]) == 0  # slower, not wrong
-    assert "absent, which costs speed alone: C++ compiler, C++, C++ rounding" in capsys.readouterr().out
+    assert "absent, which costs speed alone: C++ compiler, C++, C++ in int8, C++ rounding" in capsys.readouterr().out
     assert main(["doctor", "--require", "C++"]) == 1
     assert "C++: absent: needs a C++ compiler" in capsys.readouterr().err
 

@@ -7,13 +7,15 @@ from moe_precision.quantize import kernels
 from moe_precision.quantize.kernels import native
 from moe_precision.quantize.kernels.ark import Ark
 from moe_precision.quantize.kernels.int4 import Int4
-from moe_precision.quantize.kernels.native import Native
+from moe_precision.quantize.kernels.native import Native, NativeInt8
 from tests.support.packed import bucket, use
 
 EVERY = [
     *((Int4, bits, 64, torch.bfloat16) for bits in (1, 2, 3, 4)),
     *((Native, bits, 64, torch.bfloat16) for bits in range(1, 9)),
     *((Native, bits, 32, torch.float32) for bits in range(1, 9)),
+    *((NativeInt8, bits, 64, torch.bfloat16) for bits in (1, 2, 3, 4)),
+    *((NativeInt8, bits, 32, torch.float16) for bits in (1, 2, 3, 4)),
     (Native, 3, 64, torch.float16),
     *((Ark, bits, 64, torch.bfloat16) for bits in (2, 3, 4)),
     (Ark, 3, 32, torch.float16),
@@ -32,7 +34,7 @@ def test_products_and_the_way_back(kernel, bits, group_size, dtype, monkeypatch,
         x = torch.randn(tokens, 192).to(dtype)
         product, exact = matrices.linear(1, x), x.float() @ weight.T
         assert product.dtype == dtype
-        assert (product.float() - exact).norm() / exact.norm() < (1e-3 if dtype == torch.float32 else 0.01)
+        assert (product.float() - exact).norm() / exact.norm() < (1e-3 if dtype == torch.float32 else 0.02)
     assert type(matrices.kernel) is kernel
     assert matrices.codes is None  # in memory once
     assert torch.equal(matrices.weight(1), weight)
@@ -56,12 +58,13 @@ def test_the_form_takes_little_more_memory_than_the_codes(monkeypatch, any_cpu):
 
 
 def test_the_order_of_choice(monkeypatch, any_cpu):
-    def choice(bits, dtype=torch.bfloat16, device="cpu", training=False, out=64):
-        return kernels.choose(kernels.Request(device, dtype, training, bits, out, 256, 128))
+    def choice(bits, dtype=torch.bfloat16, device="cpu", training=False, out=64, exact=False):
+        return kernels.choose(kernels.Request(device, dtype, training, bits, out, 256, 128, exact))
 
-    use(monkeypatch, Native, Int4)
-    assert {choice(bits) for bits in range(1, 9)} == {Native}
-    assert choice(4, torch.float32) is choice(4, training=True) is Native
+    use(monkeypatch, NativeInt8, Native, Int4)
+    assert [choice(bits) for bits in range(1, 9)] == [NativeInt8] * 4 + [Native] * 4
+    assert choice(4, torch.float32) is choice(4, training=True) is choice(4, exact=True) is Native
+    assert choice(2, torch.float16) is NativeInt8
     assert choice(2, out=42) is None
     assert choice(2, device="cuda") is None
     monkeypatch.setattr(native, "library", lambda: None)
@@ -71,4 +74,5 @@ def test_the_order_of_choice(monkeypatch, any_cpu):
     use(monkeypatch, Ark, Native, Int4)
     assert [choice(bits) for bits in (1, 2, 4, 8)] == [Int4, Ark, Ark, None]
     assert choice(2, torch.float16) is Ark
+    assert choice(2, exact=True) is Int4
     assert choice(2, torch.float32) is None  # it would be rounded to int8 in silence

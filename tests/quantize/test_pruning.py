@@ -77,9 +77,7 @@ def test_what_cannot_be_pruned(run, tmp_path):
         prune_checkpoint(folder / "float", uniform, out)
     with pytest.raises(PruneError, match="needs what the absence of each expert costs"):
         prune_checkpoint(folder / "float", uniform, out, keep=6)
-    with pytest.raises(
-        PruneError, match=r"keep=1: layer 'model\.layers\.0\.mlp' has 8 experts, of which 2 serve"
-    ):
+    with pytest.raises(PruneError, match=r"keep=1: layer 'model\.layers\.0\.mlp' has 8 experts, of which 2 serve"):
         prune_checkpoint(folder / "float", plan, out, keep=1)
     with pytest.raises(CheckpointError, match="lies in, the float checkpoint"):
         prune_checkpoint(folder / "float", plan, folder / "float" / "out", keep=6)

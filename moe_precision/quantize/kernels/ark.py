@@ -37,6 +37,7 @@ class Ark(Kernel):
     def fits(request: Request) -> bool:
         return (
             request.device == "cpu"
+            and not request.exact
             and 2 <= request.bits <= 4
             and request.dtype in (torch.bfloat16, torch.float16)
             and request.out % 16 == 0

@@ -55,6 +55,7 @@ class Request(NamedTuple):
         out: Rows of a matrix.
         inp: Columns of a matrix.
         group_size: Weights that share a scale and an offset.
+        exact: Activations are to be multiplied as they are, not rounded to int8.
     """
 
     device: str
@@ -64,6 +65,7 @@ class Request(NamedTuple):
     out: int
     inp: int
     group_size: int
+    exact: bool = False
 
 
 class Kernel(nn.Module):

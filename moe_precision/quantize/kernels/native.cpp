@@ -4,11 +4,16 @@
 // 32-bit word holds codes of neighbouring columns in pairs, the first of a pair in its low half and the second in its
 // high half; 16 / bits pairs to a word, the first in the lowest bits. Tokens are taken in tiles, whose activations are
 // laid out pair by pair. Each token's product is summed in the same order, whatever the tile and the threads.
+//
+// Long because activations in float32, in bfloat16 and rounded to int8 share the words and the dispatch.
 
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#ifdef __AVX512BF16__
+#if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
+#define INT8 1
+#endif
+#if defined(__AVX512BF16__) || defined(INT8)
 #include <immintrin.h>
 #endif
 
@@ -186,31 +191,40 @@ void multiply_tile(const Matrices& m, int64_t block, const Tile<Pair>& tile, typ
   }
 }
 
+// Tiles of the rows of all matrices; which matrices have rows, and where the tiles of each end.
+template <typename Of>
+struct Work {
+  std::vector<Of> tiles;
+  std::vector<int64_t> used, ends = {0};
+
+  Work(const int64_t* starts, const int64_t* experts, int64_t count) {
+    for (int64_t matrix = 0; matrix < count; matrix++) {
+      const int64_t last = starts[experts[matrix] + 1];
+      for (int64_t first = starts[experts[matrix]], width; first < last; first += width) {
+        width = TILE;
+        while (width / 2 >= last - first) width /= 2;
+        tiles.push_back({first, width < last - first ? width : last - first, width, {}, {}});
+      }
+      if ((int64_t)tiles.size() == ends.back()) continue;
+      used.push_back(matrix);
+      ends.push_back(tiles.size());
+    }
+  }
+};
+
 template <int BITS, typename Pair>
 void multiply_all(const Matrices& m, const typename Pair::Element* x, typename Pair::Element* y, const int64_t* starts,
                   const int64_t* experts, int64_t count) {
-  std::vector<Tile<Pair>> tiles;
-  std::vector<int64_t> used, ends = {0};  // matrices that have rows, and where the tiles of each end
-  for (int64_t matrix = 0; matrix < count; matrix++) {
-    const int64_t last = starts[experts[matrix] + 1];
-    for (int64_t first = starts[experts[matrix]], width; first < last; first += width) {
-      width = TILE;
-      while (width / 2 >= last - first) width /= 2;
-      tiles.push_back({first, width < last - first ? width : last - first, width, {}, {}});
-    }
-    if ((int64_t)tiles.size() == ends.back()) continue;
-    used.push_back(matrix);
-    ends.push_back(tiles.size());
-  }
+  Work<Tile<Pair>> work(starts, experts, count);
   const int64_t blocks = m.out / LANES;
 #pragma omp parallel
   {
 #pragma omp for schedule(dynamic)
-    for (size_t i = 0; i < tiles.size(); i++) tiles[i].fill(x, m.groups, m.pairs);
+    for (size_t i = 0; i < work.tiles.size(); i++) work.tiles[i].fill(x, m.groups, m.pairs);
 #pragma omp for schedule(dynamic, 4)
-    for (int64_t i = 0; i < (int64_t)used.size() * blocks; i++)
-      for (int64_t tile = ends[i / blocks]; tile < ends[i / blocks + 1]; tile++)
-        multiply_tile<BITS, Pair>(m, used[i / blocks] * blocks + i % blocks, tiles[tile], y);
+    for (int64_t i = 0; i < (int64_t)work.used.size() * blocks; i++)
+      for (int64_t tile = work.ends[i / blocks]; tile < work.ends[i / blocks + 1]; tile++)
+        multiply_tile<BITS, Pair>(m, work.used[i / blocks] * blocks + i % blocks, work.tiles[tile], y);
   }
 }
 
@@ -231,6 +245,204 @@ void multiply(int bits, const Matrices& m, const void* x, void* y, const int64_t
   }
 }
 
+#ifdef INT8
+// The same with activations that are rounded to int8, for codes of up to four bits: signed steps from -127 to 127 of each
+// token and group. Four products are added in one go, a quad: two neighbouring pairs of columns, whose codes are put
+// into bytes, the first codes of both pairs into the low half of a lane and the second ones into its high half.
+
+// Four products of unsigned codes with signed steps, added to each lane; no sum of two comes near 2^15.
+inline Ints dot4(Ints sums, Ints codes, Ints steps) {
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)steps);
+#elif defined(__AVX512BW__)
+  const __m512i both = _mm512_maddubs_epi16((__m512i)codes, (__m512i)steps);
+  return sums + (Ints)_mm512_madd_epi16(both, _mm512_set1_epi16(1));
+#elif defined(__AVXVNNI__)
+  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, (__m256i)steps);
+#else
+  const __m256i both = _mm256_maddubs_epi16((__m256i)codes, (__m256i)steps);
+  return sums + (Ints)_mm256_madd_epi16(both, _mm256_set1_epi16(1));
+#endif
+}
+
+inline int32_t bits_of(float value) {
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float float_of(int32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// The codes of two pairs, each of a word and at a place of it.
+template <int BITS>
+inline Ints quad(Ints one, int place, Ints other, int next) {
+  constexpr int CODES = 0x10001 * ((1 << BITS) - 1);
+  const int shift = next * BITS - 8;
+  return ((one >> (place * BITS)) & CODES) | ((shift < 0 ? other << -shift : other >> shift) & (CODES << 8));
+}
+
+// Calls `add` with one quad after the other of the group that begins at `word`; returns where the next group begins.
+// With an odd number of pairs in a word, the last of one word goes with the first of the next.
+template <int BITS, typename Add>
+inline const int32_t* each_quad(const int32_t* word, int64_t pairs, Add add) {
+  constexpr int IN_WORD = 16 / BITS, WORDS = 1 + IN_WORD % 2, STEP = WORDS * IN_WORD;
+  int64_t left = pairs;
+  for (; left >= STEP; left -= STEP, word += WORDS * LANES) {
+    const Ints codes[2] = {load<Ints>(word), load<Ints>(word + (WORDS - 1) * LANES)};
+#pragma GCC unroll 8
+    for (int pair = 0; pair < STEP; pair += 2)
+      add(quad<BITS>(codes[pair / IN_WORD], pair % IN_WORD, codes[(pair + 1) / IN_WORD], (pair + 1) % IN_WORD));
+  }
+  if (left == 0) return word;
+  const int64_t words = (left + IN_WORD - 1) / IN_WORD;
+  const Ints codes[2] = {load<Ints>(word), load<Ints>(word + (words - 1) * LANES)};
+  for (int pair = 0; pair < left; pair += 2)
+    add(quad<BITS>(codes[pair / IN_WORD], pair % IN_WORD, codes[(pair + 1) / IN_WORD], (pair + 1) % IN_WORD));
+  return word + words * LANES;
+}
+
+// The rounded activations of some tokens of one expert.
+struct RoundedTile {
+  int64_t first, tokens, width;
+  std::vector<int32_t> quads;  // (in / 4, width)
+  std::vector<float> sizes, sums;  // (groups, width): of one step, and of all activations of a group
+
+  template <typename Pair>
+  void fill(const typename Pair::Element* x, int64_t groups, int64_t pairs) {
+    const int64_t columns = 2 * pairs;
+    quads.assign(groups * pairs / 2 * width, 0);
+    sizes.assign(groups * width, 0);
+    sums.assign(groups * width, 0);
+    std::vector<float> values(columns);
+    std::vector<int8_t> steps(columns);
+    for (int64_t t = 0; t < tokens; t++) {
+      const typename Pair::Element* row = x + (first + t) * groups * columns;
+      for (int64_t group = 0; group < groups; group++, row += columns) {
+        for (int64_t i = 0; i < columns; i++) values[i] = Pair::value(row[i]);
+        int32_t largest = 0, sum = 0;  // magnitudes compare as whole numbers do, NaN above all
+        for (int64_t i = 0; i < columns; i++) {
+          const int32_t magnitude = bits_of(values[i]) & 0x7fffffff;
+          largest = magnitude > largest ? magnitude : largest;
+        }
+        const float size = float_of(largest) / 127, divisor = largest ? size : 1;
+        for (int64_t i = 0; i < columns; i++) {  // to the nearest, ties to even
+          const int32_t step = bits_of(values[i] / divisor + 0x1.8p23f) - bits_of(0x1.8p23f);
+          steps[i] = (int8_t)step;
+          sum += steps[i];
+        }
+        sizes[group * width + t] = size;
+        sums[group * width + t] = size * sum;
+        int32_t* to = quads.data() + group * pairs / 2 * width + t;
+        for (int64_t i = 0; i < columns; i += 4, to += width) {
+          const int8_t four[4] = {steps[i], steps[i + 2], steps[i + 1], steps[i + 3]};
+          std::memcpy(to, four, 4);
+        }
+      }
+    }
+  }
+};
+
+// The quads of as many rows as there are lanes, as `quad` gives them.
+template <int BITS>
+void unpack_block(const Matrices& m, const int32_t* word, int32_t* to) {
+  for (int64_t group = 0; group < m.groups; group++)
+    word = each_quad<BITS>(word, m.pairs, [&](Ints codes) __attribute__((always_inline)) {
+      std::memcpy(to, &codes, sizeof codes);
+      to += LANES;
+    });
+}
+
+// As `multiply_block`; `unpacked` is what `unpack_block` gives, or null where a block has one tile only.
+template <int BITS, int TOKENS, typename Pair>
+void multiply_rounded(const Matrices& m, int64_t block, const int32_t* unpacked, const RoundedTile& tile,
+                      typename Pair::Element* y) {
+  constexpr int IN_WORD = 16 / BITS;
+  const int64_t words_of_group = (m.pairs + IN_WORD - 1) / IN_WORD;
+  const int32_t* word = m.words + block * m.groups * words_of_group * LANES;
+  const int32_t* x = tile.quads.data();
+  Floats totals[TOKENS] = {};
+  for (int64_t group = 0; group < m.groups; group++) {
+    Ints sums[TOKENS] = {};
+    const auto add = [&](Ints codes) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+      for (int t = 0; t < TOKENS; t++) sums[t] = dot4(sums[t], codes, x[t] - (Ints){});
+      x += TOKENS;
+    };
+    if (unpacked != nullptr)
+      for (int64_t i = 0; i < m.pairs; i += 2, unpacked += LANES) add(load<Ints>(unpacked));
+    else
+      word = each_quad<BITS>(word, m.pairs, add);
+    const Floats scale = widened(load<Halves>(m.scale + (block * m.groups + group) * LANES));
+    const Floats offset = widened(load<Halves>(m.offset + (block * m.groups + group) * LANES));
+#pragma GCC unroll 16
+    for (int t = 0; t < TOKENS; t++) {
+      const int64_t place = group * TOKENS + t;
+      totals[t] += (scale * tile.sizes[place]) * __builtin_convertvector(sums[t], Floats) + offset * tile.sums[place];
+    }
+  }
+  const int64_t column = block % (m.out / LANES) * LANES;
+  for (int64_t t = 0; t < tile.tokens; t++) Pair::store(y + (tile.first + t) * m.out + column, totals[t]);
+}
+
+template <int BITS, typename Pair>
+void multiply_rounded_tile(const Matrices& m, int64_t block, const int32_t* unpacked, const RoundedTile& tile,
+                           typename Pair::Element* y) {
+  switch (tile.width) {
+    case 1: return multiply_rounded<BITS, 1, Pair>(m, block, unpacked, tile, y);
+    case 2: return multiply_rounded<BITS, 2, Pair>(m, block, unpacked, tile, y);
+    case 4: return multiply_rounded<BITS, 4, Pair>(m, block, unpacked, tile, y);
+    case 8: return multiply_rounded<BITS, 8, Pair>(m, block, unpacked, tile, y);
+#ifdef __AVX512F__
+    case 16: return multiply_rounded<BITS, 16, Pair>(m, block, unpacked, tile, y);
+#endif
+  }
+}
+
+template <int BITS, typename Pair>
+void multiply_all_rounded(const Matrices& m, const typename Pair::Element* x, typename Pair::Element* y,
+                          const int64_t* starts, const int64_t* experts, int64_t count) {
+  Work<RoundedTile> work(starts, experts, count);
+  constexpr int IN_WORD = 16 / BITS;
+  const int64_t blocks = m.out / LANES, words_of_block = m.groups * ((m.pairs + IN_WORD - 1) / IN_WORD) * LANES;
+#pragma omp parallel
+  {
+    std::vector<int32_t> unpacked;
+#pragma omp for schedule(dynamic)
+    for (size_t i = 0; i < work.tiles.size(); i++) work.tiles[i].template fill<Pair>(x, m.groups, m.pairs);
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t i = 0; i < (int64_t)work.used.size() * blocks; i++) {
+      const int64_t block = work.used[i / blocks] * blocks + i % blocks;
+      const int64_t first = work.ends[i / blocks], last = work.ends[i / blocks + 1];
+      const int32_t* given = nullptr;
+      if (last - first > 1) {
+        unpacked.resize(m.groups * m.pairs / 2 * LANES);
+        unpack_block<BITS>(m, m.words + block * words_of_block, unpacked.data());
+        given = unpacked.data();
+      }
+      for (int64_t tile = first; tile < last; tile++)
+        multiply_rounded_tile<BITS, Pair>(m, block, given, work.tiles[tile], y);
+    }
+  }
+}
+
+template <typename Pair>
+void multiply_with_int8(int bits, const Matrices& m, const void* x, void* y, const int64_t* starts,
+                        const int64_t* experts, int64_t count) {
+  const auto from = (const typename Pair::Element*)x;
+  const auto to = (typename Pair::Element*)y;
+  switch (bits) {
+    case 1: return multiply_all_rounded<1, Pair>(m, from, to, starts, experts, count);
+    case 2: return multiply_all_rounded<2, Pair>(m, from, to, starts, experts, count);
+    case 3: return multiply_all_rounded<3, Pair>(m, from, to, starts, experts, count);
+    case 4: return multiply_all_rounded<4, Pair>(m, from, to, starts, experts, count);
+  }
+}
+#endif
+
 }  // namespace
 
 extern "C" {
@@ -247,12 +459,27 @@ int knows_bfloat16() {
 #endif
 }
 
+// Up to how many bits activations may be rounded to int8 here; 0 where that is not known.
+int most_bits_with_int8() {
+#ifdef INT8
+  return 4;
+#else
+  return 0;
+#endif
+}
+
 // Rows starts[e] to starts[e + 1] of y (rows, out) become those of x (rows, 2 * groups * pairs) times the transpose of
 // matrix i, for each i below count, whose expert is e = experts[i].
 void multiply_packed(int bits, const int32_t* words, const uint16_t* scale, const uint16_t* offset, int64_t out,
-                     int64_t groups, int64_t pairs, int is_bfloat16, const void* x, void* y, const int64_t* starts,
-                     const int64_t* experts, int64_t count) {
+                     int64_t groups, int64_t pairs, int is_bfloat16, int in_int8, const void* x, void* y,
+                     const int64_t* starts, const int64_t* experts, int64_t count) {
   const Matrices m = {words, scale, offset, out, groups, pairs};
+#if defined(INT8) && defined(__AVX512BF16__)
+  if (in_int8 && is_bfloat16) return multiply_with_int8<Bfloat16Pair>(bits, m, x, y, starts, experts, count);
+#endif
+#ifdef INT8
+  if (in_int8) return multiply_with_int8<FloatPair>(bits, m, x, y, starts, experts, count);
+#endif
 #ifdef __AVX512BF16__
   if (is_bfloat16) return multiply<Bfloat16Pair>(bits, m, x, y, starts, experts, count);
 #endif
