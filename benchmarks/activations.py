@@ -2,8 +2,8 @@
 
     python -m benchmarks.activations [--run runs/demo]
 
-The model is in bfloat16, its experts at one width, rounded under their statistics; the float model is in float32. Without
-a kernel in int8 both columns are alike.
+The model is in bfloat16, its experts at one width, rounded under their statistics; the float model is in float32.
+Without a kernel in int8 both columns are alike.
 """
 
 import argparse
