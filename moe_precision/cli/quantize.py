@@ -16,6 +16,7 @@ from ..files import check_writable
 from ..layers.moe_layers import find_moe_layers
 from ..plans.beside import existing
 from ..plans.plan import PrecisionPlan
+from ..quantize.codec.grid import Grid
 from ..quantize.replace import check_packable
 from ..quantize.sizes import ModelSizes
 from ..quantize.writer import distill_checkpoint, quantize_checkpoint
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
         _quantize_with_auto_round(options)
         return
     curvature = options.curvature or existing("curvature", options.plan)
-    grid = options.grid or existing("grid", options.plan)
+    grid = _grid(options)
     given = options.statistics or existing("statistics", options.plan)
     named = None if given == "none" else given
     with Checkpoint(options.checkpoint) as source:  # all that is read, before any work
@@ -49,7 +50,9 @@ def run(options: argparse.Namespace) -> None:
             return
     statistics = _statistics(options, plan, grid, named)
     if grid is not None:
-        print(f"takes scales and offsets from {grid}, which training ended on")
+        distilled = bool(Grid.load(grid).codes)
+        what = "codes and distilled scales" if distilled else "scales and offsets"
+        print(f"takes {what} from {grid}, which {'a run has left' if distilled else 'training ended on'}")
     elif curvature is not None:
         print(f"weights the fit by {curvature}")
     else:
@@ -83,12 +86,21 @@ def _check_statistics(options: argparse.Namespace) -> None:
     """Raises `ValueError` for options that do not go together, and `OSError` if the file could not be written."""
     if options.statistics is not None and options.statistics_batches is not None:
         raise ValueError("--statistics and --statistics-batches are two sources of one thing; give one")
-    if options.distill_steps is not None and (options.grid or existing("grid", options.plan)):
-        raise ValueError("--distill-steps would change the grid that training has ended on; leave one of them out")
+    if options.distill_steps is not None and (grid := _grid(options)) is not None:
+        raise ValueError(
+            f"--distill-steps would change the scales of {str(grid)!r}, which a run has ended on or distilled; leave "
+            "it out, or the grid (--grid none)"
+        )
     if options.save_statistics is not None:
         if options.statistics_batches is None:
             raise ValueError("--save-statistics keeps what --statistics-batches collects; give that too")
         check_writable(options.save_statistics)
+
+
+def _grid(options: argparse.Namespace) -> str | Path | None:
+    """The grid that is named, or stands beside the plan."""
+    given = options.grid or existing("grid", options.plan)
+    return None if given == "none" else given
 
 
 def _statistics(
@@ -97,7 +109,7 @@ def _statistics(
     """Of the file that is named or stands beside the plan, or collected now; a grid leaves nothing to round."""
     if grid is not None:
         if given is not None or options.statistics_batches is not None:
-            print("statistics are not used: training has ended on a grid, which is packed as it is")
+            print("statistics are not used: codes and scales are those of the grid")
         return None
     if options.statistics_batches is not None:
         return _collected(options, plan)
@@ -207,7 +219,10 @@ def add_to(commands: Commands) -> None:
         help="weights the fit (default: x.curvature.safetensors beside the plan, if any)",
     )
     command.add_argument(
-        "--grid", metavar="FILE", help="PrecisionAnneal's grid (default: x.grid.safetensors beside the plan, if any)"
+        "--grid",
+        metavar="FILE",
+        help="PrecisionAnneal's grid, or the codes and scales that a run has distilled (default: x.grid.safetensors "
+        "beside the plan, if there; none: leave them out)",
     )
     command.add_argument(
         "--statistics",

@@ -7,7 +7,7 @@ text suffice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,17 +15,21 @@ from itertools import cycle, islice
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim.lr_scheduler import LinearLR
 from tqdm import tqdm
 
 from ..layers.module_tree import modes_kept, root_model
-from ..layers.moe_layers import find_moe_layers
+from ..layers.moe_layers import MoELayer, find_moe_layers
+from ..plans.plan import PrecisionPlan
 from ..recording.batches import run_batch
+from ..recording.curvature import Curvature
 from ..recording.loads import not_counted
-from ..recording.padding import Padding
+from ..recording.router_norms import norms_by_layer
+from ..recording.statistics import ExpertStatistics
+from .codec.grid import Grid
+from .distances import Step, through_layers, through_logits
+from .replace import find_targets
 from .trainable import DistillError, TrainableScales, check_routers
 
 Through = Literal["layers", "logits"]
@@ -107,17 +111,92 @@ def distill_scales(
             f"{through!r}"
         )
     layers = find_moe_layers(model, **patterns)
-    scales = [TrainableScales(layer, packed) for layer in layers]
+    scales = [TrainableScales.of_packed(layer, packed) for layer in layers]
     check_routers(layers, packed)
+    taken = islice(batches, _CHECKED + steps)
+    if through == "layers":
+        passes = [partial(run_batch, model, batch) for batch in taken]
+        found = _trained(model, scales, passes, through_layers, steps, rate)
+    else:
+        found = _trained(model, scales, list(taken), through_logits, steps, rate)
+    for matrix in (matrix for one in scales for matrix in one.matrices):
+        matrix.put()
+    return found
+
+
+def distilled_grid(
+    model: nn.Module,
+    layers: list[MoELayer],
+    plan: PrecisionPlan,
+    passes: Iterable[Step],
+    *,
+    steps: int = STEPS,
+    rate: float = RATE,
+    curvature: Curvature | None = None,
+    statistics: ExpertStatistics | None = None,
+) -> tuple[Grid, Distilled]:
+    """Quantizes experts and distills their scales by layer, without a second model and without changing this one.
+
+    What comes out is what `distill_scales` makes of a packed copy of the model, on the same batches. See `memory_bytes`
+    for what it takes.
+
+    Args:
+        model: The float model, or what is around it.
+        layers: Its layers.
+        plan: The plan, in the layers' names.
+        passes: Forward passes of batches through the model; of fewer than are needed, all are taken again.
+        steps: As in `distill_scales`.
+        rate: As in `distill_scales`.
+        curvature: As in `quantize_model`.
+        statistics: As in `quantize_model`.
+
+    Returns:
+        The grid, with codes, and what distilling has changed.
+
+    Raises:
+        DistillError: There is no batch, or no expert is below 16 bits, or a layer is not called.
+    """
+    listed = find_targets(root_model(model), layers, plan, None, curvature, None, statistics)
+    targets = {target.parameter: target for target in listed}
+    scales = [TrainableScales.fitted(layer, targets, plan.group_size) for layer in layers]
+    found = _trained(model, scales, list(islice(passes, _CHECKED + steps)), through_layers, steps, rate)
+    grid = Grid(plan, router_norms=norms_by_layer(layers))
+    for one in scales:
+        of_layer: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("scales", "offsets", "codes", "sums")}
+        for name in one.layer.banks:
+            for kind, tensor in one.held(name, plan.group_size).items():
+                of_layer[kind][name] = tensor
+        for kind, tensors in of_layer.items():
+            getattr(grid, kind)[one.unit] = tensors
+    return grid, found
+
+
+def memory_bytes(layers: list[MoELayer], bits: int, group_size: int) -> int:
+    """Bytes that `distilled_grid` takes beside the model where experts have ``bits`` bits.
+
+    These are all codes, and for every group its scale and offset, before and now, a factor and a shift, their gradients
+    and Adam's two means of each; and of one layer the float weights that these stand for, and their gradients.
+    """
+    weights = [layer.num_experts * sum(out * inp for out, inp in layer.projections.values()) for layer in layers]
+    return sum(weights) * bits // 8 + sum(weights) // group_size * 12 * 4 + 2 * 4 * max(weights)
+
+
+def _trained(
+    model: nn.Module,
+    scales: list[TrainableScales],
+    taken: list[Any],
+    run: Callable[..., dict[str, float]],
+    steps: int,
+    rate: float,
+) -> Distilled:
+    """Trains scales on batches that `through_layers` or `through_logits` runs, and stores them."""
     matrices = [matrix for one in scales for matrix in one.matrices]
     if not matrices:
         raise DistillError("all experts of the packed model are at 16 bits: there are no scales to distill")
-    taken = list(islice(batches, _CHECKED + steps))
     if not taken:
         raise DistillError("there is no batch to distill on")
     checked = taken[: min(_CHECKED, len(taken) // 4)] or taken
     source = cycle(taken[len(checked) :] or taken)
-    run = _through_layers if through == "layers" else _through_logits
     with modes_kept(model), _frozen(model), not_counted():
         model.eval()
         before = run(model, scales, checked, None)
@@ -138,115 +217,7 @@ def distill_scales(
                 one.go_back(state)
         if kept:  # what is put into the model is what is reported
             after = before if len(kept) == len(before) else run(model, scales, checked, None)
-    for matrix in matrices:
-        matrix.put()
     return Distilled({name: (before[name], after[name]) for name in before}, kept)
-
-
-def _through_layers(
-    model: nn.Module, scales: list[TrainableScales], batches: Iterable[Any], optimizer: torch.optim.Optimizer | None
-) -> dict[str, float]:
-    """Relative squared error of every layer's output on some batches; with an optimizer, each of them is a step."""
-    errors = {one.unit: 0.0 for one in scales}
-    squares = dict(errors)
-    padding = Padding()
-    inside = False  # of a hook, whose own call of the module must not be watched
-
-    def watch(one: TrainableScales, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        nonlocal inside
-        if inside:
-            return None
-        inside = True
-        try:
-            with torch.set_grad_enabled(optimizer is not None):
-                prefix = f"{one.unit}." if one.unit else ""
-                weights = {name.removeprefix(prefix): weight for name, weight in one.weights().items()}
-                packed = functional_call(module, weights, args, kwargs)
-                target, found = _rows(output), _rows(packed)
-                real = padding.real(one.unit, len(target))
-                if real is not None:
-                    target, found = target[real], found[real]
-                error = (found.float() - target.float()).square().sum()
-                if optimizer is not None:
-                    error.backward()
-        finally:
-            inside = False
-        errors[one.unit] += float(error.detach())
-        squares[one.unit] += float(target.float().square().sum())
-        return _detached(packed)
-
-    handles = [
-        model.get_submodule(one.unit).register_forward_hook(partial(watch, one), with_kwargs=True) for one in scales
-    ]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                padding.see(batch if isinstance(batch, Mapping) else {})
-                run_batch(model, batch)
-                if optimizer is not None:
-                    optimizer.step()
-                    optimizer.zero_grad()
-    finally:
-        for handle in handles:
-            handle.remove()
-    unseen = [name for name, square in squares.items() if square == 0]
-    if unseen:
-        raise DistillError(f"the output of {unseen} is not seen, or is 0: are these layers called by this model?")
-    return {name: errors[name] / squares[name] for name in errors}
-
-
-def _through_logits(
-    model: nn.Module, scales: list[TrainableScales], batches: Iterable[Any], optimizer: torch.optim.Optimizer | None
-) -> dict[str, float]:
-    """Mean KL(float || packed) on some batches; with an optimizer, each of them is a step."""
-    total, tokens = 0.0, 0
-    for batch in batches:
-        with torch.no_grad():
-            target = _logits(model, run_batch(model, batch), batch)
-        with torch.set_grad_enabled(optimizer is not None):
-            weights = {name: weight for one in scales for name, weight in one.weights().items()}
-            found = _logits(model, run_batch(model, batch, weights), batch)
-            kl = F.kl_div(found.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True)
-            if optimizer is not None:
-                (kl / len(target)).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        total, tokens = total + float(kl.detach()), tokens + len(target)
-    return {"logits": total / tokens}
-
-
-def _logits(model: nn.Module, output: Any, batch: Any) -> Tensor:
-    """Of the tokens that count, ``(tokens, vocabulary)`` float32."""
-    logits = output.logits if hasattr(output, "logits") else output
-    if not isinstance(logits, Tensor):
-        raise DistillError(f"the model returns {type(output).__name__}, expected logits or an output that has them")
-    mask = None
-    if isinstance(batch, Mapping):
-        both = getattr(getattr(root_model(model), "config", None), "is_encoder_decoder", False)
-        labels, mask = batch.get("labels"), batch.get("decoder_attention_mask" if both else "attention_mask")
-        if mask is None or mask.shape != logits.shape[:-1]:  # an encoder's input is often of another length
-            mask = None if labels is None else labels != -100
-    flat = logits.flatten(0, -2).float()
-    if mask is None or mask.numel() != len(flat):
-        return flat
-    return flat[mask.flatten().to(flat.device, torch.bool)]
-
-
-def _rows(output: Any) -> Tensor:
-    """A module's output, or the first activations in it, ``(rows, width)``."""
-    parts = (output,) if isinstance(output, Tensor) else output
-    found = next((x for x in parts if isinstance(x, Tensor) and x.is_floating_point()), None)
-    if found is None:
-        raise DistillError(
-            f"a layer returns {type(output).__name__}, expected a tensor or a tuple that begins with one"
-        )
-    return found.reshape(-1, found.shape[-1])
-
-
-def _detached(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output.detach()
-    return tuple(_detached(one) for one in output) if isinstance(output, tuple) else output
 
 
 @contextmanager

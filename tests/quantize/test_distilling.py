@@ -17,7 +17,7 @@ from moe_precision import (
     quantize_checkpoint,
     quantize_model,
 )
-from moe_precision.quantize.distilling import _logits
+from moe_precision.quantize.distances import logits_of
 from moe_precision.quantize.matrices import PackedMatrices
 from moe_precision.quantize.trainable import TrainableScales
 from tests.support.models import build, logits
@@ -107,7 +107,7 @@ def test_the_reported_error_is_that_of_the_packed_layer():
 def test_weights_of_changed_scales_by_hand():
     model = build("mixtral")
     packed = packed_of(model)
-    scales = TrainableScales(find_moe_layers(model)[0], packed)
+    scales = TrainableScales.of_packed(find_moe_layers(model)[0], packed)
     name = f"{LAYER}.experts.down_proj"
     projection = packed.get_submodule(f"{LAYER}.experts.packed.down_proj")
     torch.testing.assert_close(scales.weights()[name][3], projection.weight(3))
@@ -212,7 +212,7 @@ def test_tokens_that_count_in_an_encoder_decoder():
     ids = text(1)[0]["input_ids"]
     labels = torch.where(torch.arange(32) < 5, ids.flip(1), -100)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    found = _logits(model, model(**batch), batch)
+    found = logits_of(model, model(**batch), batch)
     torch.testing.assert_close(found, model(**batch).logits[:, :5].flatten(0, 1))
 
 
