@@ -218,6 +218,15 @@ def model_of_config(model_class: type[PreTrainedModel], config: PreTrainedConfig
     return model_class._from_config(config)
 
 
+def fill_buffers(model: PreTrainedModel) -> None:
+    """Gives a model on the meta device the buffers that its family computes, as loading does; weights stay there."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta and name in module._non_persistent_buffers_set:
+                module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+    model.initialize_weights()
+
+
 def tied_names(model: nn.Module) -> dict[str, str]:
     """Names of the parameters that a transformers model ties -> the name of what they are tied to."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})

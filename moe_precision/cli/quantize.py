@@ -19,7 +19,7 @@ from ..plans.plan import PrecisionPlan
 from ..quantize.codec.grid import Grid
 from ..quantize.replace import check_packable
 from ..quantize.sizes import ModelSizes
-from ..quantize.writer import distill_checkpoint, quantize_checkpoint
+from ..quantize.writer import distill_checkpoint, distill_streamed, quantize_checkpoint
 from ..recording.collecting import MEMORY_GIB, collect_statistics, passes, peak_bytes
 from ..recording.statistics import ExpertStatistics, file_bytes
 from .estimate import print_sizes
@@ -57,25 +57,12 @@ def run(options: argparse.Namespace) -> None:
         print(f"weights the fit by {curvature}")
     else:
         print("no curvature file: errors in all columns count equally")
-    batches = _batches(options) if options.distill_steps else None  # found before hours of packing, not after
-    out = Path(options.out)
-    undistilled = out.with_name(f".{out.name}.undistilled")
-    quantize_checkpoint(
-        options.checkpoint,
-        plan,
-        undistilled if options.distill_steps else out,
-        non_expert_bits=options.non_expert_bits,
-        curvature=curvature,
-        grid=grid,
-        statistics=statistics,
-        workers=options.workers,
-        max_shard_size=options.max_shard_size,
-    )
-    if options.distill_steps:
-        try:
-            _distill(options, undistilled, batches)
-        finally:
-            shutil.rmtree(undistilled)
+    how = {key: getattr(options, key) for key in ("non_expert_bits", "workers", "max_shard_size")}
+    known = {"curvature": curvature, "statistics": statistics}
+    if not options.distill_steps:
+        quantize_checkpoint(options.checkpoint, plan, options.out, grid=grid, **known, **how)
+    else:
+        _distill(options, plan, known, how)
     after = Checkpoint(options.out)
     sizes = f"{source.nbytes / 1e6:.2f} MB -> {after.nbytes / 1e6:.2f} MB"
     bits = after.stored_bits_per_expert_weight(plan)
@@ -149,18 +136,23 @@ def _batches(options: argparse.Namespace) -> Any:
     return data_of(options, options.checkpoint).train_dataloader()
 
 
-def _distill(options: argparse.Namespace, packed: Path, batches: Any) -> None:
-    """Trains the scales of what was packed on training batches."""
-    found = distill_checkpoint(
-        options.checkpoint,
-        packed,
-        options.out,
-        batches,
-        steps=options.distill_steps,
-        through=options.distill_through,
-        max_shard_size=options.max_shard_size,
-    )
-    print(f"distilled scales over {options.distill_steps} training batches of {dataset_name(options)}")
+def _distill(options: argparse.Namespace, plan: PrecisionPlan, known: dict[str, Any], how: dict[str, Any]) -> None:
+    """Quantizes, and trains the scales on training batches; ``known`` and ``how`` go to `quantize_checkpoint`."""
+    batches = _batches(options)  # found before hours of packing, not after
+    source, out, steps = options.checkpoint, Path(options.out), options.distill_steps
+    if options.distill_through == "layers":
+        grid, found = distill_streamed(source, plan, batches, steps=steps, **known)
+        quantize_checkpoint(source, plan, out, grid=grid, **how)
+    else:
+        undistilled, shards = out.with_name(f".{out.name}.undistilled"), how["max_shard_size"]
+        quantize_checkpoint(source, plan, undistilled, **known, **how)
+        try:
+            found = distill_checkpoint(
+                source, undistilled, out, batches, steps=steps, through="logits", max_shard_size=shards
+            )
+        finally:
+            shutil.rmtree(undistilled)
+    print(f"distilled scales over {steps} training batches of {dataset_name(options)}")
     print(found.described())
 
 
@@ -249,15 +241,15 @@ def add_to(commands: Commands) -> None:
         "--distill-steps",
         type=positive,
         metavar="N",
-        help="then train scales and offsets, codes kept, on N training batches of --dataset, towards the float model; "
-        "takes both models in memory (100 to 300 do most of it)",
+        help="train scales and offsets, codes kept, on N training batches of --dataset, towards the float model "
+        "(100 to 300 do most of it); one layer in memory at a time",
     )
     command.add_argument(
         "--distill-through",
         choices=["layers", "logits"],
         default="layers",
-        help="towards the output of each layer of experts (default), or towards the predictions, which takes a "
-        "backward pass through the whole model",
+        help="towards the output of each layer of experts (default), or towards the predictions, which takes both "
+        "models in memory and a backward pass through the whole model",
     )
     command.add_argument(
         "--workers",

@@ -25,7 +25,11 @@ Step = Callable[[], object]  # the forward pass of one batch
 
 
 def through_layers(
-    model: nn.Module, scales: list[TrainableScales], steps: Iterable[Step], optimizer: Optimizer | None
+    model: nn.Module,
+    scales: list[TrainableScales],
+    steps: Iterable[Step],
+    optimizer: Optimizer | None,
+    padding: Padding | None = None,
 ) -> dict[str, float]:
     """Relative squared error of every layer's output, for the input that the packed layers before it make.
 
@@ -34,10 +38,11 @@ def through_layers(
         scales: Of its layers.
         steps: Forward passes through the model.
         optimizer: Of the scales; each forward pass is then a step.
+        padding: Which rows do not count, if a step itself says so to it; else it is seen when the model is called.
     """
     errors = {one.unit: 0.0 for one in scales}
     squares = dict(errors)
-    padding = Padding()
+    seen = Padding() if padding is None else padding
     inside = False  # of a hook, whose own call of the module must not be watched
 
     def watch(one: TrainableScales, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -55,7 +60,7 @@ def through_layers(
                 weights = {name.removeprefix(prefix): weight for name, weight in one.weights().items()}
                 packed = functional_call(module, weights, *own)
                 found = _rows(packed)
-                real = padding.real(one.unit, len(target))
+                real = seen.real(one.unit, len(target))
                 if real is not None:
                     target, found = target[real], found[real]
                 error = (found.float() - target.float()).square().sum()
@@ -68,10 +73,10 @@ def through_layers(
         return _detached(packed, target.dtype)
 
     def see(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        padding.see(kwargs)
+        seen.see(kwargs)
 
     root = root_model(model)
-    handles = [root.register_forward_pre_hook(see, with_kwargs=True)]
+    handles = [] if padding is not None else [root.register_forward_pre_hook(see, with_kwargs=True)]
     handles += [
         root.get_submodule(one.unit).register_forward_hook(partial(watch, one), with_kwargs=True) for one in scales
     ]

@@ -7,15 +7,15 @@ text suffice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 from tqdm import tqdm
 
@@ -32,6 +32,7 @@ from .distances import Step, through_layers, through_logits
 from .replace import find_targets
 from .trainable import DistillError, TrainableScales, check_routers
 
+T = TypeVar("T")  # a batch, or its forward pass
 Through = Literal["layers", "logits"]
 STEPS = 100
 RATE = 5e-3  # of Adam, falling to 0 in a straight line; relative to each scale
@@ -105,20 +106,17 @@ def distill_scales(
         >>> distilled.errors["model.layers.0.mlp"][1] < distilled.errors["model.layers.0.mlp"][0]
         True
     """
-    if steps < 1 or not rate > 0 or through not in ("layers", "logits"):
-        raise DistillError(
-            f"expected at least 1 step, a positive rate, and through='layers' or 'logits'; got {steps}, {rate} and "
-            f"{through!r}"
-        )
+    check_steps(steps, rate)
+    if through not in ("layers", "logits"):
+        raise DistillError(f"expected through='layers' or 'logits', got {through!r}")
     layers = find_moe_layers(model, **patterns)
     scales = [TrainableScales.of_packed(layer, packed) for layer in layers]
     check_routers(layers, packed)
-    taken = islice(batches, _CHECKED + steps)
     if through == "layers":
-        passes = [partial(run_batch, model, batch) for batch in taken]
+        passes = (partial(run_batch, model, batch) for batch in batches)
         found = _trained(model, scales, passes, through_layers, steps, rate)
     else:
-        found = _trained(model, scales, list(taken), through_logits, steps, rate)
+        found = _trained(model, scales, batches, through_logits, steps, rate)
     for matrix in (matrix for one in scales for matrix in one.matrices):
         matrix.put()
     return found
@@ -159,15 +157,10 @@ def distilled_grid(
     listed = find_targets(root_model(model), layers, plan, None, curvature, None, statistics)
     targets = {target.parameter: target for target in listed}
     scales = [TrainableScales.fitted(layer, targets, plan.group_size) for layer in layers]
-    found = _trained(model, scales, list(islice(passes, _CHECKED + steps)), through_layers, steps, rate)
+    found = _trained(model, scales, passes, through_layers, steps, rate)
     grid = Grid(plan, router_norms=norms_by_layer(layers))
     for one in scales:
-        of_layer: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("scales", "offsets", "codes", "sums")}
-        for name in one.layer.banks:
-            for kind, tensor in one.held(name, plan.group_size).items():
-                of_layer[kind][name] = tensor
-        for kind, tensors in of_layer.items():
-            getattr(grid, kind)[one.unit] = tensors
+        take_in(grid, one)
     return grid, found
 
 
@@ -181,43 +174,93 @@ def memory_bytes(layers: list[MoELayer], bits: int, group_size: int) -> int:
     return sum(weights) * bits // 8 + sum(weights) // group_size * 12 * 4 + 2 * 4 * max(weights)
 
 
-def _trained(
-    model: nn.Module,
-    scales: list[TrainableScales],
-    taken: list[Any],
-    run: Callable[..., dict[str, float]],
-    steps: int,
-    rate: float,
-) -> Distilled:
-    """Trains scales on batches that `through_layers` or `through_logits` runs, and stores them."""
-    matrices = [matrix for one in scales for matrix in one.matrices]
-    if not matrices:
-        raise DistillError("all experts of the packed model are at 16 bits: there are no scales to distill")
+def take_in(grid: Grid, scales: TrainableScales) -> None:
+    """Puts codes and scales of a layer into a grid."""
+    held = {name: scales.held(name, grid.plan.group_size) for name in scales.layer.banks}
+    for kind in ("scales", "offsets", "codes", "sums"):
+        getattr(grid, kind)[scales.unit] = {name: one[kind] for name, one in held.items()}
+
+
+def check_steps(steps: int, rate: float) -> None:
+    """Raises `DistillError` for numbers that make no sense."""
+    if steps < 1 or not rate > 0:
+        raise DistillError(f"expected at least 1 step and a positive rate, got {steps} and {rate}")
+
+
+def split(items: Iterable[T], steps: int) -> tuple[list[T], list[T]]:
+    """What the result is measured on, and what is trained on; the same where there are fewer than four.
+
+    Raises:
+        DistillError: There is none.
+    """
+    taken = list(islice(items, _CHECKED + steps))
     if not taken:
         raise DistillError("there is no batch to distill on")
     checked = taken[: min(_CHECKED, len(taken) // 4)] or taken
-    source = cycle(taken[len(checked) :] or taken)
+    return checked, taken[len(checked) :] or taken
+
+
+def train_scales(
+    model: nn.Module,
+    scales: list[TrainableScales],
+    before: Iterable[T],
+    trained: Collection[T],
+    after: Iterable[T],
+    run: Callable[[nn.Module, list[TrainableScales], Iterable[T], torch.optim.Optimizer | None], dict[str, float]],
+    rate: float,
+) -> Distilled:
+    """Trains scales, and stores them unless nothing is better with them.
+
+    Args:
+        model: The float model.
+        scales: Of its layers.
+        before: What ``run`` measures first.
+        trained: What it takes a step on, each.
+        after: What it measures at the end.
+        run: `through_layers` or `through_logits`.
+        rate: At the first step.
+    """
+    matrices = [matrix for one in scales for matrix in one.matrices]
     with modes_kept(model), _frozen(model), not_counted():
         model.eval()
-        before = run(model, scales, checked, None)
+        errors = run(model, scales, before, None)
         states = [one.state() for one in scales]
+        steps = len(trained)
         optimizer = torch.optim.Adam([tensor for one in scales for tensor in one.parameters], lr=rate)
         falling = LinearLR(optimizer, 1.0, 1 / steps, max(steps - 1, 1))
         with tqdm(total=steps, desc="distilling", unit="batch", disable=None) as bar:
-            for _ in range(steps):
-                run(model, scales, [next(source)], optimizer)
+            for item in trained:
+                run(model, scales, [item], optimizer)
                 falling.step()
                 bar.update()
         for matrix in matrices:
             matrix.store()
-        after = run(model, scales, checked, None)
-        kept = [name for name in before if not after[name] < before[name]]
-        for one, state in zip(scales, states, strict=True):
-            if one.unit in kept or "logits" in kept:
-                one.go_back(state)
-        if kept:  # what is put into the model is what is reported
-            after = before if len(kept) == len(before) else run(model, scales, checked, None)
-    return Distilled({name: (before[name], after[name]) for name in before}, kept)
+        found = run(model, scales, after, None)
+    kept = [name for name in errors if not found[name] < errors[name]]
+    for one, state in zip(scales, states, strict=True):
+        if one.unit in kept or "logits" in kept:
+            one.go_back(state)
+    return Distilled({name: (errors[name], found[name]) for name in errors}, kept)
+
+
+def _trained(
+    model: nn.Module, scales: list[TrainableScales], items: Iterable[T], run: Any, steps: int, rate: float
+) -> Distilled:
+    """`train_scales` on the first of the items, measured on others; layers that are put back count in the report."""
+    scales = [one for one in scales if one.matrices]  # a layer at 16 bits is the float one
+    if not scales:
+        raise DistillError("all experts of the packed model are at 16 bits: there are no scales to distill")
+    checked, trained = split(items, steps)
+    found = train_scales(model, scales, checked, list(islice(cycle(trained), steps)), checked, run, rate)
+    if not found.kept:
+        return found
+    before = {name: first for name, (first, _) in found.errors.items()}
+    after = before  # what is put into the model is what is reported
+    if len(found.kept) < len(before):
+        with modes_kept(model), _frozen(model), not_counted():
+            model.eval()
+            after = run(model, scales, checked, None)
+    return Distilled({name: (before[name], after[name]) for name in before}, found.kept)
 
 
 @contextmanager

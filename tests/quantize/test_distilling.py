@@ -183,7 +183,7 @@ def test_errors():
     packed = packed_of(model)
     with pytest.raises(DistillError, match="there is no batch"):
         distill_scales(packed, model, [])
-    with pytest.raises(DistillError, match="at least 1 step, a positive rate"):
+    with pytest.raises(DistillError, match="at least 1 step and a positive rate"):
         distill_scales(packed, model, text(1), steps=0)
     with pytest.raises(DistillError, match="without packed experts"):
         distill_scales(build("mixtral"), model, text(1))
