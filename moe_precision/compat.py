@@ -10,6 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +77,16 @@ def forget_compiled_code() -> None:
 
 
 # -- torch: autograd and memory ---------------------------------------------------------------------------------------
+
+
+def call_through(module: nn.Module, through: Callable[[Callable[[], Any]], Any]) -> None:
+    """Lets calls of a module, its hooks included, go through a function, which is given the call to make."""
+    module._compiled_call_impl = lambda *args, **kwargs: through(partial(module._call_impl, *args, **kwargs))
+
+
+def called_as_before(module: nn.Module) -> None:
+    """Takes back `call_through`."""
+    module._compiled_call_impl = None
 
 
 def version_of(tensor: Tensor) -> int:

@@ -1,7 +1,8 @@
 """Forward passes that go through the layers of a model side by side: all through the first, then all through the next.
 
 So each layer has to be in memory only once, whatever the number of batches. A model's own code runs, each forward pass
-in a thread, which waits in front of a layer until it is advanced. Only one thread runs at a time.
+in a thread of its own, which waits at every layer until the caller has run that layer for it. Only one thread runs at a
+time, and all layers run in the caller's: each thread would keep for itself the memory that it has freed.
 """
 
 from __future__ import annotations
@@ -14,58 +15,75 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat import call_through, called_as_before
+
 
 class _Stopped(BaseException):
     """Ends the thread of a forward pass whose rest nobody needs."""
 
 
 class ForwardPass:
-    """One forward pass, without gradients, that stops in front of every layer.
+    """One forward pass, without gradients, that waits at every layer of `Gates`.
 
     Args:
         run: The forward pass.
+
+    Attributes:
+        waits_at: Name of the layer where it waits; None before its start and after its end.
     """
 
     def __init__(self, run: Callable[[], object]) -> None:
         self.waits_at: str | None = None
         self._run, self._stopped = run, False
         self._error: BaseException | None = None
+        self._layer: Callable[[], Any] | None = None  # what it waits for
+        self._output: Any = None
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
 
     def _work(self) -> None:
-        self._go.acquire()
         _of_thread.current = self
         try:
-            if not self._stopped:
-                with torch.no_grad():
-                    self._run()
+            with torch.no_grad():
+                self._run()
         except _Stopped:
             pass
         except BaseException as error:
             self._error = error
-        self.waits_at = None
-        self._run = _nothing
+        self.waits_at = self._layer = None
         self._back.release()
 
-    def wait(self, layer: str) -> None:
-        """In front of a layer, in this pass's own thread: lets the others go on."""
-        self.waits_at = layer
+    def wait_for(self, name: str, layer: Callable[[], Any]) -> Any:
+        """In its own thread: the output of a layer, which the caller of `advance` runs."""
+        self.waits_at, self._layer = name, layer
         self._back.release()
         self._go.acquire()
         if self._stopped:
             raise _Stopped
+        output, self._output = self._output, None
+        return output
 
+    def start(self) -> None:
+        """Runs it up to the first layer; raises what it raises."""
+        self._thread.start()
+        self._until_it_waits()
+
+    @torch.no_grad()
     def advance(self) -> None:
-        """Runs it up to the next layer, or to its end; raises what it raises."""
+        """Runs the layer where it waits, and the pass up to the next one, or to its end; raises what they raise."""
+        assert self._layer is not None
+        layer, self._layer = self._layer, None
+        self._output = layer()
         self._go.release()
+        self._until_it_waits()
+
+    def _until_it_waits(self) -> None:
         self._back.acquire()
         if self._error is not None:
             raise self._error
 
     def stop(self) -> None:
-        """Ends it where it is; one that has ended stays so."""
+        """Ends it where it waits; one that has ended, or was never started, stays so."""
         if self._thread.is_alive():
             self._stopped = True
             self._go.release()
@@ -75,28 +93,24 @@ class ForwardPass:
 _of_thread = threading.local()
 
 
-def _nothing() -> None:
-    pass
-
-
 class Gates:
-    """Hooks in front of layers, at which every `ForwardPass` waits; other forward passes do not notice.
+    """Makes every `ForwardPass` wait at some layers; calls from elsewhere do not notice.
 
     Args:
         layers: Name -> module.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self._handles = [module.register_forward_pre_hook(partial(_wait, name)) for name, module in layers.items()]
+        self._layers = list(layers.values())
+        for name, module in layers.items():
+            call_through(module, partial(_gate, name))
 
     def close(self) -> None:
-        """Takes the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """Lets go of the layers."""
+        for module in self._layers:
+            called_as_before(module)
 
 
-def _wait(name: str, module: nn.Module, args: Any) -> None:
-    current = getattr(_of_thread, "current", None)
-    if current is not None:
-        current.wait(name)
+def _gate(name: str, call: Callable[[], Any]) -> Any:
+    current: ForwardPass | None = getattr(_of_thread, "current", None)
+    return call() if current is None else current.wait_for(name, call)

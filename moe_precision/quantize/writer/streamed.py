@@ -126,7 +126,7 @@ class _Streamed:
         gates = Gates(self._parts.layers)
         try:
             for one in self._passes:
-                one.advance()
+                one.start()
             while self._waiting:
                 self._through(self._next())
         finally:
