@@ -66,7 +66,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
             many more training batches (100 to 300 do most of it), as ``moe-precision quantize --distill-steps`` does.
             Codes and scales are written beside the plan, and the quantize step takes them as they are. On a single
             process only. The log states beforehand what it takes beside the model: all codes, 48 bytes for each group
-            of weights, and two float copies of one layer's experts. 0 leaves it out.
+            of weights, and five float copies of one layer's experts. 0 leaves it out.
 
     Attributes:
         history: The recorded norms.

@@ -168,10 +168,10 @@ def memory_bytes(layers: list[MoELayer], bits: int, group_size: int) -> int:
     """Bytes that `distilled_grid` takes beside the model where experts have ``bits`` bits.
 
     These are all codes, and for every group its scale and offset, before and now, a factor and a shift, their gradients
-    and Adam's two means of each; and of one layer the float weights that these stand for, and their gradients.
+    and Adam's two means of each; and five float copies of the experts of one layer, gradients included.
     """
     weights = [layer.num_experts * sum(out * inp for out, inp in layer.projections.values()) for layer in layers]
-    return sum(weights) * bits // 8 + sum(weights) // group_size * 12 * 4 + 2 * 4 * max(weights)
+    return sum(weights) * bits // 8 + sum(weights) // group_size * 12 * 4 + 5 * 4 * max(weights)
 
 
 def take_in(grid: Grid, scales: TrainableScales) -> None:

@@ -39,7 +39,7 @@ class ForwardPass:
         self._layer: Callable[[], Any] | None = None  # what it waits for
         self._output: Any = None
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread = threading.Thread(target=self._work, name="forward pass", daemon=True)
 
     def _work(self) -> None:
         _of_thread.current = self
@@ -67,6 +67,12 @@ class ForwardPass:
         """Runs it up to the first layer; raises what it raises."""
         self._thread.start()
         self._until_it_waits()
+
+    @torch.no_grad()
+    def peek(self) -> None:
+        """Runs the layer where it waits, and leaves it there; raises what the layer raises."""
+        assert self._layer is not None
+        self._layer()
 
     @torch.no_grad()
     def advance(self) -> None:

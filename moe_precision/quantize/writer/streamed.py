@@ -104,22 +104,23 @@ class _Streamed:
             raise DistillError(f"{outside} are in no layer of the model: distill them with --distill-through logits")
         checked, trained = split(batches, steps)
         self._padding, self._passes = Padding(), []
-        self._before, self._trained, self._after = (
-            [self._started(batch) for batch in group]
-            for group in (checked, list(islice(cycle(trained), steps)), checked)
+        before, training, after = (
+            [self._started(batch) for batch in group] for group in (checked, islice(cycle(trained), steps), checked)
         )
+        self._before, self._training, self._after = ([step for step, _ in group] for group in (before, training, after))
+        self._tried = [peek for _, peek in after]
         self._found = Distilled({}, [])
 
-    def _started(self, batch: Any) -> Step:
-        """Takes a batch up to the first layer; what is returned takes it through the layer where it then waits."""
+    def _started(self, batch: Any) -> tuple[Step, Step]:
+        """Takes a batch through the layer where it waits, or runs that layer alone."""
         one = ForwardPass(partial(_run, self._parts.model, batch))
         self._passes.append(one)
 
-        def advance() -> None:
+        def seen(step: Step) -> None:
             self._padding.see(batch if isinstance(batch, Mapping) else {})
-            one.advance()
+            step()
 
-        return advance
+        return partial(seen, one.advance), partial(seen, one.peek)
 
     def run(self) -> Distilled:
         """Takes all batches through all layers up to the last with experts, and fills the grid."""
@@ -164,10 +165,10 @@ class _Streamed:
         targets = {target.parameter: target for target in listed}
         scales = [TrainableScales.fitted(layer, targets, config.plan.group_size) for layer in layers]
         through = partial(through_layers, padding=self._padding)
-        packed, groups = [one for one in scales if one.matrices], (self._before, self._trained, self._after)
-        if packed:
-            found = train_scales(model, packed, *groups, through, self._rate)
-            self._found.errors.update(found.errors)
+        if packed := [one for one in scales if one.matrices]:
+            found = train_scales(model, packed, self._before, self._training, self._tried, through, self._rate)
+            after = through(model, packed, self._after, None)  # with what is kept
+            self._found.errors.update({name: (first, after[name]) for name, (first, _) in found.errors.items()})
             self._found.kept.extend(found.kept)
         else:  # a layer at 16 bits is the float one
             self._pass()
@@ -175,7 +176,7 @@ class _Streamed:
             take_in(self._grid, one)
 
     def _pass(self) -> None:
-        for step in (*self._before, *self._trained, *self._after):
+        for step in (*self._before, *self._training, *self._after):
             step()
 
 
