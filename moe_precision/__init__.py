@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .quantize.dequantizing import dequantize_checkpoint, dequantize_model
     from .quantize.distilling import Distilled, distill_scales
     from .quantize.trainable import DistillError
-    from .quantize.writer import distill_checkpoint, quantize_checkpoint
+    from .quantize.writer import distill_checkpoint, distill_streamed, quantize_checkpoint
     from .recording.collecting import collect_statistics
     from .recording.curvature import Curvature, CurvatureError
     from .recording.history import HistoryError, RouterNormHistory
@@ -68,6 +68,7 @@ __all__ = [
     "dequantize_model",
     "distill_checkpoint",
     "distill_scales",
+    "distill_streamed",
     "find_moe_layers",
     "load_model",
     "quantize_checkpoint",
@@ -92,7 +93,7 @@ _DEFINED_IN = {
     ".quantize.dequantizing": ("dequantize_checkpoint", "dequantize_model"),
     ".quantize.distilling": ("Distilled", "distill_scales"),
     ".quantize.trainable": ("DistillError",),
-    ".quantize.writer": ("distill_checkpoint", "quantize_checkpoint"),
+    ".quantize.writer": ("distill_checkpoint", "distill_streamed", "quantize_checkpoint"),
     ".recording.collecting": ("collect_statistics",),
     ".recording.curvature": ("Curvature", "CurvatureError"),
     ".recording.history": ("HistoryError", "RouterNormHistory"),
