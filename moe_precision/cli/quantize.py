@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         print("no curvature file: errors in all columns count equally")
     how = {key: getattr(options, key) for key in ("non_expert_bits", "workers", "max_shard_size")}
-    known = {"curvature": curvature, "statistics": statistics}
+    known: dict[str, Any] = {"curvature": curvature, "statistics": statistics}
     if not options.distill_steps:
         quantize_checkpoint(options.checkpoint, plan, options.out, grid=grid, **known, **how)
     else:

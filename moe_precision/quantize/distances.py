@@ -5,8 +5,7 @@ Either function goes through some batches. Without an optimizer it only measures
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 from ..layers.module_tree import root_model
 from ..recording.batches import run_batch
 from ..recording.padding import Padding
-from .trainable import DistillError, TrainableScales
+from .trainable import DistillError, TrainableScales, full
 
 Step = Callable[[], object]  # the forward pass of one batch
 
@@ -52,13 +51,9 @@ def through_layers(
         inside = True
         try:
             target = _rows(output)
-            with (
-                torch.set_grad_enabled(optimizer is not None),
-                _in_full(one.dtype, target.device, (args, kwargs)) as own,
-            ):
-                prefix = f"{one.unit}." if one.unit else ""
-                weights = {name.removeprefix(prefix): weight for name, weight in one.weights().items()}
-                packed = functional_call(module, weights, *own)
+            autocast = torch.autocast(target.device.type, enabled=False)
+            with torch.set_grad_enabled(optimizer is not None), autocast:
+                packed = _in_full(one, module, args, kwargs)
                 found = _rows(packed)
                 real = seen.real(one.unit, len(target))
                 if real is not None:
@@ -133,26 +128,13 @@ def logits_of(model: nn.Module, output: Any, batch: Any) -> Tensor:
     return flat[mask.flatten().to(flat.device, torch.bool)]
 
 
-@contextmanager
-def _in_full(dtype: torch.dtype, device: torch.device, arguments: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
-    """Inside, autocast is off, whose half precision loses small changes of a scale; arguments are cast where it was on.
-
-    Args:
-        dtype: Of the layer's weights.
-        device: Where it runs.
-        arguments: Positional and keyword arguments of the layer.
-    """
-    if not torch.is_autocast_enabled(device.type):
-        yield arguments
-        return
-    args, kwargs = arguments
-    cast = partial(_cast, dtype=dtype)
-    with torch.autocast(device.type, enabled=False):
-        yield tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+def _in_full(one: TrainableScales, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The output of a layer with its packed experts, in float32: half precision loses small changes of a scale."""
+    prefix = f"{one.unit}." if one.unit else ""
+    weights = {name.removeprefix(prefix): weight for name, weight in one.weights(in_full=True).items()}
+    others = {name: full(tensor) for name, tensor in module.named_parameters() if name not in weights}
+    cast = {name: full(value) for name, value in kwargs.items()}
+    return functional_call(module, {**others, **weights}, tuple(map(full, args)), cast)
 
 
 def _rows(output: Any) -> Tensor:
@@ -168,5 +150,5 @@ def _rows(output: Any) -> Tensor:
 
 def _detached(output: Any, dtype: torch.dtype) -> Any:
     if isinstance(output, Tensor):
-        return _cast(output.detach(), dtype)
+        return output.detach().to(dtype) if output.is_floating_point() else output
     return tuple(_detached(one, dtype) for one in output) if isinstance(output, tuple) else output

@@ -228,7 +228,8 @@ def train_scales(
         steps = len(trained)
         optimizer = torch.optim.Adam([tensor for one in scales for tensor in one.parameters], lr=rate)
         falling = LinearLR(optimizer, 1.0, 1 / steps, max(steps - 1, 1))
-        with tqdm(total=steps, desc="distilling", unit="batch", disable=None) as bar:
+        what = f"distilling {scales[0].unit}" if len(scales) == 1 else "distilling"
+        with tqdm(total=steps, desc=what, unit="batch", disable=None) as bar:
             for item in trained:
                 run(model, scales, [item], optimizer)
                 falling.step()

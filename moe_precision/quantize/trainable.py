@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,8 @@ class Matrix:
     @property
     def codes(self) -> Tensor:
         """``(out, in / group, group)`` uint8."""
-        return unpack(self.packed, self.bits).unflatten(-1, (self.scale.shape[-1], -1))
+        codes: Tensor = unpack(self.packed, self.bits).unflatten(-1, (self.scale.shape[-1], -1))
+        return codes
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scales and offsets as they are now."""
@@ -174,23 +176,22 @@ class TrainableScales:
         }
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the float weights."""
-        return next(iter(self._floats.values())).dtype
-
-    @property
     def parameters(self) -> list[Tensor]:
         """What is trained."""
         return [tensor for matrix in self.matrices for tensor in (matrix.factor, matrix.shift)]
 
-    def weights(self) -> dict[str, Tensor]:
-        """Full parameter name -> the packed values, in the float parameter's layout and dtype.
+    def weights(self, in_full: bool = False) -> dict[str, Tensor]:
+        """Full parameter name -> the packed values, in the float parameter's layout.
 
         Gradients reach `parameters`.
+
+        Args:
+            in_full: In float32 in place of half precision; else in the parameter's dtype.
         """
         found = {}
         for name, matrices in self._matrices.items():
             whole = self._floats[name]
+            whole = full(whole) if in_full else whole
             if not matrices:
                 found[name] = whole
                 continue
@@ -210,6 +211,12 @@ class TrainableScales:
         """Takes what `state` returned."""
         for matrix, (scale, offset) in zip(self.matrices, state, strict=True):
             matrix.scale, matrix.offset = scale, offset
+
+
+def full(value: Any) -> Any:
+    """A tensor of half precision in float32; anything else as it is."""
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
 
 
 @torch.no_grad()

@@ -26,6 +26,8 @@ from ..side_by_side import ForwardPass, Gates
 from ..trainable import DistillError, TrainableScales
 from .parts import PartlyLoaded
 
+_ELSE = "distill with --distill-through logits, or with distill_scales, which take the whole model in memory"
+
 
 def distill_streamed(
     checkpoint: Checkpoint | str | os.PathLike[str],
@@ -73,6 +75,11 @@ def distill_streamed(
     """
     check_steps(steps, rate)
     config = PlanQuantizationConfig(plan, curvature=curvature, statistics=statistics)
+    if config.grid is not None:
+        raise DistillError(
+            f"a grid stands beside {os.fspath(plan)!r}, whose scales would change: give the plan itself "  # type: ignore[arg-type]
+            "(PrecisionPlan.load), and the curvature and statistics beside it"
+        )
     with opened(checkpoint) as source:
         parts = PartlyLoaded(source)
         layers = find_moe_layers(parts.model, **config.plan.patterns)
@@ -100,10 +107,12 @@ class _Streamed:
     ) -> None:
         self._parts, self._config, self._grid, self._rate = parts, config, grid, rate
         self._waiting = {layer.name: layer for layer in layers}
+        self._done: set[str] = set()
         if outside := [name for name in self._waiting if not _inside(name, parts.layers)]:
-            raise DistillError(f"{outside} are in no layer of the model: distill them with --distill-through logits")
+            raise DistillError(f"{outside} are in no numbered layer of the model: {_ELSE}")
         checked, trained = split(batches, steps)
-        self._padding, self._passes = Padding(), []
+        self._padding = Padding()
+        self._passes: list[ForwardPass] = []
         before, training, after = (
             [self._started(batch) for batch in group] for group in (checked, islice(cycle(trained), steps), checked)
         )
@@ -130,6 +139,12 @@ class _Streamed:
                 one.start()
             while self._waiting:
                 self._through(self._next())
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error):
+                raise
+            raise DistillError(
+                f"{type(self._parts.model).__name__} reads weights of a layer without calling it: {_ELSE}"
+            ) from error
         finally:
             for one in self._passes:
                 one.stop()
@@ -140,14 +155,14 @@ class _Streamed:
 
     def _next(self) -> str:
         """The layer that all batches wait at."""
-        names = {one.waits_at for one in self._passes}
-        name = names.pop()
-        if names or name is None:
+        first, *others = (one.waits_at for one in self._passes)
+        if first is None or first in self._done or any(other != first for other in others):
             raise DistillError(
-                f"{type(self._parts.model).__name__} does not call its layers one after the other, or not those of "
-                f"{list(self._waiting)}: distill with --distill-through logits, which loads the whole model"
+                f"{type(self._parts.model).__name__} does not call its layers once each, one after the other, or not "
+                f"those of {list(self._waiting)}: {_ELSE}"
             )
-        return name
+        self._done.add(first)
+        return first
 
     def _through(self, name: str) -> None:
         """Takes all batches through one layer, whose experts are distilled if it has some."""
