@@ -18,10 +18,6 @@ from torch import nn
 from ..compat import call_through, called_as_before
 
 
-class _Stopped(BaseException):
-    """Ends the thread of a forward pass whose rest nobody needs."""
-
-
 class ForwardPass:
     """One forward pass, without gradients, that waits at every layer of `Gates`.
 
@@ -46,7 +42,7 @@ class ForwardPass:
         try:
             with torch.no_grad():
                 self._run()
-        except _Stopped:
+        except SystemExit:  # stopped
             pass
         except BaseException as error:
             self._error = error
@@ -59,7 +55,7 @@ class ForwardPass:
         self._back.release()
         self._go.acquire()
         if self._stopped:
-            raise _Stopped
+            raise SystemExit  # ends this thread alone, and no model's `except Exception` catches it
         output, self._output = self._output, None
         return output
 
