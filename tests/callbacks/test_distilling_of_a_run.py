@@ -150,7 +150,7 @@ def test_what_does_not_belong_together_is_refused(run, tmp_path):
         Grid.load(tmp_path / "x")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_mixed_precision(run, tmp_path):
     """Under autocast scales are trained in float32 all the same: what comes out is close to what float32 gives."""
     model, callback, *_ = run
