@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from moe_precision.layers.moe_layers import MoELayer
+from moe_precision.plans.methods import MethodName, reads
+from moe_precision.plans.numbers import AllocationError
 from moe_precision.present.metrics import load_metrics
 from moe_precision.recording.history import RouterNormHistory
 from moe_precision.recording.loads import LoadCounter, Loads
@@ -47,9 +49,17 @@ class LoadRecorder:
         if self._counter is not None and (loads := self._counter.take(training=False)):
             self._history.loads["validation"] = loads
 
-    def unseen(self) -> list[str]:
-        """Names of the layers whose experts were called in a way that shows nothing."""
-        return [] if self._counter is None else sorted(self._counter.unseen)
+    def check_seen(self, method: MethodName) -> None:
+        """After a step: checks that a method that needs loads can have them, which only a forward pass shows.
+
+        Raises:
+            AllocationError: The experts of a layer were called in a way that shows nothing.
+        """
+        if self._counter is not None and reads(method, "load") and (unseen := sorted(self._counter.unseen)):
+            raise AllocationError(
+                f"method {method!r} needs the tokens of every expert, and the experts of {unseen[0]!r} are called with "
+                "neither the indices nor a mask of the chosen ones: choose another method"
+            )
 
     def metrics(self) -> dict[str, float]:
         """For a logger: how the tokens since the last call were spread."""

@@ -16,18 +16,19 @@ from moe_precision.callbacks.load_recorder import LoadRecorder
 from moe_precision.callbacks.plan_of_run import check_run, plan_of_run
 from moe_precision.callbacks.restored import check_restored
 from moe_precision.callbacks.run_files import RunFiles
+from moe_precision.callbacks.scale_distiller import ScaleDistiller
 from moe_precision.callbacks.statistics_recorder import StatisticsRecorder, Step
 from moe_precision.callbacks.trained_part import trained_part
 from moe_precision.callbacks.weights_seen import WeightsSeen
 from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.plans.methods import AUTO, MethodName, reads
-from moe_precision.plans.numbers import AllocationError
 from moe_precision.plans.plan import PrecisionPlan, model_type_of
 from moe_precision.plans.settings import MAX_DROPPED, MIN_TOKENS, ZETA, PlanSettings
 from moe_precision.plans.widths import Granularity
 from moe_precision.present.metrics import plan_metrics
 from moe_precision.present.tables import as_text, layers_table
+from moe_precision.quantize.codec.grid import Grid
 from moe_precision.recording.curvature import Curvature
 from moe_precision.recording.gradients import left_as_it_is
 from moe_precision.recording.history import RouterNormHistory
@@ -48,6 +49,7 @@ class PlanRecorder:
         history: The recorded norms.
         curvature: Means of the optimizer's second moments, once training has ended, if it has any.
         statistics: Of the experts' inputs, once training has ended, if they were asked for.
+        grid: Codes and distilled scales, once training has ended, if they were asked for.
         plan: The plan, once training has ended.
     """
 
@@ -74,6 +76,7 @@ class PlanRecorder:
         curvature_batches: int | None = None,
         statistics_batches: int | None = None,
         statistics_from: float | None = None,
+        distill_steps: int = 0,
     ) -> None:
         self.settings = PlanSettings.among(locals())
         self.settings.check_plannable()
@@ -84,13 +87,16 @@ class PlanRecorder:
         self.every_n_steps, self.export_to = every_n_steps, export_to
         self.log_experts, self.module = log_experts, module
         self.curvature_batches = curvature_batches
-        if self._needs_statistics and statistics_batches == 0 and statistics_from is None:
-            what = "0 among the levels" if self.settings.may_drop else f"method {method!r}"
-            raise ValueError(f"{what} needs expert statistics, and statistics_batches=0 collects none")
         self._collecting = StatisticsRecorder(type(self).__name__, statistics_batches, statistics_from)
+        self._distilling = ScaleDistiller(type(self).__name__, distill_steps)
+        self._needing = f"method {method!r}" if reads(method, "statistics") else self._distilling.needs  # statistics
+        self._needing = "0 among the levels" if self.settings.may_drop else self._needing
+        if self._needing and statistics_batches == 0 and statistics_from is None:
+            raise ValueError(f"{self._needing} needs expert statistics, and statistics_batches=0 collects none")
         self.history = RouterNormHistory()
         self.curvature: Curvature | None = None
         self.statistics: ExpertStatistics | None = None
+        self.grid: Grid | None = None
         self.plan: PrecisionPlan | None = None
         self._whole: nn.Module | None = None  # what the Trainer has
         self._model: nn.Module | None = None  # the part of it that is recorded
@@ -99,11 +105,6 @@ class PlanRecorder:
         self._warned = False
         self._seen = WeightsSeen()  # at the end
         self._ending = EndLogging(type(self).__name__)
-
-    @property
-    def _needs_statistics(self) -> bool:
-        """Whether there is no plan without expert statistics."""
-        return self.settings.may_drop or reads(self.settings.method, "statistics")
 
     def _prepare(self, folder: str | None, anew: bool) -> None:
         """Before training: where the plan goes, checked to be writable; None for a run that writes nothing.
@@ -115,7 +116,8 @@ class PlanRecorder:
         self._layers, self._warned = [], False
         self._loads.stop()
         self._collecting.close()
-        self.plan = self.curvature = self.statistics = None
+        self._distilling.close()
+        self.plan = self.curvature = self.statistics = self.grid = None
         if anew:
             self.history = RouterNormHistory()
         self._files.prepare(folder)
@@ -139,7 +141,9 @@ class PlanRecorder:
         rank_zero_info(f"{type(self).__name__}: recording\n{as_text(layers_table(self._layers))}")
         folder = self._files.folder
         check_run(self.settings, self._layers, optimizers, self.curvature_batches)
-        self._collecting.start(model, self._layers, step, total, folder, obstacle, self._needs_statistics)
+        self._collecting.start(model, self._layers, step, total, folder, obstacle, self._needing)
+        if folder is not None:
+            self._distilling.start(model, self._layers, max(self.settings.levels), self.settings.group_size, obstacle)
         if fresh.caveats:
             rank_zero_warn(f"{type(self).__name__}: {caveat_text(fresh.caveats)}.")
         if self.history.steps and self.history.steps[-1] <= step:  # else it is from an earlier run
@@ -169,14 +173,7 @@ class PlanRecorder:
     def _start_late(self, model: nn.Module, step: int) -> None:
         """Instead of `_start`, for a run that had ended before this start: no batch is to come."""
         check_restored(self.history, self._find(model), self._layers, step, type(self).__name__)
-
-    def _has_plan(self, step: int) -> bool:
-        """Whether the plan of a step is there already."""
-        path = self._files.paths.plan
-        try:
-            return PrecisionPlan.load(path).last_step == step
-        except (OSError, ValueError):
-            return False
+        self._distilling.start_late()
 
     def _due(self, step: int, default_every: int) -> bool:
         """Whether a multiple of the interval was crossed since the last record.
@@ -196,14 +193,6 @@ class PlanRecorder:
             self._warned = True
             rank_zero_warn(f"{type(self).__name__}: {broken}. Has training diverged? No plan can be made from these.")
         return True
-
-    def _check_counted(self) -> None:
-        """After a step: raises if the method needs loads that cannot be seen, which only a forward pass shows."""
-        if reads(self.settings.method, "load") and (unseen := self._loads.unseen()):
-            raise AllocationError(
-                f"method {self.settings.method!r} needs the tokens of every expert, and the experts of {unseen[0]!r} "
-                "are called with neither the indices nor a mask of the chosen ones: choose another method"
-            )
 
     def _record_final(self, step: int) -> bool:
         """Takes the last record, of the weights as they are now, even if this step was recorded before they changed.
@@ -235,7 +224,7 @@ class PlanRecorder:
         losses: Iterable[Loss] = (),
         steps: Iterable[Step] = (),
     ) -> PrecisionPlan | None:
-        """Writes history, curvature, statistics and plan; returns the plan if it was written.
+        """Writes history, curvature, statistics, grid and plan; returns the plan if it was written.
 
         A full disk does not stop the run, whose other callbacks may still save the model: see `RunFiles`.
 
@@ -277,6 +266,10 @@ class PlanRecorder:
             return None
         for warning in caught:
             rank_zero_warn(f"{type(self).__name__}: {warning.message}")
+        with left_as_it_is(whole):
+            self.grid = self._distilling.finish(model, self._layers, self.plan, *recorded[1:], steps)
+        if writes and self.grid is not None:
+            self._files.write(self.grid.save, self._files.paths.grid)
         if not writes or not self._save_history() or not self._files.write(self.plan.save, self._files.paths.plan):
             return None
         path = self._files.paths.plan

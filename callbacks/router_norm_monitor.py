@@ -78,6 +78,11 @@ class RouterNormMonitor(PlanRecorder, LightningCallback):
             takes 32 if the file stays below 1 GB, 0 collects none.
         statistics_from: Collect them in training itself instead, after this share of its steps, such as 0.95: two
             layers at a time, so that few of them are in memory.
+        distill_steps: Once the plan is made, quantize the experts under their statistics and train the scales on this
+            many more training batches (100 to 300 do most of it), as ``moe-precision quantize --distill-steps`` does.
+            Codes and scales are written beside the plan, and the quantize step takes them as they are. On a single
+            process only. The log states beforehand what it takes beside the model: all codes, 48 bytes for each group
+            of weights, and five float copies of one layer's experts. 0 leaves it out.
 
     Attributes:
         history: The recorded norms.
@@ -131,7 +136,7 @@ class RouterNormMonitor(PlanRecorder, LightningCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._collecting.after_batch(trainer.global_step)
-        self._check_counted()
+        self._loads.check_seen(self.settings.method)
         if self._due(trainer.global_step, trainer.log_every_n_steps):  # type: ignore[attr-defined]
             self._record(trainer.global_step)
             self._log(trainer)
@@ -175,7 +180,7 @@ class RouterNormMonitor(PlanRecorder, LightningCallback):
 
     def _finish_late(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes what a finished run has not written, because it was stopped between its last step and its end."""
-        if trainer.fast_dev_run or self._has_plan(trainer.global_step):  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or self._files.has_plan(trainer.global_step):  # type: ignore[attr-defined]
             return
         if reason := why_not_late(trainer, pl_module):
             self._save_history()

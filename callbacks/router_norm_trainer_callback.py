@@ -64,6 +64,11 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
             takes 32 if the file stays below 1 GB, 0 collects none.
         statistics_from: Collect them in training itself instead, after this share of its steps, such as 0.95: two
             layers at a time, so that few of them are in memory.
+        distill_steps: Once the plan is made, quantize the experts under their statistics and train the scales on this
+            many more training batches (100 to 300 do most of it), as ``moe-precision quantize --distill-steps`` does.
+            Codes and scales are written beside the plan, and the quantize step takes them as they are. On a single
+            process only. The log states beforehand what it takes beside the model: all codes, 48 bytes for each group
+            of weights, and five float copies of one layer's experts. 0 leaves it out.
 
     Attributes:
         history: The recorded norms.
@@ -126,7 +131,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._loads.counts_as(training=False)
         self._collecting.after_batch(state.global_step)
-        self._check_counted()
+        self._loads.check_seen(self.settings.method)
         if self._due(state.global_step, int(state.logging_steps)) and self._record(state.global_step):
             self._log(state)
 

@@ -9,6 +9,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 
 from moe_precision.files import check_writable
 from moe_precision.plans.beside import PlanFiles
+from moe_precision.plans.plan import PrecisionPlan
 
 
 class RunFiles:
@@ -64,6 +65,13 @@ class RunFiles:
         if self._files is not None:
             check_writable(self._files.plan)
 
+    def has_plan(self, step: int) -> bool:
+        """Whether the plan of a step is there already, which is the last file to be written."""
+        try:
+            return PrecisionPlan.load(self.paths.plan).last_step == step
+        except (OSError, ValueError):
+            return False
+
     def clear(self) -> None:
         """Removes what an earlier run left, once in a run, before anything of this run is written.
 
@@ -72,7 +80,8 @@ class RunFiles:
         if self._files is None or self._cleared:
             return
         self._cleared = True
-        for path in (self._files.plan, self._files.curvature, self._files.statistics):
+        files = self._files
+        for path in (files.plan, files.curvature, files.statistics, files.grid):
             path.unlink(missing_ok=True)
 
     def write(self, save: Callable[[Path], None], path: Path) -> bool:

@@ -71,7 +71,7 @@ class StatisticsRecorder:
         total: float,
         folder: Path | None,
         obstacle: str,
-        needed: bool = False,
+        needed: str = "",
     ) -> None:
         """Before the first step.
 
@@ -82,7 +82,7 @@ class StatisticsRecorder:
             total: Steps taken when training ends; infinite or not positive if nobody knows.
             folder: Where the file goes; None for a run that writes none.
             obstacle: Why this run can run no batch without a step, if it cannot.
-            needed: Without statistics there is no plan.
+            needed: What cannot do without statistics, if anything: the method, for one.
 
         Raises:
             ValueError: What was asked for, or is needed, cannot be done in this run.
@@ -98,7 +98,7 @@ class StatisticsRecorder:
                 return
             if reason := _why_not(layers, size, folder, obstacle):
                 if needed:
-                    raise ValueError(f"the method needs expert statistics, and none are collected: {reason}")
+                    raise ValueError(f"{needed} needs expert statistics, and none are collected: {reason}")
                 rank_zero_info(f"{self._owner}: no expert statistics are collected: {reason}")
                 return
             self._batches = AUTOMATIC

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .quantize.modules import set_activations
     from .quantize.pruning import prune_checkpoint
     from .quantize.trainable import DistillError
-    from .quantize.writer import distill_checkpoint, quantize_checkpoint
+    from .quantize.writer import distill_checkpoint, distill_streamed, quantize_checkpoint
     from .recording.collecting import collect_statistics
     from .recording.curvature import Curvature, CurvatureError
     from .recording.history import HistoryError, RouterNormHistory
@@ -70,6 +70,7 @@ __all__ = [
     "dequantize_model",
     "distill_checkpoint",
     "distill_scales",
+    "distill_streamed",
     "find_moe_layers",
     "load_model",
     "prune_checkpoint",
@@ -98,7 +99,7 @@ _DEFINED_IN = {
     ".quantize.pruning": ("prune_checkpoint",),
     ".quantize.distilling": ("Distilled", "distill_scales"),
     ".quantize.trainable": ("DistillError",),
-    ".quantize.writer": ("distill_checkpoint", "quantize_checkpoint"),
+    ".quantize.writer": ("distill_checkpoint", "distill_streamed", "quantize_checkpoint"),
     ".recording.collecting": ("collect_statistics",),
     ".recording.curvature": ("Curvature", "CurvatureError"),
     ".recording.history": ("HistoryError", "RouterNormHistory"),

@@ -10,6 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +77,16 @@ def forget_compiled_code() -> None:
 
 
 # -- torch: autograd and memory ---------------------------------------------------------------------------------------
+
+
+def call_through(module: nn.Module, through: Callable[[Callable[[], Any]], Any]) -> None:
+    """Lets calls of a module, its hooks included, go through a function, which is given the call to make."""
+    module._compiled_call_impl = lambda *args, **kwargs: through(partial(module._call_impl, *args, **kwargs))
+
+
+def called_as_before(module: nn.Module) -> None:
+    """Takes back `call_through`."""
+    module._compiled_call_impl = None
 
 
 def version_of(tensor: Tensor) -> int:
@@ -216,6 +227,15 @@ def kept_in_float32(model: nn.Module) -> list[re.Pattern[str]]:
 def model_of_config(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """A new model of a class in the dtype of its config, which calling the class ignores."""
     return model_class._from_config(config)
+
+
+def fill_buffers(model: PreTrainedModel) -> None:
+    """Gives a model on the meta device the buffers that its family computes, as loading does; weights stay there."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta and name in module._non_persistent_buffers_set:
+                module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+    model.initialize_weights()
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

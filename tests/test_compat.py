@@ -141,6 +141,25 @@ def test_methods_of_modules_that_packed_ones_override():
 # -- torch: autograd and memory ---------------------------------------------------------------------------------------
 
 
+def test_call_through():
+    """A module's own hooks are part of the call that is made, and its method `forward` stays as it is."""
+    linear, order = nn.Linear(2, 2), []
+    linear.register_forward_hook(lambda *args: order.append("hook"))
+
+    def through(call):
+        order.append("before")
+        return call() + 1
+
+    x = torch.ones(1, 2)
+    plain = linear(x)
+    compat.call_through(linear, through)
+    assert torch.equal(linear(x), plain + 1)
+    assert order == ["hook", "before", "hook"]
+    assert torch.equal(linear.forward(x), plain)
+    compat.called_as_before(linear)
+    assert torch.equal(linear(x), plain)
+
+
 def test_version_of():
     tensor = torch.zeros(4)
     before = compat.version_of(tensor)

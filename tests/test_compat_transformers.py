@@ -111,6 +111,19 @@ def test_model_of_config():
     assert MixtralForCausalLM(config).dtype == torch.float32
 
 
+def test_fill_buffers(tmp_path):
+    """Those of a model on the meta device are then what loading gives, and its weights are still there."""
+    model = build("mixtral")
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = compat.model_of_config(type(model), model.config)
+    compat.fill_buffers(empty)
+    loaded = dict(type(model).from_pretrained(tmp_path).named_buffers())
+    assert loaded
+    assert all(torch.equal(buffer, loaded[name]) for name, buffer in empty.named_buffers())
+    assert all(parameter.is_meta for parameter in empty.parameters())
+
+
 def test_tied_names():
     assert compat.tied_names(build("mixtral")) == {}
     assert compat.tied_names(PlainMoE()) == {}

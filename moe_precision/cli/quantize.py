@@ -16,9 +16,10 @@ from ..files import check_writable
 from ..layers.moe_layers import find_moe_layers
 from ..plans.beside import existing
 from ..plans.plan import PrecisionPlan
+from ..quantize.codec.grid import Grid
 from ..quantize.replace import check_packable
 from ..quantize.sizes import ModelSizes
-from ..quantize.writer import distill_checkpoint, quantize_checkpoint
+from ..quantize.writer import distill_checkpoint, distill_streamed, quantize_checkpoint
 from ..recording.collecting import MEMORY_GIB, collect_statistics, passes, peak_bytes
 from ..recording.statistics import ExpertStatistics, file_bytes
 from .estimate import print_sizes
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
         _quantize_with_auto_round(options)
         return
     curvature = options.curvature or existing("curvature", options.plan)
-    grid = options.grid or existing("grid", options.plan)
+    grid = _grid(options)
     given = options.statistics or existing("statistics", options.plan)
     named = None if given == "none" else given
     with Checkpoint(options.checkpoint) as source:  # all that is read, before any work
@@ -49,30 +50,19 @@ def run(options: argparse.Namespace) -> None:
             return
     statistics = _statistics(options, plan, grid, named)
     if grid is not None:
-        print(f"takes scales and offsets from {grid}, which training ended on")
+        distilled = bool(Grid.load(grid).codes)
+        what = "codes and distilled scales" if distilled else "scales and offsets"
+        print(f"takes {what} from {grid}, which {'a run has left' if distilled else 'training ended on'}")
     elif curvature is not None:
         print(f"weights the fit by {curvature}")
     else:
         print("no curvature file: errors in all columns count equally")
-    batches = _batches(options) if options.distill_steps else None  # found before hours of packing, not after
-    out = Path(options.out)
-    undistilled = out.with_name(f".{out.name}.undistilled")
-    quantize_checkpoint(
-        options.checkpoint,
-        plan,
-        undistilled if options.distill_steps else out,
-        non_expert_bits=options.non_expert_bits,
-        curvature=curvature,
-        grid=grid,
-        statistics=statistics,
-        workers=options.workers,
-        max_shard_size=options.max_shard_size,
-    )
-    if options.distill_steps:
-        try:
-            _distill(options, undistilled, batches)
-        finally:
-            shutil.rmtree(undistilled)
+    how = {key: getattr(options, key) for key in ("non_expert_bits", "workers", "max_shard_size")}
+    known: dict[str, Any] = {"curvature": curvature, "statistics": statistics}
+    if not options.distill_steps:
+        quantize_checkpoint(options.checkpoint, plan, options.out, grid=grid, **known, **how)
+    else:
+        _distill(options, plan, known, how)
     after = Checkpoint(options.out)
     sizes = f"{source.nbytes / 1e6:.2f} MB -> {after.nbytes / 1e6:.2f} MB"
     bits = after.stored_bits_per_expert_weight(plan)
@@ -83,12 +73,21 @@ def _check_statistics(options: argparse.Namespace) -> None:
     """Raises `ValueError` for options that do not go together, and `OSError` if the file could not be written."""
     if options.statistics is not None and options.statistics_batches is not None:
         raise ValueError("--statistics and --statistics-batches are two sources of one thing; give one")
-    if options.distill_steps is not None and (options.grid or existing("grid", options.plan)):
-        raise ValueError("--distill-steps would change the grid that training has ended on; leave one of them out")
+    if options.distill_steps is not None and (grid := _grid(options)) is not None:
+        raise ValueError(
+            f"--distill-steps would change the scales of {str(grid)!r}, which a run has ended on or distilled; leave "
+            "it out, or the grid (--grid none)"
+        )
     if options.save_statistics is not None:
         if options.statistics_batches is None:
             raise ValueError("--save-statistics keeps what --statistics-batches collects; give that too")
         check_writable(options.save_statistics)
+
+
+def _grid(options: argparse.Namespace) -> str | Path | None:
+    """The grid that is named, or stands beside the plan."""
+    given = options.grid or existing("grid", options.plan)
+    return None if given == "none" else given
 
 
 def _statistics(
@@ -97,7 +96,7 @@ def _statistics(
     """Of the file that is named or stands beside the plan, or collected now; a grid leaves nothing to round."""
     if grid is not None:
         if given is not None or options.statistics_batches is not None:
-            print("statistics are not used: training has ended on a grid, which is packed as it is")
+            print("statistics are not used: codes and scales are those of the grid")
         return None
     if options.statistics_batches is not None:
         return _collected(options, plan)
@@ -137,18 +136,23 @@ def _batches(options: argparse.Namespace) -> Any:
     return data_of(options, options.checkpoint).train_dataloader()
 
 
-def _distill(options: argparse.Namespace, packed: Path, batches: Any) -> None:
-    """Trains the scales of what was packed on training batches."""
-    found = distill_checkpoint(
-        options.checkpoint,
-        packed,
-        options.out,
-        batches,
-        steps=options.distill_steps,
-        through=options.distill_through,
-        max_shard_size=options.max_shard_size,
-    )
-    print(f"distilled scales over {options.distill_steps} training batches of {dataset_name(options)}")
+def _distill(options: argparse.Namespace, plan: PrecisionPlan, known: dict[str, Any], how: dict[str, Any]) -> None:
+    """Quantizes, and trains the scales on training batches; ``known`` and ``how`` go to `quantize_checkpoint`."""
+    batches = _batches(options)  # found before hours of packing, not after
+    source, out, steps = options.checkpoint, Path(options.out), options.distill_steps
+    if options.distill_through == "layers":
+        grid, found = distill_streamed(source, plan, batches, steps=steps, **known)
+        quantize_checkpoint(source, plan, out, grid=grid, **how)
+    else:
+        undistilled, shards = out.with_name(f".{out.name}.undistilled"), how["max_shard_size"]
+        quantize_checkpoint(source, plan, undistilled, **known, **how)
+        try:
+            found = distill_checkpoint(
+                source, undistilled, out, batches, steps=steps, through="logits", max_shard_size=shards
+            )
+        finally:
+            shutil.rmtree(undistilled)
+    print(f"distilled scales over {steps} training batches of {dataset_name(options)}")
     print(found.described())
 
 
@@ -207,7 +211,10 @@ def add_to(commands: Commands) -> None:
         help="weights the fit (default: x.curvature.safetensors beside the plan, if any)",
     )
     command.add_argument(
-        "--grid", metavar="FILE", help="PrecisionAnneal's grid (default: x.grid.safetensors beside the plan, if any)"
+        "--grid",
+        metavar="FILE",
+        help="PrecisionAnneal's grid, or the codes and scales that a run has distilled (default: x.grid.safetensors "
+        "beside the plan, if there; none: leave them out)",
     )
     command.add_argument(
         "--statistics",
@@ -234,15 +241,15 @@ def add_to(commands: Commands) -> None:
         "--distill-steps",
         type=positive,
         metavar="N",
-        help="then train scales and offsets, codes kept, on N training batches of --dataset, towards the float model; "
-        "takes both models in memory (100 to 300 do most of it)",
+        help="train scales and offsets, codes kept, on N training batches of --dataset, towards the float model "
+        "(100 to 300 do most of it); one layer in memory at a time",
     )
     command.add_argument(
         "--distill-through",
         choices=["layers", "logits"],
         default="layers",
-        help="towards the output of each layer of experts (default), or towards the predictions, which takes a "
-        "backward pass through the whole model",
+        help="towards the output of each layer of experts (default), or towards the predictions, which takes both "
+        "models in memory and a backward pass through the whole model",
     )
     command.add_argument(
         "--workers",

@@ -31,6 +31,7 @@ from ..errors import MoEPrecisionError
 from ..files import save_tensors
 from ..plans.beside import existing
 from ..plans.plan import PrecisionPlan
+from ..quantize.codec.grid import Grid
 from ..recording.planned_weights import check_plan_is_for
 from . import export, plan_of_checkpoint
 
@@ -81,7 +82,8 @@ def quantize_with_auto_round(
         raise ValueError("blocks of text have several lengths; expected one, since AutoRound leaves shorter ones out")
     source = Checkpoint(checkpoint)
     check_quantizing(source, out, plan)
-    annealed = not isinstance(plan, PrecisionPlan) and existing("grid", plan) is not None  # from other weights than now
+    grid = None if isinstance(plan, PrecisionPlan) else existing("grid", plan)
+    annealed = grid is not None and not Grid.load(grid).codes  # the plan is from other weights than now
     plan = plan if isinstance(plan, PrecisionPlan) else PrecisionPlan.load(plan)
     plan = plan.for_model(source.meta_model(), {layer.name: layer.shape for layer in source.layers(plan.patterns)})
     if not annealed:

@@ -63,7 +63,7 @@ class PlanFiles:
 
     @property
     def grid(self) -> Path:
-        """The grid that training ended on, ``x.grid.safetensors``."""
+        """The grid that training ended on, or codes and distilled scales, ``x.grid.safetensors``."""
         return self.path("grid")
 
     @property

@@ -44,8 +44,8 @@ class PlanQuantizationConfig(QuantizationConfigMixin):
             what the family keeps in float32 always keep their precision. None, the default, quantizes experts only.
         curvature: `Curvature`, or the path of its file: errors in input columns where the loss is curved count more in
             the fit. It changes values, not sizes, and is not needed again for loading.
-        grid: `Grid`, or the path of its file: scales and offsets that training with `PrecisionAnneal` ended on;
-            nothing is fitted then.
+        grid: `Grid`, or the path of its file: scales and offsets that training with `PrecisionAnneal` ended on, or
+            codes and distilled scales (``RouterNormMonitor(distill_steps=100)``); nothing is fitted then.
         statistics: `ExpertStatistics`, or the path of their file: the fit rounds under the second moments of the
             experts' inputs, which loses a fraction of what it loses without. They change values, not sizes, and are not
             needed again for loading.

@@ -7,27 +7,33 @@ text suffice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 from tqdm import tqdm
 
 from ..layers.module_tree import modes_kept, root_model
-from ..layers.moe_layers import find_moe_layers
+from ..layers.moe_layers import MoELayer, find_moe_layers
+from ..plans.plan import PrecisionPlan
 from ..recording.batches import run_batch
+from ..recording.curvature import Curvature
 from ..recording.loads import not_counted
-from ..recording.padding import Padding
-from .trainable import DistillError, TrainableScales, check_routers
+from ..recording.router_norms import norms_by_layer
+from ..recording.statistics import ExpertStatistics
+from .codec.grid import Grid
+from .distances import Step, through_layers, through_logits
+from .distillable import check_routers
+from .replace import find_targets
+from .trainable import DistillError, TrainableScales
 
+T = TypeVar("T")  # a batch, or its forward pass
 Through = Literal["layers", "logits"]
 STEPS = 100
 RATE = 5e-3  # of Adam, falling to 0 in a straight line; relative to each scale
@@ -101,152 +107,162 @@ def distill_scales(
         >>> distilled.errors["model.layers.0.mlp"][1] < distilled.errors["model.layers.0.mlp"][0]
         True
     """
-    if steps < 1 or not rate > 0 or through not in ("layers", "logits"):
-        raise DistillError(
-            f"expected at least 1 step, a positive rate, and through='layers' or 'logits'; got {steps}, {rate} and "
-            f"{through!r}"
-        )
+    check_steps(steps, rate)
+    if through not in ("layers", "logits"):
+        raise DistillError(f"expected through='layers' or 'logits', got {through!r}")
     layers = find_moe_layers(model, **patterns)
-    scales = [TrainableScales(layer, packed) for layer in layers]
+    scales = [TrainableScales.of_packed(layer, packed) for layer in layers]
     check_routers(layers, packed)
-    matrices = [matrix for one in scales for matrix in one.matrices]
-    if not matrices:
-        raise DistillError("no expert of the packed model is at 1 to 8 bits: there are no scales to distill")
-    taken = list(islice(batches, _CHECKED + steps))
+    if through == "layers":
+        passes = (partial(run_batch, model, batch) for batch in batches)
+        found = _trained(model, scales, passes, through_layers, steps, rate)
+    else:
+        found = _trained(model, scales, batches, through_logits, steps, rate)
+    for matrix in (matrix for one in scales for matrix in one.matrices):
+        matrix.put()
+    return found
+
+
+def distilled_grid(
+    model: nn.Module,
+    layers: list[MoELayer],
+    plan: PrecisionPlan,
+    passes: Iterable[Step],
+    *,
+    steps: int = STEPS,
+    rate: float = RATE,
+    curvature: Curvature | None = None,
+    statistics: ExpertStatistics | None = None,
+) -> tuple[Grid, Distilled]:
+    """Quantizes experts and distills their scales by layer, without a second model and without changing this one.
+
+    What comes out is what `distill_scales` makes of a packed copy of the model, on the same batches. See `memory_bytes`
+    for what it takes.
+
+    Args:
+        model: The float model, or what is around it.
+        layers: Its layers.
+        plan: The plan, in the layers' names.
+        passes: Forward passes of batches through the model; of fewer than are needed, all are taken again.
+        steps: As in `distill_scales`.
+        rate: As in `distill_scales`.
+        curvature: As in `quantize_model`.
+        statistics: As in `quantize_model`.
+
+    Returns:
+        The grid, with codes, and what distilling has changed.
+
+    Raises:
+        DistillError: There is no batch, or no expert is below 16 bits, or a layer is not called.
+    """
+    listed = find_targets(root_model(model), layers, plan, None, curvature, None, statistics)
+    targets = {target.parameter: target for target in listed}
+    scales = [TrainableScales.fitted(layer, targets, plan.group_size) for layer in layers]
+    found = _trained(model, scales, passes, through_layers, steps, rate)
+    grid = Grid(plan, router_norms=norms_by_layer(layers))
+    for one in scales:
+        take_in(grid, one)
+    return grid, found
+
+
+def memory_bytes(layers: list[MoELayer], bits: int, group_size: int) -> int:
+    """Bytes that `distilled_grid` takes beside the model where experts have ``bits`` bits.
+
+    These are all codes, and for every group its scale and offset, before and now, a factor and a shift, their gradients
+    and Adam's two means of each; and five float copies of the experts of one layer, gradients included.
+    """
+    weights = [layer.num_experts * sum(out * inp for out, inp in layer.projections.values()) for layer in layers]
+    return sum(weights) * bits // 8 + sum(weights) // group_size * 12 * 4 + 5 * 4 * max(weights)
+
+
+def take_in(grid: Grid, scales: TrainableScales) -> None:
+    """Puts codes and scales of a layer into a grid."""
+    held = {name: scales.held(name, grid.plan.group_size) for name in scales.layer.banks}
+    for kind in ("scales", "offsets", "codes", "sums"):
+        getattr(grid, kind)[scales.unit] = {name: one[kind] for name, one in held.items()}
+
+
+def check_steps(steps: int, rate: float) -> None:
+    """Raises `DistillError` for numbers that make no sense."""
+    if steps < 1 or not rate > 0:
+        raise DistillError(f"expected at least 1 step and a positive rate, got {steps} and {rate}")
+
+
+def split(items: Iterable[T], steps: int) -> tuple[list[T], list[T]]:
+    """What the result is measured on, and what is trained on; the same where there are fewer than four.
+
+    Raises:
+        DistillError: There is none.
+    """
+    taken = list(islice(items, _CHECKED + steps))
     if not taken:
         raise DistillError("there is no batch to distill on")
     checked = taken[: min(_CHECKED, len(taken) // 4)] or taken
-    source = cycle(taken[len(checked) :] or taken)
-    run = _through_layers if through == "layers" else _through_logits
+    return checked, taken[len(checked) :] or taken
+
+
+def train_scales(
+    model: nn.Module,
+    scales: list[TrainableScales],
+    before: Iterable[T],
+    trained: Collection[T],
+    after: Iterable[T],
+    run: Callable[[nn.Module, list[TrainableScales], Iterable[T], torch.optim.Optimizer | None], dict[str, float]],
+    rate: float,
+) -> Distilled:
+    """Trains scales, and stores them unless nothing is better with them.
+
+    Args:
+        model: The float model.
+        scales: Of its layers.
+        before: What ``run`` measures first.
+        trained: What it takes a step on, each.
+        after: What it measures at the end.
+        run: `through_layers` or `through_logits`.
+        rate: At the first step.
+    """
+    matrices = [matrix for one in scales for matrix in one.matrices]
     with modes_kept(model), _frozen(model), not_counted():
         model.eval()
-        before = run(model, scales, checked, None)
+        errors = run(model, scales, before, None)
         states = [one.state() for one in scales]
+        steps = len(trained)
         optimizer = torch.optim.Adam([tensor for one in scales for tensor in one.parameters], lr=rate)
         falling = LinearLR(optimizer, 1.0, 1 / steps, max(steps - 1, 1))
-        with tqdm(total=steps, desc="distilling", unit="batch", disable=None) as bar:
-            for _ in range(steps):
-                run(model, scales, [next(source)], optimizer)
+        what = f"distilling {scales[0].unit}" if len(scales) == 1 else "distilling"
+        with tqdm(total=steps, desc=what, unit="batch", disable=None) as bar:
+            for item in trained:
+                run(model, scales, [item], optimizer)
                 falling.step()
                 bar.update()
         for matrix in matrices:
             matrix.store()
-        after = run(model, scales, checked, None)
-        kept = [name for name in before if not after[name] < before[name]]
-        for one, state in zip(scales, states, strict=True):
-            if one.unit in kept or "logits" in kept:
-                one.go_back(state)
-        if kept:  # what is put into the model is what is reported
-            after = before if len(kept) == len(before) else run(model, scales, checked, None)
-    for matrix in matrices:
-        matrix.put()
-    return Distilled({name: (before[name], after[name]) for name in before}, kept)
+        found = run(model, scales, after, None)
+    kept = [name for name in errors if not found[name] < errors[name]]
+    for one, state in zip(scales, states, strict=True):
+        if one.unit in kept or "logits" in kept:
+            one.go_back(state)
+    return Distilled({name: (errors[name], found[name]) for name in errors}, kept)
 
 
-def _through_layers(
-    model: nn.Module, scales: list[TrainableScales], batches: Iterable[Any], optimizer: torch.optim.Optimizer | None
-) -> dict[str, float]:
-    """Relative squared error of every layer's output on some batches; with an optimizer, each of them is a step."""
-    errors = {one.unit: 0.0 for one in scales}
-    squares = dict(errors)
-    padding = Padding()
-    inside = False  # of a hook, whose own call of the module must not be watched
-
-    def watch(one: TrainableScales, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        nonlocal inside
-        if inside:
-            return None
-        inside = True
-        try:
-            with torch.set_grad_enabled(optimizer is not None):
-                prefix = f"{one.unit}." if one.unit else ""
-                weights = {name.removeprefix(prefix): weight for name, weight in one.weights().items()}
-                packed = functional_call(module, weights, args, kwargs)
-                target, found = _rows(output), _rows(packed)
-                real = padding.real(one.unit, len(target))
-                if real is not None:
-                    target, found = target[real], found[real]
-                error = (found.float() - target.float()).square().sum()
-                if optimizer is not None:
-                    error.backward()
-        finally:
-            inside = False
-        errors[one.unit] += float(error.detach())
-        squares[one.unit] += float(target.float().square().sum())
-        return _detached(packed)
-
-    handles = [
-        model.get_submodule(one.unit).register_forward_hook(partial(watch, one), with_kwargs=True) for one in scales
-    ]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                padding.see(batch if isinstance(batch, Mapping) else {})
-                run_batch(model, batch)
-                if optimizer is not None:
-                    optimizer.step()
-                    optimizer.zero_grad()
-    finally:
-        for handle in handles:
-            handle.remove()
-    unseen = [name for name, square in squares.items() if square == 0]
-    if unseen:
-        raise DistillError(f"the output of {unseen} is not seen, or is 0: are these layers called by this model?")
-    return {name: errors[name] / squares[name] for name in errors}
-
-
-def _through_logits(
-    model: nn.Module, scales: list[TrainableScales], batches: Iterable[Any], optimizer: torch.optim.Optimizer | None
-) -> dict[str, float]:
-    """Mean KL(float || packed) on some batches; with an optimizer, each of them is a step."""
-    total, tokens = 0.0, 0
-    for batch in batches:
-        with torch.no_grad():
-            target = _logits(model, run_batch(model, batch), batch)
-        with torch.set_grad_enabled(optimizer is not None):
-            weights = {name: weight for one in scales for name, weight in one.weights().items()}
-            found = _logits(model, run_batch(model, batch, weights), batch)
-            kl = F.kl_div(found.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True)
-            if optimizer is not None:
-                (kl / len(target)).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        total, tokens = total + float(kl.detach()), tokens + len(target)
-    return {"logits": total / tokens}
-
-
-def _logits(model: nn.Module, output: Any, batch: Any) -> Tensor:
-    """Of the tokens that count, ``(tokens, vocabulary)`` float32."""
-    logits = output.logits if hasattr(output, "logits") else output
-    if not isinstance(logits, Tensor):
-        raise DistillError(f"the model returns {type(output).__name__}, expected logits or an output that has them")
-    mask = None
-    if isinstance(batch, Mapping):
-        both = getattr(getattr(root_model(model), "config", None), "is_encoder_decoder", False)
-        labels, mask = batch.get("labels"), batch.get("decoder_attention_mask" if both else "attention_mask")
-        if mask is None or mask.shape != logits.shape[:-1]:  # an encoder's input is often of another length
-            mask = None if labels is None else labels != -100
-    flat = logits.flatten(0, -2).float()
-    if mask is None or mask.numel() != len(flat):
-        return flat
-    return flat[mask.flatten().to(flat.device, torch.bool)]
-
-
-def _rows(output: Any) -> Tensor:
-    """A module's output, or the first activations in it, ``(rows, width)``."""
-    parts = (output,) if isinstance(output, Tensor) else output
-    found = next((x for x in parts if isinstance(x, Tensor) and x.is_floating_point()), None)
-    if found is None:
-        raise DistillError(
-            f"a layer returns {type(output).__name__}, expected a tensor or a tuple that begins with one"
-        )
-    return found.reshape(-1, found.shape[-1])
-
-
-def _detached(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output.detach()
-    return tuple(_detached(one) for one in output) if isinstance(output, tuple) else output
+def _trained(
+    model: nn.Module, scales: list[TrainableScales], items: Iterable[T], run: Any, steps: int, rate: float
+) -> Distilled:
+    """`train_scales` on the first of the items, measured on others; layers that are put back count in the report."""
+    scales = [one for one in scales if one.matrices]  # a layer at 16 bits is the float one
+    if not scales:
+        raise DistillError("no expert of the packed model is at 1 to 8 bits: there are no scales to distill")
+    checked, trained = split(items, steps)
+    found = train_scales(model, scales, checked, list(islice(cycle(trained), steps)), checked, run, rate)
+    if not found.kept:
+        return found
+    before = {name: first for name, (first, _) in found.errors.items()}
+    after = before  # what is put into the model is what is reported
+    if len(found.kept) < len(before):
+        with modes_kept(model), _frozen(model), not_counted():
+            model.eval()
+            after = run(model, scales, checked, None)
+    return Distilled({name: (before[name], after[name]) for name in before}, found.kept)
 
 
 @contextmanager

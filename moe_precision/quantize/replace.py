@@ -23,7 +23,7 @@ from ..plans.plan import PrecisionPlan
 from ..plans.widths import check_group_size
 from ..recording.curvature import Curvature
 from ..recording.statistics import ExpertStatistics
-from .codec.fitting import Fit, quantize_matrix, quantize_on_grid
+from .codec.fitting import Fit, quantize_matrix
 from .codec.grid import Grid
 from .codec.guided import fit_of
 from .modules import PackedLinear, PackedProjection, check_implementation, sentinel
@@ -177,8 +177,7 @@ def _fit(
 ) -> Fit:
     """How one expert matrix is quantized: on a given grid, or fitted by what is known of it."""
     if grid is not None:
-        given = grid.scales[layer][projection][expert], grid.offsets[layer][projection][expert]
-        return partial(quantize_on_grid, grid=given)
+        return grid.fit_of(layer, projection, expert)
     return fit_of(layer, projection, expert, curvature, statistics)
 
 

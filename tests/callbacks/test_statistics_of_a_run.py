@@ -199,7 +199,9 @@ def test_without_curvature_the_default_is_the_papers_rule(tmp_path):
 def test_a_method_that_needs_statistics_is_refused_before_training_where_none_are_collected(tmp_path, monkeypatch):
     monkeypatch.setattr(statistics_recorder, "AUTOMATIC_BYTES", 1000)
     module = Module()
-    with pytest.raises(ValueError, match="the method needs expert statistics, and none are collected: their file"):
+    with pytest.raises(
+        ValueError, match="method 'statistics' needs expert statistics, and none are collected: their file"
+    ):
         trainer(tmp_path, monitor(method="statistics")).fit(module, data())
     assert not module.norms
     with pytest.raises(ValueError, match="method 'statistics' needs expert statistics, which are not there when"):

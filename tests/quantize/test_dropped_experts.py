@@ -87,7 +87,7 @@ def test_distilled_scales_know_that_experts_are_gone():
     model, given, data = observed("mixtral")
     plan = plan_for(model, bits=2)
     packed = quantize_model(copy.deepcopy(model), plan, statistics=given["statistics"])
-    weights = TrainableScales(find_moe_layers(model)[0], packed).weights()
+    weights = TrainableScales.of_packed(find_moe_layers(model)[0], packed).weights()
     for name, weight in weights.items():
         assert [bool(matrix.any()) for matrix in weight] == [e not in DROPPED for e in range(8)], name
     distilled = distill_scales(packed, model, data, steps=8)

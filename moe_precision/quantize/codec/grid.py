@@ -1,6 +1,8 @@
-"""A grid that training ends on: scale and offset of every group of every expert matrix, fixed; only codes still move.
+"""A grid that training ends on: scale and offset of every group of every expert matrix, fixed.
 
 While training anneals, every forward pass uses the nearest weights on the grid. The quantize step packs exactly these.
+Where scales were distilled after training, the grid holds the codes too: those were rounded under statistics, which are
+not the nearest.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,15 +25,18 @@ from ...plans.plan import PrecisionPlan
 from ...plans.widths import DROPPED, PlanError
 from ...recording.curvature import Curvature
 from ...recording.router_norms import check_same_weights
-from .fitting import codes_on_grid, quantize_matrix
+from .fitting import Fit, Quantized, codes_on_grid, quantize_matrix, quantize_on_grid
+from .packing import unpack
 
 _CHUNK = 1 << 19  # weights at a time: their float32 stays in cache
+_SAME = 0.01  # of a row's norm, by which its sum may differ: a half-precision dtype changes it by less than 0.003
 
 
 class GridError(MoEPrecisionError, ValueError):
     """A grid that is damaged, or belongs to another plan or to other weights."""
 
 
+_NESTED = ("scales", "offsets", "codes", "sums")  # the last two go together
 _FILE = TensorFile("moe-precision-grid", 2, GridError, "grid")  # 1 held a plan of format 1
 
 
@@ -43,12 +49,18 @@ class Grid:
         scales: Layer name -> projection -> ``(E, out, in / group)`` float16.
         offsets: Layer name -> projection -> ``(E, out, in / group)`` float16.
         router_norms: Layer name -> ``(E,)`` float32 when it was saved, which identify the weights that it belongs to.
+        codes: Layer name -> projection -> ``(bytes,)`` uint8: the packed codes of all experts below 16 bits, one after
+            the other; empty where codes are the nearest.
+        sums: Layer name -> projection -> ``(E, out)`` float32: sums of the rows of the float weights that the codes are
+            of; empty without codes.
     """
 
     plan: PrecisionPlan
     scales: Nested = field(default_factory=dict)
     offsets: Nested = field(default_factory=dict)
     router_norms: dict[str, Tensor] = field(default_factory=dict)
+    codes: Nested = field(default_factory=dict)
+    sums: Nested = field(default_factory=dict)
 
     @classmethod
     def fit(cls, layers: list[MoELayer], plan: PrecisionPlan, curvature: Curvature | None = None) -> Grid:
@@ -94,20 +106,36 @@ class Grid:
             raise GridError("the grid belongs to another plan: widths or group size differ; give the plan beside it")
         if change is None or change.equal:
             return self
-        return Grid(plan, change.keys(self.scales), change.keys(self.offsets), change.keys(self.router_norms))
+        nested = {name: change.keys(getattr(self, name)) for name in _NESTED if getattr(self, name)}
+        return Grid(plan, router_norms=change.keys(self.router_norms), **nested)
+
+    def fit_of(self, layer: str, projection: str, expert: int) -> Fit:
+        """How one matrix is quantized: its codes are those that are held, or else the nearest."""
+        given = self.scales[layer][projection][expert], self.offsets[layer][projection][expert]
+        if not self.codes:
+            return partial(quantize_on_grid, grid=given)
+        layer_plan = self.plan.layers[layer]
+        out, inp = layer_plan.shape.projections[projection]
+        sizes = [0 if bits == 16 else out * inp * bits // 8 for bits in layer_plan.projection_bits[projection]]
+        start = sum(sizes[:expert])
+        packed = self.codes[layer][projection][start : start + sizes[expert]].view(out, -1)
+        return partial(_kept, packed, self.sums[layer][projection][expert], given)
 
     def check_router_norms(self, norms: dict[str, Tensor], what: str = "grid") -> None:
         """Raises `GridError` if router norms show that it belongs to other weights; see `check_same_weights`."""
         check_same_weights(self.router_norms, norms, what, GridError)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes safetensors: ``scales/<layer>/<projection>``, ``offsets/...``, ``router_norms/<layer>``, and the plan.
+        """Writes safetensors: ``scales/<layer>/<projection>``, ``offsets/...``, ``router_norms/<layer>``, and the plan;
+        with codes also ``codes/...`` and ``sums/...``.
 
         Raises:
             OSError: The file cannot be written; an existing one is left as it was.
         """
-        tensors = named("scales", self.scales) | named("offsets", self.offsets)
-        _FILE.save(path, tensors | named("router_norms", self.router_norms), plan=self.plan.to_dict())
+        tensors = named("router_norms", self.router_norms)
+        for kind in _NESTED:
+            tensors |= named(kind, getattr(self, kind))
+        _FILE.save(path, tensors, plan=self.plan.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Grid:
@@ -123,8 +151,36 @@ class Grid:
         except PlanError as error:
             raise file.damaged(str(error)) from error
         layers = {name: layer.shape for name, layer in plan.layers.items()}
-        scales, offsets = file.nested("scales", layers), file.nested("offsets", layers)
-        return cls(plan, scales, offsets, file.by_layer("router_norms", layers))
+        kept = any(name.startswith("codes/") for name in file.tensors)
+        nested = {kind: file.nested(kind, layers) for kind in _NESTED[: 4 if kept else 2]}
+        for name, layer in plan.layers.items() if kept else ():
+            for projection, (out, inp) in layer.shape.projections.items():
+                widths = layer.projection_bits[projection]
+                size = sum(out * inp * bits // 8 for bits in widths if bits != 16)
+                file.tensor(f"codes/{name}/{projection}", (size,))
+                file.tensor(f"sums/{name}/{projection}", (len(widths), out))
+                for kind in ("scales", "offsets"):
+                    file.tensor(f"{kind}/{name}/{projection}", (len(widths), out, inp // plan.group_size))
+        return cls(plan, router_norms=file.by_layer("router_norms", layers), **nested)
+
+
+def _kept(
+    packed: Tensor, sums: Tensor, grid: tuple[Tensor, Tensor], weight: Tensor, bits: int, group_size: int
+) -> Quantized:
+    """Codes that are held, for the weight that they are of.
+
+    Raises:
+        ValueError: The weight is another one.
+    """
+    away = (weight.float().sum(1) - sums.to(weight.device)).abs()
+    if not (away <= _SAME * weight.float().norm(dim=1)).all():
+        raise ValueError(
+            f"the codes of a weight of shape {tuple(weight.shape)} are those of another one: the experts were changed "
+            "after their scales had been distilled. Leave that grid out (--grid none), and distill again "
+            "(--distill-steps)"
+        )
+    scale, offset = (tensor.to(weight.device) for tensor in grid)
+    return unpack(packed, bits).to(weight.device), scale, offset
 
 
 def on_grid(weight: Tensor, bits: Sequence[int], scale: Tensor, offset: Tensor, out: Tensor | None = None) -> Tensor:

@@ -8,5 +8,6 @@ shards by their checksums and continues with the others (`resume`).
 
 from .distilled import distill_checkpoint
 from .job import quantize_checkpoint
+from .streamed import distill_streamed
 
-__all__ = ["distill_checkpoint", "quantize_checkpoint"]
+__all__ = ["distill_checkpoint", "distill_streamed", "quantize_checkpoint"]

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging
 
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.headers import CheckpointError
@@ -24,9 +16,8 @@ from ...files import save_tensors
 from ..checksums import metadata
 from ..config import PlanQuantizationConfig
 from ..hf import PlanHfQuantizer
+from .parts import forget, read
 from .shards import Shard
-
-_ERROR = re.compile(r"^([\w.]+Error)(?:: (.+))?$", re.MULTILINE)  # the line of a traceback that names the error
 
 
 class Packer:
@@ -66,17 +57,11 @@ class Packer:
             raise CheckpointError(f"{str(self.checkpoint.folder)!r} lacks {lost}")
         self.quantization.check_weights(self.quantizer.layers)
         for router in routers:
-            _forget(self.model, router)
+            forget(self.model, router)
 
-    @torch.no_grad()
     def _read(self, names: set[str]) -> None:
         """Loads some tensors of the checkpoint into the model, converted and packed."""
-        tensors = {name: self.checkpoint.slice(name) for name in names}
-        with _quiet():
-            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, self._load)
-        problems = _problems(info)
-        if problems:
-            raise CheckpointError(f"{str(self.checkpoint.folder)!r} cannot be quantized: {problems[0]}")
+        read(self.model, self.checkpoint, names, self._load, "quantized")
 
     def write(self, shard: Shard, folder: Path, job: str) -> None:
         """Reads, packs and writes one shard.
@@ -92,34 +77,4 @@ class Packer:
             raise CheckpointError(f"{str(self.checkpoint.folder)!r} lacks {empty}")
         save_tensors(packed, folder / shard.file, {"format": "pt", **metadata(packed, self.quantization.digest(), job)})
         for name in shard.tensors:
-            _forget(self.model, name)
-
-
-def _problems(info: Any) -> list[Any]:
-    """What transformers could not load; it keeps errors, out of memory included, as the text of a traceback."""
-    failed = []
-    for text in info.conversion_errors.values():
-        errors = _ERROR.findall(text)
-        failed.append(errors[-1][1] or errors[-1][0] if errors else text.strip())
-    return [*failed, *info.mismatched_keys, *info.error_msgs]
-
-
-def _forget(model: nn.Module, name: str) -> None:
-    """Moves one tensor of a model back to the meta device."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    tensor = getattr(module, leaf)
-    empty = tensor.detach().to("meta")
-    setattr(module, leaf, nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Turns off transformers' own bar for every shard."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+            forget(self.model, name)

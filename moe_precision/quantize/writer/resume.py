@@ -48,7 +48,7 @@ def _tensors_of(given: PlanQuantizationConfig) -> list[dict[str, Tensor]]:
     """All tensors that a fit depends on."""
     curvature, grid, statistics = given.curvature, given.grid, given.statistics
     kinds = [] if curvature is None else [curvature.rows, curvature.columns]
-    kinds += [] if grid is None else [grid.scales, grid.offsets]
+    kinds += [] if grid is None else [grid.scales, grid.offsets, grid.codes]
     kinds += [] if statistics is None else [statistics.diagonals, statistics.correlations]
     found = [{f"{layer}.{p}": t for layer, of in kind.items() for p, t in of.items()} for kind in kinds]
     return found if statistics is None else [*found, statistics.tokens]
