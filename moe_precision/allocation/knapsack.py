@@ -252,7 +252,7 @@ def _caps(
     tokens: Mapping[str, Sequence[float]] | None,
 ) -> list[Cap]:
     """How many experts of each layer may be dropped; ``allowed`` then forbids it for those that were hardly seen."""
-    if tokens is None:
+    if tokens is None or not tokens.keys() >= layers.keys():
         raise AllocationError("0 bits drop an expert, which needs the tokens of expert statistics")
     of_layer: dict[str, list[int]] = {name: [] for name in layers}
     for row, matrices in enumerate(units):
@@ -263,7 +263,7 @@ def _caps(
     caps = []
     for name, rows in of_layer.items():
         experts = layers[name].num_experts
-        most = min(int(settings.max_dropped * experts), experts - (layers[name].top_k or 1))
+        most = min(int(exact(settings.max_dropped) * experts), experts - (layers[name].top_k or 1))
         caps.append(Cap(np.array(rows), 0, most))
     return caps
 
