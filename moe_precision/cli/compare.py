@@ -181,8 +181,8 @@ def add_to(commands: Commands) -> None:
         "--calibration-batches",
         type=count,
         default=4,
-        help="training batches on which costs are calibrated and the sensitivity of every expert matrix at every level is "
-        "measured, which is slow (default 4; 0 leaves both out)",
+        help="training batches on which costs are calibrated and the sensitivity of every expert matrix at every level "
+        "is measured, which is slow (default 4; 0 leaves both out)",
     )
     command.add_argument(
         "--rouge-examples", type=count, default=32, help="documents to summarize, sequence-to-sequence (default 32)"
