@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -104,9 +104,12 @@ def choose(
     cost = float(np.take_along_axis(costs, index[:, None], axis=1).sum())
     within = int(np.take_along_axis(sizes, index[:, None], axis=1).sum()) <= budget
     within &= all(int((index[cap.units] == cap.choice).sum()) <= cap.most for cap in caps)
-    if not within or cost > fallback.cost:
+    if not within:
         return fallback
-    return Choice(index, cost, float(found.mip_gap or 0.0))
+    gap = float(found.mip_gap or 0.0)
+    if cost > fallback.cost:  # by rounding, or after the time limit: the gap of a better choice is no larger
+        return replace(fallback, gap=min(gap, fallback.gap))
+    return Choice(index, cost, gap)
 
 
 def _within_caps(costs: np.ndarray, allowed: np.ndarray, caps: Sequence[Cap]) -> np.ndarray:

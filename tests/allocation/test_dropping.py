@@ -2,13 +2,15 @@
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
 from moe_precision import AllocationError, PlanSettings, PrecisionPlan, allocate, find_moe_layers, replan
+from moe_precision.allocation import knapsack
 from moe_precision.allocation.calibration import Calibration, calibrate_dropping, calibrated_costs
 from moe_precision.allocation.costs import expert_costs
-from moe_precision.allocation.knapsack import least_cost_bits
+from moe_precision.allocation.knapsack import Choice, choose, least_cost_bits
 from moe_precision.judging.simulation import SimulatedExperts
 from moe_precision.layers.shape import LayerShape
 from moe_precision.plans.widths import stored_bits_per_weight
@@ -188,3 +190,11 @@ def test_another_budget_leaves_something_else_over(known):
     del data["layers"][LAYER]["signals"]["tokens"]
     with pytest.raises(AllocationError, match="needs the tokens of expert statistics"):
         replan(PrecisionPlan.from_dict(data), average_bits=1)
+
+
+def test_a_proven_choice_has_no_gap(monkeypatch):
+    costs, sizes = np.array([[4.0, 1.0, 0.0]] * 2), np.array([[0, 2, 4]] * 2)
+    given = Choice(np.array([1, 1]), 2.0 - 1e-15, 0.3)  # as good up to rounding, with the bound of the relaxed problem
+    monkeypatch.setattr(knapsack, "greedy", lambda *args: given)
+    found = choose(costs, sizes, 4)
+    assert (found.index.tolist(), found.gap) == ([1, 1], 0.0)
