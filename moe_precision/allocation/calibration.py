@@ -211,7 +211,9 @@ def calibrated_costs(
 def calibrate_dropping(layer: MoELayer, costs: dict[str, Tensor], index: int, calibration: Calibration) -> None:
     """Scales what the absence of experts costs: the cheaper half of a layer's experts is dropped for a moment.
 
-    All of them together would leave nothing of the layer, which no plan does.
+    All of them together would leave nothing of the layer, which no plan does. Experts whose absence costs nothing,
+    since they never had a gradient, tell nothing. Where no token of the calibration meets the cheaper half, more
+    experts are dropped with it: a scale of 0 would make every absence free.
 
     Args:
         layer: Its experts get their weights back.
@@ -220,17 +222,28 @@ def calibrate_dropping(layer: MoELayer, costs: dict[str, Tensor], index: int, ca
         calibration: Of the same model.
     """
     absent = [of[:, index] for of in costs.values()]  # (E,) each
-    cheaper = torch.stack(absent).sum(0).argsort(stable=True)[: layer.num_experts // 2].tolist()
-    live = [bank.read(expert) for bank in layer.banks.values() for expert in cheaper]
+    total = torch.stack(absent).sum(0)
+    able = [expert for expert in total.argsort(stable=True).tolist() if total[expert] > 0]
+    gone = able[: max(1, len(able) // 2)]
+    measured = _divergence_without(layer, gone, calibration)
+    while measured == 0 and len(gone) < len(able):
+        gone = able[: (len(gone) + len(able) + 1) // 2]
+        measured = _divergence_without(layer, gone, calibration)
+    if measured > 0:
+        scale_to(absent, measured, gone)
+
+
+def _divergence_without(layer: MoELayer, experts: Sequence[int], calibration: Calibration) -> float:
+    """Divergence of the model without some experts of a layer, which get their weights back."""
+    live = [bank.read(expert) for bank in layer.banks.values() for expert in experts]
     kept = [matrix.clone() for matrix in live]
     try:
         for matrix in live:
             matrix.zero_()
-        measured = calibration.divergence()
+        return calibration.divergence()
     finally:
         for matrix, before in zip(live, kept, strict=True):
             matrix.copy_(before)
-    scale_to(absent, measured, cheaper)
 
 
 def scale_to(costs: list[Tensor], measured: float, experts: Sequence[int] | slice = slice(None)) -> None:

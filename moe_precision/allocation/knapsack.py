@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -104,9 +104,12 @@ def choose(
     cost = float(np.take_along_axis(costs, index[:, None], axis=1).sum())
     within = int(np.take_along_axis(sizes, index[:, None], axis=1).sum()) <= budget
     within &= all(int((index[cap.units] == cap.choice).sum()) <= cap.most for cap in caps)
-    if not within or cost > fallback.cost:
+    if not within:
         return fallback
-    return Choice(index, cost, float(found.mip_gap or 0.0))
+    gap = float(found.mip_gap or 0.0)
+    if cost > fallback.cost:  # by rounding, or after the time limit: the gap of a better choice is no larger
+        return replace(fallback, gap=min(gap, fallback.gap))
+    return Choice(index, cost, gap)
 
 
 def _within_caps(costs: np.ndarray, allowed: np.ndarray, caps: Sequence[Cap]) -> np.ndarray:
@@ -252,7 +255,7 @@ def _caps(
     tokens: Mapping[str, Sequence[float]] | None,
 ) -> list[Cap]:
     """How many experts of each layer may be dropped; ``allowed`` then forbids it for those that were hardly seen."""
-    if tokens is None:
+    if tokens is None or not tokens.keys() >= layers.keys():
         raise AllocationError("0 bits drop an expert, which needs the tokens of expert statistics")
     of_layer: dict[str, list[int]] = {name: [] for name in layers}
     for row, matrices in enumerate(units):
@@ -263,7 +266,7 @@ def _caps(
     caps = []
     for name, rows in of_layer.items():
         experts = layers[name].num_experts
-        most = min(int(settings.max_dropped * experts), experts - (layers[name].top_k or 1))
+        most = min(int(exact(settings.max_dropped) * experts), experts - (layers[name].top_k or 1))
         caps.append(Cap(np.array(rows), 0, most))
     return caps
 

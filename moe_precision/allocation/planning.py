@@ -66,17 +66,18 @@ def plan_from_signals(
         baseline_step=None if baseline is None else baseline.step or 0,
         last_step=final.step,
     )
-    left = _left_over(settings, plan)
-    return plan if left < _NOTHING else replace(plan, notes=cast(PlanNotes, {**plan.notes, "left_over": rounded(left)}))
+    return noting_left_over(plan, settings)
 
 
-def _left_over(settings: PlanSettings, plan: PrecisionPlan) -> float:
-    """Bits per expert weight of the budget that the plan does not use."""
+def noting_left_over(plan: PrecisionPlan, settings: PlanSettings) -> PrecisionPlan:
+    """The plan with a note of the bits per expert weight that it leaves of the budget of the settings, if it does."""
     if settings.average_bits is not None:
-        return settings.average_bits - plan.average_bits
-    stored = settings.stored_budget({name: layer.shape for name, layer in plan.layers.items()})
-    assert stored is not None
-    return stored - plan.stored_bits
+        left = settings.average_bits - plan.average_bits
+    else:
+        stored = settings.stored_budget({name: layer.shape for name, layer in plan.layers.items()})
+        assert stored is not None
+        left = stored - plan.stored_bits
+    return plan if left < _NOTHING else replace(plan, notes=cast(PlanNotes, {**plan.notes, "left_over": rounded(left)}))
 
 
 def _by_order(settings: PlanSettings, final: Snapshot, baseline: Snapshot | None) -> dict[str, LayerPlan]:

@@ -12,7 +12,7 @@ from ..plans.notes import PlanNotes
 from ..plans.numbers import AllocationError
 from ..plans.plan import PrecisionPlan
 from .knapsack import least_cost_bits
-from .planning import rounded
+from .planning import noting_left_over, rounded
 
 
 def replan(
@@ -57,5 +57,5 @@ def replan(
     layers = copy.deepcopy(plan.layers)  # so that editing one plan never changes another
     layers = {name: replace(layer, projection_bits=least.bits[name]) for name, layer in layers.items()}
     notes: dict[str, Any] = {**plan.notes, "predicted_cost": rounded(least.cost), "gap": rounded(least.gap)}
-    notes.pop("edited", None)
-    return replace(plan, settings=settings, layers=layers, notes=cast(PlanNotes, notes))
+    notes = {key: value for key, value in notes.items() if key not in ("edited", "left_over")}
+    return noting_left_over(replace(plan, settings=settings, layers=layers, notes=cast(PlanNotes, notes)), settings)

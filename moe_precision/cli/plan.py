@@ -118,6 +118,12 @@ def _known(options: argparse.Namespace, settings: PlanSettings, final: str | Non
         of = final if settings.method == AUTO else None  # a method that needs the file says what is wrong
         for beside, path in beside_history(looked_for, history, of).items():
             setattr(found, beside, path)
+    missing = [kind for kind in KINDS if getattr(found, kind) is None and not getattr(options, f"{kind}_batches")]
+    if settings.may_drop and missing:
+        raise ValueError(
+            f"0 bits drop an expert, which needs curvature and statistics: give --{missing[0]} or "
+            f"--{missing[0]}-batches, or levels from 1"
+        )
     if final is not None and (options.curvature_batches or options.statistics_batches):
         _run_batches(options, settings, final, history, found)
     return found

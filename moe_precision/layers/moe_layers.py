@@ -264,9 +264,14 @@ def _twice(names: list[str], what: str) -> list[str]:
 
 
 def _top_k(experts: Experts, router: Router) -> int | None:
-    """How many experts serve a token, as the router or a module around it states."""
-    places = (router.weight.module, router.root.module, experts.node.module)
-    found = (getattr(module, "top_k", None) for module in places)
+    """How many experts serve a token, as the router, the experts or a module around them states."""
+    path, places = router.root, [router.root.module]
+    for part in router.weight.name.removeprefix(router.root.path).lstrip(".").split(".")[:-1]:
+        path = path.children[part]
+        places.append(path.module)
+    places = [*reversed(places), experts.node.module]  # the innermost first
+    found = [getattr(module, "top_k", None) for module in places]
+    found += [getattr(getattr(module, "config", None), "top_k_experts", None) for module in places]
     return next((k for k in found if type(k) is int and 0 < k <= experts.num_experts), None)
 
 

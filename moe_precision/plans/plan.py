@@ -160,7 +160,8 @@ class PrecisionPlan:
         """Checks that the plan was made for this model.
 
         Raises:
-            PlanError: The model type differs, a layer is missing on either side, or shapes differ.
+            PlanError: The model type differs, a layer is missing on either side, shapes differ, or fewer experts are
+                left than serve a token.
             MoELayerError: The model has no Mixture-of-Experts layer.
         """
         self.for_model(model, {layer.name: layer.shape for layer in find_moe_layers(model, **self.patterns)})
@@ -182,9 +183,13 @@ class PrecisionPlan:
         own_type = model_type_of(root_model(model))
         if change is None or not related or (change.equal and self.model_type == own_type):
             self.check_layers(dict(found), self.model_type if related else own_type)
-            return self
-        layers = {change(name): replace(layer, shape=change.shape(layer.shape)) for name, layer in self.layers.items()}
-        return replace(self, layers=layers, model_type=own_type)
+            layers = self.layers
+        else:
+            shapes = {name: change.shape(layer.shape) for name, layer in self.layers.items()}
+            layers = {change(name): replace(layer, shape=shapes[name]) for name, layer in self.layers.items()}
+        for name, layer in layers.items():  # the file may not state how many experts serve a token
+            check_dropped(name, layer.projection_bits, found[name].top_k)
+        return self if layers is self.layers else replace(self, layers=layers, model_type=own_type)
 
     def check_layers(self, found: dict[str, LayerShape], model_type: str) -> None:
         """`check` for layers that were found already."""

@@ -119,7 +119,8 @@ def dropped_text(plan: PrecisionPlan) -> str:
         key = next((key for key in keys if all(key in layer.signals for layer in plan.layers.values())), None)
         if key is not None:
             lost = sum(layer.signals[key][expert] for layer in plan.layers.values() for expert in layer.dropped)
-            shares.append(f"{lost / sum(sum(layer.signals[key]) for layer in plan.layers.values()):.1%} of the {what}")
+            every = sum(sum(layer.signals[key]) for layer in plan.layers.values())
+            shares += [f"{lost / every:.1%} of the {what}"] if every else []
     return text + (f", which had {' and '.join(shares)}" if shares else "")
 
 

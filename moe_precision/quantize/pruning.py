@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
@@ -33,6 +34,7 @@ from ..recording.router_norms import norms_by_layer
 from ..recording.statistics import ExpertStatistics, as_statistics
 
 PLAN_NAME = "precision_plan.json"
+_COUNT = re.compile(r"^(?!.*(?:shared|top_?k)).*experts$")  # not of shared ones, of those for a token, or a capacity
 Kept = Mapping[str, Sequence[int]]  # layer -> experts that stay, in order
 
 
@@ -57,8 +59,9 @@ def prune_checkpoint(
         plan: A plan with 0 among its levels, for this checkpoint.
         out: Folder to write; it appears in one step, when it is complete. It also gets the plan of what is left,
             ``precision_plan.json``, with curvature and statistics beside it, for the quantize step.
-        keep: Experts to keep in every layer: those whose absence would cost most by the plan. None keeps those that the
-            plan does not drop, which must be as many in every layer.
+        keep: Experts to keep in every layer: those whose absence would cost most by the plan, after those that no plan
+            would drop, since too little is known of them. None keeps those that the plan does not drop, which must be
+            as many in every layer.
         curvature: Of the checkpoint, to be cut alike.
         statistics: Of the checkpoint, to be cut alike.
         max_shard_size: Largest file, in bytes or as ``"5GB"``.
@@ -142,6 +145,14 @@ def _kept(plan: PrecisionPlan, keep: int | None) -> dict[str, list[int]]:
                 "`moe-precision plan CHECKPOINT --curvature-batches 32 --statistics-batches 32 --bits 0 1 2 3 4`"
             )
         costs = torch.tensor(absent, dtype=torch.float64).sum(0)
+        tokens = torch.tensor(layer.signals.get("tokens", [torch.inf] * experts))
+        unknown = (costs == 0) | (tokens < (plan.settings.min_tokens if plan.settings else 0))
+        if (few := int(unknown.sum())) > keep:
+            raise PruneError(
+                f"keep={keep}: of {few} experts of layer {name!r} too little is known to cut them (fewer than "
+                "min_tokens tokens, or no gradient): keep them too, or make a plan from more text"
+            )
+        costs[unknown] = torch.inf
         kept[name] = sorted(costs.argsort(descending=True, stable=True)[:keep].tolist())
     counts = {name: len(experts) for name, experts in kept.items()}
     if len(set(counts.values())) > 1:
@@ -160,14 +171,18 @@ def _smaller_config(model: PreTrainedModel, layers: list[MoELayer], keep: int) -
     counts = {layer.num_experts for layer in layers}
     if len(counts) > 1:
         raise PruneError(f"layers have {sorted(counts)} experts: their config states no single number")
+    if hashed := [layer.name for layer in layers if layer.caveat == "hash"]:
+        raise PruneError(
+            f"layer {hashed[0]!r} has a table of experts by token id, which a cut would leave wrong: quantize with the "
+            "plan, which drops experts without a smaller router"
+        )
     (experts,) = counts
     config = copy.deepcopy(model.config)
     for part in (config, config.get_text_config()):
         if (getattr(part, "n_group", None) or 1) > 1:
             raise PruneError(f"this {config.model_type} chooses among groups of experts, which a cut would tear apart")
-        stated = [key for key, value in part.to_dict().items() if type(value) is int and value == experts]
-        for key in stated:
-            if "expert" in key and "tok" not in key:
+        for key, value in part.to_dict().items():
+            if type(value) is int and value == experts and _COUNT.search(key):
                 setattr(part, key, keep)
     return config
 
@@ -237,7 +252,7 @@ def _cut_plan(plan: PrecisionPlan, kept: Kept, shapes: Mapping[str, LayerShape])
                 for p, by in layer.costs.items()
             },
         )
-    of_the_whole = ("predicted_cost", "gap", "left_over", "without_gradient")
+    of_the_whole = ("predicted_cost", "gap", "left_over", "without_gradient", "statistics")
     notes = {key: value for key, value in plan.notes.items() if key not in of_the_whole}
     left = replace(plan, layers=layers, settings=None, notes=cast(PlanNotes, notes))
     if plan.settings is None:

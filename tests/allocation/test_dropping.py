@@ -2,13 +2,15 @@
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
-from moe_precision import AllocationError, PlanSettings, allocate, find_moe_layers, replan
-from moe_precision.allocation.calibration import Calibration, calibrated_costs
+from moe_precision import AllocationError, PlanSettings, PrecisionPlan, allocate, find_moe_layers, replan
+from moe_precision.allocation import knapsack
+from moe_precision.allocation.calibration import Calibration, calibrate_dropping, calibrated_costs
 from moe_precision.allocation.costs import expert_costs
-from moe_precision.allocation.knapsack import least_cost_bits
+from moe_precision.allocation.knapsack import Choice, choose, least_cost_bits
 from moe_precision.judging.simulation import SimulatedExperts
 from moe_precision.layers.shape import LayerShape
 from moe_precision.plans.widths import stored_bits_per_weight
@@ -132,3 +134,67 @@ def test_curvature_alone_cannot_drop(known):
     without = {key: value for key, value in given.items() if key != "statistics"}
     with pytest.raises(AllocationError, match="'auto' has only 'curvature' here, which cannot tell what that costs"):
         allocate(model, bits=(0, 1, 2), average_bits=1, **without)
+
+
+def test_the_cap_is_the_share_that_was_meant():
+    shape = LayerShape("router", 100, {"up": (64, 32), "down": (32, 64)})
+    settings = asked(bits=(0, 1), average_bits=0.71, max_dropped=0.29)  # 0.29 * 100 is below 29 as a float
+    costs = {"0": {p: of[:, :2] for p, of in costs_of(100).items()}}
+    assert least_cost_bits({"0": shape}, costs, settings, {"0": [100] * 100}).bits["0"]["up"].count(0) == 29
+
+
+class Measured:
+    """In place of a calibration: divergences in turn, and which experts were there when each was measured."""
+
+    def __init__(self, layer, *values):
+        self.layer, self.values, self.gone = layer, list(values), []
+
+    def divergence(self):
+        experts = range(self.layer.num_experts)
+        self.gone.append([e for e in experts if not any(m.any() for m in self.layer.expert_weights(e).values())])
+        return self.values.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("absent", "measured", "gone", "scale"),
+    [
+        ([8, 7, 6, 5, 4, 3, 2, 1], [0.5], [[4, 5, 6, 7]], 0.05),
+        ([0, 0, 0, 0, 4, 3, 2, 1], [0.6], [[6, 7]], 0.2),  # four never had a gradient: their absence tells nothing
+        ([0, 0, 0, 0, 0, 0, 0, 4], [2.0], [[7]], 0.5),
+        ([8, 7, 6, 5, 4, 3, 2, 1], [0.0, 2.1], [[4, 5, 6, 7], [2, 3, 4, 5, 6, 7]], 0.1),  # no token met the first four
+        ([0] * 8, [0.3], [[]], 1),
+    ],
+)
+def test_absence_is_scaled_to_what_was_felt(known, absent, measured, gone, scale):
+    layer = find_moe_layers(known[0])[0]
+    weights = {name: tensor.clone() for name, tensor in known[0].state_dict().items()}
+    costs = {p: torch.tensor([absent, [1] * 8], dtype=torch.float64).T / 2 for p in ("gate_up_proj", "down_proj")}
+    calibration = Measured(layer, *measured)
+    calibrate_dropping(layer, costs, 0, calibration)
+    assert calibration.gone == gone
+    for of in costs.values():
+        assert of[:, 0].tolist() == pytest.approx([scale * cost / 2 for cost in absent])
+        assert of[:, 1].tolist() == [0.5] * 8
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in known[0].state_dict().items())
+
+
+def test_another_budget_leaves_something_else_over(known):
+    model, given, _ = known
+    plan = allocate(model, bits=(0, 1, 2), average_bits=0.8, **given)
+    left = {budget: replan(plan, average_bits=budget) for budget in (0.8, 0.99, 2)}
+    assert {key: of.notes.get("left_over", 0.0) for key, of in left.items()} == {
+        key: pytest.approx(key - of.average_bits, abs=1e-4) for key, of in left.items()
+    }
+    assert "left_over" not in left[2].notes
+    data = plan.to_dict()
+    del data["layers"][LAYER]["signals"]["tokens"]
+    with pytest.raises(AllocationError, match="needs the tokens of expert statistics"):
+        replan(PrecisionPlan.from_dict(data), average_bits=1)
+
+
+def test_a_proven_choice_has_no_gap(monkeypatch):
+    costs, sizes = np.array([[4.0, 1.0, 0.0]] * 2), np.array([[0, 2, 4]] * 2)
+    given = Choice(np.array([1, 1]), 2.0 - 1e-15, 0.3)  # as good up to rounding, with the bound of the relaxed problem
+    monkeypatch.setattr(knapsack, "greedy", lambda *args: given)
+    found = choose(costs, sizes, 4)
+    assert (found.index.tolist(), found.gap) == ([1, 1], 0.0)

@@ -155,3 +155,10 @@ def test_text_to_distill_on_is_looked_for_before_packing(saved, tmp_path, capsys
     printed = capsys.readouterr()
     assert "no curvature file" in printed.out
     assert "Quantizing" not in printed.err
+
+
+def test_dropping_is_refused_before_any_batch_runs(saved, tmp_path, capsys):
+    command = ["plan", str(tmp_path / "model"), "--bits", "0", "1", "2", "--average-bits", "1"]
+    assert main([*command, "--curvature-batches", "1000000", "-o", str(tmp_path / "dropping.json")]) == 2
+    message = "0 bits drop an expert, which needs curvature and statistics: give --statistics or --statistics-batches"
+    assert message in capsys.readouterr().err

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_precision.layers.module_tree import MoELayerError, root_model
 from moe_precision.layers.moe_layers import find_moe_layers
+from tests.support.model_zoo import build_tiny
 from tests.support.models import DECODER, PlainMoE, build
 from tests.support.modules import Holder, bank, linears
 
@@ -286,3 +287,9 @@ def test_experts_under_two_routers_are_an_error(experts):
 def test_skipping_unrouted_experts_hides_nothing_else():
     with pytest.raises(MoELayerError, match="would serve two lists of experts"):
         find_moe_layers(nn.Sequential(PlainMoE(), PlainMoE()), skip_unrouted=True, router_pattern=r"^0\.router")
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "afmoe", "gemma4_text", "hunyuan_v1_moe", "jetmoe", "granitemoe"])
+def test_how_many_experts_serve_a_token(model_type):
+    layers = find_moe_layers(build_tiny(model_type, device="meta"))
+    assert [layer.shape.top_k for layer in layers] == [2] * len(layers)

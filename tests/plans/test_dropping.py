@@ -105,3 +105,6 @@ def test_the_table_says_what_dropped_experts_had():
     )
     text = as_text(plan_table(plan_of([0, 2, 2, 2], [0, 2, 2, 2], signals={"tokens": signals["tokens"]})))
     assert "which had 10.0% of the tokens" in " ".join(text.split())
+    nothing = {"tokens": [0.0] * 4}
+    text = as_text(plan_table(plan_of([0, 2, 2, 2], [0, 2, 2, 2], signals=nothing)))
+    assert "1 of 4 experts dropped" in " ".join(text.split())

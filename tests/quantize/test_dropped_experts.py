@@ -8,6 +8,7 @@ from safetensors import safe_open
 
 from moe_precision import (
     PlanQuantizationConfig,
+    PrecisionPlan,
     allocate,
     dequantize_model,
     distill_scales,
@@ -17,6 +18,7 @@ from moe_precision import (
     quantize_model,
 )
 from moe_precision.export import TARGETS, ExportError, export
+from moe_precision.plans.widths import PlanError
 from moe_precision.quantize.codec.grid import Grid, on_grid
 from moe_precision.quantize.trainable import TrainableScales
 from tests.support.dropped import observed
@@ -122,3 +124,15 @@ def test_no_export_hides_that_an_expert_is_gone(target):
     plan = plan_for(build("mixtral"))
     with pytest.raises(ExportError, match=f"drops experts.*{target} has no format for an expert that is not there"):
         export(plan, to=target)
+
+
+def test_a_plan_that_does_not_say_how_many_serve_a_token():
+    model = build("mixtral")
+    data = plan_for(model, dropped=range(2, 8)).to_dict()
+    for layer in data["layers"].values():
+        del layer["top_k"]
+    plan = PrecisionPlan.from_dict(data)
+    plan.check(model)
+    one_left = plan.with_bits({name: [4] + [0] * 7 for name in plan.layers})
+    with pytest.raises(PlanError, match="7 of 8 experts are dropped and 1 are left, but 2 serve each token"):
+        quantize_model(model, one_left)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from benchmarks.studies.experts_seen import in_place_of
 from moe_precision import (
@@ -17,7 +18,8 @@ from moe_precision.cli.main import main
 from moe_precision.plans.widths import PlanError
 from moe_precision.quantize.pruning import PruneError
 from tests.support.dropped import observed
-from tests.support.models import logits
+from tests.support.model_zoo import build_tiny
+from tests.support.models import build, logits
 
 
 @pytest.fixture(scope="module", params=["mixtral", "qwen3_moe", "switch_transformers", "gpt_oss"])
@@ -95,3 +97,42 @@ def test_another_model_and_groups_of_experts(tmp_path):
     other = allocate(observed("mixtral")[0], method="uniform", average_bits=2, group_size=32)
     with pytest.raises(PlanError, match=r"for another model|of type 'mixtral'"):
         prune_checkpoint(tmp_path / "float", other, tmp_path / "out", keep=6)
+
+
+def even_plan(model):
+    plan = allocate(model, method="uniform", average_bits=2, group_size=32)
+    return plan.with_bits({name: [0, 2, 2, 2, 2, 2, 2, 0] for name in plan.layers})
+
+
+def test_only_the_number_of_experts_changes(tmp_path):
+    model = build("switch_transformers", expert_capacity=8)  # as many tokens for an expert as there are experts
+    model.save_pretrained(tmp_path / "float")
+    prune_checkpoint(tmp_path / "float", even_plan(model), tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert (config.num_experts, config.expert_capacity) == (6, 8)
+
+
+def test_experts_that_are_picked_by_a_table(tmp_path):
+    model = build_tiny("deepseek_v4")
+    model.save_pretrained(tmp_path / "float")
+    with pytest.raises(PruneError, match="has a table of experts by token id"):
+        prune_checkpoint(tmp_path / "float", even_plan(model), tmp_path / "out")
+
+
+@pytest.mark.parametrize("run", ["mixtral"], indirect=True)
+def test_experts_of_which_too_little_is_known_stay(run, tmp_path):
+    folder, _, plan = run
+    data = plan.to_dict()
+    data["settings"]["min_tokens"] = 10
+    for layer in data["layers"].values():
+        layer["signals"]["tokens"][:2] = [9, 9]
+        for costs in layer["costs"].values():
+            costs["0"][:3] = [1e-9, 1e-9, 0]  # the least of all; the third never had a gradient
+    plan = PrecisionPlan.from_dict(data)
+    left = prune_checkpoint(folder / "float", plan, tmp_path / "out", keep=5)
+    assert all(layer.signals["tokens"][:2] == [9, 9] for layer in left.layers.values())
+    assert "statistics" not in left.notes  # it counts the tokens of all
+    old = plan.layers["model.layers.0.mlp"].router_norms["last"]
+    assert left.layers["model.layers.0.mlp"].router_norms["last"][:3] == old[:3]
+    with pytest.raises(PruneError, match=r"keep=2: of 3 experts of layer .* too little is known"):
+        prune_checkpoint(folder / "float", plan, tmp_path / "fewer", keep=2)
