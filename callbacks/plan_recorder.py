@@ -29,6 +29,7 @@ from moe_precision.plans.widths import Granularity
 from moe_precision.present.metrics import plan_metrics
 from moe_precision.present.tables import as_text, layers_table
 from moe_precision.recording.curvature import Curvature
+from moe_precision.recording.expert_samples import ExpertSamples
 from moe_precision.recording.gradients import left_as_it_is
 from moe_precision.recording.history import RouterNormHistory
 from moe_precision.recording.router_norms import router_norms
@@ -91,9 +92,8 @@ class PlanRecorder:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
         self._files = RunFiles(export_to, type(self).__name__, _RESCUE)
-        self.every_n_steps, self.export_to = every_n_steps, export_to
-        self.log_experts, self.module = log_experts, module
-        self.curvature_batches = curvature_batches
+        self.every_n_steps, self.export_to, self.log_experts = every_n_steps, export_to, log_experts
+        self.module, self.curvature_batches = module, curvature_batches
         if reads(method, "statistics") and statistics_batches == 0 and statistics_from is None:
             raise ValueError(f"method {method!r} needs expert statistics, and statistics_batches=0 collects none")
         self._collecting = StatisticsRecorder(type(self).__name__, statistics_batches, statistics_from)
@@ -104,6 +104,7 @@ class PlanRecorder:
         self._whole: nn.Module | None = None  # what the Trainer has
         self._model: nn.Module | None = None  # the part of it that is recorded
         self._layers: list[MoELayer] = []
+        self._experts = ExpertSamples()  # of the checkpoint that a run resumes from
         self._loads = LoadRecorder()
         self._warned = False
         self._seen = WeightsSeen()  # at the end
@@ -121,7 +122,7 @@ class PlanRecorder:
         self._collecting.close()
         self.plan = self.curvature = self.statistics = None
         if anew:
-            self.history = RouterNormHistory()
+            self.history, self._experts = RouterNormHistory(), ExpertSamples()
         self._files.prepare(folder)
 
     def _start(
@@ -148,7 +149,7 @@ class PlanRecorder:
         if fresh.caveats:
             rank_zero_warn(f"{type(self).__name__}: {caveat_text(fresh.caveats)}.")
         if self.history.steps and self.history.steps[-1] <= step:  # else it is from an earlier run
-            check_restored(self.history, fresh, self._layers, step, type(self).__name__, optimizers)
+            check_restored(self.history, fresh, self._layers, step, type(self).__name__, self._experts, optimizers)
             self.history.caveats, self.history.patterns = fresh.caveats, fresh.patterns
             self.history.dtypes = fresh.dtypes
             self._loads.start(self._layers, self.history, model)
@@ -173,7 +174,7 @@ class PlanRecorder:
 
     def _start_late(self, model: nn.Module, step: int) -> None:
         """Instead of `_start`, for a run that had ended before this start: no batch is to come."""
-        check_restored(self.history, self._find(model), self._layers, step, type(self).__name__)
+        check_restored(self.history, self._find(model), self._layers, step, type(self).__name__, self._experts)
 
     def _has_plan(self, step: int) -> bool:
         """Whether the plan of a step is there already."""
@@ -259,8 +260,7 @@ class PlanRecorder:
             self._save_history()  # whatever happens below, the record is kept
         self.history.measure_variance(self._layers)
         model, whole = self._model, self._whole
-        assert model is not None
-        assert whole is not None
+        assert model is not None and whole is not None  # noqa: PT018
         self.curvature = curvature_of_run(
             whole, self._layers, optimizers, losses, self.curvature_batches, type(self).__name__
         )

@@ -17,6 +17,7 @@ from moe_precision.callbacks.lightning_packages import LightningCallback, averag
 from moe_precision.callbacks.plan_recorder import PlanRecorder
 from moe_precision.callbacks.statistics_recorder import Again
 from moe_precision.layers.module_tree import root_model
+from moe_precision.recording.expert_samples import ExpertSamples
 
 _MANUAL = "needs automatic optimization: this module steps its own optimizers, and no batch runs without its step"
 
@@ -203,10 +204,11 @@ class RouterNormMonitor(PlanRecorder, LightningCallback):
 
     def state_dict(self) -> dict[str, Any]:
         self._loads.count()  # checkpoints are made on all ranks
-        return self.history.state_dict()
+        return self.history.state_dict() | {"experts": ExpertSamples.of(self._layers).state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history.load_state_dict(state_dict)
+        self._experts = ExpertSamples(state_dict.get("experts"))
 
     def _log(self, trainer: Trainer, ending: bool = False) -> None:
         if trainer.loggers and trainer.is_global_zero:
