@@ -10,6 +10,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from moe_precision.allocation.planning import caveat_text
+from moe_precision.allocation.whole_model import with_rest
 from moe_precision.callbacks.end_logging import EndLogging
 from moe_precision.callbacks.extra_batches import Loss, curvature_of_run
 from moe_precision.callbacks.load_recorder import LoadRecorder
@@ -59,6 +60,8 @@ class PlanRecorder:
         average_bits: float | None = None,
         stored_bits: float | None = None,
         expert_gib: float | None = None,
+        total_gib: float | None = None,
+        rest_gib: float | None = None,
         bits: Sequence[int] | None = None,
         group_size: int = 128,
         granularity: Granularity | None = None,
@@ -79,6 +82,8 @@ class PlanRecorder:
             average_bits=average_bits,
             stored_bits=stored_bits,
             expert_gib=expert_gib,
+            total_gib=total_gib,
+            rest_gib=rest_gib,
             bits=bits,
             group_size=group_size,
             granularity=granularity,
@@ -140,6 +145,7 @@ class PlanRecorder:
         """
         fresh = self._find(model)
         model = self._model or model
+        self.settings = with_rest(self.settings, model)
         self.settings.check_fits(fresh.layers)
         rank_zero_info(f"{type(self).__name__}: recording\n{as_text(layers_table(self._layers))}")
         folder = self._files.folder
@@ -175,14 +181,6 @@ class PlanRecorder:
     def _start_late(self, model: nn.Module, step: int) -> None:
         """Instead of `_start`, for a run that had ended before this start: no batch is to come."""
         check_restored(self.history, self._find(model), self._layers, step, type(self).__name__, self._experts)
-
-    def _has_plan(self, step: int) -> bool:
-        """Whether the plan of a step is there already."""
-        path = self._files.paths.plan
-        try:
-            return PrecisionPlan.load(path).last_step == step
-        except (OSError, ValueError):
-            return False
 
     def _due(self, step: int, default_every: int) -> bool:
         """Whether a multiple of the interval was crossed since the last record.

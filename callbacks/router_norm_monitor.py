@@ -49,6 +49,8 @@ class RouterNormMonitor(PlanRecorder, LightningCallback):
         average_bits: Budget in nominal bits per expert weight; 2.5 if no budget is given.
         stored_bits: Budget with scales and offsets included, instead of ``average_bits``.
         expert_gib: Budget as the size of all routed experts in the file, in GiB, instead of ``average_bits``.
+        total_gib: Budget as the size of the whole model in the file, in GiB, instead of ``average_bits``.
+        rest_gib: What everything but the routed experts takes, for ``total_gib``; None for what the model has.
         bits: Levels to choose from, of 1 to 8, or 16: one, two, or three that are equally spaced, by default 2 and 3;
             any number for a method that knows costs (``statistics``, ``curvature``, ``weight_error``), by default 1 to
             4.
@@ -174,7 +176,7 @@ class RouterNormMonitor(PlanRecorder, LightningCallback):
 
     def _finish_late(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes what a finished run has not written, because it was stopped between its last step and its end."""
-        if trainer.fast_dev_run or self._has_plan(trainer.global_step):  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or self._files.has_plan(trainer.global_step):  # type: ignore[attr-defined]
             return
         if reason := why_not_late(trainer, pl_module):
             self._save_history()

@@ -9,6 +9,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 
 from moe_precision.files import check_writable
 from moe_precision.plans.beside import PlanFiles
+from moe_precision.plans.plan import PrecisionPlan
 
 
 class RunFiles:
@@ -74,6 +75,13 @@ class RunFiles:
         self._cleared = True
         for path in (self._files.plan, self._files.curvature, self._files.statistics):
             path.unlink(missing_ok=True)
+
+    def has_plan(self, step: int) -> bool:
+        """Whether the plan of a step is there already."""
+        try:
+            return PrecisionPlan.load(self.paths.plan).last_step == step
+        except (OSError, ValueError):
+            return False
 
     def write(self, save: Callable[[Path], None], path: Path) -> bool:
         """Writes one file; returns whether that worked."""

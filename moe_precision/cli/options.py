@@ -89,6 +89,14 @@ def add_plan_settings(command: Parser, methods: tuple[MethodName, ...]) -> None:
         "--expert-gib", type=float, help="budget as the size of all routed experts in GiB, instead of --average-bits"
     )
     command.add_argument(
+        "--total-gib", type=float, help="budget as the size of the whole model in GiB, instead of --average-bits"
+    )
+    command.add_argument(
+        "--rest-gib",
+        type=float,
+        help="what everything but the experts takes, for --total-gib (default: what the checkpoint has)",
+    )
+    command.add_argument(
         "--bits",
         type=int,
         nargs="+",

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..allocation.allocator import make_plan
 from ..allocation.calibration import Calibration, calibration_on
+from ..allocation.whole_model import with_rest
 from ..checkpoints.checkpoint import Checkpoint, load_model
 from ..checkpoints.sources import StreamingError
 from ..files import check_writable
@@ -63,7 +64,9 @@ def run(options: argparse.Namespace) -> None:
     elsewhere = {"--curvature": known.curvature, "--statistics": known.statistics}
     named = {option: Path(path) for option, path in elsewhere.items() if isinstance(path, Path | str)}
     given = [f"{option} {path}" for option, path in named.items() if path not in files.all]
-    if given and reads(plan.method, "curvature"):
+    given = given if reads(plan.method, "curvature") else []
+    given += [] if options.non_expert_bits is None else [f"--non-expert-bits {options.non_expert_bits}"]
+    if given:
         print(f"give quantize what this plan was made with: {' '.join(given)}")
 
 
@@ -79,9 +82,15 @@ def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, _Known]:
             raise ValueError(f"{source!r} is a checkpoint folder: give it with --initial to measure from it to --final")
         source, final = None, source
     settings = settings_of(options)
+    if options.non_expert_bits is not None and settings.total_gib is None:
+        raise ValueError(
+            "--non-expert-bits is for --total-gib here, which counts the other layers; give it to quantize"
+        )
     for folder in (initial, final):
         if folder is not None:
             Checkpoint(folder)  # before any work
+    if final is not None:
+        settings = with_rest(settings, final, options.non_expert_bits)
     known = _known(options, settings, final, source)
     history = source if source is not None else initial
     sources = known.curvature, known.statistics
@@ -172,6 +181,12 @@ def add_to(commands: Commands) -> None:
         "--final", metavar="FOLDER", help="the trained checkpoint; with a history, gives last norms and variances"
     )
     add_plan_settings(command, PLAN_METHODS)
+    command.add_argument(
+        "--non-expert-bits",
+        type=int,
+        choices=[4, 8],
+        help="quantize will be given this for the other linear layers, which leaves more of --total-gib for experts",
+    )
     command.add_argument(
         "--curvature",
         metavar="FILE",
