@@ -9,14 +9,14 @@ from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.headers import CheckpointError
-from .options import Commands, add_command, add_dataset, add_heldout, data_of, judged_on, positive
+from .options import Commands, add_command, add_dataset, add_heldout, add_output, data_of, judged_on, positive
 
 
 def run(options: argparse.Namespace) -> None:
     """Evaluates the checkpoint and prints a table."""
     from ..judging.divergence import measure
     from ..judging.evaluation import evaluate, summarize_losses
-    from ..present.tables import evaluation_table, show
+    from ..present.tables import evaluation_document, evaluation_table, show
 
     kwargs = {} if options.dtype == "auto" else {"dtype": options.dtype}
     with Checkpoint(options.checkpoint) as checkpoint:
@@ -29,11 +29,14 @@ def run(options: argparse.Namespace) -> None:
         model, name = checkpoint.load(**kwargs), checkpoint.name
     batches = list(islice(data.val_dataloader(), options.max_batches))
     if options.reference is None:
-        show(evaluation_table({name: evaluate(model, batches, data.token_counts)}, text=judged_on(data)))
+        alone = {name: evaluate(model, batches, data.token_counts)}
+        options.document = evaluation_document(alone, {}, judged_on(data))
+        show(evaluation_table(alone, text=judged_on(data)))
         return
     found = measure(float_model, model, batches, "Evaluating beside the reference")
     by_loss = {float_name: found.float_losses, name: found.losses}
     results = {of: summarize_losses(losses, found.targets, data.token_counts) for of, losses in by_loss.items()}
+    options.document = evaluation_document(results, {name: found.divergence}, judged_on(data))
     show(evaluation_table(results, {name: found.divergence}, judged_on(data)))
 
 
@@ -82,3 +85,4 @@ def add_to(commands: Commands) -> None:
     add_dataset(command)
     command.add_argument("--max-batches", type=positive, help="use at most this many validation batches of 16")
     command.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32 or bfloat16")
+    add_output(command)

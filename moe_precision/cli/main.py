@@ -6,8 +6,11 @@ Only the command that is used is imported: torch and transformers take seconds, 
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from typing import Any
 
@@ -22,10 +25,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fit(arguments[1:])
     options = parser(arguments[:1]).parse_args(arguments)
     try:
-        status: int | None = options.run(options)
+        status = _run(options)
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"moe-precision {options.command}: error: {error}", file=sys.stderr)
         return 2
+    return status
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Runs a command, with what ``--json`` or ``--quiet`` says of its standard output."""
+    as_json, quiet = getattr(options, "json", False), getattr(options, "quiet", False)
+    with redirect_stdout(io.StringIO()) if as_json or quiet else nullcontext():
+        status: int | None = options.run(options)
+    if as_json:
+        print(json.dumps(options.document, indent=2, allow_nan=False))
     return status or 0
 
 

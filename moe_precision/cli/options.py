@@ -38,6 +38,13 @@ def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace
     return command
 
 
+def add_output(command: Parser) -> None:
+    """Adds ``--json`` and ``--quiet``, for a command that sets ``options.document``; `main` does what they say."""
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="print one JSON object instead of tables and lines")
+    group.add_argument("--quiet", action="store_true", help="print nothing but progress, warnings and errors")
+
+
 def add_dataset(command: Parser) -> None:
     """Adds ``--dataset`` and what belongs to it, and ``--tokenizer``."""
     command.add_argument(

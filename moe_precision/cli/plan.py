@@ -23,14 +23,24 @@ from ..plans.beside import Kind, PlanFiles
 from ..plans.methods import AUTO, PLAN_METHODS, reads
 from ..plans.plan import PrecisionPlan
 from ..plans.settings import PlanSettings
-from ..present.tables import plan_table, show
+from ..present.plan_summary import plan_document, plan_lines
 from ..recording.collecting import collect_statistics
 from ..recording.curvature import Curvature
 from ..recording.gradients import curvature_of_losses
 from ..recording.history import RouterNormHistory
 from ..recording.statistics import ExpertStatistics
 from .found import KINDS, beside_history
-from .options import Commands, add_command, add_dataset, add_plan_settings, data_of, dataset_name, positive, settings_of
+from .options import (
+    Commands,
+    add_command,
+    add_dataset,
+    add_output,
+    add_plan_settings,
+    data_of,
+    dataset_name,
+    positive,
+    settings_of,
+)
 
 
 @dataclass
@@ -59,7 +69,8 @@ def run(options: argparse.Namespace) -> None:
         known.statistics.save(files.statistics)
         print(f"wrote {files.statistics} ({known.statistics.described()})")
     plan.save(options.output)
-    show(plan_table(plan))
+    options.document = {**plan_document(plan), "wrote": str(options.output)}
+    print("\n".join(plan_lines(plan)))
     print(f"wrote {options.output}")
     elsewhere = {"--curvature": known.curvature, "--statistics": known.statistics}
     named = {option: Path(path) for option, path in elsewhere.items() if isinstance(path, Path | str)}
@@ -213,3 +224,4 @@ def add_to(commands: Commands) -> None:
     )
     add_dataset(command)
     command.add_argument("-o", "--output", default="precision_plan.json", help="default precision_plan.json")
+    add_output(command)

@@ -22,7 +22,7 @@ from ..quantize.writer import distill_checkpoint, quantize_checkpoint
 from ..recording.collecting import MEMORY_GIB, collect_statistics, passes, peak_bytes
 from ..recording.statistics import ExpertStatistics, file_bytes
 from .estimate import print_sizes
-from .options import Commands, add_command, add_dataset, data_of, dataset_name, positive
+from .options import Commands, add_command, add_dataset, add_output, data_of, dataset_name, positive
 
 
 def run(options: argparse.Namespace) -> None:
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
             model = source.meta_model()
             of_model = ModelSizes(model, plan.patterns, plan.group_size, options.non_expert_bits)
             check_packable(model, of_model.layers)
-            print_sizes(of_model, plan=plan, statistics_memory=options.statistics_memory)
+            options.document = print_sizes(of_model, plan=plan, statistics_memory=options.statistics_memory)
             return
     statistics = _statistics(options, plan, grid, named)
     if grid is not None:
@@ -76,6 +76,15 @@ def run(options: argparse.Namespace) -> None:
     after = Checkpoint(options.out)
     sizes = f"{source.nbytes / 1e6:.2f} MB -> {after.nbytes / 1e6:.2f} MB"
     bits = after.stored_bits_per_expert_weight(plan)
+    options.document = {
+        "out": options.out,
+        "bytes_before": source.nbytes,
+        "bytes_after": after.nbytes,
+        "stored_bits": bits,
+        "curvature": None if curvature is None else str(curvature),
+        "grid": None if grid is None else str(grid),
+        "distill_steps": options.distill_steps,
+    }
     print(f"wrote {options.out}: {sizes}, {bits:.3f} stored bits per expert weight")
 
 
@@ -179,6 +188,7 @@ def _quantize_with_auto_round(options: argparse.Namespace) -> None:
         print(f"tunes the rounding on {len(blocks)} blocks of training text of {dataset_name(options)}")
     for note in quantize_with_auto_round(options.checkpoint, options.plan, options.out, blocks, options.iterations):
         print(note, file=sys.stderr)
+    options.document = {"out": options.out, "format": "auto-round", "bytes_after": Checkpoint(options.out).nbytes}
     print(f"wrote {options.out} in AutoRound's format; load it in a process that loads no float model afterwards")
 
 
@@ -273,3 +283,4 @@ def add_to(commands: Commands) -> None:
         "--samples", type=positive, default=128, help="blocks of 256 training tokens to tune on (default 128)"
     )
     add_dataset(command)
+    add_output(command)

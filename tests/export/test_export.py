@@ -334,7 +334,7 @@ def test_group_sizes_that_differ_are_all_told(tmp_path, capsys):
     assert plan_of_checkpoint(tmp_path).notes["group_sizes"] == [64, 128]
     assert main(["show", str(tmp_path)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "read from a checkpoint of gptq: 6.25 bits on average, groups: 64 and 128" in printed
+    assert "read from a checkpoint of gptq 6.25 bits on average, groups: 64 and 128" in printed
     assert "its files hold" in printed
 
 
