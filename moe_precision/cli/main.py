@@ -19,7 +19,10 @@ from .commands import SUMMARIES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status. User errors print one line and return 2; training raises its own."""
+    """Runs one command; returns the exit status. User errors print one line and return 2; training raises its own.
+
+    Ctrl-C prints one line too, with what is kept, and returns 130.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["fit"] and arguments[1:]:
         return _fit(arguments[1:])
@@ -29,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"moe-precision {options.command}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as interrupt:
+        left = f"; {interrupt}" if str(interrupt) else ""
+        print(f"moe-precision {options.command}: interrupted{left}", file=sys.stderr)
+        return 130
     return status
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint, load_model
-from ..checkpoints.folders import check_quantizing
+from ..checkpoints.folders import check_quantizing, kept_folder
 from ..checkpoints.tokenizer import load_tokenizer
 from ..files import check_writable
 from ..layers.moe_layers import find_moe_layers
@@ -57,17 +57,21 @@ def run(options: argparse.Namespace) -> None:
     batches = _batches(options) if options.distill_steps else None  # found before hours of packing, not after
     out = Path(options.out)
     undistilled = out.with_name(f".{out.name}.undistilled")
-    quantize_checkpoint(
-        options.checkpoint,
-        plan,
-        undistilled if options.distill_steps else out,
-        non_expert_bits=options.non_expert_bits,
-        curvature=curvature,
-        grid=grid,
-        statistics=statistics,
-        workers=options.workers,
-        max_shard_size=options.max_shard_size,
-    )
+    packed = undistilled if options.distill_steps else out
+    try:
+        quantize_checkpoint(
+            options.checkpoint,
+            plan,
+            packed,
+            non_expert_bits=options.non_expert_bits,
+            curvature=curvature,
+            grid=grid,
+            statistics=statistics,
+            workers=options.workers,
+            max_shard_size=options.max_shard_size,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_kept(packed)) from None
     if options.distill_steps:
         try:
             _distill(options, undistilled, batches)
@@ -86,6 +90,14 @@ def run(options: argparse.Namespace) -> None:
         "distill_steps": options.distill_steps,
     }
     print(f"wrote {options.out}: {sizes}, {bits:.3f} stored bits per expert weight")
+
+
+def _kept(out: Path) -> str:
+    """What an interruption leaves, in words."""
+    if (folder := kept_folder(out)) is None:
+        return "nothing was packed yet"
+    count = len(list(folder.glob("model*.safetensors")))
+    return f"{count} packed files are kept in {str(folder)!r}, and the same command goes on from them"
 
 
 def _check_statistics(options: argparse.Namespace) -> None:
