@@ -60,7 +60,13 @@ def _fit(arguments: list[str]) -> int:
     except FileNotFoundError as error:
         print(f"moe-precision fit: error: {error}", file=sys.stderr)
         return 2
-    fit.train(arguments)
+    from .lightning_cli import ArgumentRefused
+
+    try:
+        fit.train(arguments)
+    except ArgumentRefused as error:
+        print(f"moe-precision fit: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

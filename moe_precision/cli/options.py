@@ -152,12 +152,12 @@ def data_of(options: argparse.Namespace, checkpoint: str) -> Any:
     from moe_precision.recipes import SummarizationDataModule, TextDataModule
 
     with Checkpoint(checkpoint) as opened:
-        config = opened.config
+        config, folder = opened.config, str(opened.folder)
     heldout = getattr(options, "heldout", None)
     given = {
         "dataset": options.dataset or (STDLIB if heldout is None else None),
         "dataset_config": options.dataset_config,
-        "tokenizer": options.tokenizer or checkpoint,
+        "tokenizer": options.tokenizer or folder,
         "heldout": heldout,
     }
     seq2seq = config.is_encoder_decoder

@@ -16,6 +16,7 @@ from ..allocation.allocator import make_plan
 from ..allocation.calibration import Calibration, calibration_on
 from ..allocation.whole_model import with_rest
 from ..checkpoints.checkpoint import Checkpoint, load_model
+from ..checkpoints.hub import how_to_download, is_hub_name, local_folder
 from ..checkpoints.sources import StreamingError
 from ..files import check_writable
 from ..layers.moe_layers import find_moe_layers
@@ -83,11 +84,14 @@ def run(options: argparse.Namespace) -> None:
 
 def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, _Known]:
     """The plan of what the command names, a history, one checkpoint, or two, and what costs were measured by."""
-    source, initial, final = options.source, options.initial, options.final
+    given = options.source, options.initial, options.final
+    source, initial, final = (None if path is None else str(local_folder(path)) for path in given)
     if source is None and final is None:
         raise ValueError("give a history, a checkpoint folder, or --final with --initial; see --help")
     if source is not None and initial is not None:
         raise ValueError("--initial replaces the history; give one of them")
+    if source is not None and is_hub_name(source):
+        raise ValueError(f"{source!r} is neither a history nor a checkpoint folder; {how_to_download(source)}")
     if source is not None and Path(source).is_dir():
         if final is not None:
             raise ValueError(f"{source!r} is a checkpoint folder: give it with --initial to measure from it to --final")
@@ -107,7 +111,7 @@ def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, _Known]:
     sources = known.curvature, known.statistics
     if known.model is not None:
         plan = make_plan(settings, known.model, history, *sources, known.calibration)
-        plan.notes["final"] = Path(str(final)).resolve().name
+        plan.notes["final"] = Checkpoint(str(final)).name
         plan.notes["text"] = f"training batches of {dataset_name(options)}"
         return plan, known
     try:
@@ -117,7 +121,7 @@ def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, _Known]:
             raise
         print(f"{error}: loading the whole model instead", file=sys.stderr)
         plan = make_plan(settings, load_model(final), history, *sources)
-        plan.notes["final"] = Path(str(final)).resolve().name
+        plan.notes["final"] = Checkpoint(str(final)).name
         return plan, known
 
 

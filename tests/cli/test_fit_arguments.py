@@ -42,6 +42,25 @@ def test_a_wrong_argument_is_one_line(arguments, message, capsys, monkeypatch):
     assert line == f"moe-precision fit: error: {message}; `moe-precision fit --help` lists the options"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan", "none.json"], "--plan 'none.json': no such file"),
+        (["--trainer.accelerator", "gpux"], "You selected an invalid accelerator name: `accelerator='gpux'`"),
+        (["--trainer.callbacks.average_bits", "9"], "average_bits=9.0 is outside the levels [1, 2, 3, 4]"),
+        (["--model.checkpoint", "x"], "and checkpoint='x', expected exactly one: a config for a new model, or"),
+    ],
+)
+def test_a_value_that_is_refused_is_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    if "average_bits" in arguments[0]:
+        arguments = ["--trainer.callbacks=moe_precision.callbacks.RouterNormMonitor", *arguments]
+    assert main([*RECIPE, "--trainer.logger=false", *arguments]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith("moe-precision fit: error: ")
+    assert message in line
+
+
 def test_an_unknown_recipe_is_one_line(capsys):
     assert main(["fit", "--config", "pretrain_mixtrall"]) == 2
     assert capsys.readouterr().err.startswith(
