@@ -16,6 +16,7 @@ def test_help_lists_recipes_and_options(capsys):
         "  pretrain_mixtral: Pretrain a small Mixtral on Python's standard library and write its precision plan\n"
         in out
     )
+    assert "  finetune_causal: Fine-tune a causal mixture of experts from its checkpoint, and write" in out
     assert "  recover: Recover what quantizing costs\n" in out
     assert "--trainer.max_steps" in out
     assert "--train {all,routers}" in out
