@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from .plans.plan import PrecisionPlan
     from .plans.settings import PlanSettings
     from .plans.widths import PlanError
-    from .quantize import PlanQuantizationConfig, QuantizationError, UnsupportedLayoutError, quantize_model
+    from .quantize import (
+        PlanQuantizationConfig,
+        QuantizationError,
+        UnsupportedLayoutError,
+        load_packed_state,
+        quantize_model,
+    )
     from .quantize.dequantizing import dequantize_checkpoint, dequantize_model
     from .quantize.distilling import Distilled, distill_scales
     from .quantize.trainable import DistillError
@@ -70,6 +76,7 @@ __all__ = [
     "distill_scales",
     "find_moe_layers",
     "load_model",
+    "load_packed_state",
     "quantize_checkpoint",
     "quantize_model",
     "rank_experts",
@@ -88,7 +95,13 @@ _DEFINED_IN = {
     ".plans.plan": ("PrecisionPlan",),
     ".plans.settings": ("PlanSettings",),
     ".plans.widths": ("PlanError",),
-    ".quantize": ("PlanQuantizationConfig", "QuantizationError", "UnsupportedLayoutError", "quantize_model"),
+    ".quantize": (
+        "PlanQuantizationConfig",
+        "QuantizationError",
+        "UnsupportedLayoutError",
+        "load_packed_state",
+        "quantize_model",
+    ),
     ".quantize.dequantizing": ("dequantize_checkpoint", "dequantize_model"),
     ".quantize.distilling": ("Distilled", "distill_scales"),
     ".quantize.trainable": ("DistillError",),
