@@ -23,13 +23,13 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
     """The folder of a checkpoint: for a Hub name its snapshot in the cache, if it is there; else the path as it is."""
     if not is_hub_name(source):
         return Path(source)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from transformers.utils.hub import cached_file
 
     try:
-        return Path(snapshot_download(os.fspath(source), local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return Path(source)
+        config = cached_file(os.fspath(source), "config.json", local_files_only=True)
+    except OSError:  # it is not there
+        config = None
+    return Path(source) if config is None else Path(config).parent
 
 
 def name_of(folder: Path) -> str:

@@ -120,8 +120,9 @@ def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, _Known]:
         if initial is not None:
             raise
         print(f"{error}: loading the whole model instead", file=sys.stderr)
-        plan = make_plan(settings, load_model(final), history, *sources)
-        plan.notes["final"] = Checkpoint(str(final)).name
+        trained = Checkpoint(str(final))
+        plan = make_plan(settings, load_model(trained), history, *sources)
+        plan.notes["final"] = trained.name
         return plan, known
 
 
