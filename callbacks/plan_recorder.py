@@ -155,7 +155,7 @@ class PlanRecorder:
         if fresh.caveats:
             rank_zero_warn(f"{type(self).__name__}: {caveat_text(fresh.caveats)}.")
         if self.history.steps and self.history.steps[-1] <= step:  # else it is from an earlier run
-            check_restored(self.history, fresh, self._layers, step, type(self).__name__, self._experts, optimizers)
+            check_restored(self.history, fresh, self._layers, step, type(self).__name__, optimizers, self._experts)
             self.history.caveats, self.history.patterns = fresh.caveats, fresh.patterns
             self.history.dtypes = fresh.dtypes
             self._loads.start(self._layers, self.history, model)
@@ -180,7 +180,7 @@ class PlanRecorder:
 
     def _start_late(self, model: nn.Module, step: int) -> None:
         """Instead of `_start`, for a run that had ended before this start: no batch is to come."""
-        check_restored(self.history, self._find(model), self._layers, step, type(self).__name__, self._experts)
+        check_restored(self.history, self._find(model), self._layers, step, type(self).__name__, (), self._experts)
 
     def _due(self, step: int, default_every: int) -> bool:
         """Whether a multiple of the interval was crossed since the last record.

@@ -31,8 +31,8 @@ def check_restored(
     layers: list[MoELayer],
     step: int,
     owner: str,
-    experts: ExpertSamples,
     optimizers: Iterable[Any] = (),
+    experts: ExpertSamples | None = None,
 ) -> None:
     """Checks what a checkpoint brought against the model; a collective where reading norms is one.
 
@@ -42,9 +42,9 @@ def check_restored(
         layers: Of the model.
         step: At which the run resumes.
         owner: Name of the callback, for messages.
-        experts: Those of the checkpoint; empty where it has none.
         optimizers: Of the run. Under a schedule-free one the record may be of the weights where gradients are taken,
             and the checkpoint of their average: a difference is reported, and no error.
+        experts: Those of the checkpoint, if it knows them.
 
     Raises:
         HistoryError: Its layers are others, or routers or experts are not those of the checkpoint: the run would
@@ -57,7 +57,7 @@ def check_restored(
         )
     if history.steps[-1] == step:
         _check_routers(history, fresh, layers, owner, optimizers)
-    if not (others := experts.others(layers)):
+    if experts is None or not (others := experts.others(layers)):
         return
     if keeps_two_weights(optimizers):
         rank_zero_warn(
