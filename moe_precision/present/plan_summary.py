@@ -33,11 +33,12 @@ def bits_map(plan: PrecisionPlan) -> list[str]:
     """
     lines: list[str] = []
     heading = ""
+    differ = any(len(set(map(tuple, layer.projection_bits.values()))) > 1 for layer in plan.layers.values())
     for name, layer in plan.layers.items():
         experts = layer.shape.num_experts
         together = -(-experts // _MAP)
         of = "one digit per expert" if together == 1 else f"one digit for {together} experts"
-        of += ", the mean of its matrices" if len(set(map(tuple, layer.projection_bits.values()))) > 1 else ""
+        of += ", the mean of its matrices" if differ else ""
         text = f"{re.sub(r'[0-9]+', '{}', name)}: {experts} experts, {of}"
         if text != heading:
             lines += [*([""] if lines else []), *textwrap.wrap(text, COLUMNS, subsequent_indent="  ")]

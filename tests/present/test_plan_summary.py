@@ -26,11 +26,10 @@ def plan(layers, notes=None, method="curvature", name="model.layers.{}.mlp"):
 
 def test_a_digit_for_each_expert():
     same = [1, 2, 3, 16]
+    assert bits_map(plan([(same, same)]))[0] == "model.layers.{}.mlp: 4 experts, one digit per expert"
     assert bits_map(plan([(same, same), ([2, 2, 2, 2], [2, 2, 2, 4])])) == [
-        "model.layers.{}.mlp: 4 experts, one digit per expert",
-        "    0  5.50  123f",
-        "",
         "model.layers.{}.mlp: 4 experts, one digit per expert, the mean of its matrices",
+        "    0  5.50  123f",
         "    1  2.25  2223",
         "f: left as it is, at 16 bits",
     ]
