@@ -10,6 +10,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from moe_precision.allocation.allocator import make_plan
+from moe_precision.allocation.whole_model import with_rest
 from moe_precision.annealing.covers import AnnealError
 from moe_precision.annealing.hooks import GridHooks, check_trainable, uncover
 from moe_precision.callbacks.grid_losses import GridLosses
@@ -57,6 +58,8 @@ class PlanAnnealer:
         average_bits: float | None = None,
         stored_bits: float | None = None,
         expert_gib: float | None = None,
+        total_gib: float | None = None,
+        rest_gib: float | None = None,
         bits: Sequence[int] | None = None,
         group_size: int = 128,
         granularity: Granularity | None = None,
@@ -82,10 +85,9 @@ class PlanAnnealer:
         self.plan = self._given
         self.grid: Grid | None = None
         self._hooks: GridHooks | None = None
-        self._first_step = 0  # of annealing
-        self._began_at = self._started_at = 0  # steps of this run, which a checkpoint may have brought forward
-        self._checked = False  # that the optimizer keeps second moments
-        self._used = False  # that every layer has gone through the grid
+        self._first_step = 0  # of annealing; below steps of this run, which a checkpoint may have brought forward
+        self._began_at = self._started_at = 0
+        self._checked = self._used = False  # the optimizer keeps second moments; every layer has gone through the grid
         self._before: list[Tensor] = []  # codes before a step that is logged
         self._seen = WeightsSeen()  # at the end
         self._settled: list[MoELayer] = []  # once their weights are on the grid
@@ -121,6 +123,7 @@ class PlanAnnealer:
         if self.plan is not None:
             self.plan = self.plan.for_model(model, shapes)
         else:
+            self.settings = with_rest(self.settings, model)
             self.settings.check_fits(shapes)
             if history is None and reads(self.settings.method, "norm_change", "load"):
                 raise AnnealError(f"method {self.settings.method!r} reads what {self._recorder} records: add it too")
@@ -138,8 +141,7 @@ class PlanAnnealer:
             )
         if self._uses_file():
             assert self._beside is not None
-            curvature = Curvature.load(self._beside).for_layers(shapes)
-            curvature.check_router_norms(norms_by_layer(layers))
+            Curvature.load(self._beside).for_layers(shapes).check_router_norms(norms_by_layer(layers))
         self._started_at, self._checked, self._used = step, False, False
         if self.grid is None and step - max(1, len(optimizers)) >= self._first_step:  # a batch has a step of each
             raise AnnealError(
@@ -147,8 +149,7 @@ class PlanAnnealer:
                 f"grid of a callback with export_to={self.export_to!r}: resume with the callback that the run had"
             )
         if self.grid is not None:  # resumed in the middle
-            given = None if self._given is None else self._given.for_model(model, shapes)
-            if given is not None and (changed := given.diff(self.grid.plan)):
+            if self._given is not None and (changed := self._given.for_model(model, shapes).diff(self.grid.plan)):
                 raise AnnealError(f"the checkpoint was annealed on a plan other than the given one: {changed[0]}")
             self._hooks, self._began_at = GridHooks(layers, self.grid), step
 
@@ -247,8 +248,7 @@ class PlanAnnealer:
                 "the weights are not on a grid, and no plan is written"
             )
             return
-        layers = self._hooks.layers
-        if self._seen.changed(layers):
+        if self._seen.changed(layers := self._hooks.layers):
             rank_zero_warn(
                 f"{type(self).__name__}: the experts' weights were changed after the last step, by another callback "
                 "(weight averaging, the best checkpoint): what is moved onto the grid is not what training ended on"

@@ -10,6 +10,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from moe_precision.allocation.planning import caveat_text
+from moe_precision.allocation.whole_model import with_rest
 from moe_precision.callbacks.end_logging import EndLogging
 from moe_precision.callbacks.extra_batches import Loss, curvature_of_run
 from moe_precision.callbacks.load_recorder import LoadRecorder
@@ -30,6 +31,7 @@ from moe_precision.present.metrics import plan_metrics
 from moe_precision.present.tables import as_text, layers_table
 from moe_precision.quantize.codec.grid import Grid
 from moe_precision.recording.curvature import Curvature
+from moe_precision.recording.expert_samples import ExpertSamples
 from moe_precision.recording.gradients import left_as_it_is
 from moe_precision.recording.history import RouterNormHistory
 from moe_precision.recording.router_norms import router_norms
@@ -60,6 +62,8 @@ class PlanRecorder:
         average_bits: float | None = None,
         stored_bits: float | None = None,
         expert_gib: float | None = None,
+        total_gib: float | None = None,
+        rest_gib: float | None = None,
         bits: Sequence[int] | None = None,
         group_size: int = 128,
         granularity: Granularity | None = None,
@@ -84,9 +88,8 @@ class PlanRecorder:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
         self._files = RunFiles(export_to, type(self).__name__, _RESCUE)
-        self.every_n_steps, self.export_to = every_n_steps, export_to
-        self.log_experts, self.module = log_experts, module
-        self.curvature_batches = curvature_batches
+        self.every_n_steps, self.export_to, self.log_experts = every_n_steps, export_to, log_experts
+        self.module, self.curvature_batches = module, curvature_batches
         self._collecting = StatisticsRecorder(type(self).__name__, statistics_batches, statistics_from)
         self._distilling = ScaleDistiller(type(self).__name__, distill_steps)
         self._needing = f"method {method!r}" if reads(method, "statistics") else self._distilling.needs  # statistics
@@ -101,6 +104,7 @@ class PlanRecorder:
         self._whole: nn.Module | None = None  # what the Trainer has
         self._model: nn.Module | None = None  # the part of it that is recorded
         self._layers: list[MoELayer] = []
+        self._experts = ExpertSamples()  # of the checkpoint that a run resumes from
         self._loads = LoadRecorder()
         self._warned = False
         self._seen = WeightsSeen()  # at the end
@@ -119,7 +123,7 @@ class PlanRecorder:
         self._distilling.close()
         self.plan = self.curvature = self.statistics = self.grid = None
         if anew:
-            self.history = RouterNormHistory()
+            self.history, self._experts = RouterNormHistory(), ExpertSamples()
         self._files.prepare(folder)
 
     def _start(
@@ -137,6 +141,7 @@ class PlanRecorder:
         """
         fresh = self._find(model)
         model = self._model or model
+        self.settings = with_rest(self.settings, model)
         self.settings.check_fits(fresh.layers)
         rank_zero_info(f"{type(self).__name__}: recording\n{as_text(layers_table(self._layers))}")
         folder = self._files.folder
@@ -147,7 +152,7 @@ class PlanRecorder:
         if fresh.caveats:
             rank_zero_warn(f"{type(self).__name__}: {caveat_text(fresh.caveats)}.")
         if self.history.steps and self.history.steps[-1] <= step:  # else it is from an earlier run
-            check_restored(self.history, fresh, self._layers, step, type(self).__name__, optimizers)
+            check_restored(self.history, fresh, self._layers, step, type(self).__name__, optimizers, self._experts)
             self.history.caveats, self.history.patterns = fresh.caveats, fresh.patterns
             self.history.dtypes = fresh.dtypes
             self._loads.start(self._layers, self.history, model)
@@ -172,7 +177,7 @@ class PlanRecorder:
 
     def _start_late(self, model: nn.Module, step: int) -> None:
         """Instead of `_start`, for a run that had ended before this start: no batch is to come."""
-        check_restored(self.history, self._find(model), self._layers, step, type(self).__name__)
+        check_restored(self.history, self._find(model), self._layers, step, type(self).__name__, (), self._experts)
         self._distilling.start_late()
 
     def _due(self, step: int, default_every: int) -> bool:
@@ -243,8 +248,7 @@ class PlanRecorder:
             self._save_history()  # whatever happens below, the record is kept
         self.history.measure_variance(self._layers)
         model, whole = self._model, self._whole
-        assert model is not None
-        assert whole is not None
+        assert model is not None and whole is not None  # noqa: PT018
         self.curvature = curvature_of_run(
             whole, self._layers, optimizers, losses, self.curvature_batches, type(self).__name__
         )

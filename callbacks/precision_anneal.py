@@ -47,6 +47,8 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
         average_bits: Budget in nominal bits per expert weight; 2.5 if no budget is given.
         stored_bits: Budget with scales and offsets included, instead of ``average_bits``.
         expert_gib: Budget as the size of all routed experts in the file, in GiB, instead of ``average_bits``.
+        total_gib: Budget as the size of the whole model in the file, in GiB, instead of ``average_bits``.
+        rest_gib: What everything but the routed experts takes, for ``total_gib``; None for what the model has.
         bits: Levels to choose from, of 1 to 8, or 16: one, two, or three that are equally spaced, by default 2 and 3;
             any number for a method that knows costs (``curvature``, ``weight_error``), by default 1 to 4.
         group_size: Weights that share a scale and an offset when the plan is carried out; divides every expert's input

@@ -13,8 +13,9 @@ from moe_precision.callbacks.of_trainer import optimizers_of, run_folder, save_s
 from moe_precision.callbacks.plan_annealer import PlanAnnealer
 from moe_precision.callbacks.restored import NOT_RESTORED
 from moe_precision.callbacks.router_norm_trainer_callback import RouterNormTrainerCallback
+from moe_precision.callbacks.trainer_experts import save_experts, saved_experts
 from moe_precision.layers.module_tree import modes_kept
-from moe_precision.layers.moe_layers import find_moe_layers
+from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.present.wandb_media import current_run
 from moe_precision.quantize.codec.grid import Grid, GridError
 from moe_precision.recording.router_norms import norms_by_layer
@@ -78,6 +79,11 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
                 self.grid.check_router_norms(self._norms(self._part(model)), f"grid {saved}")
             except GridError as error:
                 raise GridError(f"{error} {NOT_RESTORED}") from error
+            if others := saved_experts(args, state).others(self._layers(self._part(model))):
+                raise GridError(
+                    f"the grid {saved} belongs to other weights: {len(others)} expert matrices differ, {others[0]} the "
+                    f"first. {NOT_RESTORED}"
+                )
             rank_zero_info(f"PrecisionAnnealTrainerCallback: continues with the grid of {saved}")
         history = None if self._history_of is None else self._history_of.history
         self._check(self._part(model), state.global_step, state.max_steps, history, optimizers_of(kwargs))
@@ -117,10 +123,14 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
         self.grid.router_norms = self._norms(self._part(model))
         if state.is_world_process_zero:
             save_state(self.grid.save, args, state, _STATE)
+            save_experts(self._hooks.layers, args, state)
 
     @torch.no_grad()
     def _norms(self, model: Any) -> dict[str, torch.Tensor]:
-        return norms_by_layer(find_moe_layers(model, **self._patterns()))
+        return norms_by_layer(self._layers(model))
+
+    def _layers(self, model: Any) -> list[MoELayer]:
+        return find_moe_layers(model, **self._patterns())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_warn
 
 from moe_precision.layers.moe_layers import MoELayer
+from moe_precision.recording.expert_samples import ExpertSamples
 from moe_precision.recording.history import HistoryError, RouterNormHistory
 from moe_precision.recording.router_norms import router_norms
 
@@ -31,8 +32,9 @@ def check_restored(
     step: int,
     owner: str,
     optimizers: Iterable[Any] = (),
+    experts: ExpertSamples | None = None,
 ) -> None:
-    """Checks a history that a checkpoint brought against the model; a collective where reading norms is one.
+    """Checks what a checkpoint brought against the model; a collective where reading norms is one.
 
     Args:
         history: From the checkpoint.
@@ -42,18 +44,37 @@ def check_restored(
         owner: Name of the callback, for messages.
         optimizers: Of the run. Under a schedule-free one the record may be of the weights where gradients are taken,
             and the checkpoint of their average: a difference is reported, and no error.
+        experts: Those of the checkpoint, if it knows them.
 
     Raises:
-        HistoryError: Its layers are others, or the routers are not those of the checkpoint: the run would train
-            the wrong model. This shows only if the checkpoint's step was recorded.
+        HistoryError: Its layers are others, or routers or experts are not those of the checkpoint: the run would
+            train the wrong model. Of routers this shows only if the checkpoint's step was recorded.
     """
     if list(history.layers.items()) != list(fresh.layers.items()):
         raise HistoryError(
             f"the checkpoint's router norms are of layers {list(history.layers)}, this model has "
             f"{list(fresh.layers)}, or their shapes differ"
         )
-    if history.steps[-1] != step:
+    if history.steps[-1] == step:
+        _check_routers(history, fresh, layers, owner, optimizers)
+    if experts is None or not (others := experts.others(layers)):
         return
+    if keeps_two_weights(optimizers):
+        rank_zero_warn(
+            f"{owner}: {len(others)} expert matrices are not those of the checkpoint at step {step}. That is right if "
+            "it holds the averaged weights of the schedule-free optimizer; else it was not restored"
+        )
+        return
+    raise HistoryError(
+        f"{owner}: the experts of this model are not those of the checkpoint at step {step} ({len(others)} matrices "
+        f"differ, {others[0]} the first): it was not restored into the model, whichever routers are. {NOT_RESTORED}"
+    )
+
+
+def _check_routers(
+    history: RouterNormHistory, fresh: RouterNormHistory, layers: list[MoELayer], owner: str, optimizers: Iterable[Any]
+) -> None:
+    step = history.steps[-1]
     recorded = torch.cat(list(history.last.values()))
     now = router_norms(layers).to("cpu")
     tolerance = 1e-5 if history.dtypes == fresh.dtypes else 1e-2  # a float32 run may resume in bfloat16

@@ -17,6 +17,7 @@ from moe_precision.callbacks.lightning_packages import LightningCallback, averag
 from moe_precision.callbacks.plan_recorder import PlanRecorder
 from moe_precision.callbacks.statistics_recorder import Again
 from moe_precision.layers.module_tree import root_model
+from moe_precision.recording.expert_samples import ExpertSamples
 
 _MANUAL = "needs automatic optimization: this module steps its own optimizers, and no batch runs without its step"
 
@@ -48,6 +49,8 @@ class RouterNormMonitor(PlanRecorder, LightningCallback):
         average_bits: Budget in nominal bits per expert weight; 2.5 if no budget is given.
         stored_bits: Budget with scales and offsets included, instead of ``average_bits``.
         expert_gib: Budget as the size of all routed experts in the file, in GiB, instead of ``average_bits``.
+        total_gib: Budget as the size of the whole model in the file, in GiB, instead of ``average_bits``.
+        rest_gib: What everything but the routed experts takes, for ``total_gib``; None for what the model has.
         bits: Levels to choose from, of 1 to 8, or 16: one, two, or three that are equally spaced, by default 2 and 3;
             any number for a method that knows costs (``statistics``, ``curvature``, ``weight_error``), by default 1 to
             4. With 0 among them experts may be dropped, which needs expert statistics.
@@ -210,10 +213,11 @@ class RouterNormMonitor(PlanRecorder, LightningCallback):
 
     def state_dict(self) -> dict[str, Any]:
         self._loads.count()  # checkpoints are made on all ranks
-        return self.history.state_dict()
+        return self.history.state_dict() | {"experts": ExpertSamples.of(self._layers).state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history.load_state_dict(state_dict)
+        self._experts = ExpertSamples(state_dict.get("experts"))
 
     def _log(self, trainer: Trainer, ending: bool = False) -> None:
         if trainer.loggers and trainer.is_global_zero:

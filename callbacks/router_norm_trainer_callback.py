@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from moe_precision.callbacks.of_trainer import optimizers_of, run_folder, save_state, saved_file, saves_as_float
 from moe_precision.callbacks.plan_recorder import PlanRecorder
 from moe_precision.callbacks.statistics_recorder import Again
+from moe_precision.callbacks.trainer_experts import save_experts, saved_experts, warn_unless_best
 from moe_precision.present.wandb_media import current_run
 from moe_precision.recording.history import RouterNormHistory
 
@@ -25,10 +26,10 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
 
     Works as `RouterNormMonitor` does for Lightning, and gives equal histories and plans for equal weights. A record is
     taken with every checkpoint and written into its folder, so ``resume_from_checkpoint`` continues with the original
-    baseline, and a run whose routers were not restored stops with an error. In a ``hyperparameter_search`` every trial
-    has its own plan, in the folder of its checkpoints. With ``report_to="wandb"`` the curves appear beside the
-    Trainer's own, over ``train/global_step``; a callback cannot reach other trackers, but the history file holds
-    everything.
+    baseline, and a run whose routers or experts were not restored stops with an error. If ``load_best_model_at_end``
+    leaves the experts out, a warning says what to reload. In a ``hyperparameter_search`` every trial has its own plan,
+    in the folder of its checkpoints. With ``report_to="wandb"`` the curves appear beside the Trainer's own, over
+    ``train/global_step``; a callback cannot reach other trackers, but the history file holds everything.
 
     Args:
         method: How widths are chosen. ``router_norm`` is the paper's rule; ``curvature`` minimizes the
@@ -36,6 +37,8 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         average_bits: Budget in nominal bits per expert weight; 2.5 if no budget is given.
         stored_bits: Budget with scales and offsets included, instead of ``average_bits``.
         expert_gib: Budget as the size of all routed experts in the file, in GiB, instead of ``average_bits``.
+        total_gib: Budget as the size of the whole model in the file, in GiB, instead of ``average_bits``.
+        rest_gib: What everything but the routed experts takes, for ``total_gib``; None for what the model has.
         bits: Levels to choose from, of 1 to 8, or 16: one, two, or three that are equally spaced; any number for a
             method that knows costs (``curvature``, ``weight_error``).
         group_size: Weights that share a scale and an offset when the plan is carried out; divides every expert's input
@@ -104,6 +107,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         if saved is not None:
             self.history = RouterNormHistory.load(saved)
             self.history.max_variance = {}
+            self._experts = saved_experts(args, state)
             rank_zero_info(f"RouterNormTrainerCallback: continues with the router norms of {saved}")
         if self._start(model, state.global_step, state.max_steps, optimizers=optimizers_of(kwargs)):
             self._log(state)
@@ -140,6 +144,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
             self._log(state)
         if state.is_world_process_zero:
             save_state(self.history.save, args, state, _STATE)
+            save_experts(self._layers, args, state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._loads.count_validation()
@@ -148,6 +153,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._running = False
+        warn_unless_best(self._layers, args, state, type(self).__name__)
         if self._record_final(state.global_step):
             self._ending.attempt("the last router norms to wandb", lambda: self._log(state))
         losses: Iterator[Callable[[], Tensor | None]] = iter(())

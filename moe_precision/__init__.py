@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from .plans.plan import PrecisionPlan
     from .plans.settings import PlanSettings
     from .plans.widths import PlanError
-    from .quantize import PlanQuantizationConfig, QuantizationError, UnsupportedLayoutError, quantize_model
+    from .quantize import (
+        PlanQuantizationConfig,
+        QuantizationError,
+        UnsupportedLayoutError,
+        load_packed_state,
+        quantize_model,
+    )
     from .quantize.dequantizing import dequantize_checkpoint, dequantize_model
     from .quantize.distilling import Distilled, distill_scales
     from .quantize.modules import set_activations
@@ -73,6 +79,7 @@ __all__ = [
     "distill_streamed",
     "find_moe_layers",
     "load_model",
+    "load_packed_state",
     "prune_checkpoint",
     "quantize_checkpoint",
     "quantize_model",
@@ -93,7 +100,13 @@ _DEFINED_IN = {
     ".plans.plan": ("PrecisionPlan",),
     ".plans.settings": ("PlanSettings",),
     ".plans.widths": ("PlanError",),
-    ".quantize": ("PlanQuantizationConfig", "QuantizationError", "UnsupportedLayoutError", "quantize_model"),
+    ".quantize": (
+        "PlanQuantizationConfig",
+        "QuantizationError",
+        "UnsupportedLayoutError",
+        "load_packed_state",
+        "quantize_model",
+    ),
     ".quantize.dequantizing": ("dequantize_checkpoint", "dequantize_model"),
     ".quantize.modules": ("set_activations",),
     ".quantize.pruning": ("prune_checkpoint",),

@@ -132,6 +132,12 @@ def pack(tokens: Tensor, sequence_length: int, pad_token_id: int) -> tuple[Tenso
     return input_ids.view(-1, sequence_length), labels.view(-1, sequence_length)
 
 
+def _checkpoint_of(data: pl.LightningDataModule) -> str | None:
+    """The checkpoint that the module of a data module's Trainer begins with; None without any."""
+    module = None if data.trainer is None else data.trainer.lightning_module
+    return None if module is None else module.hparams.get("checkpoint")
+
+
 def shuffled_texts(rows: Dataset, seed: int) -> list[str]:
     """Return the column `text` in a seeded order, so that a cut at some number of tokens is a fair sample."""
     texts = list(rows["text"])
@@ -151,7 +157,8 @@ class TextDataModule(pl.LightningDataModule):
             `datasets.load_dataset`. None, with `heldout` and a tokenizer, for no training text.
         dataset_config: The configuration's name, for a `datasets` name only.
         text_column: The column that holds the text, for tables and `datasets` names.
-        tokenizer: Path or name of a pretrained tokenizer. None trains a byte-level BPE on the training split.
+        tokenizer: Path or name of a pretrained tokenizer. None takes that of the checkpoint that is trained, if the
+            module has one (`CausalLM(checkpoint=...)`), else trains a byte-level BPE on the training split.
         vocab_size: Size of the tokenizer that is trained here; ignored where one is given.
         sequence_length: Tokens in a block.
         batch_size: Blocks in a batch, on each device.
@@ -196,8 +203,8 @@ class TextDataModule(pl.LightningDataModule):
         texts = {split: shuffled_texts(text[split], args["seed"]) for split in ("train", "validation") if split in text}
         limits = {"train": args["max_train_tokens"], "validation": args["max_val_tokens"]}
         name = held_out_name(args["dataset"], args["dataset_config"], args["heldout"])
-        if args["tokenizer"] is not None:
-            self.tokenizer = load_tokenizer(args["tokenizer"])
+        if (source := args["tokenizer"] or _checkpoint_of(self)) is not None:
+            self.tokenizer = load_tokenizer(source)
         elif "train" in texts:
             self.tokenizer = train_tokenizer(texts["train"], args["vocab_size"])
         else:

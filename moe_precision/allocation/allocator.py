@@ -27,6 +27,7 @@ from .calibration import Calibration, calibration_on
 from .planning import plan_from_signals
 from .snapshot import Snapshot
 from .weights import LiveWeights, StoredWeights, Weights
+from .whole_model import with_rest
 
 Model = nn.Module | Checkpoint | str | os.PathLike[str]
 History = RouterNormHistory | Checkpoint | str | os.PathLike[str]
@@ -43,6 +44,8 @@ def allocate(
     average_bits: float | None = None,
     stored_bits: float | None = None,
     expert_gib: float | None = None,
+    total_gib: float | None = None,
+    rest_gib: float | None = None,
     bits: Sequence[int] | None = None,
     group_size: int = 128,
     granularity: Granularity | None = None,
@@ -78,6 +81,8 @@ def allocate(
         average_bits: Budget in nominal bits per expert weight; 2.5 if no budget is given.
         stored_bits: Budget with scales and offsets included, instead of ``average_bits``.
         expert_gib: Budget as the size of all routed experts in the file, in GiB, instead of ``average_bits``.
+        total_gib: Budget as the size of the whole model in the file, in GiB, instead of ``average_bits``.
+        rest_gib: What everything but the routed experts takes, for ``total_gib``; None for what the model has.
         bits: Levels to choose from; any number of them, by default 1 to 4, for a method that knows costs, else by
             default 2 and 3. 0 among them lets an expert be dropped, which needs ``statistics``.
         group_size: Weights that share a scale and an offset, along the input dimension.
@@ -143,6 +148,7 @@ def make_plan(
             baseline = Snapshot.first_of(recorded)
         weights: Weights | None = None
         if model is not None:
+            settings = with_rest(settings, model)
             patterns = settings.patterns or (baseline.patterns if baseline is not None else Patterns())
             if isinstance(model, nn.Module):
                 weights = LiveWeights(model, patterns)
@@ -208,6 +214,8 @@ def _check_sources(
         )
     if model is None and history is None:
         raise AllocationError("allocate needs a model, a history, or both")
+    if model is None:
+        settings.check_rest_known()
 
 
 def _check_finite(final: Snapshot, history: RouterNormHistory | None) -> None:

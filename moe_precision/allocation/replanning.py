@@ -21,6 +21,8 @@ def replan(
     average_bits: float | None = None,
     stored_bits: float | None = None,
     expert_gib: float | None = None,
+    total_gib: float | None = None,
+    rest_gib: float | None = None,
 ) -> PrecisionPlan:
     """Solves a plan's knapsack again at another budget, in an instant; levels and granularity stay.
 
@@ -29,6 +31,9 @@ def replan(
         average_bits: Budget in nominal bits per expert weight.
         stored_bits: Budget with scales and offsets included, instead.
         expert_gib: Budget as the size of all routed experts in the file, in GiB, instead.
+        total_gib: Budget as the size of the whole model in the file, in GiB, instead.
+        rest_gib: What everything but the routed experts takes, for ``total_gib``; by default what the plan was made
+            with, if that was by ``total_gib`` too.
 
     Raises:
         AllocationError: The plan holds no costs, not one budget is given, or it is out of range.
@@ -40,9 +45,18 @@ def replan(
     """
     if plan.settings is None or not all(layer.costs for layer in plan.layers.values()):
         raise AllocationError(f"replan needs a plan that holds costs; method {plan.method!r} knows none: make it anew")
-    if sum(budget is not None for budget in (average_bits, stored_bits, expert_gib)) != 1:
-        raise AllocationError("give one of average_bits, stored_bits and expert_gib")
-    settings = replace(plan.settings, average_bits=average_bits, stored_bits=stored_bits, expert_gib=expert_gib)
+    if sum(budget is not None for budget in (average_bits, stored_bits, expert_gib, total_gib)) != 1:
+        raise AllocationError("give one of average_bits, stored_bits, expert_gib and total_gib")
+    if total_gib is not None and rest_gib is None:
+        rest_gib = plan.settings.rest_gib
+    settings = replace(
+        plan.settings,
+        average_bits=average_bits,
+        stored_bits=stored_bits,
+        expert_gib=expert_gib,
+        total_gib=total_gib,
+        rest_gib=rest_gib,
+    )
     shapes = {name: layer.shape for name, layer in plan.layers.items()}
     settings.check_fits(shapes)
     costs = {

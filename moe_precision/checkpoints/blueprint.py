@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 import transformers
@@ -13,10 +12,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from ..compat import model_of_config
 from .config import config_of
 from .headers import CheckpointError
+from .hub import is_hub_name, local_folder
 
 
 def model_of(source: str | os.PathLike[str]) -> PreTrainedModel:
     """The float model of a config.json, or of the folder that holds one, on the meta device.
+
+    A model on the Hub will do by its name if its config is in the cache of this machine.
 
     A model that its publisher has quantized (FP8, MXFP4) is laid out as if it were not. Without a dtype in its config
     it is in bfloat16.
@@ -24,12 +26,13 @@ def model_of(source: str | os.PathLike[str]) -> PreTrainedModel:
     Raises:
         CheckpointError: There is no config.json, or transformers lacks its model.
     """
-    path = Path(source)
+    path = local_folder(source)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
+        name = os.fspath(source) if is_hub_name(source) else "NAME"
         raise CheckpointError(
             f"{os.fspath(source)!r} is neither a config.json nor a folder that holds one; of a model on the Hub, "
-            "download that file alone: hf download NAME config.json --local-dir FOLDER"
+            f"download that file alone: hf download {name} config.json --local-dir FOLDER"
         )
     try:
         config = config_of(path, trust_remote_code=False)

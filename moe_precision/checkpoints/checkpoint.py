@@ -26,6 +26,7 @@ from ..plans.plan import PrecisionPlan, model_type_of
 from .config import config_of, quantization_of
 from .dtypes import meta_model_of
 from .headers import CheckpointError, StoredTensor, header, weight_files
+from .hub import local_folder, name_of
 from .matrices import expert_matrices, router_weight
 from .sources import Sources, sources_of, with_aliases
 
@@ -41,7 +42,7 @@ class Checkpoint:
 
     Args:
         folder: What ``save_pretrained`` writes: config.json and safetensors files, one or several, with tensors under
-            hub names or those of the module tree.
+            hub names or those of the module tree. Or the name of a model that is in the Hub's cache on this machine.
 
     Attributes:
         folder: The folder.
@@ -60,8 +61,8 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
-        self._path = Path(os.path.abspath(folder))  # whatever the working directory is later
+        self.folder = local_folder(folder)
+        self._path = Path(os.path.abspath(self.folder))  # whatever the working directory is later
         self.files = [self._path / file.name for file in weight_files(self.folder)]
         self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
@@ -112,8 +113,8 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
-        return self._path.name
+        """The folder's own name, or that of the model where it is in the Hub's cache."""
+        return name_of(self._path)
 
     @property
     def nbytes(self) -> int:

@@ -99,6 +99,13 @@ def resumable_folder(path: str | os.PathLike[str], job: str) -> Iterator[Path]:
         (path / _LOCK).unlink()
 
 
+def kept_folder(path: str | os.PathLike[str]) -> Path | None:
+    """The hidden folder that an interrupted `resumable_folder` has left for a path; the newest of several."""
+    path = Path(path).resolve()
+    found = sorted(path.parent.glob(f".{path.name}.*.partial"), key=lambda folder: folder.stat().st_mtime)
+    return found[-1] if found else None
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / _LOCK, timeout=0)

@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..errors import MoEPrecisionError
+from .hub import how_to_download, is_hub_name
 
 FLOATS = ("F32", "BF16", "F16", "F64")  # safetensors' names; those of 8 bits have a scale beside them
 
@@ -57,13 +58,11 @@ def weight_files(folder: Path) -> list[Path]:
         CheckpointError: The folder or its config.json is missing, it holds PEFT adapters, or the index is damaged.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint folder at {str(folder)!r}; expected what save_pretrained writes")
+        advice = how_to_download(str(folder)) if is_hub_name(folder) else "expected what save_pretrained writes"
+        raise CheckpointError(f"no checkpoint folder at {str(folder)!r}; {advice}")
     whole = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
     if (folder / "adapter_config.json").is_file() and not whole:
-        raise CheckpointError(
-            f"{str(folder)!r} holds PEFT adapters; merge first: model.merge_and_unload().save_pretrained(FOLDER), and "
-            "give that folder"
-        )
+        raise CheckpointError(f"{str(folder)!r} holds PEFT adapters, no model: {_merging(folder)}")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{str(folder)!r} has no config.json; expected what save_pretrained writes")
     if not whole:
@@ -76,6 +75,20 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in sorted(names)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # not UTF-8, not JSON, not a map of names
         raise CheckpointError(f"{str(index)!r} is damaged: {error}") from error
+
+
+def _merging(folder: Path) -> str:
+    """The two lines of code that make a checkpoint of an adapter."""
+    try:
+        task = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
+    except (ValueError, AttributeError):
+        task = None
+    kind = "Seq2SeqLM" if task == "SEQ_2_SEQ_LM" else "CausalLM"
+    return (
+        f"merge first, and give the merged folder (from peft import AutoPeftModelFor{kind})\n"
+        f"  model = AutoPeftModelFor{kind}.from_pretrained({str(folder)!r}).merge_and_unload()\n"
+        f"  model.save_pretrained({str(folder) + '-merged'!r})"
+    )
 
 
 def _check_safetensors(folder: Path) -> None:

@@ -20,7 +20,18 @@ from ..recording.curvature import Curvature
 from ..recording.history import RouterNormHistory
 from ..recording.statistics import ExpertStatistics
 from .found import KINDS, beside_history
-from .options import Commands, add_command, add_dataset, add_heldout, add_levels, count, data_of, judged_on, positive
+from .options import (
+    Commands,
+    add_command,
+    add_dataset,
+    add_heldout,
+    add_levels,
+    add_output,
+    count,
+    data_of,
+    judged_on,
+    positive,
+)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -63,6 +74,7 @@ def run(options: argparse.Namespace) -> None:
         end_of_text=None if seq2seq else data.tokenizer.eos_token_id,
         text=judged_on(data),
     )
+    options.document = found.to_dict() | {"verdict": verdict(found)}
     show(comparison_table(found))
     if found.correlations:
         show(correlation_table(found))
@@ -70,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
     if options.output is not None:
         with replaced_when_done(options.output) as temporary:
             temporary.write_text(
-                json.dumps(found.to_dict() | {"verdict": verdict(found)}, indent=2, allow_nan=False) + "\n",
+                json.dumps(options.document, indent=2, allow_nan=False) + "\n",
                 encoding="utf-8",
             )
     if options.plot is not None:
@@ -189,8 +201,9 @@ def add_to(commands: Commands) -> None:
     )
     add_heldout(command)
     add_dataset(command)
-    command.add_argument("-o", "--output", metavar="JSON", help="write all numbers")
+    command.add_argument("-o", "--output", metavar="FILE", help="write all numbers as JSON")
     command.add_argument("--plot", metavar="PNG", help="plot them")
     command.add_argument(
         "--write-plan", metavar="PLAN", help="write the winner's plan (and curvature and statistics beside it)"
     )
+    add_output(command)

@@ -17,7 +17,7 @@ from rich.table import Table
 from ..present.tables import show
 from ..quantize.selfcheck import Check, State, check_kernels
 from ..version import __version__
-from .options import Commands, add_command
+from .options import Commands, add_command, add_output
 
 NAME = "moe-precision"
 EXTRAS = {
@@ -39,12 +39,17 @@ def run(options: argparse.Namespace) -> int:
     show(_table(escape("extras: pip install 'moe-precision[NAME]'"), extras))
     required = [one for one in checks if one.state == "absent" and one.name in options.require]
     wrong = [*(one for one in (*checks, *extras) if one.state == "broken"), *required]
+    options.document = {"works": not wrong, "checks": _plain(checks), "extras": _plain(extras)}
     for one in wrong:
         print(f"{one.name}: {one.state}: {one.detail}", file=sys.stderr)
     absent = [one.name for one in checks if one.state == "absent" and one not in wrong]
     if not wrong:
         print("everything works" + (f"; absent, which costs speed alone: {', '.join(absent)}" if absent else ""))
     return 1 if wrong else 0
+
+
+def _plain(checks: list[Check]) -> dict[str, dict[str, str]]:
+    return {one.name: {"state": one.state, "detail": one.detail, "use": one.use} for one in checks}
 
 
 def _python() -> Check:
@@ -116,3 +121,4 @@ def add_to(commands: Commands) -> None:
         metavar="NAME",
         help=f"fail also where one of these is absent: {', '.join(KERNELS)}",
     )
+    add_output(command)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import cast
+from dataclasses import asdict
+from typing import Any, cast
 
 from rich import box
 from rich.table import Table
@@ -16,9 +17,10 @@ from ..present.tables import show
 from ..quantize.sizes import GIB, ModelSizes
 from ..recording.collecting import MEMORY_GIB, memory_bytes, passes
 from ..recording.statistics import file_bytes
-from .options import Commands, add_command
+from .options import Commands, add_command, add_output
 
 DEFAULT_BITS = (8, 4, 3, 2.5, 2, 1.5)
+_PARTS = ("experts_gib", "rest_gib", "total_gib")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -34,7 +36,9 @@ def run(options: argparse.Namespace) -> None:
         options.group_size if plan is None else plan.group_size,
         options.non_expert_bits,
     )
-    print_sizes(sizes, options.average_bits, plan, options.expert_gib, options.total_gib, options.statistics_memory)
+    options.document = print_sizes(
+        sizes, options.average_bits, plan, options.expert_gib, options.total_gib, options.statistics_memory
+    )
 
 
 def print_sizes(
@@ -44,8 +48,8 @@ def print_sizes(
     expert_gib: float | None = None,
     total_gib: float | None = None,
     statistics_memory: float = MEMORY_GIB,
-) -> None:
-    """Prints what a model takes.
+) -> dict[str, Any]:
+    """Prints what a model takes, and returns it as plain types.
 
     Args:
         sizes: Of the model.
@@ -86,10 +90,31 @@ def print_sizes(
         )
     print(_statistics(sizes, statistics_memory))
     _, stored = rows[min(1, len(rows) - 1)]  # of the plan, else of the widest row
+    quantizing = sizes.quantizing_bytes(stored) / GIB
     print(
-        f"quantizing: at most {sizes.quantizing_bytes(stored) / GIB:.4g} GiB for each process, beside its imports: "
-        f"twice the largest layer ({sizes.largest_layer or 'one'}) and one packed file"
+        f"quantizing: at most {quantizing:.4g} GiB for each process, beside its imports: twice the largest layer "
+        f"({sizes.largest_layer or 'one'}) and one packed file"
     )
+    return {
+        "model_type": sizes.model_type,
+        "parameters": sizes.parameters,
+        "expert_weights": sizes.weights,
+        "group_size": sizes.group_size,
+        "rows": {
+            name: dict(zip(_PARTS, _gib(sizes, bits), strict=True)) | {"stored_bits": bits} for name, bits in rows
+        },
+        "fits": {option: asdict(fit) for option, fit in fits},
+        "statistics_memory_gib": memory_bytes(sizes.layers) / GIB,
+        "statistics_file_gib": file_bytes(sizes.layers) / GIB,
+        "quantizing_gib": quantizing,
+    }
+
+
+def _gib(sizes: ModelSizes, stored: float) -> tuple[float, float, float]:
+    """GiB of the experts, of the rest and in total at so many stored bits."""
+    experts = sizes.expert_bytes(stored)
+    total = sizes.float_bytes if stored == sizes.stored_bits(16) else experts + sizes.rest_bytes
+    return experts / GIB, (total - experts) / GIB, total / GIB
 
 
 def _statistics(sizes: ModelSizes, memory: float) -> str:
@@ -118,12 +143,9 @@ def _table(sizes: ModelSizes, rows: list[tuple[str, float]]) -> Table:
     for column in ("experts at", "stored bits", "experts GiB", "rest GiB", "total GiB", "of float"):
         table.add_column(column, justify="left" if column == "experts at" else "right")
     for name, stored in rows:
-        experts = sizes.expert_bytes(stored)
-        is_float = stored == sizes.stored_bits(16)
-        total = sizes.float_bytes if is_float else experts + sizes.rest_bytes
-        rest = total - experts
-        cells = [f"{nbytes / GIB:.4g}" for nbytes in (experts, rest, total)]
-        table.add_row(name, f"{stored:.4g}", *cells, f"{total / sizes.float_bytes:.1%}")
+        parts = _gib(sizes, stored)
+        cells = [f"{gib:.4g}" for gib in parts]
+        table.add_row(name, f"{stored:.4g}", *cells, f"{parts[-1] * GIB / sizes.float_bytes:.1%}")
     return table
 
 
@@ -163,3 +185,4 @@ def add_to(commands: Commands) -> None:
     )
     command.add_argument("--router-pattern", metavar="REGEX", help="names the routers' weights; see find_moe_layers")
     command.add_argument("--expert-pattern", metavar="REGEX", help="names the experts' weights; see find_moe_layers")
+    add_output(command)

@@ -9,14 +9,14 @@ from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.headers import CheckpointError
-from .options import Commands, add_command, add_dataset, add_heldout, data_of, judged_on, positive
+from .options import Commands, add_command, add_dataset, add_heldout, add_output, data_of, judged_on, positive
 
 
 def run(options: argparse.Namespace) -> None:
     """Evaluates the checkpoint and prints a table."""
     from ..judging.divergence import measure
     from ..judging.evaluation import evaluate, summarize_losses
-    from ..present.tables import evaluation_table, show
+    from ..present.tables import evaluation_document, evaluation_table, show
     from ..quantize.card import has_card
 
     kwargs = {} if options.dtype == "auto" else {"dtype": options.dtype}
@@ -36,12 +36,14 @@ def run(options: argparse.Namespace) -> None:
     batches = list(islice(data.val_dataloader(), options.max_batches))
     if options.reference is None:
         results = {name: evaluate(model, batches, data.token_counts)}
+        options.document = evaluation_document(results, {}, judged_on(data))
         show(evaluation_table(results, text=judged_on(data)))
         _note(options, f"Measured {judged_on(data)}: loss {results[name].loss:.4f}.")
         return
     found = measure(float_model, model, batches, "Evaluating beside the reference")
     by_loss = {float_name: found.float_losses, name: found.losses}
     results = {of: summarize_losses(losses, found.targets, data.token_counts) for of, losses in by_loss.items()}
+    options.document = evaluation_document(results, {name: found.divergence}, judged_on(data))
     show(evaluation_table(results, {name: found.divergence}, judged_on(data)))
     losses = f"loss {results[float_name].loss:.4f} of the float model, {results[name].loss:.4f} of this one"
     _note(options, f"Measured {judged_on(data)}: {losses}; KL divergence {found.divergence.kl:.5f} nats per token.")
@@ -102,3 +104,4 @@ def add_to(commands: Commands) -> None:
     add_dataset(command)
     command.add_argument("--max-batches", type=positive, help="use at most this many validation batches of 16")
     command.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32 or bfloat16")
+    add_output(command)

@@ -11,7 +11,13 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 import moe_precision.callbacks  # noqa: F401  so that YAML may name the callbacks without their module
 
+from ..errors import MoEPrecisionError
+
 _REFUSED = re.compile(r"class_path '([\w.]+)':\s+Option '(\S+)' is not accepted")
+
+
+class ArgumentRefused(MoEPrecisionError, ValueError):
+    """A value of ``fit`` with which nothing can be trained."""
 
 
 class _Parser(LightningArgumentParser):
@@ -43,7 +49,22 @@ class FitCLI(LightningCLI):
             help="routers: pack the checkpoint's experts by the plan and train the routers alone, for little memory",
         )
 
-    def before_instantiate_classes(self) -> None:
+    def instantiate_classes(self) -> None:
+        """Refuses values in one line; what goes wrong in training, later, keeps its traceback.
+
+        Raises:
+            ArgumentRefused: A class, or what is done before, does not take a value.
+        """
+        try:
+            self._set_plan()
+            super().instantiate_classes()
+        except (ValueError, OSError) as error:
+            first = error
+            while isinstance(first.__context__, ValueError | OSError):  # jsonargparse wraps it in its own words
+                first = first.__context__
+            raise ArgumentRefused(" ".join(str(first).split())) from error
+
+    def _set_plan(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
         callbacks = config.trainer.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]

@@ -6,8 +6,11 @@ Only the command that is used is imported: torch and transformers take seconds, 
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from typing import Any
 
@@ -16,16 +19,33 @@ from .commands import SUMMARIES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status. User errors print one line and return 2; training raises its own."""
+    """Runs one command; returns the exit status. User errors print one line and return 2; training raises its own.
+
+    Ctrl-C prints one line too, with what is kept, and returns 130.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["fit"] and arguments[1:]:
         return _fit(arguments[1:])
     options = parser(arguments[:1]).parse_args(arguments)
     try:
-        status: int | None = options.run(options)
+        status = _run(options)
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"moe-precision {options.command}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as interrupt:
+        left = f"; {interrupt}" if str(interrupt) else ""
+        print(f"moe-precision {options.command}: interrupted{left}", file=sys.stderr)
+        return 130
+    return status
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Runs a command, with what ``--json`` or ``--quiet`` says of its standard output."""
+    as_json, quiet = getattr(options, "json", False), getattr(options, "quiet", False)
+    with redirect_stdout(io.StringIO()) if as_json or quiet else nullcontext():
+        status: int | None = options.run(options)
+    if as_json:
+        print(json.dumps(options.document, indent=2, allow_nan=False))
     return status or 0
 
 
@@ -40,7 +60,13 @@ def _fit(arguments: list[str]) -> int:
     except FileNotFoundError as error:
         print(f"moe-precision fit: error: {error}", file=sys.stderr)
         return 2
-    fit.train(arguments)
+    from .lightning_cli import ArgumentRefused
+
+    try:
+        fit.train(arguments)
+    except ArgumentRefused as error:
+        print(f"moe-precision fit: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -37,6 +37,13 @@ def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace
     return command
 
 
+def add_output(command: Parser) -> None:
+    """Adds ``--json`` and ``--quiet``, for a command that sets ``options.document``; `main` does what they say."""
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="print one JSON object instead of tables and lines")
+    group.add_argument("--quiet", action="store_true", help="print nothing but progress, warnings and errors")
+
+
 def add_dataset(command: Parser) -> None:
     """Adds ``--dataset`` and what belongs to it, and ``--tokenizer``."""
     command.add_argument(
@@ -86,6 +93,14 @@ def add_plan_settings(command: Parser, methods: tuple[MethodName, ...]) -> None:
     )
     command.add_argument(
         "--expert-gib", type=float, help="budget as the size of all routed experts in GiB, instead of --average-bits"
+    )
+    command.add_argument(
+        "--total-gib", type=float, help="budget as the size of the whole model in GiB, instead of --average-bits"
+    )
+    command.add_argument(
+        "--rest-gib",
+        type=float,
+        help="what everything but the experts takes, for --total-gib (default: what the checkpoint has)",
     )
     command.add_argument(
         "--bits",
@@ -150,12 +165,12 @@ def data_of(options: argparse.Namespace, checkpoint: str) -> Any:
     from moe_precision.recipes import SummarizationDataModule, TextDataModule
 
     with Checkpoint(checkpoint) as opened:
-        config = opened.config
+        config, folder = opened.config, str(opened.folder)
     heldout = getattr(options, "heldout", None)
     given = {
         "dataset": options.dataset or (STDLIB if heldout is None else None),
         "dataset_config": options.dataset_config,
-        "tokenizer": options.tokenizer or checkpoint,
+        "tokenizer": options.tokenizer or folder,
         "heldout": heldout,
     }
     seq2seq = config.is_encoder_decoder

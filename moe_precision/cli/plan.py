@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from ..allocation.allocator import make_plan
 from ..allocation.calibration import Calibration, calibration_on
+from ..allocation.whole_model import with_rest
 from ..checkpoints.checkpoint import Checkpoint, load_model
+from ..checkpoints.hub import how_to_download, is_hub_name, local_folder
 from ..checkpoints.sources import StreamingError
 from ..files import check_writable
 from ..layers.moe_layers import find_moe_layers
@@ -22,14 +24,24 @@ from ..plans.beside import Kind, PlanFiles
 from ..plans.methods import AUTO, PLAN_METHODS, reads
 from ..plans.plan import PrecisionPlan
 from ..plans.settings import PlanSettings
-from ..present.tables import plan_table, show
+from ..present.plan_summary import plan_document, plan_lines
 from ..recording.collecting import collect_statistics
 from ..recording.curvature import Curvature
 from ..recording.gradients import curvature_of_losses
 from ..recording.history import RouterNormHistory
 from ..recording.statistics import ExpertStatistics
 from .found import KINDS, beside_history
-from .options import Commands, add_command, add_dataset, add_plan_settings, data_of, dataset_name, positive, settings_of
+from .options import (
+    Commands,
+    add_command,
+    add_dataset,
+    add_output,
+    add_plan_settings,
+    data_of,
+    dataset_name,
+    positive,
+    settings_of,
+)
 
 
 @dataclass
@@ -58,36 +70,48 @@ def run(options: argparse.Namespace) -> None:
         known.statistics.save(files.statistics)
         print(f"wrote {files.statistics} ({known.statistics.described()})")
     plan.save(options.output)
-    show(plan_table(plan))
+    options.document = {**plan_document(plan), "wrote": str(options.output)}
+    print("\n".join(plan_lines(plan)))
     print(f"wrote {options.output}")
     elsewhere = {"--curvature": known.curvature, "--statistics": known.statistics}
     named = {option: Path(path) for option, path in elsewhere.items() if isinstance(path, Path | str)}
     given = [f"{option} {path}" for option, path in named.items() if path not in files.all]
-    if given and reads(plan.method, "curvature"):
+    given = given if reads(plan.method, "curvature") else []
+    given += [] if options.non_expert_bits is None else [f"--non-expert-bits {options.non_expert_bits}"]
+    if given:
         print(f"give quantize what this plan was made with: {' '.join(given)}")
 
 
 def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, _Known]:
     """The plan of what the command names, a history, one checkpoint, or two, and what costs were measured by."""
-    source, initial, final = options.source, options.initial, options.final
+    given = options.source, options.initial, options.final
+    source, initial, final = (None if path is None else str(local_folder(path)) for path in given)
     if source is None and final is None:
         raise ValueError("give a history, a checkpoint folder, or --final with --initial; see --help")
     if source is not None and initial is not None:
         raise ValueError("--initial replaces the history; give one of them")
+    if source is not None and is_hub_name(source):
+        raise ValueError(f"{source!r} is neither a history nor a checkpoint folder; {how_to_download(source)}")
     if source is not None and Path(source).is_dir():
         if final is not None:
             raise ValueError(f"{source!r} is a checkpoint folder: give it with --initial to measure from it to --final")
         source, final = None, source
     settings = settings_of(options)
+    if options.non_expert_bits is not None and settings.total_gib is None:
+        raise ValueError(
+            "--non-expert-bits is for --total-gib here, which counts the other layers; give it to quantize"
+        )
     for folder in (initial, final):
         if folder is not None:
             Checkpoint(folder)  # before any work
+    if final is not None:
+        settings = with_rest(settings, final, options.non_expert_bits)
     known = _known(options, settings, final, source)
     history = source if source is not None else initial
     sources = known.curvature, known.statistics
     if known.model is not None:
         plan = make_plan(settings, known.model, history, *sources, known.calibration)
-        plan.notes["final"] = Path(str(final)).resolve().name
+        plan.notes["final"] = Checkpoint(str(final)).name
         plan.notes["text"] = f"training batches of {dataset_name(options)}"
         return plan, known
     try:
@@ -96,8 +120,9 @@ def _allocated(options: argparse.Namespace) -> tuple[PrecisionPlan, _Known]:
         if initial is not None:
             raise
         print(f"{error}: loading the whole model instead", file=sys.stderr)
-        plan = make_plan(settings, load_model(final), history, *sources)
-        plan.notes["final"] = Path(str(final)).resolve().name
+        trained = Checkpoint(str(final))
+        plan = make_plan(settings, load_model(trained), history, *sources)
+        plan.notes["final"] = trained.name
         return plan, known
 
 
@@ -179,6 +204,12 @@ def add_to(commands: Commands) -> None:
     )
     add_plan_settings(command, PLAN_METHODS)
     command.add_argument(
+        "--non-expert-bits",
+        type=int,
+        choices=[4, 8],
+        help="quantize will be given this for the other linear layers, which leaves more of --total-gib for experts",
+    )
+    command.add_argument(
         "--curvature",
         metavar="FILE",
         help="x.curvature.safetensors, for the methods that read it (default: the one beside the history, if any)",
@@ -204,3 +235,4 @@ def add_to(commands: Commands) -> None:
     )
     add_dataset(command)
     command.add_argument("-o", "--output", default="precision_plan.json", help="default precision_plan.json")
+    add_output(command)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint, load_model
-from ..checkpoints.folders import check_quantizing
+from ..checkpoints.folders import check_quantizing, kept_folder
 from ..checkpoints.tokenizer import load_tokenizer
 from ..files import check_writable
 from ..layers.moe_layers import find_moe_layers
@@ -23,7 +23,7 @@ from ..quantize.writer import distill_checkpoint, distill_streamed, quantize_che
 from ..recording.collecting import MEMORY_GIB, collect_statistics, passes, peak_bytes
 from ..recording.statistics import ExpertStatistics, file_bytes
 from .estimate import print_sizes
-from .options import Commands, add_command, add_dataset, data_of, dataset_name, positive
+from .options import Commands, add_command, add_dataset, add_output, data_of, dataset_name, positive
 
 
 def run(options: argparse.Namespace) -> None:
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
             model = source.meta_model()
             of_model = ModelSizes(model, plan.patterns, plan.group_size, options.non_expert_bits)
             check_packable(model, of_model.layers)
-            print_sizes(of_model, plan=plan, statistics_memory=options.statistics_memory)
+            options.document = print_sizes(of_model, plan=plan, statistics_memory=options.statistics_memory)
             return
     statistics = _statistics(options, plan, grid, named)
     if grid is not None:
@@ -59,14 +59,34 @@ def run(options: argparse.Namespace) -> None:
         print("no curvature file: errors in all columns count equally")
     how = {key: getattr(options, key) for key in ("non_expert_bits", "workers", "max_shard_size")}
     known: dict[str, Any] = {"curvature": curvature, "statistics": statistics}
-    if not options.distill_steps:
-        quantize_checkpoint(options.checkpoint, plan, options.out, grid=grid, **known, **how)
-    else:
+    if options.distill_steps:
         _distill(options, plan, known, how)
+    else:
+        try:
+            quantize_checkpoint(options.checkpoint, plan, options.out, grid=grid, **known, **how)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_kept(Path(options.out))) from None
     after = Checkpoint(options.out)
     sizes = f"{source.nbytes / 1e6:.2f} MB -> {after.nbytes / 1e6:.2f} MB"
     bits = after.stored_bits_per_expert_weight(plan)
+    options.document = {
+        "out": options.out,
+        "bytes_before": source.nbytes,
+        "bytes_after": after.nbytes,
+        "stored_bits": bits,
+        "curvature": None if curvature is None else str(curvature),
+        "grid": None if grid is None else str(grid),
+        "distill_steps": options.distill_steps,
+    }
     print(f"wrote {options.out}: {sizes}, {bits:.3f} stored bits per expert weight")
+
+
+def _kept(out: Path) -> str:
+    """What an interruption leaves, in words."""
+    if (folder := kept_folder(out)) is None:
+        return "nothing was packed yet"
+    count = len(list(folder.glob("model*.safetensors")))
+    return f"{count} packed files are kept in {str(folder)!r}, and the same command goes on from them"
 
 
 def _check_statistics(options: argparse.Namespace) -> None:
@@ -183,6 +203,7 @@ def _quantize_with_auto_round(options: argparse.Namespace) -> None:
         print(f"tunes the rounding on {len(blocks)} blocks of training text of {dataset_name(options)}")
     for note in quantize_with_auto_round(options.checkpoint, options.plan, options.out, blocks, options.iterations):
         print(note, file=sys.stderr)
+    options.document = {"out": options.out, "format": "auto-round", "bytes_after": Checkpoint(options.out).nbytes}
     print(f"wrote {options.out} in AutoRound's format; load it in a process that loads no float model afterwards")
 
 
@@ -280,3 +301,4 @@ def add_to(commands: Commands) -> None:
         "--samples", type=positive, default=128, help="blocks of 256 training tokens to tune on (default 128)"
     )
     add_dataset(command)
+    add_output(command)

@@ -8,20 +8,27 @@ from pathlib import Path
 from ..checkpoints.checkpoint import Checkpoint
 from ..export import plan_of_checkpoint
 from ..plans.plan import PrecisionPlan
+from ..present.plan_summary import plan_document, plan_lines
 from ..present.tables import plan_table, show
-from .options import Commands, add_command
+from .options import Commands, add_command, add_output
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints a table of bits, or where two of them differ."""
+    """Prints a map of bits, or where two of them differ."""
     plan = _plan_of(options.plan)
     if options.diff:
         lines = plan.diff(_plan_of(options.diff))
+        options.document = {"differences": lines}
         print("\n".join(lines) or "the plans give every expert the same bits")
         return
-    show(plan_table(plan))
+    options.document = plan_document(plan)
+    if options.full:
+        show(plan_table(plan))
+    else:
+        print("\n".join(plan_lines(plan)))
     if Path(options.plan).is_dir():
         stored = Checkpoint(options.plan).stored_bits_per_expert_weight(plan)
+        options.document["stored_bits_in_files"] = stored
         print(f"its files hold {stored:.4g} bits per expert weight, scales and offsets included")
 
 
@@ -40,4 +47,8 @@ def add_to(commands: Commands) -> None:
         "  moe-precision show runs/demo/quantized-plan",
     )
     command.add_argument("plan", help="a plan's JSON file, or the folder of a quantized checkpoint")
+    command.add_argument(
+        "--full", action="store_true", help="a row for every layer and projection: which experts have the most bits"
+    )
     command.add_argument("--diff", metavar="OTHER", help="a second plan or checkpoint: print where bits differ")
+    add_output(command)

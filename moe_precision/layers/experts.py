@@ -29,7 +29,7 @@ def find_experts(tree: Node) -> list[Experts]:
             continue
         children = numbered_children(node)
         if len(children) >= 2 and _are_experts(children):
-            found.append(Experts(node, len(children), _banks_of_modules(children), "modules", named))
+            found.append(Experts(node, len(children), banks_of_modules(children), "modules", named))
     return found
 
 
@@ -112,7 +112,8 @@ def _are_experts(children: list[Node]) -> bool:
     return all(type(child.module) is kind and signature(child) == first for child in children[1:])
 
 
-def _banks_of_modules(children: list[Node]) -> dict[str, Bank]:
+def banks_of_modules(children: list[Node]) -> dict[str, Bank]:
+    """The matrices of equal modules, one for each expert, by their paths inside one of them."""
     weights = [dict(child.named_weights()) for child in children]
     return {
         name.removesuffix(".weight"): Bank([of_one[name] for of_one in weights], len(children))

@@ -189,7 +189,6 @@ def find_moe_layers(
     if "" in held:
         raise MoELayerError(held[""])
     candidates = find_experts(tree) if expert_pattern is None else experts_by_pattern(tree, expert_pattern)
-    paths = [experts.path for experts in candidates]
     layers: list[MoELayer] = []
     problems: list[str] = []
     unrouted: list[str] = []
@@ -198,7 +197,7 @@ def find_moe_layers(
     for experts in candidates:
         if any(experts.path.startswith(outer.path + ".") for outer in taken):
             continue  # part of an expert
-        found = find_router(tree, experts, paths, router_pattern)
+        found = find_router(tree, experts, candidates, router_pattern)
         if found is None:
             continue
         taken.append(experts)
@@ -250,11 +249,10 @@ def _missed(tree: Node, taken: list[Experts]) -> list[str]:
     """Experts found by structure that the pattern does not match: a pattern for some layers must not skip the rest."""
     known = {id(w.parameter()) for experts in taken for bank in experts.banks.values() for w in bank.weights}
     candidates = find_experts(tree)
-    paths = [experts.path for experts in candidates]
     return [
         f"experts at {experts.path!r} are not matched by expert_pattern"
         for experts in candidates
-        if experts.identity not in known and isinstance(find_router(tree, experts, paths), Router)
+        if experts.identity not in known and isinstance(find_router(tree, experts, candidates), Router)
     ]
 
 

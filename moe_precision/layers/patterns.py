@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import TypedDict
 
 from .banks import Bank, Experts
-from .experts import EXPERT_NAME
-from .module_tree import MoELayerError, Node, Weight
+from .experts import EXPERT_NAME, banks_of_modules
+from .module_tree import MoELayerError, Node, Weight, numbered_children
 
 
 class Patterns(TypedDict, total=False):
@@ -89,7 +89,22 @@ def _separate(node: Node, by_projection: dict[str, dict[int, Weight]], turned: s
             raise MoELayerError(f"experts at {node.path!r} differ in shape: {projection!r} has {shapes}")
         ordered = [weights[expert] for expert in range(count)]
         banks[projection] = Bank(ordered, count, transposed=ordered[0] in turned)
-    return Experts(node, count, banks, "separate", named=True)
+    modules = _as_modules(node, banks)
+    return Experts(node, count, modules or banks, "modules" if modules else "separate", named=True)
+
+
+def _as_modules(node: Node, banks: dict[str, Bank]) -> dict[str, Bank]:
+    """The same matrices by their paths inside a module for each expert; empty if there are no such modules.
+
+    All matrices of these modules must be among them, as ``(out, in)``.
+    """
+    children = numbered_children(node)
+    if any(len(bank.weights) != len(children) or bank.transposed for bank in banks.values()):
+        return {}
+    found = banks_of_modules(children)
+    known = {id(weight.parameter()) for bank in banks.values() for weight in bank.weights}
+    theirs = {id(weight.parameter()) for bank in found.values() for weight in bank.weights}
+    return found if theirs == known else {}
 
 
 def _banks(node: Node, weights: dict[str, Weight], turned: set[Weight]) -> Experts:

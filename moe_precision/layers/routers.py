@@ -47,13 +47,13 @@ class Router:
     transposed: bool = False
 
 
-def find_router(tree: Node, experts: Experts, others: list[str], pattern: str | None = None) -> Router | str | None:
+def find_router(tree: Node, experts: Experts, others: list[Experts], pattern: str | None = None) -> Router | str | None:
     """Looks for the router around some experts, from their container itself outwards.
 
     Args:
         tree: The model's tree.
         experts: The experts.
-        others: Paths of all containers of experts.
+        others: All that may be experts, these ones included.
         pattern: Regular expression searched in clean names; only matching weights are considered, whatever their name.
 
     Returns:
@@ -61,8 +61,8 @@ def find_router(tree: Node, experts: Experts, others: list[str], pattern: str | 
         not to be a Mixture-of-Experts layer.
     """
     if pattern is not None:
-        return _by_pattern(tree, experts, pattern)
-    path, count = experts.path, experts.num_experts
+        return _by_pattern(tree, experts, others, pattern)
+    path, count, paths = experts.path, experts.num_experts, [other.path for other in others]
     if count == 0:
         raise MoELayerError(f"the banks at {path!r} are flat: give router_pattern, whose rows tell how many experts")
     parts = path.split(".") if path else []
@@ -73,7 +73,7 @@ def find_router(tree: Node, experts: Experts, others: list[str], pattern: str | 
             break
         for name, weight in root.named_weights():
             rank = _rank(name, weight.shape, experts, climb)
-            if rank is None or _belongs_elsewhere(root.path, weight.name, path, others):
+            if rank is None or _belongs_elsewhere(root.path, weight.name, path, paths):
                 continue
             candidates = best.setdefault(rank, [])
             if all(weight is not other for other, _ in candidates):
@@ -91,13 +91,18 @@ def find_router(tree: Node, experts: Experts, others: list[str], pattern: str | 
     return _router(tree, root, weight)
 
 
-def _by_pattern(tree: Node, experts: Experts, pattern: str) -> Router | str:
-    """The matching weight that shares the longest path with the experts."""
+def _by_pattern(tree: Node, experts: Experts, others: list[Experts], pattern: str) -> Router | str | None:
+    """The matching weight that shares the longest path with the experts, unless it is nearer to other ones."""
     matching = [w for name, w in tree.named_weights() if re.search(pattern, name) and len(w.shape) == 2]
     if not matching:
         matrices = sorted((w.shape[0], name) for name, w in tree.named_weights() if len(w.shape) == 2)
         some = ", ".join(name for _, name in matrices[:5])
         raise MoELayerError(f"router_pattern={pattern!r} matches no matrix; the model has {some}, ...")
+    matching = [weight for weight in matching if _may_serve(weight, experts, others)]
+    if not matching and experts.named:
+        return f"experts at {experts.path!r}: what router_pattern matches is a part of experts, or beside other ones"
+    if not matching:
+        return None  # such as the list of all layers, each of which has experts and a router
     shared = [len(_common(weight.name.rpartition(".")[0], experts.path)) for weight in matching]
     nearest = [weight for weight, length in zip(matching, shared, strict=True) if length == max(shared)]
     if len(nearest) > 1:
@@ -120,6 +125,26 @@ def _by_pattern(tree: Node, experts: Experts, pattern: str) -> Router | str:
         return f"router {weight.name!r} has shape {weight.shape}, expected a row for each of {count} experts"
     root = tree.get(_common(weight.name.rpartition(".")[0], experts.path))
     return _router(tree, root, weight, transposed)
+
+
+def _may_serve(weight: Weight, experts: Experts, others: list[Experts]) -> bool:
+    """Whether a weight is no part of these experts, and not nearer to other ones that it could serve."""
+    if _is_part(weight.name, experts.path):
+        return False
+    owner = weight.name.rpartition(".")[0]
+    nearness = len(_common(owner, experts.path))
+    return not any(
+        len(_common(owner, other.path)) > nearness
+        and not _is_part(weight.name, other.path)
+        and (other.named or other.num_experts in weight.shape)
+        for other in others
+    )
+
+
+def _is_part(name: str, path: str) -> bool:
+    """Whether a weight is that of one expert in a container."""
+    inside = name.removeprefix(f"{path}." if path else "")
+    return (inside != name or not path) and is_numbered(inside.split(".")[0])
 
 
 def _common(first: str, second: str) -> str:
@@ -153,8 +178,7 @@ def _rank(name: str, shape: tuple[int, ...], experts: Experts, climb: int) -> tu
 def _belongs_elsewhere(root: str, name: str, path: str, containers: list[str]) -> bool:
     """Whether a weight is that of an expert, or sits in a branch with other experts: it is their router then."""
     if name.startswith(path + ".") or not path:
-        inside = name.removeprefix(path).lstrip(".").split(".")[0]
-        return is_numbered(inside)
+        return _is_part(name, path)
     relative = name.removeprefix(root).lstrip(".").split(".")[0]
     branch = f"{root}.{relative}" if root else relative
     return any(f"{other}.".startswith(f"{branch}.") for other in containers if other != path)

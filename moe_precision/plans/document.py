@@ -71,7 +71,9 @@ def validate(data: Any, source: str) -> None:
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(data))
     if error is not None:
         raise PlanError(f"{source} is not valid at {error.json_path}: {error.message}")
-    given = [key for key in ("average_bits", "stored_bits", "expert_gib") if key in (data["settings"] or {})]
+    given = [
+        key for key in ("average_bits", "stored_bits", "expert_gib", "total_gib") if key in (data["settings"] or {})
+    ]
     if len(given) > 1:
         raise PlanError(f"{source} states {' and '.join(given)} in its settings, which are {len(given)} budgets")
     for name, layer in data["layers"].items():

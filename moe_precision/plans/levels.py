@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
-from .numbers import AllocationError
-from .widths import DROPPED, check_widths
+from .numbers import AllocationError, exact
+from .widths import DROPPED, SCALE_AND_OFFSET_BITS, check_widths, stored_bits_per_weight
 
 DEFAULT_LEVELS = (1, 2, 3, 4)
 DEFAULT_ORDER_LEVELS = (2, 3)  # of a method that orders experts, which takes no more than three
@@ -55,3 +55,30 @@ def order_levels(average_bits: float, levels: tuple[int, ...]) -> tuple[int, ...
         return levels
     above = next(index for index, level in enumerate(levels) if level > average_bits or level == levels[-1])
     return levels[max(above - 1, 0) : above + 1]
+
+
+def nominal_bits_of(stored: float, levels: Sequence[int], group_size: int, any_levels: bool) -> float:
+    """The average width that a budget with scales and offsets leaves for codes.
+
+    Args:
+        stored: Bits per weight, scales and offsets included.
+        levels: Ascending.
+        group_size: Weights that share a scale and an offset.
+        any_levels: Whether the method knows costs, and so counts stored bits itself.
+
+    Raises:
+        AllocationError: It is less than the lowest level takes, or more than the highest; or a level is 16 bits, which
+            have no scales, and the method counts nominal bits.
+    """
+    lowest, highest = (stored_bits_per_weight(width, group_size) for width in (levels[0], levels[-1]))
+    if not exact(lowest) <= exact(stored) <= exact(highest):
+        raise AllocationError(
+            f"stored_bits={stored} is outside what the levels {list(levels)} take with scales and offsets, "
+            f"{lowest:g} to {highest:g}; give levels around it"
+        )
+    if levels[-1] == 16 and not any_levels:
+        raise AllocationError(
+            "a method that orders experts counts nominal bits, and experts at 16 bits have no scales: give "
+            "average_bits, or a method that knows costs, as curvature does"
+        )
+    return min(max(float(exact(stored)) - SCALE_AND_OFFSET_BITS / group_size, levels[0]), levels[-1])

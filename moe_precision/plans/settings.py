@@ -12,13 +12,12 @@ from typing import Any, cast
 from ..layers.patterns import Patterns, check_pattern
 from ..layers.shape import LayerShape
 from .dropping import check_dropping
-from .levels import DEFAULT_LEVELS, DEFAULT_ORDER_LEVELS, check_budget, check_levels, order_levels
+from .levels import DEFAULT_LEVELS, DEFAULT_ORDER_LEVELS, check_budget, check_levels, nominal_bits_of, order_levels
 from .methods import ALL_METHODS, AUTO, COST_METHODS, DROPPING_METHODS, METHODS, PLAN_METHODS, MethodName, reads
-from .numbers import AllocationError, exact, finite_number, whole_number
+from .numbers import AllocationError, finite_number, whole_number
 from .widths import (
     DROPPED,
     GRANULARITIES,
-    SCALE_AND_OFFSET_BITS,
     Granularity,
     check_group_size,
     check_widths,
@@ -40,6 +39,8 @@ class PlanSettings:
         average_bits: Budget: nominal bits per expert weight, on average. 2.5 if no budget is given.
         stored_bits: Budget with scales and offsets included, instead of ``average_bits``.
         expert_gib: Budget as the size of all routed experts in the file, in GiB, instead of ``average_bits``.
+        total_gib: Budget as the size of the whole model in the file, in GiB, instead of ``average_bits``.
+        rest_gib: What everything but the routed experts takes, for ``total_gib``; by default that of the model.
         bits: Levels to choose from, of 1 to 8, or 16 for "left as it is". A method that orders experts takes one, two,
             or three equally spaced levels, 2 and 3 by default; a method that knows costs takes any, 1 to 4 by default.
             ``uniform`` has only its average. With 0 among them an expert may be dropped whole, which ``statistics``
@@ -70,6 +71,8 @@ class PlanSettings:
     average_bits: float | None = None
     stored_bits: float | None = None
     expert_gib: float | None = None
+    total_gib: float | None = None
+    rest_gib: float | None = None
     bits: Sequence[int] | None = None
     group_size: int = 128
     granularity: Granularity | None = None
@@ -98,6 +101,8 @@ class PlanSettings:
         if len(given) > 1:
             several = " and ".join(f"{key}={value}" for key, value in given.items())
             raise AllocationError(f"{several} are {len(given)} budgets; give one")
+        if self.rest_gib is not None and self.total_gib is None:
+            raise AllocationError(f"rest_gib={self.rest_gib} is a part of total_gib, which is not given")
         if not given:
             object.__setattr__(self, "average_bits", DEFAULT_AVERAGE_BITS)
         for name in ("router_pattern", "expert_pattern"):
@@ -116,12 +121,8 @@ class PlanSettings:
         if self.may_drop:
             check_dropping(self.method, str(self.granularity), self.levels, self.max_dropped, self.min_tokens)
         self._check_budget()
-        if (
-            self.method == AUTO
-            and not self.may_drop
-            and self.expert_gib is None
-            and not str(self.granularity).startswith("layer")
-        ):
+        decided = self.may_drop or self._is_size or str(self.granularity).startswith("layer")
+        if self.method == AUTO and not decided:
             self.resolved("router_norm")
 
     def _coerce(self) -> None:
@@ -130,7 +131,7 @@ class PlanSettings:
             raise AllocationError(f"bits must list the levels to choose from, as in (2, 3); got {self.bits!r}")
         plain: dict[str, Any] = {"bits": tuple(sorted({whole_number("bits", bits) for bits in self.bits}))}
         plain |= {key: whole_number(key, getattr(self, key)) for key in ("group_size", "seed", "min_tokens")}
-        numbers = [key for key in (*BUDGETS, "zeta", "max_dropped") if getattr(self, key) is not None]
+        numbers = [key for key in (*BUDGETS, "rest_gib", "zeta", "max_dropped") if getattr(self, key) is not None]
         plain |= {key: finite_number(key, getattr(self, key)) for key in numbers}
         for key, value in plain.items():
             object.__setattr__(self, key, value)
@@ -167,7 +168,7 @@ class PlanSettings:
 
         Args:
             method: What was chosen, see `methods.chosen`.
-            layers: Layer name -> shape; needed for ``expert_gib``.
+            layers: Layer name -> shape; needed for a budget in GiB.
 
         Raises:
             AllocationError: The budget is outside the levels, or whole layers were to share a width or experts were to
@@ -211,10 +212,18 @@ class PlanSettings:
 
     @property
     def budget(self) -> str:
-        """The budget in words, as in ``2.5 bits``, ``2.28 stored bits`` or ``24 GiB``."""
-        if self.expert_gib is not None:
-            return f"{self.expert_gib:g} GiB"
+        """The budget in words, as in ``2.5 bits``, ``2.28 stored bits``, ``24 GiB`` or ``27 GiB in total``."""
+        if self._is_size:
+            return f"{self.expert_gib:g} GiB" if self.total_gib is None else f"{self.total_gib:g} GiB in total"
         return f"{self.average_bits:g} bits" if self.stored_bits is None else f"{self.stored_bits:g} stored bits"
+
+    def check_rest_known(self) -> None:
+        """Raises `AllocationError` if the budget is ``total_gib`` and what is beside the experts is not known."""
+        if self.total_gib is not None and self.rest_gib is None:
+            raise AllocationError(
+                f"total_gib={self.total_gib:g} is of the whole model, and what is beside its experts is not known: "
+                "give the model or its checkpoint folder, or rest_gib, which `moe-precision estimate` prints"
+            )
 
     def check_plannable(self) -> None:
         """Raises `AllocationError` for a method that only ``moe-precision compare`` can carry out."""
@@ -243,51 +252,46 @@ class PlanSettings:
         """Bits per expert weight, scales and offsets included, that a budget in bytes leaves; None for a nominal one.
 
         Args:
-            layers: Layer name -> shape; only ``expert_gib`` depends on them.
+            layers: Layer name -> shape; only a budget in GiB depends on them.
+
+        Raises:
+            AllocationError: With ``total_gib``, the rest of the model is not known.
         """
-        if self.expert_gib is None:
+        if not self._is_size:
             return self.stored_bits
-        return self.expert_gib * 2**33 / expert_weights(layers.values())
+        self.check_rest_known()
+        gib = self.expert_gib if self.total_gib is None else self.total_gib - (self.rest_gib or 0.0)
+        return (gib or 0.0) * 2**33 / expert_weights(layers.values())
+
+    @property
+    def _is_size(self) -> bool:
+        return self.expert_gib is not None or self.total_gib is not None
 
     def nominal_bits(self, layers: Mapping[str, LayerShape] | None = None) -> float:
         """The average width that the budget leaves for codes.
 
         Args:
-            layers: Layer name -> shape; needed for ``expert_gib``.
+            layers: Layer name -> shape; needed for a budget in GiB.
 
         Raises:
-            AllocationError: The budget is outside the levels.
+            AllocationError: The budget is outside the levels, or the rest of the model is not known.
         """
         if self.average_bits is not None:
             return self.average_bits
         stored = self.stored_budget(layers or {})
         assert stored is not None
         try:
-            return self._nominal(stored)
+            return nominal_bits_of(stored, self.levels, self.group_size, self.knows_costs)
         except AllocationError as error:
-            if self.expert_gib is None:
+            if not self._is_size:
                 raise
-            weights = expert_weights((layers or {}).values())
-            raise AllocationError(f"{self.expert_gib} GiB for {weights} expert weights: {error}") from error
-
-    def _nominal(self, stored: float) -> float:
-        levels = self.levels
-        lowest, highest = (stored_bits_per_weight(width, self.group_size) for width in (levels[0], levels[-1]))
-        if not exact(lowest) <= exact(stored) <= exact(highest):
-            raise AllocationError(
-                f"stored_bits={stored} is outside what the levels {list(levels)} take with scales and offsets, "
-                f"{lowest:g} to {highest:g}; give levels around it"
-            )
-        if levels[-1] == 16 and not self.knows_costs:
-            raise AllocationError(
-                f"method {self.method!r} counts nominal bits, and experts at 16 bits have no scales: give "
-                f"average_bits, or a method that knows costs, one of {', '.join(COST_METHODS)}"
-            )
-        return min(max(float(exact(stored)) - SCALE_AND_OFFSET_BITS / self.group_size, levels[0]), levels[-1])
+            weights, rest = expert_weights((layers or {}).values()), self.rest_gib
+            given = f"{self.expert_gib} GiB" if rest is None else f"{self.total_gib} GiB less {rest:.4g} for the rest,"
+            raise AllocationError(f"{given} for {weights} expert weights: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """What the plan's file holds: the budget, the levels, and what else the method takes."""
-        optional = {key: getattr(self, key) for key in (*BUDGETS, *PATTERNS)}
+        optional = {key: getattr(self, key) for key in (*BUDGETS, "rest_gib", *PATTERNS)}
         found: dict[str, Any] = {key: value for key, value in optional.items() if value is not None}
         found |= {"bits": list(self.levels), "granularity": self.granularity}
         if (known := METHODS.get(self.method)) is not None and known.seeded:
@@ -315,7 +319,7 @@ class PlanSettings:
         return settings
 
 
-BUDGETS = ("average_bits", "stored_bits", "expert_gib")
+BUDGETS = ("average_bits", "stored_bits", "expert_gib", "total_gib")
 PATTERNS = ("router_pattern", "expert_pattern")
 
 

@@ -6,6 +6,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from ..layers.moe_layers import MoELayer
 from ..plans.plan import PrecisionPlan
+from .plan_summary import findings
 
 if TYPE_CHECKING:
     from ..judging.comparison import Comparison
@@ -68,13 +70,7 @@ def _ranges(numbers: Sequence[str]) -> str:
 
 def plan_table(plan: PrecisionPlan) -> Table:
     """One row per layer: how many experts have which bits, and which experts have the most."""
-    if "read_from" in plan.notes:
-        groups = " and ".join(map(str, plan.notes["group_sizes"])) or "none"
-        bits = f"{plan.average_bits:.4g} bits on average, groups: {groups}"
-        title = f"{plan.model_type}, read from a checkpoint of {plan.method}: {bits}"
-    else:
-        title = _plan_title(plan)
-    table = Table(title=title, box=box.MARKDOWN, title_justify="left")
+    table = Table(title=escape("; ".join(findings(plan))), box=box.MARKDOWN, title_justify="left")
     seen = plan.notes["statistics"]["tokens"] if "statistics" in plan.notes else {}
     tokens = ["tokens per expert: least, median, most"] if seen else []
     for column in ("layer", "projection", "experts by bits", "most bits to experts", *tokens):
@@ -90,38 +86,6 @@ def plan_table(plan: PrecisionPlan) -> Table:
             most = "all" if len(counts) == 1 else " ".join(map(str, top))
             table.add_row(name, projection, by_bits, most, *([", ".join(f"{n:,}" for n in seen[name])] if seen else []))
     return table
-
-
-def _plan_title(plan: PrecisionPlan) -> str:
-    step = plan.baseline_step
-    baseline = "no baseline: ranked by final norm" if step is None else f"baseline step {step}"
-    if (spread := plan.notes.get("spread_of_final_norms")) is not None:
-        baseline += f", as if initial norms were equal (final norms spread up to {spread['largest']:.1%} per layer)"
-    asked = "" if plan.settings is None else f"asked for {plan.settings.budget}, "
-    chosen = f" ({plan.notes['auto']})" if "auto" in plan.notes else ""
-    calibrated = ", costs calibrated" if "calibration_tokens" in plan.notes else ""
-    measured = f", measured on {escape(plan.notes['text'])}" if "text" in plan.notes else ""
-    edited = ", edited by hand" if plan.notes.get("edited") else ""
-    stored = f"{plan.stored_bits:.4g} stored (group {plan.group_size})"
-    dropped = f"; {dropped_text(plan)}" if plan.drops else ""
-    return (
-        f"{plan.model_type}, method {plan.method}{chosen}{calibrated}{measured}{edited}, {baseline}; {asked}"
-        f"reached {plan.average_bits:.4g} bits on average, {stored}{dropped}"
-    )
-
-
-def dropped_text(plan: PrecisionPlan) -> str:
-    """How many experts a plan drops, and what they had of the tokens and the routing weight where that was counted."""
-    experts = sum(layer.shape.num_experts for layer in plan.layers.values())
-    text = f"{sum(len(layer.dropped) for layer in plan.layers.values())} of {experts} experts dropped"
-    shares = []
-    for what, keys in (("tokens", ("expert_load", "tokens")), ("routing weight", ("routing_weight",))):
-        key = next((key for key in keys if all(key in layer.signals for layer in plan.layers.values())), None)
-        if key is not None:
-            lost = sum(layer.signals[key][expert] for layer in plan.layers.values() for expert in layer.dropped)
-            every = sum(sum(layer.signals[key]) for layer in plan.layers.values())
-            shares += [f"{lost / every:.1%} of the {what}"] if every else []
-    return text + (f", which had {' and '.join(shares)}" if shares else "")
 
 
 def evaluation_table(
@@ -148,6 +112,17 @@ def evaluation_table(
             cells.append("-" if d.same_experts is None else f"{d.same_experts:.1%}")
         table.add_row(name, *cells, *["-"] * (len(columns) - len(cells) - 1))
     return table
+
+
+def evaluation_document(
+    results: dict[str, Evaluation], divergences: dict[str, Divergence], text: str
+) -> dict[str, Any]:
+    """What `evaluation_table` shows as plain types, for ``--json``."""
+    models = {
+        name: asdict(result) | (asdict(divergences[name]) | {"tokens": result.tokens} if name in divergences else {})
+        for name, result in results.items()
+    }
+    return {"text": text, "models": models}
 
 
 def comparison_table(comparison: Comparison) -> Table:

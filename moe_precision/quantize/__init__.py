@@ -6,6 +6,14 @@ Importing this package registers the quantizer with transformers.
 from .config import PlanQuantizationConfig, QuantizationError
 from .hf import PlanHfQuantizer
 from .live import quantize_model
+from .plain import load_packed_state
 from .replace import UnsupportedLayoutError
 
-__all__ = ["PlanHfQuantizer", "PlanQuantizationConfig", "QuantizationError", "UnsupportedLayoutError", "quantize_model"]
+__all__ = [
+    "PlanHfQuantizer",
+    "PlanQuantizationConfig",
+    "QuantizationError",
+    "UnsupportedLayoutError",
+    "load_packed_state",
+    "quantize_model",
+]

@@ -43,7 +43,8 @@ def quantize_model(
         statistics: `ExpertStatistics` or the path of their file, by which the fit rounds.
 
     Returns:
-        The same model, in evaluation mode. A transformers model can be saved with ``save_pretrained``.
+        The same model, in evaluation mode. A transformers model can be saved with ``save_pretrained``; of another
+        module save the ``state_dict()``, which `load_packed_state` reads.
 
     Raises:
         PlanError: The plan is for another model.

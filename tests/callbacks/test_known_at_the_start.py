@@ -17,6 +17,7 @@ from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.quantize.codec.grid import Grid
 from moe_precision.recording.curvature import CurvatureError
+from moe_precision.recording.expert_samples import ExpertSamples
 from moe_precision.recording.optimizer_check import check_second_moments
 from tests.support.models import DECODER, PlainMoE, build
 from tests.support.trainers import Module, data, monitor, trainer
@@ -234,13 +235,21 @@ def test_a_resume_under_a_schedule_free_optimizer_is_no_error():
     history = RouterNormHistory.of(layers, "mixtral", {})
     history.record(5, router_norms(layers))
     fresh = RouterNormHistory.of(layers, "mixtral", {})
-    check_restored(history, fresh, layers, 5, "Owner")
+    free, plain = ScheduleFree(model.parameters()), torch.optim.AdamW(model.parameters())
+    experts = ExpertSamples.of(layers)
+    check_restored(history, fresh, layers, 5, "Owner", (), experts)
+    with torch.no_grad():
+        layers[0].banks["down_proj"].weights[0].parameter()[2].mul_(1.001)
+    with pytest.warns(UserWarning, match=r"1 expert matrices are not those of the checkpoint.*schedule-free"):
+        check_restored(history, fresh, layers, 5, "Owner", [free], experts)
+    with pytest.raises(HistoryError, match=r"expert 2 of 'model\.layers\.0\.mlp' \(down_proj\) the first"):
+        check_restored(history, fresh, layers, 5, "Owner", [plain], experts)
     with torch.no_grad():
         layers[0].router_is.parameter().mul_(1.001)
     with pytest.warns(UserWarning, match=r"norms differ by up to 0.10% from those recorded at step 5.*schedule-free"):
-        check_restored(history, fresh, layers, 5, "Owner", [ScheduleFree(model.parameters())])
+        check_restored(history, fresh, layers, 5, "Owner", [free])
     with pytest.raises(HistoryError, match="the checkpoint was not restored"):
-        check_restored(history, fresh, layers, 5, "Owner", [torch.optim.AdamW(model.parameters())])
+        check_restored(history, fresh, layers, 5, "Owner", [plain])
 
 
 def test_a_schedule_free_optimizer_is_told_at_the_start(tmp_path):

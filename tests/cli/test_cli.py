@@ -72,7 +72,8 @@ def test_plan_again_with_other_bits(run, capsys):
     assert plan.baseline_step == 0
     assert plan.last_step == 7
     assert sorted(plan.layers["model.layers.0.mlp"].bits) == [1, 1, 2, 2, 3, 3, 3, 3]
-    assert "4 x 3, 2 x 2, 2 x 1" in capsys.readouterr().out
+    digits = "".join(map(str, plan.layers["model.layers.0.mlp"].bits))
+    assert f"    0  2.25  {digits}" in capsys.readouterr().out.splitlines()
 
 
 def test_plan_from_a_checkpoint_alone(run):
@@ -83,7 +84,9 @@ def test_plan_from_a_checkpoint_alone(run):
 
 def test_show_and_diff(run, capsys):
     assert main(["show", str(run / "plan.json")]) == 0
-    assert "model.layers.1.mlp" in capsys.readouterr().out
+    assert "model.layers.{}.mlp: 8 experts, one digit per expert\n    0  2.50  33332222" in capsys.readouterr().out
+    assert main(["show", str(run / "plan.json"), "--full"]) == 0
+    assert "| model.layers.1.mlp | all        | 4 x 3, 4 x 2 " in capsys.readouterr().out
     assert main(["show", str(run / "plan.json"), "--diff", str(run / "plan.json")]) == 0
     assert "same bits" in capsys.readouterr().out
     other = run / "uniform.json"

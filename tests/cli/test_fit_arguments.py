@@ -16,6 +16,7 @@ def test_help_lists_recipes_and_options(capsys):
         "  pretrain_mixtral: Pretrain a small Mixtral on Python's standard library and write its precision plan\n"
         in out
     )
+    assert "  finetune_causal: Fine-tune a causal mixture of experts from its checkpoint, and write" in out
     assert "  recover: Recover what quantizing costs\n" in out
     assert "--trainer.max_steps" in out
     assert "--train {all,routers}" in out
@@ -40,6 +41,25 @@ def test_a_wrong_argument_is_one_line(arguments, message, capsys, monkeypatch):
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"moe-precision fit: error: {message}; `moe-precision fit --help` lists the options"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan", "none.json"], "--plan 'none.json': no such file"),
+        (["--trainer.accelerator", "gpux"], "You selected an invalid accelerator name: `accelerator='gpux'`"),
+        (["--trainer.callbacks.average_bits", "9"], "average_bits=9.0 is outside the levels [1, 2, 3, 4]"),
+        (["--model.checkpoint", "x"], "and checkpoint='x', expected exactly one: a config for a new model, or"),
+    ],
+)
+def test_a_value_that_is_refused_is_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    if "average_bits" in arguments[0]:
+        arguments = ["--trainer.callbacks=moe_precision.callbacks.RouterNormMonitor", *arguments]
+    assert main([*RECIPE, "--trainer.logger=false", *arguments]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith("moe-precision fit: error: ")
+    assert message in line
 
 
 def test_an_unknown_recipe_is_one_line(capsys):

@@ -10,7 +10,7 @@ from moe_precision.layers.shape import LayerShape
 from moe_precision.plans import document
 from moe_precision.plans.layer_plan import LayerPlan
 from moe_precision.plans.widths import PlanError
-from moe_precision.present.tables import as_text, plan_table
+from moe_precision.present.plan_summary import dropped_text, plan_lines
 
 
 def plan_of(up, down, top_k=2, **more):
@@ -97,14 +97,13 @@ def test_a_plan_edited_by_hand(bits, message):
         PrecisionPlan.from_dict(data)
 
 
-def test_the_table_says_what_dropped_experts_had():
+def test_show_says_what_dropped_experts_had():
     signals = {"tokens": [10.0, 30, 40, 20], "expert_load": [5.0, 45, 45, 5], "routing_weight": [1.0, 40, 40, 19]}
-    text = as_text(plan_table(plan_of([0, 2, 2, 2], [0, 2, 2, 2], signals=signals)))
-    assert "1 of 4 experts dropped, which had 5.0% of the tokens and 1.0% of the routing weight" in " ".join(
-        text.split()
-    )
-    text = as_text(plan_table(plan_of([0, 2, 2, 2], [0, 2, 2, 2], signals={"tokens": signals["tokens"]})))
-    assert "which had 10.0% of the tokens" in " ".join(text.split())
-    nothing = {"tokens": [0.0] * 4}
-    text = as_text(plan_table(plan_of([0, 2, 2, 2], [0, 2, 2, 2], signals=nothing)))
-    assert "1 of 4 experts dropped" in " ".join(text.split())
+    plan = plan_of([0, 2, 2, 2], [0, 2, 2, 2], signals=signals)
+    text = "1 of 4 experts dropped, which had 5.0% of the tokens and 1.0% of the routing weight"
+    assert dropped_text(plan) == text
+    assert text in " ".join(" ".join(plan_lines(plan)).split())
+    seen = plan_of([0, 2, 2, 2], [0, 2, 2, 2], signals={"tokens": signals["tokens"]})
+    assert dropped_text(seen) == "1 of 4 experts dropped, which had 10.0% of the tokens"
+    nothing = plan_of([0, 2, 2, 2], [0, 2, 2, 2], signals={"tokens": [0.0] * 4})
+    assert dropped_text(nothing) == "1 of 4 experts dropped"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -99,6 +100,8 @@ def _write_shards(
     missing = [shard for shard in shards if not is_finished(folder / shard.file, shard, digest)]
     total = sum(shard.nbytes for shard in shards)
     done = total - sum(shard.nbytes for shard in missing)
+    if there := len(shards) - len(missing):
+        tqdm.write(f"goes on: {there} of {len(shards)} files were packed by an earlier run", file=sys.stderr)
     with (
         closing(written(missing, packer, folder, job, workers, settings)) as writing,
         tqdm(total=total, initial=done, desc="Quantizing", unit="B", unit_scale=True, unit_divisor=1024) as bar,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Any
 
 import torch
@@ -43,15 +45,34 @@ def written(
     workers = min(workers, len(missing))
     threads = max(1, torch.get_num_threads() // workers)
     start = packer.checkpoint, settings, threads, os.getpid()
+    others = active_children()
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start) as pool:
-        jobs = {pool.submit(_work, shard, folder, job): shard for shard in missing}
         try:
+            with _uninterrupted():
+                jobs = {pool.submit(_work, shard, folder, job): shard for shard in missing}
             for done in as_completed(jobs):
                 done.result()
                 yield jobs[done]
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):  # else they would pack on, for minutes
+                for worker in active_children():
+                    if worker not in others:
+                        worker.terminate()
             raise
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes that are started inside ignore Ctrl-C, which is for the one that started them."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 _of_worker: dict[str, Packer] = {}
