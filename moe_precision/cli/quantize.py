@@ -59,13 +59,13 @@ def run(options: argparse.Namespace) -> None:
         print("no curvature file: errors in all columns count equally")
     how = {key: getattr(options, key) for key in ("non_expert_bits", "workers", "max_shard_size")}
     known: dict[str, Any] = {"curvature": curvature, "statistics": statistics}
-    if options.distill_steps:
-        _distill(options, plan, known, how)
-    else:
-        try:
+    try:
+        if options.distill_steps:
+            _distill(options, plan, known, how)
+        else:
             quantize_checkpoint(options.checkpoint, plan, options.out, grid=grid, **known, **how)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(_kept(Path(options.out))) from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_kept(Path(options.out))) from None
     after = Checkpoint(options.out)
     sizes = f"{source.nbytes / 1e6:.2f} MB -> {after.nbytes / 1e6:.2f} MB"
     bits = after.stored_bits_per_expert_weight(plan)
@@ -151,14 +151,9 @@ def _collected(options: argparse.Namespace, plan: PrecisionPlan) -> ExpertStatis
     return statistics
 
 
-def _batches(options: argparse.Namespace) -> Any:
-    """Training batches for the checkpoint's model."""
-    return data_of(options, options.checkpoint).train_dataloader()
-
-
 def _distill(options: argparse.Namespace, plan: PrecisionPlan, known: dict[str, Any], how: dict[str, Any]) -> None:
     """Quantizes, and trains the scales on training batches; ``known`` and ``how`` go to `quantize_checkpoint`."""
-    batches = _batches(options)  # found before hours of packing, not after
+    batches = data_of(options, options.checkpoint).train_dataloader()  # found before hours of packing, not after
     source, out, steps = options.checkpoint, Path(options.out), options.distill_steps
     if options.distill_through == "layers":
         grid, found = distill_streamed(source, plan, batches, steps=steps, **known)
