@@ -191,7 +191,7 @@ def _quantize_with_auto_round(options: argparse.Namespace) -> None:
     load_tokenizer(options.checkpoint)  # which AutoRound writes into OUT
     blocks: list[Any] = []
     if options.iterations:
-        batches = _batches(options)
+        batches = data_of(options, options.checkpoint).train_dataloader()
         whole = (row for batch in batches for row in batch["input_ids"][(batch["labels"] != -100).all(dim=1)])
         blocks = list(islice(whole, options.samples))
     if blocks:

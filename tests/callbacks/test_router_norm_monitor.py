@@ -295,7 +295,7 @@ def test_names_are_the_checkpoints(tmp_path):
     [
         ({"average_bits": 1.5}, "outside the levels"),
         ({"bits": (1, 2, 4), "average_bits": 2}, "equally spaced"),
-        ({"bits": (2, 12)}, "bits must be 1 to 8, or 16"),
+        ({"bits": (2, 12)}, "bits must be 1 to 8, 16"),
         ({"method": "magic"}, "unknown method 'magic'"),
         ({"every_n_steps": 0}, "at least 1 or None, got 0"),
         ({"export_to": "plan.yaml"}, r"must end in \.json"),
