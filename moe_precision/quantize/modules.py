@@ -212,6 +212,7 @@ def set_activations(model: nn.Module, activations: Activations) -> None:
         raise ValueError(f"nothing in this {type(model).__name__} is packed: its activations are as they are")
     for bucket in buckets:
         bucket.exact = activations != "int8"
+        bucket.leave_kernel()  # so that what is reported is what the next product takes
 
 
 def kernels_of(model: nn.Module) -> dict[str, str]:

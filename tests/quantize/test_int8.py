@@ -82,6 +82,7 @@ def test_activations_as_they_are(monkeypatch):
     assert not torch.equal(logits(exact), by_itself)
     assert (logits(exact) - by_itself).norm() < 0.05 * by_itself.norm()
     set_activations(exact, "int8")
+    assert {text.split(",")[0] for text in exact.moe_precision_kernels().values()} == {"C++ in int8"}
     assert torch.equal(logits(exact), by_itself)
 
 
