@@ -5,6 +5,7 @@
     .venv-exports/autoround/bin/python -m benchmarks.peers autoround
     .venv-exports/gptqmodel/bin/python -m benchmarks.peers gptqmodel
 
+RUN may also be a folder of the study, such as runs/study/uneven/seed_0: then uniform widths alone are measured.
 All tune on the training split of the run's text. Stored bits are counted from the bytes of the files. Other text is
 Python's language reference, which neither training nor tuning has seen. Each checkpoint is measured in a process of its
 own, which loads the float model first: AutoRound changes transformers for the whole process.
@@ -133,6 +134,8 @@ def compare(tool: str, run: Path) -> None:
     print("| quantizer | stored bits | KL, own text | KL, other text | loss | top-1 | plan, s | quantize, s |")
     print("|---|---|---|---|---|---|---|---|")
     for name, make, quantize in rows[tool]:
+        if not files.statistics.is_file() and getattr(make, "func", None) is not uniform:
+            continue  # a folder of the study, where there is no plan by statistics
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "out")
             start = time.perf_counter()
