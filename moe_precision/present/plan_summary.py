@@ -9,6 +9,7 @@ from typing import Any
 
 from ..plans.layer_plan import LayerPlan
 from ..plans.plan import PrecisionPlan
+from ..plans.widths import DROPPED
 
 COLUMNS = 80
 _MAP = 64  # characters of a layer's experts
@@ -165,7 +166,7 @@ def _measured(plan: PrecisionPlan) -> list[str]:
 
 def _shares(plan: PrecisionPlan) -> str:
     shares = ", ".join(
-        f"{share:.1%} as they are" if bits == _FLOAT else f"{share:.1%} at {bits}"
+        f"{share:.1%} " + {_FLOAT: "as they are", DROPPED: "dropped"}.get(bits, f"at {bits}")
         for bits, share in share_by_bits(plan).items()
     )
     return f"weights by bits: {shares}"

@@ -183,7 +183,8 @@ def _of_plan(plan: PrecisionPlan) -> list[str]:
             out, inp = layer.shape.projections[projection]
             shares.update({bits: out * inp * count for bits, count in Counter(widths).items()})
     total = sum(shares.values())
-    by_bits = ", ".join(f"{count / total:.1%} at {bits}" for bits, count in sorted(shares.items()))
+    of_width = {bits: f"at {bits}" if bits else "dropped" for bits in shares}
+    by_bits = ", ".join(f"{count / total:.1%} {of_width[bits]}" for bits, count in sorted(shares.items()))
     steps = "" if plan.last_step is None else f", after {plan.last_step:,} steps of training"
     found = [f"Plan: method {plan.method}{_asked(plan)}, group size {plan.group_size}{steps}."]
     found.append(f"Expert weights by bits: {by_bits}.")
