@@ -13,7 +13,7 @@ HEADER = """# Tables of the study of dropping
 Printed by `python -m benchmarks.studies.dropping_study --report`. KL is the mean divergence from the float model's
 predictions in nats per token, loss the increase over the float model's, *rare* that on the rarest tenth of the target
 tokens. *0 to 4 at 1* is a plan of 1 nominal bit on average that may drop experts. Entries are means over seeds ± half
-of the 95 % interval; of one seed, values alone.
+of the 95 % interval; of one or two seeds, means alone.
 """
 
 
@@ -64,4 +64,9 @@ def _row(runs: list[dict[str, Any]], plan: str, label: str, fit: str | None) -> 
     dropped = [one["dropped"] for one in found if "dropped" in one]
     size = sum(one["stored_bits"] for one in found) / len(found)
     gone = f"{sum(dropped) / len(dropped):.0f}" if dropped else ""
-    return [label, f"{size:.2f}", gone, *(f"{of[0]:.4f}" if len(of) == 1 else of_runs(of, 4) for of in numbers)]
+    return [
+        label,
+        f"{size:.2f}",
+        gone,
+        *(of_runs(of, 4) if len(of) > 2 else f"{sum(of) / len(of):.4f}" for of in numbers),
+    ]
