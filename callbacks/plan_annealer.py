@@ -286,3 +286,12 @@ class PlanAnnealer:
         if self._hooks is not None:
             self._hooks.close()
             self._hooks = None
+
+
+def refuse_distilling(steps: int) -> None:
+    """Raises `AnnealError` where a recording callback would distill scales of weights that are then moved."""
+    if steps:
+        raise AnnealError(
+            f"distill_steps={steps} would distill scales for the float weights, and annealing moves those onto a grid "
+            "of its own: leave one of the two out"
+        )

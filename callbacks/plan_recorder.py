@@ -89,7 +89,7 @@ class PlanRecorder:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
         self._files = RunFiles(export_to, type(self).__name__, _RESCUE)
         self.every_n_steps, self.export_to, self.log_experts = every_n_steps, export_to, log_experts
-        self.module, self.curvature_batches = module, curvature_batches
+        self.module, self.curvature_batches, self.distill_steps = module, curvature_batches, distill_steps
         self._collecting = StatisticsRecorder(type(self).__name__, statistics_batches, statistics_from)
         self._distilling = ScaleDistiller(type(self).__name__, distill_steps)
         self._needing = f"method {method!r}" if reads(method, "statistics") else self._distilling.needs  # statistics

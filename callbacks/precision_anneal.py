@@ -10,7 +10,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from moe_precision.annealing.covers import AnnealError
 from moe_precision.callbacks.late_finish import is_finished, why_not_late
 from moe_precision.callbacks.lightning_packages import LightningCallback, averages_weights, total_steps
-from moe_precision.callbacks.plan_annealer import PlanAnnealer
+from moe_precision.callbacks.plan_annealer import PlanAnnealer, refuse_distilling
 from moe_precision.callbacks.router_norm_monitor import RouterNormMonitor
 from moe_precision.callbacks.save_pretrained import SavePretrained
 from moe_precision.quantize.codec.grid import Grid
@@ -100,6 +100,9 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
                 raise AnnealError(
                     "RouterNormMonitor would make its plan from weights that are on the grid: put it before this one"
                 )
+        for callback in callbacks:
+            if isinstance(callback, RouterNormMonitor):
+                refuse_distilling(callback.distill_steps)
         # A checkpoint is restored after setup, and nothing is written in a fast_dev_run.
         folder = None if trainer.fast_dev_run else trainer.default_root_dir  # type: ignore[attr-defined]
         self._prepare(folder, anew=trainer.global_step == 0)

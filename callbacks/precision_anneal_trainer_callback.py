@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from moe_precision.annealing.covers import AnnealError
 from moe_precision.callbacks.of_trainer import optimizers_of, run_folder, save_state, saved_file, saves_as_float
-from moe_precision.callbacks.plan_annealer import PlanAnnealer
+from moe_precision.callbacks.plan_annealer import PlanAnnealer, refuse_distilling
 from moe_precision.callbacks.restored import NOT_RESTORED
 from moe_precision.callbacks.router_norm_trainer_callback import RouterNormTrainerCallback
 from moe_precision.callbacks.trainer_experts import save_experts, saved_experts
@@ -71,6 +71,8 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
             raise AnnealError(
                 "several GPUs in one process (nn.DataParallel) copy the model in every step: use torchrun"
             )
+        if self._history_of is not None:
+            refuse_distilling(self._history_of.distill_steps)
         self._prepare(str(run_folder(args)), anew=True)
         if (saved := saved_file(args, state, _STATE)) is not None:
             self.grid = Grid.load(saved)

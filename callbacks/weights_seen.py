@@ -38,7 +38,7 @@ class WeightsSeen:
 
 @torch.no_grad()
 def _sample(layers: list[MoELayer]) -> Tensor:
-    values = [torch.zeros(1)]
+    values = [torch.zeros(1, dtype=torch.float32)]
     for layer in layers:
         for weight in (layer.router_is, *(weight for bank in layer.banks.values() for weight in bank.weights)):
             if weight.gathers or weight.is_adapted:  # merging an adapter changes no effective weight

@@ -145,7 +145,7 @@ def _kept(plan: PrecisionPlan, keep: int | None) -> dict[str, list[int]]:
                 "`moe-precision plan CHECKPOINT --curvature-batches 32 --statistics-batches 32 --bits 0 1 2 3 4`"
             )
         costs = torch.tensor(absent, dtype=torch.float64).sum(0)
-        tokens = torch.tensor(layer.signals.get("tokens", [torch.inf] * experts))
+        tokens = torch.tensor(layer.signals.get("tokens", [torch.inf] * experts), dtype=torch.float32)
         unknown = (costs == 0) | (tokens < (plan.settings.min_tokens if plan.settings else 0))
         if (few := int(unknown.sum())) > keep:
             raise PruneError(

@@ -102,9 +102,11 @@ def _error(kernel: type[Kernel], bits: int) -> float:
         raise ValueError(f"it takes no matrix of {request}")
     random = torch.Generator().manual_seed(0)
     codes = pack(torch.randint(0, 2**bits, (2, 32, 128), generator=random, dtype=torch.uint8), bits)
-    scale, offset = (expand(*compress(torch.rand(2, 32, 2, generator=random) + 0.1)) for _ in range(2))
+    scale, offset = (
+        expand(*compress(torch.rand(2, 32, 2, generator=random, dtype=torch.float32) + 0.1)) for _ in range(2)
+    )
     matrices = Matrices.of(codes, scale, offset)
-    x = torch.randn(3, 128, generator=random).bfloat16()
+    x = torch.randn(3, 128, generator=random, dtype=torch.float32).bfloat16()
     exact = x.float() @ dequantize(codes[1], scale[1], offset[1], bits, torch.float32).T
     product = kernel(matrices, bits, 64).linear(1, x)
     return float((product.float() - exact).norm() / exact.norm())

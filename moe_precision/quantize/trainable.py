@@ -170,7 +170,9 @@ class TrainableScales:
         else:
             matrices = [self._matrices[weight.name].get(None) for weight in bank.weights]
         out, inp = bank.shape
-        left = torch.zeros(out, inp // group_size, device=bank.weights[0].parameter().device)  # at 16 bits
+        left = torch.zeros(
+            out, inp // group_size, dtype=torch.float32, device=bank.weights[0].parameter().device
+        )  # at 16 bits
         return {
             "scales": torch.stack([left if one is None else one.scale for one in matrices]).half(),
             "offsets": torch.stack([left if one is None else one.offset for one in matrices]).half(),

@@ -157,7 +157,9 @@ class Collector:
         token, place = token[place.argsort(stable=True)], place.sort().values  # as experts' own loops have them
         if rows is None or rows.shape != hidden[token].shape or not torch.equal(rows, hidden[token]):
             return
-        of_rows = torch.ones(len(rows), device=rows.device) if weights is None else weights[token, place]
+        of_rows = (
+            torch.ones(len(rows), dtype=torch.float32, device=rows.device) if weights is None else weights[token, place]
+        )
         kept = self._without_padding(layer, index)[token, place] == expert
         self._of_rows[layer.name, expert] = of_rows, kept
 
@@ -168,7 +170,7 @@ class Collector:
         _check_whole(layer, x, layer.banks[projection].weights[expert].parameter())
         weights, kept = self._of_rows.get((layer.name, expert), (None, None))
         if weights is None or kept is None or len(weights) != len(x):
-            self._add(layer, projection, expert, x, torch.ones(len(x), device=x.device))
+            self._add(layer, projection, expert, x, torch.ones(len(x), dtype=torch.float32, device=x.device))
         else:
             self._add(layer, projection, expert, x[kept], weights[kept])
 
@@ -181,7 +183,7 @@ class Collector:
                 f"expected {width}: are its inputs split over processes (tensor parallelism)?"
             )
         if projection not in sums:
-            sums[projection] = torch.zeros(layer.num_experts, width, width, device=x.device)
+            sums[projection] = torch.zeros(layer.num_experts, width, width, dtype=torch.float32, device=x.device)
         x = x.detach().float() * weights.detach().float().unsqueeze(1)
         sums[projection][expert].addmm_(x.T, x)
         self._rows[layer.name][projection][expert] += len(x)
@@ -210,7 +212,11 @@ class Collector:
                         "experts called in a way that no hook sees (compiled, or through their parameters)?"
                     )
                 own = sums.pop(name, None)
-                own = torch.zeros(layer.num_experts, width, width, device=device) if own is None else own
+                own = (
+                    torch.zeros(layer.num_experts, width, width, dtype=torch.float32, device=device)
+                    if own is None
+                    else own
+                )
                 moments[name] = summed(own).div_(rows.clamp(min=1).view(-1, 1, 1).to(own.device))
                 if name == layer.first:
                     tokens = rows // self._together

@@ -154,7 +154,8 @@ def _of_bank(layer: MoELayer, bank: Bank, means_of: Callable[[Weight], Means | N
     if all(means is None for means in found):
         raise CurvatureError(f"no gradient has reached any expert of {layer.name!r}: train first")
     shape = bank.weights[0].shape
-    zeros = torch.zeros(shape[:-1]), torch.zeros((*shape[:-2], shape[-1]))
+    sizes = shape[:-1], (*shape[:-2], shape[-1])
+    zeros = tuple(torch.zeros(size, dtype=torch.float32) for size in sizes)
     rows, columns = zip(*(means or zeros for means in found), strict=True)
     if len(bank.weights) > 1:
         by_row, by_column = torch.stack(rows), torch.stack(columns)

@@ -81,7 +81,9 @@ class RouterNormHistory:
     def norms(self) -> dict[str, Tensor]:
         """Layer name -> ``(records, E)`` float32."""
         experts = sum(layer.num_experts for layer in self.layers.values())
-        return self._by_layer(torch.stack(self._records) if self._records else torch.empty(0, experts))
+        return self._by_layer(
+            torch.stack(self._records) if self._records else torch.empty(0, experts, dtype=torch.float32)
+        )
 
     @property
     def first(self) -> dict[str, Tensor]:
@@ -168,7 +170,7 @@ class RouterNormHistory:
             "model_type": self.model_type,
             "layers": shapes_of(self.layers),
             "steps": list(self.steps),
-            "norms": torch.stack(self._records) if self._records else torch.empty(0),
+            "norms": torch.stack(self._records) if self._records else torch.empty(0, dtype=torch.float32),
             "max_variance": dict(self.max_variance),
             "loads": {kind: dict(of_kind) for kind, of_kind in self.loads.items()},
             "caveats": dict(self.caveats),

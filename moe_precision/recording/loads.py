@@ -86,7 +86,10 @@ class LoadCounter:
         counted, self._counts[training] = self._counts[training], {}
         device = next(iter(counted.values())).device if counted else self._layers[0].router_is.parameter().device
         # layers that were not called have no tokens, and no weight either
-        flat = [counted.get(layer.name, torch.zeros(2, layer.num_experts)).to(device) for layer in self._layers]
+        flat = [
+            counted.get(layer.name, torch.zeros(2, layer.num_experts, dtype=torch.float32)).to(device)
+            for layer in self._layers
+        ]
         together = torch.cat([one.double() if device.type != "mps" else one for one in flat], dim=1)
         together = summed(together) / self._together
         sizes = [layer.num_experts for layer in self._layers]

@@ -23,7 +23,7 @@ def norms_of_plan(plan: PrecisionPlan) -> dict[str, Tensor]:
     if known is None or not known.reads:
         return {}
     last = {name: layer.router_norms.get("last") for name, layer in plan.layers.items()}
-    return {name: torch.tensor(norms) for name, norms in last.items() if norms is not None}
+    return {name: torch.tensor(norms, dtype=torch.float32) for name, norms in last.items() if norms is not None}
 
 
 def check_plan_is_for(plan: PrecisionPlan, found: dict[str, Tensor]) -> None:

@@ -61,7 +61,7 @@ def expert_load(index: Tensor, weights: Tensor | None, num_experts: int) -> Tens
     """
     chosen = index.flatten().long()
     chosen = torch.where((chosen >= 0) & (chosen < num_experts), chosen, num_experts)
-    load = torch.zeros(2, num_experts + 1, device=index.device)
+    load = torch.zeros(2, num_experts + 1, dtype=torch.float32, device=index.device)
     load[0].scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))  # 1-D: deterministic on GPUs too
     if weights is None:
         load[1] = torch.nan

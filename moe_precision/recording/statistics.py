@@ -113,7 +113,7 @@ class ExpertStatistics:
     def second_moment(self, layer: str, projection: str, expert: int) -> Tensor:
         """The second moment of one matrix's inputs, ``(in, in)`` float32."""
         diagonal = self.diagonals[layer][projection][expert]
-        above = torch.zeros(len(diagonal), len(diagonal))
+        above = torch.zeros(len(diagonal), len(diagonal), dtype=torch.float32)
         above.masked_scatter_(_above_diagonal(len(diagonal)), self.correlations[layer][projection][expert].float())
         root = diagonal.sqrt()
         above.mul_(root).mul_(root.unsqueeze(1))

@@ -204,6 +204,7 @@ def jetmoe():
         (Language, lambda: [anneal(start=0)], AnnealError, "no second moments to make a plan from", 0),
         (Language, lambda: [SavePretrained(), anneal()], AnnealError, "put it after this one", 0),
         (Language, lambda: [anneal(), RouterNormMonitor(group_size=64)], AnnealError, "put it before this one", 0),
+        (Language, lambda: [RouterNormMonitor(distill_steps=2), anneal()], AnnealError, "leave one of the two out", 0),
         (WithSGD, lambda: [anneal()], CurvatureError, "SGD is not among the optimizers", 0),
         (InHalf, lambda: [anneal()], AnnealError, "cannot make a plan at step 5.*hardly decays", 1),
         (jetmoe, lambda: [anneal()], UnsupportedLayoutError, "fused, but not through", 0),

@@ -92,6 +92,8 @@ def test_a_plan_by_router_norms_and_one_for_another_model(tmp_path):
     other = allocate(build("qwen3_moe"), method="uniform", average_bits=2, group_size=64)
     with pytest.raises(ValueError, match="for a model of type 'qwen3_moe'"):
         train(tmp_path, anneal(plan=other))
+    with pytest.raises(AnnealError, match="distill_steps=2 would distill scales for the float weights"):
+        train(tmp_path, anneal(recorder=RouterNormTrainerCallback(distill_steps=2)))
     with pytest.raises(AnnealError, match="start=8 is step 8 of 8"):
         train(tmp_path, anneal(start=8))
 

@@ -149,7 +149,7 @@ def _fit(
     group: int,
     ridge: float,
 ) -> Tensor:
-    square, mixed, by_scale, by_offset = torch.zeros(4, codes.shape[1], device=codes.device)
+    square, mixed, by_scale, by_offset = torch.zeros(4, codes.shape[1], dtype=torch.float32, device=codes.device)
     product = torch.empty_like(square)
     for index, code in enumerate(codes):  # one after the other: a sum in one call has an order of its own
         square += torch.mul(by_code[index], code, out=product)

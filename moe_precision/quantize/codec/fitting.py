@@ -101,7 +101,7 @@ def quantize_matrix(
     """
     out, inp = weight.shape
     codes = torch.empty(out, inp, dtype=torch.uint8, device=weight.device)
-    fitted_scale = torch.empty(out, inp // group_size, device=weight.device)
+    fitted_scale = torch.empty(out, inp // group_size, dtype=torch.float32, device=weight.device)
     fitted_offset = torch.empty_like(fitted_scale)
     by_group = None
     if column_weights is not None:

@@ -8,6 +8,7 @@ from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ...checkpoints.checkpoint import Checkpoint, opened
@@ -80,7 +81,7 @@ def distill_streamed(
             f"a grid stands beside {os.fspath(plan)!r}, whose scales would change: give the plan itself "  # type: ignore[arg-type]
             "(PrecisionPlan.load), and the curvature and statistics beside it"
         )
-    with opened(checkpoint) as source:
+    with opened(checkpoint) as source, torch.inference_mode(False), torch.autocast("cpu", enabled=False):
         parts = PartlyLoaded(source)
         layers = find_moe_layers(parts.model, **config.plan.patterns)
         check_packable(parts.model, layers)
