@@ -153,6 +153,7 @@ class PlanRecorder:
             rank_zero_warn(f"{type(self).__name__}: {caveat_text(fresh.caveats)}.")
         if self.history.steps and self.history.steps[-1] <= step:  # else it is from an earlier run
             check_restored(self.history, fresh, self._layers, step, type(self).__name__, optimizers, self._experts)
+            self._experts = ExpertSamples()  # of that step: the model may be trained on in another call of `fit`
             self.history.caveats, self.history.patterns = fresh.caveats, fresh.patterns
             self.history.dtypes = fresh.dtypes
             self._loads.start(self._layers, self.history, model)

@@ -11,6 +11,7 @@ from moe_precision.callbacks import PrecisionAnnealTrainerCallback, RouterNormMo
 from moe_precision.quantize.codec.grid import GridError
 from moe_precision.recording.expert_samples import ExpertSamples
 from tests.support.models import PlainMoE, build
+from tests.support.trainers import Module, data, monitor, trainer
 
 IDS = torch.randint(3, 128, (8, 8), generator=torch.Generator().manual_seed(0))
 ROWS = [{"input_ids": row, "labels": row} for row in IDS]
@@ -124,6 +125,19 @@ def test_lightning_without_strict_loading(tmp_path):
     fit(2)
     with pytest.raises(HistoryError, match="experts of this model are not those of the checkpoint at step 2"):
         fit(4, tmp_path / "last.ckpt")
+
+
+def test_a_resumed_run_that_is_trained_on_in_memory_is_no_alarm(tmp_path):
+    module, batches = Module(), data(2)
+    first = trainer(tmp_path, monitor(), max_epochs=1)
+    first.fit(module, batches)
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    recorder = monitor()
+    resumed = trainer(tmp_path, recorder, max_epochs=2)
+    resumed.fit(module, batches, ckpt_path=tmp_path / "last.ckpt")
+    resumed.fit_loop.max_epochs = 3
+    resumed.fit(module, batches)
+    assert recorder.history.steps[-1] == 6
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
