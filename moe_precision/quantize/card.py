@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..checkpoints.checkpoint import Checkpoint
 from ..files import replaced_when_done
 from ..plans.plan import PrecisionPlan
+from ..plans.settings import BUDGETS
 from ..version import __version__
 from .config import PlanQuantizationConfig
 
@@ -198,9 +199,7 @@ def _of_plan(plan: PrecisionPlan) -> list[str]:
 
 
 def _asked(plan: PrecisionPlan) -> str:
-    if plan.settings is None or all(
-        getattr(plan.settings, key, None) is None for key in ("average_bits", "stored_bits", "expert_gib")
-    ):
+    if plan.settings is None or all(getattr(plan.settings, key, None) is None for key in BUDGETS):
         return ""
     return f", asked for {plan.settings.budget} of levels {', '.join(map(str, plan.settings.levels))}"
 

@@ -63,6 +63,13 @@ def test_the_card_says_what_was_done_and_its_lines_load_the_model(made, monkeypa
     assert names["model"].is_quantized
 
 
+def test_the_card_states_every_budget(made, tmp_path):
+    source, _, out = made
+    settings = {"method": "weight_error", "bits": (2, 8), "group_size": 64}
+    quantize_checkpoint(source, allocate(source, total_gib=2.0, rest_gib=2 - 5e-5, **settings), out)
+    assert "asked for 2 GiB in total of levels 2, 8" in ModelCard.load(out / "README.md").text
+
+
 def test_the_bases_card_is_kept_below_and_comes_back(made, tmp_path):
     source, plan, out = made
     (source / "README.md").write_text(BASE)

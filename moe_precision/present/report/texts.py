@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...plans.settings import expert_weights
+from ...plans.settings import BUDGETS, expert_weights
 from ..settling import Settling
 from .charts import Figure, comparison_charts, digits, row_name
 from .run import Run
@@ -83,7 +83,7 @@ def _budget(run: Run) -> str:
     assert run.plan is not None
     assert run.plan.settings is not None
     settings = run.plan.settings
-    known = any(getattr(settings, key, None) is not None for key in ("average_bits", "stored_bits", "expert_gib"))
+    known = any(getattr(settings, key, None) is not None for key in BUDGETS)
     return f"asked for {settings.budget}" if known else ""
 
 
