@@ -74,7 +74,8 @@ def _flat(experts: Experts, width: int) -> set[str]:
         raise MoELayerError(
             f"the flat banks at {experts.path!r} hold matrices {shapes} in a layer of width {width}: neither shapes "
             "nor names show which of them are stored (in, out). Mark these with a group (?P<transposed>...) in "
-            r"expert_pattern, for example r'experts\.(w1|v1|(?P<transposed>w2))$'"
+            r"expert_pattern, for example r'experts\.(w1|v1|(?P<transposed>w2))$'; or, if these are the matrices of "
+            r"one expert, its index with a group (?P<expert>\d+)"
         )
     neurons_in_rows = {name for name, (_, columns) in shapes.items() if columns == width}
     return (neurons_in_rows & back) | (set(shapes) - neurons_in_rows - back)

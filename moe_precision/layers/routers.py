@@ -64,7 +64,10 @@ def find_router(tree: Node, experts: Experts, others: list[Experts], pattern: st
         return _by_pattern(tree, experts, others, pattern)
     path, count, paths = experts.path, experts.num_experts, [other.path for other in others]
     if count == 0:
-        raise MoELayerError(f"the banks at {path!r} are flat: give router_pattern, whose rows tell how many experts")
+        raise MoELayerError(
+            f"the banks at {path!r} are flat: give router_pattern, whose rows tell how many experts; or, if these are "
+            r"the matrices of one expert, mark its index in expert_pattern with a group (?P<expert>\d+)"
+        )
     parts = path.split(".") if path else []
     best: dict[tuple[int, ...], list[tuple[Weight, Node]]] = {}  # rank, the lowest is the best
     for climb in range(min(_MAX_CLIMB, len(parts)) + 1):

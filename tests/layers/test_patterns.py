@@ -100,3 +100,12 @@ def test_a_pattern_that_matches_some_layers_skips_none():
 def test_a_pattern_that_is_no_regular_expression():
     with pytest.raises(MoELayerError, match=r"router_pattern='\(' is not a regular expression"):
         find_moe_layers(PlainMoE(), router_pattern="(")
+
+
+@pytest.mark.parametrize("router", [{}, {"router_pattern": r"router\.weight"}])
+def test_a_pattern_of_modules_without_their_index_says_how_to_mark_it(router):
+    """Without the group each expert looks like a flat bank of all of them."""
+    with pytest.raises(MoELayerError, match=r"matrices of one expert.*\(\?P<expert>\\d\+\)"):
+        find_moe_layers(PlainMoE(), expert_pattern=r"experts\.\d+\.\d+\.weight", **router)
+    (layer,) = find_moe_layers(PlainMoE(), expert_pattern=r"experts\.(?P<expert>\d+)\.\d+\.weight", **router)
+    assert layer.num_experts == 4
