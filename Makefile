@@ -2,6 +2,7 @@
 # make test   the whole test suite, on two cores; `make test WORKERS=8` takes more
 # make test-fast   the tests that take no time, under a minute
 # make lint   ruff and mypy
+# make docs   the documentation's site, in site/, with warnings as errors
 # Each works on a fresh checkout: it first makes .venv and installs the exact versions in constraints.txt.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast lint test-exports benchmarks evidence
+.PHONY: demo test test-fast lint docs test-exports benchmarks evidence
 demo: .venv/installed
 	$(BIN)/moe-precision demo --output runs/demo
 
@@ -23,6 +24,11 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# API pages come from the source alone; nothing of the package is imported.
+docs: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e .[docs]
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Carries exported plans out with the real tools, each in its own virtual environment. Half an hour, most of it installs.
 test-exports:

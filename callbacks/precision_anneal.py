@@ -25,14 +25,12 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
     When training ends the float weights are moved onto the grid, and plan and grid are written: ``moe-precision
     quantize`` packs exactly the codes that training ended on. List it before `SavePretrained`.
 
-    =========================  =====================================================================
-    Logged key                 Value, at ``step=trainer.global_step``
-    =========================  =====================================================================
-    ``anneal/active``          1 from ``start`` on, 0 before
-    ``anneal/flips``           share of codes that the step changed, in a sample of each matrix
-    ``anneal/val_loss``        loss of the transformers model on the validation batches, on the grid
-    ``anneal/val_loss_float``  the same with the float weights that the optimizer keeps, same step
-    =========================  =====================================================================
+    | Logged key | Value, at ``step=trainer.global_step`` |
+    |---|---|
+    | ``anneal/active`` | 1 from ``start`` on, 0 before |
+    | ``anneal/flips`` | share of codes that the step changed, in a sample of each matrix |
+    | ``anneal/val_loss`` | loss of the transformers model on the validation batches, on the grid |
+    | ``anneal/val_loss_float`` | the same with the float weights that the optimizer keeps, same step |
 
     The two losses take two more forward passes of every validation batch. They are logged if a batch holds the keyword
     arguments of a transformers model, labels included.

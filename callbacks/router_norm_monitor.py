@@ -29,17 +29,13 @@ class RouterNormMonitor(PlanRecorder, LightningCallback):
     Checkpoints hold them, baseline included, so an interrupted run resumes with all its records. The plan ranks
     experts by how much their router norm changed (arXiv 2604.06515).
 
-    ========================================  ======================================================================
-    Logged key, on every logger               Value, a float, at ``step=trainer.global_step``
-    ========================================  ======================================================================
-    ``router_norm/layer_03/expert_007``       L2 norm of the router's row of expert 7, fourth MoE layer of the model
-    ``router_norm/layer_03/{min,median,max}`` the same over the layer's experts
-    ``router_norm_change/layer_03/{...}``     min, median and max of the change since the baseline
-    ``expert_load/layer_03/{min,median,max}`` tokens of the least, median and most loaded expert since the last record,
-                                              1 is an equal share of the tokens
-    ``plan/changed``                          share of experts whose bits the last record changed: 0 once settled
-                                              (``method="router_norm"`` alone)
-    ========================================  ======================================================================
+    | Logged key, on every logger | Value, a float, at ``step=trainer.global_step`` |
+    |---|---|
+    | ``router_norm/layer_03/expert_007`` | L2 norm of the router's row of expert 7, fourth MoE layer of the model |
+    | ``router_norm/layer_03/{min,median,max}`` | the same over the layer's experts |
+    | ``router_norm_change/layer_03/{...}`` | min, median and max of the change since the baseline |
+    | ``expert_load/layer_03/{min,median,max}`` | tokens of an expert since the last record; 1 is an equal share |
+    | ``plan/changed`` | share of experts whose bits the last record changed; ``router_norm`` alone |
 
     Args:
         method: How widths are chosen. ``router_norm`` is the paper's rule; ``statistics`` and ``curvature`` minimize
