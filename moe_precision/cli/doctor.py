@@ -27,6 +27,7 @@ EXTRAS = {
     "workspace": "`workspace`, a saved view in Weights & Biases",
     "peers": "optimizers and shards of torchao, bitsandbytes and DeepSpeed, for their tests",
     "benchmarks": "peers of `python -m benchmarks.inference`",
+    "docs": "`make docs`, the site",
     "dev": "tests and linters",
 }
 KERNELS = ("C++ compiler", "C++", "C++ in int8", "C++ rounding", "ARK", "torch int4", "Triton")
