@@ -29,6 +29,8 @@ def run(options: argparse.Namespace) -> None:
     print(
         f"wrote {options.out}: {before.nbytes / 1e6:.2f} MB -> {after.nbytes / 1e6:.2f} MB, {experts} experts a layer"
     )
+    if (grid := existing("grid", options.plan)) is not None:
+        print(f"{grid} is for all experts, and was left behind: what is left is rounded anew")
     print(f"to quantize it: moe-precision quantize {options.out} {Path(options.out, PLAN_NAME)} OUT")
 
 
