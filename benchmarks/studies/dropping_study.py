@@ -119,12 +119,12 @@ class DroppingStudy(RoundingStudy):
 
     def _pruned(self, stored: float) -> Iterator[tuple[int, float]]:
         """Widths, and the share of a layer's experts that must go at each for these stored bits, rounded down."""
+        experts, needed = self.layers[0].num_experts, self.layers[0].shape.top_k or 1  # as in all layers
         for bits in (1, 2, 3):
-            for layer in self.layers[:1]:
-                whole = bits + 18 / self.group_size
-                count = int((1 - stored / whole) * layer.num_experts) if whole > stored else 0
-                if 0 < count <= layer.num_experts - (layer.shape.top_k or 1):
-                    yield bits, count / layer.num_experts
+            whole = bits + 18 / self.group_size
+            count = int((1 - stored / whole) * experts) if whole > stored else 0
+            if 0 < count <= experts - needed:
+                yield bits, count / experts
 
     def _correlations(self, plan: PrecisionPlan) -> dict[str, float]:
         """Spearman's correlation of what an expert's absence costs with other signals, over the experts of a layer."""

@@ -194,7 +194,7 @@ def set_activations(model: nn.Module, activations: Activations) -> None:
         model: A packed model.
         activations: ``int8``, as a packed model does by itself: at 1 to 4 bits they are rounded to whole steps of a
             127th of the largest one of each group, an error of 0.7 % of a product where the weights' own is 8 % or
-            more, for products that take a half to two thirds of the time. ``bfloat16``: they are as they are.
+            more, for products that take a half to three quarters of the time. ``bfloat16``: they are as they are.
 
     Raises:
         ValueError: Another value, or nothing in the model is packed.
