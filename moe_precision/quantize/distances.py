@@ -59,7 +59,7 @@ def through_layers(
                 if real is not None:
                     target, found = target[real], found[real]
                 error = (found.float() - target.float()).square().sum()
-                if optimizer is not None:
+                if error.requires_grad:  # else its experts are at 16 bits or dropped
                     error.backward()
         finally:
             inside = False

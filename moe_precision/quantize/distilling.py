@@ -238,7 +238,8 @@ def train_scales(
         for matrix in matrices:
             matrix.store()
         found = run(model, scales, after, None)
-    kept = [name for name in errors if not found[name] < errors[name]]
+    fixed = {one.unit for one in scales if not one.matrices}
+    kept = [name for name in errors if not found[name] < errors[name] and name not in fixed]
     for one, state in zip(scales, states, strict=True):
         if one.unit in kept or "logits" in kept:
             one.go_back(state)
@@ -249,8 +250,8 @@ def _trained(
     model: nn.Module, scales: list[TrainableScales], items: Iterable[T], run: Any, steps: int, rate: float
 ) -> Distilled:
     """`train_scales` on the first of the items, measured on others; layers that are put back count in the report."""
-    scales = [one for one in scales if one.matrices]  # a layer at 16 bits is the float one
-    if not scales:
+    scales = [one for one in scales if not one.is_float]
+    if not any(one.matrices for one in scales):
         raise DistillError("no expert of the packed model is at 1 to 8 bits: there are no scales to distill")
     checked, trained = split(items, steps)
     found = train_scales(model, scales, checked, list(islice(cycle(trained), steps)), checked, run, rate)
@@ -258,7 +259,7 @@ def _trained(
         return found
     before = {name: first for name, (first, _) in found.errors.items()}
     after = before  # what is put into the model is what is reported
-    if len(found.kept) < len(before):
+    if len(found.kept) < len(before) - sum(not one.matrices for one in scales):
         with modes_kept(model), _frozen(model), not_counted():
             model.eval()
             after = run(model, scales, checked, None)

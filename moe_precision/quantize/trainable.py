@@ -113,12 +113,14 @@ class TrainableScales:
     Attributes:
         layer: The layer.
         unit: Name of the module whose output is compared: it holds the router and the experts.
+        is_float: All experts are at 16 bits.
     """
 
     def __init__(self, layer: MoELayer, matrices: dict[str, OfExperts]) -> None:
         self.layer, self.unit = layer, layer.name
         self._matrices = {name: {e: one for e, one in of.items() if one is not None} for name, of in matrices.items()}
         dropped = {name: [e for e, one in of.items() if one is None] for name, of in matrices.items()}
+        self.is_float = not any(self._matrices.values()) and not any(dropped.values())
         weights = [(weight, bank.transposed) for bank in layer.banks.values() for weight in bank.weights]
         self._floats = {one.name: _without(one.parameter().detach(), dropped[one.name]) for one, _ in weights}
         self._transposed = {weight.name: transposed for weight, transposed in weights}

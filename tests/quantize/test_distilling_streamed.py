@@ -84,7 +84,9 @@ def test_with_statistics_padding_and_a_layer_at_16_bits(tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(PartlyLoaded, "load", watched)
-    plan = uniform(model).with_bits({"model.layers.1.mlp": [16] * 8, "model.layers.2.mlp": [2, 3, 16, 2, 2, 2, 2, 1]})
+    plan = uniform(model).with_bits(
+        {"model.layers.1.mlp": [16] * 6 + [0] * 2, "model.layers.2.mlp": [2, 3, 16, 2, 2, 2, 2, 1]}
+    )
     both(tmp_path, model, padded, plan, statistics=statistics)
     assert loaded == [set(), {"0"}, {"1"}, {"2"}]
     assert not running()

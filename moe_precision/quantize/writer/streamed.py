@@ -181,12 +181,16 @@ class _Streamed:
         targets = {target.parameter: target for target in listed}
         scales = [TrainableScales.fitted(layer, targets, config.plan.group_size) for layer in layers]
         through = partial(through_layers, padding=self._padding)
-        if packed := [one for one in scales if one.matrices]:
-            found = train_scales(model, packed, self._before, self._training, self._tried, through, self._rate)
-            after = through(model, packed, self._after, None)  # with what is kept
+        changed = [one for one in scales if not one.is_float]
+        if any(one.matrices for one in changed):
+            found = train_scales(model, changed, self._before, self._training, self._tried, through, self._rate)
+            after = through(model, changed, self._after, None)  # with what is kept
             self._found.errors.update({name: (first, after[name]) for name, (first, _) in found.errors.items()})
             self._found.kept.extend(found.kept)
-        else:  # a layer at 16 bits is the float one
+        elif changed:  # experts are dropped, and the others at 16 bits
+            first, _, after = (through(model, changed, of, None) for of in (self._before, self._training, self._after))
+            self._found.errors.update({name: (first[name], after[name]) for name in first})
+        else:
             self._pass()
         for one in scales:
             take_in(self._grid, one)
