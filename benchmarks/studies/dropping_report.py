@@ -12,7 +12,8 @@ HEADER = """# Tables of the study of dropping
 
 Printed by `python -m benchmarks.studies.dropping_study --report`. KL is the mean divergence from the float model's
 predictions in nats per token, loss the increase over the float model's, *rare* that on the rarest tenth of the target
-tokens. *0 to 4 at 1* is a plan of 1 nominal bit on average that may drop experts. Entries are means over seeds ± half
+tokens. *0 to 4 at 1* is a plan of 1 nominal bit on average that may drop experts; *channels* prunes channels instead
+(`python -m benchmarks.studies.channel_study`). Entries are means over seeds ± half
 of the 95 % interval; of one or two seeds, means alone.
 """
 
@@ -23,11 +24,14 @@ def report(study: dict[str, Any], root: Path) -> str:
     plans = ["uniform 1", "uniform 2"]
     for budget in BUDGETS:
         plans += [f"{name} at {budget:g}" for name in ("0 to 4", "0 to 4, not calibrated", "1 to 4")]
-        plans += [f"{name} at {budget:g}" for name in CRITERIA] if budget in COMPARED else []
+        plans += [f"{name} at {budget:g}" for name in (*CRITERIA, "channels")] if budget in COMPARED else []
     correlations = []
     for name in study["models"]:
         paths = sorted((root / name).glob("seed_*/dropping.json"))
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        for path, one in zip(paths, runs, strict=True):
+            if (channels := path.with_name("channels.json")).is_file():
+                one["results"] += json.loads(channels.read_text(encoding="utf-8"))["results"]
         if not runs:
             continue
         title = f"{study['models'][name]['title']} ({'one seed' if len(runs) == 1 else f'{len(runs)} seeds'})"

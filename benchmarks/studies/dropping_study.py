@@ -3,7 +3,7 @@
     python -m benchmarks.studies.dropping_study --output runs/study --workers 2
     python -m benchmarks.studies.dropping_study --output runs/study --report
 
-The causal models of `study`, trained here if they are not there yet. Pruning drops the same number of experts of every
+The models of `study`, trained here if they are not there yet. Pruning drops the same number of experts of every
 layer, those with the least of a criterion, their tokens go to the next best experts, and all others get one width; of
 1, 2 and 3 bits the best one at these stored bits is reported.
 """
@@ -153,16 +153,11 @@ def measure(study: Setting, name: str, seed: int, root: Path) -> str:
     return f"{name} {seed}: done"
 
 
-def causal(study: Setting) -> list[str]:
-    """Models whose routers and experts `experts_seen` knows."""
-    return [name for name, model in study["models"].items() if model["module"] == "CausalLM"]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study or print its tables."""
     from benchmarks.studies.dropping_report import report
 
-    run(arguments, __doc__, "runs/study", causal, measure, report)
+    run(arguments, __doc__, "runs/study", lambda study: study["models"], measure, report)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What published criteria of expert pruning look at, and what may stand in the place of a dropped expert.
 
 Criteria are numbers per expert; the experts with the least are dropped. Everything here works on live transformers
-models whose experts are fused and run through its experts interface.
+models: on those whose experts are fused and run through its experts interface, and on Switch Transformers.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
 from moe_precision.compat import apply_gate
 from moe_precision.layers.moe_layers import MoELayer
@@ -42,11 +43,10 @@ def seen_experts(model: nn.Module, layers: Sequence[MoELayer], batches: Iterable
 
     def watch(layer: MoELayer, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         hidden, index, weights = (*args, *kwargs.values())[:3]
-        first, last = layer.banks["gate_up_proj"], layer.banks["down_proj"]
+        index = _chosen(index)
         for expert in range(layer.num_experts):
             token, place = torch.where(index == expert)
-            inner = apply_gate(module, hidden[token] @ first.read(expert).T)
-            output, gate = inner @ last.read(expert).T, weights[token, place].unsqueeze(1)  # (n, H), (n, 1)
+            output, gate = _output(layer, module, expert, hidden[token]), weights[token, place].unsqueeze(1)
             tokens, saliency, total, of_gate = sums[layer.name]
             tokens[expert] += len(token)
             saliency[expert] += (gate[:, 0] * output.norm(dim=1)).sum()
@@ -75,6 +75,21 @@ def seen_experts(model: nn.Module, layers: Sequence[MoELayer], batches: Iterable
     }
 
 
+def _output(layer: MoELayer, module: Any, expert: int, hidden: Tensor) -> Tensor:
+    """What an expert makes of ``(n, H)``, before its gate value."""
+    if not layer.fused:
+        return module[f"expert_{expert}"](hidden)
+    inner = apply_gate(module, hidden @ layer.banks["gate_up_proj"].read(expert).T)
+    return inner @ layer.banks["down_proj"].read(expert).T
+
+
+def _chosen(index: Tensor) -> Tensor:
+    """The chosen experts, ``(N, k)``: themselves, or from Switch's mask ``(N, 1, E)``, -1 beyond an expert's capacity."""
+    if index.ndim == 2:
+        return index
+    return torch.where(index.sum(-1) > 0, index.argmax(-1), -1)
+
+
 @contextmanager
 def in_place_of(
     place: str, layers: Sequence[MoELayer], dropped: Dropped, seen: Mapping[str, Seen], model: nn.Module
@@ -95,7 +110,7 @@ def in_place_of(
         experts, router = layer.container(), model.get_submodule(layer.router.rpartition(".")[0])
         if place == "next best expert":
             handles.append(router.register_forward_hook(partial(_reroute, gone)))
-        elif place == "weight to the others":
+        elif place == "weight to the others" and layer.fused:  # Switch's one expert has no others
             handles.append(experts.register_forward_pre_hook(partial(_rescale, gone)))
         elif place == "mean output":
             vectors = seen[layer.name].mean_output * gone.unsqueeze(1)
@@ -109,6 +124,10 @@ def in_place_of(
 
 def _reroute(gone: Tensor, router: Any, args: Any, output: Any) -> Any:
     """The router's choice among the experts that are left, as if the rows of the others had been cut."""
+    if isinstance(router, SwitchTransformersTop1Router):
+        best, index = output[2].float().masked_fill(gone, -torch.inf).softmax(-1).max(-1, keepdim=True)
+        mask = torch.zeros_like(output[0]).scatter_(-1, index, 1)
+        return mask * (mask.cumsum(-2) <= router.expert_capacity), best.to(output[1].dtype), output[2]
     logits, scores, _ = output
     probabilities = logits.float().masked_fill(gone, -torch.inf).softmax(-1)
     values, index = probabilities.topk(router.top_k, dim=-1)
@@ -125,7 +144,8 @@ def _rescale(gone: Tensor, experts: nn.Module, args: Any) -> Any:
 
 
 def _add(vectors: Tensor, experts: nn.Module, args: Any, output: Tensor) -> Tensor:
-    _, index, weights = args
+    index, weights = _chosen(args[1]), args[2]
+    weights = weights.masked_fill(index < 0, 0)
     return output + (vectors[index] * weights.unsqueeze(-1)).sum(1).to(output.dtype)
 
 
