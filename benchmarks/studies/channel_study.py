@@ -2,8 +2,8 @@
 
     python -m benchmarks.studies.channel_study --output runs/study --workers 2
 
-A channel is a row of gate and up, and its column of down. Those of the least attribution in a layer go, and what is left
-gets one width. Attribution as in MoE-Slimming (arXiv 2606.18304) is activation times gradient, here summed over
+A channel is a row of gate and up, and its column of down. Those of the least attribution in a layer go, and what is
+left gets one width. Attribution as in MoE-Slimming (arXiv 2606.18304) is activation times gradient, here summed over
 the tokens of a sequence; that paper's weights per expert, by the loss without it, are left out.
 """
 

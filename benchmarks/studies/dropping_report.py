@@ -64,7 +64,7 @@ def _row(runs: list[dict[str, Any]], plan: str, label: str, fit: str | None) -> 
     if not found:
         return []
     cells = [("own", "kl"), ("own", "loss"), ("own", "rare"), ("other", "kl")]
-    numbers = [[one[text][key] for one in found] for text, key in cells]
+    numbers = [[one[text][key] for one in found if text in one] for text, key in cells]
     dropped = [one["dropped"] for one in found if "dropped" in one]
     size = sum(one["stored_bits"] for one in found) / len(found)
     gone = f"{sum(dropped) / len(dropped):.0f}" if dropped else ""
@@ -72,5 +72,5 @@ def _row(runs: list[dict[str, Any]], plan: str, label: str, fit: str | None) -> 
         label,
         f"{size:.2f}",
         gone,
-        *(of_runs(of, 4) if len(of) > 2 else f"{sum(of) / len(of):.4f}" for of in numbers),
+        *(of_runs(of, 4) if len(of) > 2 else f"{sum(of) / len(of):.4f}" if of else "-" for of in numbers),
     ]

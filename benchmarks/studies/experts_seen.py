@@ -84,7 +84,7 @@ def _output(layer: MoELayer, module: Any, expert: int, hidden: Tensor) -> Tensor
 
 
 def _chosen(index: Tensor) -> Tensor:
-    """The chosen experts, ``(N, k)``: themselves, or from Switch's mask ``(N, 1, E)``, -1 beyond an expert's capacity."""
+    """The chosen experts, ``(N, k)``: as given, or from Switch's mask ``(N, 1, E)``, -1 beyond an expert's capacity."""
     if index.ndim == 2:
         return index
     return torch.where(index.sum(-1) > 0, index.argmax(-1), -1)
@@ -107,7 +107,9 @@ def in_place_of(
     for layer in layers:
         gone = torch.zeros(layer.num_experts, dtype=torch.bool)
         gone[list(dropped[layer.name])] = True
-        experts, router = layer.container(), model.get_submodule(layer.router.rpartition(".")[0])
+        experts = layer.container()
+        levels = 1 if layer.fused else 2  # Switch's router is around the module that has the weight
+        router = model.get_submodule(layer.router.rsplit(".", levels)[0])
         if place == "next best expert":
             handles.append(router.register_forward_hook(partial(_reroute, gone)))
         elif place == "weight to the others" and layer.fused:  # Switch's one expert has no others
