@@ -6,10 +6,12 @@ import math
 import pytest
 import torch
 import yaml
+from torch.nn.functional import cross_entropy
 
 from benchmarks.studies import (
     anneal_report,
     anneal_study,
+    channel_study,
     dropping_report,
     dropping_study,
     experts_seen,
@@ -24,6 +26,7 @@ from moe_precision import find_moe_layers
 from moe_precision.quantize.kernels import scaled
 from tests.cli.test_cli import TEXT
 from tests.support.dropped import observed
+from tests.support.models import build
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +215,62 @@ def test_what_stands_in_the_place_of_an_expert():
         torch.testing.assert_close(scores, kept.values / kept.values.sum(-1, keepdim=True))
         assert torch.equal(chosen, kept.indices + 1)
     assert float(seen[layer].tokens.sum()) == 2 * 4 * 32 * 2  # tokens of two batches, two experts each
+
+
+def test_what_stands_in_the_place_of_a_switch_transformers_expert():
+    model, _, data = observed("switch_transformers", batches=2)
+    layers = find_moe_layers(model)
+    seen = experts_seen.seen_experts(model, layers, data)
+    layer, experts = layers[0].name, layers[0].container()
+    hidden = torch.randn(1, 3, 64)
+    router = model.get_submodule(layer).router
+    dropped = {one.name: [0] for one in layers}
+    mask = torch.eye(8, dtype=torch.int64)[[0, 0, 5]].unsqueeze(1)  # (N, 1, E)
+    with torch.no_grad():
+        for matrix in layers[0].expert_weights(0).values():
+            matrix.zero_()
+        left = experts(hidden[0], mask, torch.full((3, 1), 0.5))
+        assert not left[:2].any()
+        with experts_seen.in_place_of("mean output", layers, dropped, seen, model):
+            found = experts(hidden[0], mask, torch.full((3, 1), 0.5))
+        torch.testing.assert_close(found - left, seen[layer].mean_output[0] * torch.tensor([[0.5], [0.5], [0.0]]))
+        with experts_seen.in_place_of("next best expert", layers, dropped, seen, model):
+            mask, weights, logits = router(hidden)
+        kept = logits[0, :, 1:].softmax(-1).max(-1, keepdim=True)
+        torch.testing.assert_close(weights[0], kept.values)
+        assert torch.equal(mask[0].argmax(-1, keepdim=True), kept.indices + 1)
+    assert float(seen[layer].tokens.sum()) == 2 * 4 * 32
+
+
+@pytest.mark.parametrize("family", ["mixtral", "switch_transformers"])
+def test_attribution_of_channels_is_activation_times_gradient(family):
+    changes = {"experts_implementation": "eager"} if family == "mixtral" else {}  # grouped products take no float64
+    model = build(family, **changes).double()
+    layers = find_moe_layers(model)
+    ids = torch.randint(3, 128, (1, 32))
+    scores = channel_study.channel_scores(model, layers, [{"input_ids": ids, "labels": ids}])
+    decoder = {} if family == "mixtral" else {"decoder_input_ids": model._shift_right(ids)}
+    shift = 0 if decoder else 1  # transformers' own loss is in float32
+    name, bank = layers[-1].name, list(layers[-1].banks.values())[-1]
+    products = torch.zeros_like(scores[name])
+    for expert in range(8):  # by moving what a channel holds: the loss falls or rises in proportion
+        weight = bank.read(expert)
+        for channel in (0, 7):
+            with torch.no_grad():
+                kept = weight[:, channel].clone()
+                losses = []
+                for share in (0.99, 1.01):
+                    weight[:, channel] = kept * share
+                    logits = model(input_ids=ids, **decoder).logits[0].double()
+                    losses.append(float(cross_entropy(logits[: 32 - shift], ids[0, shift:])))
+                weight[:, channel] = kept
+            products[expert, channel] = abs(losses[1] - losses[0]) / 0.02
+    torch.testing.assert_close(scores[name][:, [0, 7]], products[:, [0, 7]], atol=1e-6, rtol=1e-2)
+
+
+def test_channels_with_the_least_scores_go():
+    layer = find_moe_layers(build("mixtral"))[0]
+    scores = torch.arange(8 * 128.0).view(8, 128).flip(0)
+    channel_study._cut(layer, scores, 0.25)
+    left = [int((layer.banks["down_proj"].read(expert) != 0).any(0).sum()) for expert in range(8)]
+    assert left == [128, 128, 0, 0, 0, 0, 0, 0]
