@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..compat import own_parameters, run_first_in_backward, saved_tensors_hooks_are_set, version_of
 from ..errors import MoEPrecisionError
+from ..layers.banks import Bank
 from ..plans.widths import DROPPED
 from ..quantize.codec.fitting import codes_on_grid
 from ..quantize.codec.grid import on_grid
@@ -78,11 +79,7 @@ class Place:
 
     def settle(self) -> None:
         """Moves the float weight onto the grid; a collective under FSDP2."""
-        weight = self.weight()
-        values = self.quantized(self._whole())
-        if isinstance(weight, DTensor):
-            values = distribute_tensor(values, weight.device_mesh, weight.placements)
-        weight.copy_(values)
+        _put(self.weight(), self.quantized(self._whole()))
 
     def _whole(self) -> Tensor:
         weight = self.weight()
@@ -92,6 +89,19 @@ class Place:
         """A parameter as ``(E, out, in)``."""
         bank = weight if weight.ndim == 3 else weight.unsqueeze(0)
         return bank.transpose(1, 2) if self.transposed else bank
+
+
+def put_bank(bank: Bank, values: Tensor) -> None:
+    """Gives the parameters of a bank other values, ``(E, out, in)``; a collective under FSDP2."""
+    values = values.transpose(1, 2) if bank.transposed else values
+    for weight, part in zip(bank.weights, [values] if len(bank.weights) == 1 else values, strict=True):
+        _put(weight.parameter(), part)
+
+
+def _put(parameter: Tensor, whole: Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        whole = distribute_tensor(whole.contiguous(), parameter.device_mesh, parameter.placements)
+    parameter.copy_(whole)
 
 
 class QuantizedAgain:

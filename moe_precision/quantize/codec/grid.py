@@ -8,7 +8,7 @@ not the nearest.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,13 +19,17 @@ from torch.distributed.tensor import DTensor
 
 from ...checkpoints.tensor_file import Nested, TensorFile, named
 from ...errors import MoEPrecisionError
+from ...layers.banks import Bank
 from ...layers.moe_layers import MoELayer
 from ...layers.prefixes import prefixes_of
 from ...plans.plan import PrecisionPlan
 from ...plans.widths import DROPPED, PlanError
 from ...recording.curvature import Curvature
 from ...recording.router_norms import check_same_weights
-from .fitting import Fit, Quantized, codes_on_grid, quantize_matrix, quantize_on_grid
+from ...recording.statistics import ExpertStatistics
+from ..kernels import scaled
+from .fitting import Fit, Quantized, codes_on_grid, quantize_on_grid
+from .guided import fit_of
 from .packing import unpack
 
 _CHUNK = 1 << 19  # weights at a time: their float32 stays in cache
@@ -63,26 +67,50 @@ class Grid:
     sums: Nested = field(default_factory=dict)
 
     @classmethod
-    def fit(cls, layers: list[MoELayer], plan: PrecisionPlan, curvature: Curvature | None = None) -> Grid:
-        """The grid that `quantize_matrix` would choose for the weights as they are; a collective under FSDP2."""
+    def fit(
+        cls,
+        layers: list[MoELayer],
+        plan: PrecisionPlan,
+        curvature: Curvature | None = None,
+        statistics: ExpertStatistics | None = None,
+        *,
+        place: Callable[[Bank, Tensor], None] | None = None,
+    ) -> Grid:
+        """The grid that quantizing the weights as they are would choose; a collective under FSDP2.
+
+        Args:
+            layers: Of the model.
+            plan: Their widths.
+            curvature: Weighs the fit.
+            statistics: Of the experts' inputs, to round under.
+            place: Takes the quantized weights of each bank, ``(E, out, in)`` of its dtype, in which experts at 16 bits
+                are as they were and those at 0 bits are 0.
+        """
         grid = cls(plan)
         with torch.no_grad():
             for layer in layers:
                 grid.scales[layer.name], grid.offsets[layer.name] = {}, {}
                 for name, bank in layer.banks.items():
                     widths = plan.layers[layer.name].projection_bits[name]
-                    fitted: list[tuple[Tensor, ...]] = []
+                    fitted: list[Quantized] = []
+                    placed: list[Tensor] = []
                     for expert, matrix in enumerate(bank.matrices()):
                         whole = matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
-                        weights = None if curvature is None else curvature.fit_weights(layer.name, name, expert)
                         if widths[expert] in (DROPPED, 16):  # nothing to fit
                             none = torch.zeros(len(whole), whole.shape[1] // plan.group_size, dtype=torch.float16)
-                            fitted.append((none.to(whole.device), none.to(whole.device)))
-                            continue
-                        fitted.append(quantize_matrix(whole, widths[expert], plan.group_size, weights)[1:])
-                    scales, offsets = zip(*fitted, strict=True)
+                            fitted.append((whole[:0], none.to(whole.device), none.to(whole.device)))
+                            value = whole if widths[expert] else torch.zeros_like(whole)
+                        else:
+                            fit = fit_of(layer.name, name, expert, curvature, statistics)
+                            fitted.append(fit(whole, widths[expert], plan.group_size))
+                            value = scaled(*fitted[-1]).to(whole.dtype) if place else whole
+                        if place is not None:
+                            placed.append(value)
+                    _, scales, offsets = zip(*fitted, strict=True)
                     grid.scales[layer.name][name] = torch.stack(scales)
                     grid.offsets[layer.name][name] = torch.stack(offsets)
+                    if place is not None:
+                        place(bank, torch.stack(placed))
         return grid
 
     def state_dict(self) -> dict[str, object]:
