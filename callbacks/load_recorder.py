@@ -7,8 +7,7 @@ from torch import nn
 from moe_precision.layers.moe_layers import MoELayer
 from moe_precision.plans.methods import MethodName, reads
 from moe_precision.plans.numbers import AllocationError
-from moe_precision.present.metrics import load_metrics
-from moe_precision.recording.history import RouterNormHistory
+from moe_precision.recording.history import RouterNormHistory, load_metrics
 from moe_precision.recording.loads import LoadCounter, Loads
 
 

@@ -14,6 +14,7 @@ from moe_precision.allocation.whole_model import with_rest
 from moe_precision.annealing.covers import AnnealError
 from moe_precision.annealing.hooks import GridHooks, check_trainable, uncover
 from moe_precision.callbacks.grid_losses import GridLosses
+from moe_precision.callbacks.plan_to_come import PlanToCome
 from moe_precision.callbacks.run_files import RunFiles
 from moe_precision.callbacks.trained_part import TrainedPart
 from moe_precision.callbacks.weights_seen import WeightsSeen
@@ -28,7 +29,6 @@ from moe_precision.quantize.codec.grid import Grid
 from moe_precision.quantize.replace import check_packable
 from moe_precision.recording.curvature import Curvature, CurvatureError
 from moe_precision.recording.history import RouterNormHistory
-from moe_precision.recording.optimizer_check import check_second_moments
 from moe_precision.recording.router_norms import norms_by_layer
 from moe_precision.recording.second_moments import curvature_of
 
@@ -76,8 +76,9 @@ class PlanAnnealer:
         self.settings.check_plannable()
         if not 0 <= start < float("inf") or (start >= 1 and start != int(start)):
             raise ValueError(f"start must be a share of max_steps below 1 or a whole step, got {start}")
-        if plan is None and reads(method, "statistics"):
-            raise ValueError(f"method {method!r} needs expert statistics, which are not there when annealing begins")
+        if plan is None and (reads(method, "statistics") or self.settings.may_drop):
+            needing = "0 among the levels" if self.settings.may_drop else f"method {method!r}"
+            raise ValueError(f"{needing} needs expert statistics, which are not there when annealing begins")
         self._files = RunFiles(export_to, type(self).__name__, _RESCUE)
         self.start, self.export_to, self._trained = start, export_to, TrainedPart(module)
         self._given = None if plan is None else as_plan(plan)
@@ -125,20 +126,13 @@ class PlanAnnealer:
         else:
             self.settings = with_rest(self.settings, model)
             self.settings.check_fits(shapes)
-            if history is None and reads(self.settings.method, "norm_change", "load"):
-                raise AnnealError(f"method {self.settings.method!r} reads what {self._recorder} records: add it too")
-            if reads(self.settings.method, "curvature"):
-                check_second_moments(layers, optimizers)
         if self.start < 1 and total == float("inf"):
             raise AnnealError(f"start={self.start} is a share of max_steps, which is not set: set it, or give a step")
         self._set_first_step(total)
         if self._first_step >= total:
             raise AnnealError(f"start={self.start} is step {self._first_step} of {total}: nothing is left to anneal")
-        if self.plan is None and reads(self.settings.method, "curvature") and self._first_step == 0:
-            raise AnnealError(
-                "with start=0 the optimizer has no second moments to make a plan from: give the plan of an earlier run "
-                "(plan=...), another method, or a later start"
-            )
+        if self.plan is None:
+            self._to_come(history).check(layers, optimizers)
         if self._uses_file():
             assert self._beside is not None
             Curvature.load(self._beside).for_layers(shapes).check_router_norms(norms_by_layer(layers))
@@ -152,6 +146,9 @@ class PlanAnnealer:
             if self._given is not None and (changed := self._given.for_model(model, shapes).diff(self.grid.plan)):
                 raise AnnealError(f"the checkpoint was annealed on a plan other than the given one: {changed[0]}")
             self._hooks, self._began_at = GridHooks(layers, self.grid), step
+
+    def _to_come(self, history: RouterNormHistory | None) -> PlanToCome:
+        return PlanToCome(self.settings, self._first_step, history, self._recorder)
 
     def _part(self, whole: nn.Module) -> nn.Module:
         return self._trained.of(whole, self._patterns())  # what is annealed of what a Trainer has
@@ -206,20 +203,12 @@ class PlanAnnealer:
         if self._hooks is None and step >= self._first_step:
             self._begin(model, optimizers, history, step)
         elif self._hooks is None and not self._checked and step > self._started_at:
-            self._check_moments(model, optimizers)
+            self._checked = True
+            if self.plan is None:
+                layers = find_moe_layers(model, **self._patterns())
+                self._to_come(history).check_after_a_step(layers, optimizers)
         if self._hooks is not None and logged and not self._before:
             self._before = self._hooks.codes()
-
-    def _check_moments(self, model: nn.Module, optimizers: Iterable[Any]) -> None:
-        """After one step: checks that the optimizer keeps what the plan will be made from."""
-        self._checked = True
-        if self.plan is None and reads(self.settings.method, "curvature"):
-            try:
-                curvature_of(find_moe_layers(model, **self._patterns()), optimizers)
-            except CurvatureError as error:
-                raise AnnealError(
-                    f"method {self.settings.method!r} cannot make a plan at step {self._first_step}: {error}"
-                ) from error
 
     def _after_step(self, step: int) -> None:
         """After the first annealed step: checks that every layer has gone through the grid."""

@@ -6,7 +6,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedModel
 
-from moe_precision.compat import WRAPPED_AS
+from moe_precision.compat import wrapped_in
 from moe_precision.layers.module_tree import MoELayerError
 from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.layers.patterns import Patterns
@@ -97,10 +97,9 @@ def submodule(module: nn.Module, path: str) -> nn.Module:
     part = module
     for name in path.split("."):
         while name not in (children := dict(part.named_children())):
-            wrapped = [child for child in children if child in WRAPPED_AS]
-            if len(children) != 1 or not wrapped:
+            if (inner := wrapped_in(children)) is None:
                 models = ", ".join(transformers_models(module)) or "none"
                 raise MoELayerError(f"there is no module {path!r} in {type(module).__name__}; its models are: {models}")
-            part = children[wrapped[0]]
+            part = inner
         part = children[name]
     return part

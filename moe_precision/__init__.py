@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .recording.curvature import Curvature, CurvatureError
     from .recording.history import HistoryError, RouterNormHistory
     from .recording.router_norms import router_norms
+    from .recording.run_recorder import RunRecorder
     from .recording.statistics import ExpertStatistics, StatisticsError
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "PrecisionPlan",
     "QuantizationError",
     "RouterNormHistory",
+    "RunRecorder",
     "StatisticsError",
     "StreamingError",
     "UnsupportedLayoutError",
@@ -117,6 +119,7 @@ _DEFINED_IN = {
     ".recording.curvature": ("Curvature", "CurvatureError"),
     ".recording.history": ("HistoryError", "RouterNormHistory"),
     ".recording.router_norms": ("router_norms",),
+    ".recording.run_recorder": ("RunRecorder",),
     ".recording.statistics": ("ExpertStatistics", "StatisticsError"),
 }
 _MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in names}

@@ -26,8 +26,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 
 # -- torch: modules ---------------------------------------------------------------------------------------------------
 
-WRAPPED_AS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Names of the only child of a wrapper: torch.compile, DDP, FSDP1, activation checkpointing."""
+WRAPPED_AS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+"""Names of the only child of a wrapper: torch.compile, DDP, FSDP1, activation checkpointing, Fabric."""
+_NAMED_AGAIN = "_original_module"  # Fabric's second name for what its strategy has wrapped
+
+
+def wrapped_in(children: Mapping[str, nn.Module]) -> nn.Module | None:
+    """What a wrapper with these children is around; None for a module that is no wrapper."""
+    names = [name for name in WRAPPED_AS if name in children]
+    return children[names[0]] if names and children.keys() <= {names[0], _NAMED_AGAIN} else None
+
 
 FLAT_PARAMETER = "_flat_param"
 """Name of the parameter in which an FSDP1 unit holds all of its weights."""

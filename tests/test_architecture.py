@@ -18,6 +18,7 @@ ORDER = (
     "version",
     "compat",
     "files",
+    "autocast",
     "registration",  # names what it imports later as text
     "layers",
     "plans",

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import SingleDeviceStrategy
+from lightning_fabric.wrappers import _FabricModule
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -43,9 +46,23 @@ def test_wrapped_as(one_process):
         DistributedDataParallel,
         lambda module: FullyShardedDataParallel(module, device_id=torch.device("cpu")),
         checkpoint_wrapper,
+        Fabric(accelerator="cpu", devices=1).setup,
     )
     names = [[name for name, _ in wrap(nn.Linear(2, 2)).named_children()] for wrap in wrappers]
     assert names == [[name] for name in compat.WRAPPED_AS]
+    for wrap in wrappers:
+        inner = nn.Linear(2, 2)
+        assert compat.wrapped_in(dict(wrap(inner).named_children())) is inner
+    assert compat.wrapped_in({"0": inner}) is None
+
+
+def test_fabric_names_what_its_strategy_has_wrapped_twice():
+    """As with DDP, where the module that runs is not the one that was given."""
+    inner = nn.Sequential(nn.Linear(2, 2))
+    given = nn.Sequential(inner)
+    wrapper = _FabricModule(given, SingleDeviceStrategy(), original_module=inner)
+    assert list(dict(wrapper.named_children())) == ["_forward_module", "_original_module"]
+    assert compat.wrapped_in(dict(wrapper.named_children())) is given
 
 
 def test_flat_parameter(one_process):

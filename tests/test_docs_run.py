@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from moe_precision import PrecisionPlan
+from moe_precision import PrecisionPlan, RouterNormHistory
 from moe_precision.callbacks import RouterNormMonitor, SavePretrained
 from tests.support.markdown import PAGES, blocks
 from tests.support.models import build
@@ -80,7 +80,7 @@ def finished(tmp_path_factory):
 def given(folder: Path) -> dict:
     """The names that a block may use without making them."""
     model = build("mixtral", **SIZES).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
     def train_step(model):
         row = Rows()[0]
@@ -92,6 +92,7 @@ def given(folder: Path) -> dict:
         output_dir=str(folder), max_steps=12, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no"
     )
     names = {"module": Module(), "data": Rows(), "model": model, "args": arguments, "train_step": train_step}
+    names |= {"optimizer": optimizer, "batches": [{name: row[None] for name, row in one.items()} for one in Rows()]}
     return {"__name__": "docs", **names}
 
 
@@ -124,4 +125,7 @@ def test_the_loop_without_a_trainer_makes_a_plan(tmp_path, monkeypatch):
     plan = PrecisionPlan.load("precision_plan.json")
     plan.check(names["model"])
     assert plan.baseline_step == 0
-    assert any(any(layer.signals["router_norm_change"]) for layer in plan.layers.values())
+    assert plan.method == "statistics"
+    history = RouterNormHistory.load("precision_plan.history.safetensors")
+    assert any(history.change(name).any() for name in history.layers)
+    assert {int(load[0].sum()) for load in history.loads["training"].values()} == {4 * 16 * 2}  # steps, tokens, experts

@@ -42,6 +42,21 @@ def test_quoted_messages_occur_in_the_source():
     assert not [message for message in messages if not any(message.strip("… ") in text for text in source)]
 
 
+def test_the_page_of_all_messages_has_each_in_one_section():
+    hooks: dict = {"__file__": str(DOCS / "message_list.py")}
+    exec((DOCS / "message_list.py").read_text(encoding="utf-8"), hooks)
+    source = 'raise A(f"got {a!r}, " "expected b")\nraise B("x" + y) from e\nraise C\nraise D(f"{a}: {b}")\n'
+    assert hooks["messages"](source + 'raise E("got it" + y)') == ["got …, expected b", "got it…"]
+    page = (DOCS / "messages.md").read_text(encoding="utf-8")
+    parts = [part for section in hooks["sections"](page) for part in section]
+    assert hooks["part_of"]("a/b/c.py", ["a", "a/b", "a/bc"]) == "a/b"
+    assert not [file for file in hooks["by_file"]() if not hooks["part_of"](file, parts)]
+    assert not [part for part in parts if not (ROOT / part).exists()]
+    filled = hooks["filled"](page)
+    assert filled.count("\n- ") > 400
+    assert "<!--" not in filled
+
+
 def test_the_api_page_has_every_public_name_once():
     page = (DOCS / "api.md").read_text(encoding="utf-8")
     public = {f"moe_precision.{name}" for name in moe_precision.__all__ if name != "__version__"}

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..autocast import without_autocast
 from ..checkpoints.checkpoint import Checkpoint, opened
 from ..layers.patterns import Patterns
 from ..plans.methods import AUTO, METHODS, MethodName, chosen
@@ -33,6 +34,7 @@ Model = nn.Module | Checkpoint | str | os.PathLike[str]
 History = RouterNormHistory | Checkpoint | str | os.PathLike[str]
 
 
+@without_autocast()
 def allocate(
     model: Model | None = None,
     history: History | None = None,

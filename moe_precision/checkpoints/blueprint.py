@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 import transformers
@@ -11,8 +12,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from ..compat import model_of_config
 from .config import config_of
-from .headers import CheckpointError
+from .headers import DTYPES as _DTYPES
+from .headers import CheckpointError, header
 from .hub import is_hub_name, local_folder
+
+ASSUMED_DTYPE = torch.bfloat16  # in which nearly all models are published
 
 
 def model_of(source: str | os.PathLike[str]) -> PreTrainedModel:
@@ -20,12 +24,34 @@ def model_of(source: str | os.PathLike[str]) -> PreTrainedModel:
 
     A model on the Hub will do by its name if its config is in the cache of this machine.
 
-    A model that its publisher has quantized (FP8, MXFP4) is laid out as if it were not. Without a dtype in its config
-    it is in bfloat16.
+    A model that its publisher has quantized (FP8, MXFP4) is laid out as if it were not. Its dtype is `stated_dtype`,
+    else `ASSUMED_DTYPE`.
 
     Raises:
         CheckpointError: There is no config.json, or transformers lacks its model.
     """
+    path, config = _read(source)
+    config.dtype = _stated(path, config)
+    return model_of_float_config(config, str(path))
+
+
+def stated_dtype(source: str | os.PathLike[str]) -> torch.dtype | None:
+    """The dtype that a config.json names, else that of the first floating tensor beside it; None if neither is there.
+
+    Raises:
+        CheckpointError: As in `model_of`, or a weight file is damaged.
+    """
+    return _stated(*_read(source))
+
+
+def _stated(path: Path, config: PreTrainedConfig) -> torch.dtype | None:
+    files = [] if config.dtype is not None else sorted(path.parent.glob("*.safetensors"))
+    found = (_DTYPES.get(tensor.dtype) for file in files for tensor in header(file).values())
+    return config.dtype or next(filter(None, found), None)
+
+
+def _read(source: str | os.PathLike[str]) -> tuple[Path, PreTrainedConfig]:
+    """The path of a config.json, and the config."""
     path = local_folder(source)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
@@ -35,13 +61,12 @@ def model_of(source: str | os.PathLike[str]) -> PreTrainedModel:
             f"download that file alone: hf download {name} config.json --local-dir FOLDER"
         )
     try:
-        config = config_of(path, trust_remote_code=False)
+        return path, config_of(path, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f"{str(path)!r} is not a config of transformers {transformers.__version__}: {reason[0]}"
         ) from error
-    return model_of_float_config(config, str(path))
 
 
 def model_of_float_config(config: PreTrainedConfig, name: str) -> PreTrainedModel:
@@ -67,6 +92,6 @@ def model_of_float_config(config: PreTrainedConfig, name: str) -> PreTrainedMode
         )
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.dtype = config.dtype or torch.bfloat16
+    config.dtype = config.dtype or ASSUMED_DTYPE
     with torch.device("meta"):
         return model_of_config(model_class, config)

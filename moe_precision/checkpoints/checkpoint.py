@@ -25,13 +25,13 @@ from ..layers.patterns import Patterns
 from ..plans.plan import PrecisionPlan, model_type_of
 from .config import config_of, quantization_of
 from .dtypes import meta_model_of
+from .headers import DTYPES as _DTYPES
 from .headers import CheckpointError, StoredTensor, header, weight_files
 from .hub import local_folder, name_of
 from .matrices import expert_matrices, router_weight
 from .sources import Sources, sources_of, with_aliases
 
 _OF_AN_EXPERT = re.compile(r"(?:^|\.)(?:experts|switch_mlp|switch_glu)\.")  # the last two are mlx-lm's
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Checkpoint:

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import MoEPrecisionError
 from .hub import how_to_download, is_hub_name
 
 FLOATS = ("F32", "BF16", "F16", "F64")  # safetensors' names; those of 8 bits have a scale beside them
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of a model
 
 
 class CheckpointError(MoEPrecisionError, ValueError):

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
+import torch
 from rich import box
 from rich.table import Table
 
-from ..checkpoints.blueprint import model_of
+from ..checkpoints.blueprint import ASSUMED_DTYPE, model_of, stated_dtype
 from ..layers.patterns import Patterns
 from ..plans.plan import PrecisionPlan
 from ..present.tables import show
@@ -39,6 +40,12 @@ def run(options: argparse.Namespace) -> None:
     options.document = print_sizes(
         sizes, options.average_bits, plan, options.expert_gib, options.total_gib, options.statistics_memory
     )
+    options.document["dtype_is_assumed"] = assumed = stated_dtype(options.source) is None
+    if assumed:
+        print(
+            f"dtype: {_name_of(ASSUMED_DTYPE)} is assumed, since config.json names none and no weights are beside "
+            "it; in float32 the float model and the rest take twice as much"
+        )
 
 
 def print_sizes(
@@ -67,7 +74,7 @@ def print_sizes(
     wrong = [bits for bits in average_bits if not 1 <= bits <= 8]
     if wrong:
         raise ValueError(f"--average-bits {wrong[0]:g}: expected 1 to 8")
-    rows = [(f"float ({str(sizes.dtype).removeprefix('torch.')})", sizes.stored_bits(16))]
+    rows = [(f"float ({_name_of(sizes.dtype)})", sizes.stored_bits(16))]
     if plan is not None:
         rows.append((f"plan, {plan.average_bits:.4g} bits on average", sizes.stored_bits_of(plan)))
     for bits in sorted(set(average_bits), reverse=True):
@@ -108,6 +115,11 @@ def print_sizes(
         "statistics_file_gib": file_bytes(sizes.layers) / GIB,
         "quantizing_gib": quantizing,
     }
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    """As users write it, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _gib(sizes: ModelSizes, stored: float) -> tuple[float, float, float]:

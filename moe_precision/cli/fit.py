@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from importlib.resources import files
@@ -21,7 +22,19 @@ def train(arguments: Sequence[str]) -> Any:
     from .lightning_cli import FitCLI
 
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
-    return FitCLI(args=["fit", *with_packaged_recipes(arguments)], save_config_kwargs={"overwrite": True}).datamodule
+    try:
+        return FitCLI(
+            args=["fit", *with_packaged_recipes(arguments)], save_config_kwargs={"overwrite": True}
+        ).datamodule
+    except BaseException:
+        _finish_wandb()
+        raise
+
+
+def _finish_wandb() -> None:
+    """Ends the run of Weights & Biases, if there is one, which else writes its lines below the error at exit."""
+    if getattr(wandb := sys.modules.get("wandb"), "run", None) is not None:
+        wandb.finish(exit_code=1)  # type: ignore[union-attr]
 
 
 def with_packaged_recipes(arguments: Sequence[str]) -> list[str]:

@@ -16,6 +16,15 @@ from ..errors import MoEPrecisionError
 _REFUSED = re.compile(r"class_path '([\w.]+)':\s+Option '(\S+)' is not accepted")
 
 
+_OF_A_UNION = re.compile(r"Does not validate against any of the Union subtypes.*?Errors:\s*- (.*?)(?=\n\s*- |\Z)", re.S)
+
+
+def _first_reason(message: str) -> str:
+    """A message on one line; of jsonargparse's list of what each type in a union does not take, the first."""
+    found = _OF_A_UNION.search(message)
+    return " ".join((found[1] if found else message).split())
+
+
 class ArgumentRefused(MoEPrecisionError, ValueError):
     """A value of ``fit`` with which nothing can be trained."""
 
@@ -62,7 +71,7 @@ class FitCLI(LightningCLI):
             first = error
             while isinstance(first.__context__, ValueError | OSError):  # jsonargparse wraps it in its own words
                 first = first.__context__
-            raise ArgumentRefused(" ".join(str(first).split())) from error
+            raise ArgumentRefused(_first_reason(str(first))) from error
 
     def _set_plan(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config

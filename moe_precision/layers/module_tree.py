@@ -21,11 +21,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..compat import (
     FLAT_PARAMETER,
-    WRAPPED_AS,
     available_adapters,
     full_shape,
     is_zero3_parameter,
     own_parameters,
+    wrapped_in,
 )
 from ..errors import MoEPrecisionError
 from .roots import root_model as root_model
@@ -212,9 +212,8 @@ def _unwrapped(module: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...]]:
     adapters: tuple[nn.Module, ...] = ()
     while True:
         children = dict(module.named_children())
-        wrapped = [name for name in WRAPPED_AS if name in children]
-        if wrapped and len(children) == 1:
-            module = children[wrapped[0]]
+        if (inner := wrapped_in(children)) is not None:
+            module = inner
         elif hasattr(module, "peft_config") and "base_model" in children:  # PeftModel
             module = children["base_model"]
         elif hasattr(module, "targeted_module_names") and "model" in children:  # the tuner inside it

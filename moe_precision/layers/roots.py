@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel
 
-from ..compat import WRAPPED_AS
+from ..compat import wrapped_in
 
 
 def root_model(module: nn.Module) -> nn.Module:
@@ -33,9 +33,11 @@ def transformers_models(module: nn.Module) -> dict[str, PreTrainedModel]:
             found[path] = part
             return
         children = {name: child for name, child in part.named_children() if not isinstance(child, AveragedModel)}
+        if (inner := wrapped_in(children)) is not None:
+            search(path, inner)
+            return
         for name, child in children.items():
-            wrapped = len(children) == 1 and name in WRAPPED_AS
-            search(path if wrapped else f"{path}.{name}".lstrip("."), child)
+            search(f"{path}.{name}".lstrip("."), child)
 
     search("", module)
     return found

@@ -1,36 +1,10 @@
-"""Flat keys for loggers beside the router norms: how tokens are spread, and whether the plan has settled."""
+"""Flat keys for loggers beside those of the history: whether the plan has settled."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
 from ..allocation.orders import bits_from_orders, rank_experts
 from ..plans.settings import PlanSettings
-from ..recording.history import RouterNormHistory, aggregates
-
-
-def load_metrics(before: dict[str, Tensor], now: dict[str, Tensor], layers: Sequence[str]) -> dict[str, float]:
-    """Tokens of the least, the median and the most loaded expert of each layer, in even shares.
-
-    Args:
-        before: Layer name -> ``(2, E)``, tokens and routing weight up to the last time that this was logged.
-        now: Layer name -> ``(2, E)``, the totals now.
-        layers: Names of all layers, in module order.
-
-    Returns:
-        ``expert_load/layer_03/{min,median,max}``; 1 is an equal share of the tokens. Layers without
-        new tokens are left out.
-    """
-    metrics: dict[str, float] = {}
-    for index, name in enumerate(layers):
-        if name not in now:
-            continue
-        tokens = now[name][0] - before[name][0] if name in before else now[name][0]
-        if tokens.sum() > 0:
-            metrics |= aggregates(f"expert_load/layer_{index:02d}", (tokens * len(tokens) / tokens.sum()).tolist())
-    return metrics
+from ..recording.history import RouterNormHistory
 
 
 def plan_metrics(history: RouterNormHistory, settings: PlanSettings) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """The model card of a packed checkpoint: README.md with YAML front matter, the base's own card below.
 
 huggingface_hub reads and writes the front matter. The base's card is kept whole, its front matter as a block of YAML,
-so that dequantizing can restore it.
+so that dequantizing can restore it. One that would not come back byte for byte (not UTF-8, other line ends) is kept in
+a file of its own too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..version import __version__
 from .config import PlanQuantizationConfig
 
 CARD = "README.md"
+KEPT_CARD = "README.base.md"
 _TAGS = ("moe-precision", "mixture-of-experts", "quantized", "mixed-precision")
 _KEPT = (
     "license",
@@ -35,6 +37,8 @@ _KEPT = (
 )  # true of the packed one too
 _MORE = "<!-- moe-precision: what was done later is added above this line -->"
 _BASE = "<!-- moe-precision: card of the base -->"
+_BASE_KEPT = f"<!-- moe-precision: card of the base, byte for byte in {KEPT_CARD} -->"
+_BELOW = "\n\n## Card of the base\n\n"
 _FRONT_MATTER = re.compile(r"\A\ufeff?---\s*\n(?P<yaml>.*?\n)---\s*(?:\n|\Z)", re.S)
 _IN_CACHE = re.compile(r"models--([^/]+)--([^/]+)$")  # folders of the Hub's cache
 
@@ -61,7 +65,16 @@ def write_card(source: Checkpoint, folder: Path, packed_bytes: int, quantization
     data |= {"library_name": "transformers", "tags": [*dict.fromkeys([*map(str, tags), *_TAGS, plan.model_type])]}
     body = _body(source, packed_bytes, hub_name, quantization)
     card = ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{body}")
-    text = str(card).rstrip() + "\n" + (f"\n{_BASE}\n\n## Card of the base\n\n{_fenced(base)}" if base else "")
+    text = str(card).rstrip() + "\n"
+    if base:
+        below = f"{_BELOW}{_fenced(base)}"
+        exact = original.read_bytes()
+        if _unfenced(below).encode() == exact:
+            text += f"\n{_BASE}{below}"
+        else:
+            text += f"\n{_BASE_KEPT}{below}"
+            with replaced_when_done(folder / KEPT_CARD) as temporary:
+                temporary.write_bytes(exact)
     _write(folder, text)
 
 
@@ -84,10 +97,13 @@ def restore_base_card(folder: Path) -> None:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if _MORE not in text:
         return
-    _, _, below = text.partition(f"\n{_BASE}\n\n## Card of the base\n\n")
-    if below:
-        front, marker, rest = below.partition("```\n\n") if below.startswith("```yaml\n") else ("", "", below)
-        _write(folder, f"---\n{front.removeprefix('```yaml' + chr(10))}---\n{rest}" if marker else rest)
+    kept = folder / KEPT_CARD
+    if f"\n{_BASE_KEPT}{_BELOW}" in text and kept.is_file():
+        kept.replace(path)
+        return
+    _, marker, below = text.partition(f"\n{_BASE}{_BELOW}")
+    if marker:
+        _write(folder, _unfenced(f"{_BELOW}{below}"))
     else:
         path.unlink()
 
@@ -112,6 +128,13 @@ def _fenced(card: str) -> str:
     """A card with its front matter as a block of code, so that a page has one front matter alone."""
     found = _FRONT_MATTER.match(card)
     return card if found is None else f"```yaml\n{found['yaml']}```\n\n{card[found.end() :]}"
+
+
+def _unfenced(below: str) -> str:
+    """The base's card again, from what stands below ours."""
+    card = below.removeprefix(_BELOW)
+    front, marker, rest = card.partition("```\n\n") if card.startswith("```yaml\n") else ("", "", card)
+    return f"---\n{front.removeprefix('```yaml' + chr(10))}---\n{rest}" if marker else rest
 
 
 def _hub_name(source: Checkpoint) -> str | None:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 from tqdm import tqdm
 
+from ..autocast import without_autocast
 from ..layers.module_tree import modes_kept, root_model
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from ..plans.plan import PrecisionPlan
@@ -65,6 +66,7 @@ class Distilled:
         return text + (f"; left as they were: {', '.join(self.kept)}" if self.kept else "")
 
 
+@without_autocast()
 def distill_scales(
     packed: nn.Module,
     model: nn.Module,

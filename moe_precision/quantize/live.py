@@ -9,6 +9,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..autocast import without_autocast
 from ..compat import mark_as_quantized
 from ..layers.materialized import check_materialized
 from ..layers.moe_layers import find_moe_layers
@@ -23,6 +24,7 @@ from .modules import EXPERTS_IMPLEMENTATION, kernels_of
 from .replace import find_targets, replace_weight
 
 
+@without_autocast()
 def quantize_model(
     model: nn.Module,
     plan: PrecisionPlan | Document | str | os.PathLike[str],

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..autocast import without_autocast
 from ..compat import kept_in_float32, mark_as_read, runs_through_experts_interface, tied_names
 from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer
@@ -209,6 +210,7 @@ def packed_tensors(model: nn.Module, targets: list[Target], group_size: int) -> 
 
 
 @torch.no_grad()
+@without_autocast()
 def replace_weight(model: nn.Module, target: Target, group_size: int, weight: Tensor | None) -> None:
     """Puts a packed weight in place of a float parameter.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -240,3 +241,25 @@ def aggregates(prefix: str, values: list[float]) -> dict[str, float]:
     ordered = sorted(values)
     median = ordered[(len(ordered) - 1) // 2]  # the lower one, as in torch.median
     return {f"{prefix}/min": ordered[0], f"{prefix}/median": median, f"{prefix}/max": ordered[-1]}
+
+
+def load_metrics(before: dict[str, Tensor], now: dict[str, Tensor], layers: Sequence[str]) -> dict[str, float]:
+    """Tokens of the least, the median and the most loaded expert of each layer, in even shares.
+
+    Args:
+        before: Layer name -> ``(2, E)``, tokens and routing weight up to the last time that this was logged.
+        now: Layer name -> ``(2, E)``, the totals now.
+        layers: Names of all layers, in module order.
+
+    Returns:
+        ``expert_load/layer_03/{min,median,max}``; 1 is an equal share of the tokens. Layers without
+        new tokens are left out.
+    """
+    metrics: dict[str, float] = {}
+    for index, name in enumerate(layers):
+        if name not in now:
+            continue
+        tokens = now[name][0] - before[name][0] if name in before else now[name][0]
+        if tokens.sum() > 0:
+            metrics |= aggregates(f"expert_load/layer_{index:02d}", (tokens * len(tokens) / tokens.sum()).tolist())
+    return metrics

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..layers.moe_layers import MoELayer
 from .curvature import CurvatureError
-from .trusted import problem_of
+from .trusted import problem_in_half, problem_of
 
 
 def check_second_moments(layers: list[MoELayer], optimizers: Iterable[Any]) -> None:
@@ -30,8 +30,14 @@ def check_second_moments(layers: list[MoELayer], optimizers: Iterable[Any]) -> N
     experts = {id(weight.parameter()) for weight in weights}
     for optimizer in optimizers:
         inner = getattr(optimizer, "optimizer", optimizer)
-        trained = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
-        if experts & trained and (problem := problem_of(optimizer, experts)) is not None:
+        trained = [
+            (group, parameter)
+            for group in inner.param_groups
+            for parameter in group["params"]
+            if id(parameter) in experts
+        ]
+        in_half = (problem_in_half(optimizer, *pair) for pair in trained)
+        if trained and (problem := problem_of(optimizer, experts) or next(filter(None, in_half), None)) is not None:
             raise CurvatureError(
                 f"{problem}. Train the experts with AdamW or Adafactor, or let curvature_batches=64 take squared "
                 "gradients after the last step"

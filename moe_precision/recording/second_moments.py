@@ -14,9 +14,8 @@ from torch import Tensor
 from ..layers.module_tree import Weight
 from ..layers.moe_layers import MoELayer
 from .curvature import Curvature, CurvatureError, Means, row_and_column_means
-from .trusted import problem_of
+from .trusted import HALF, moment_in_half, problem_of
 
-_COARSE = 2**-7  # a 16-bit moment that should lose less than this share of itself per step does not decay at all
 _BNB_BLOCK = 256  # weights that share a scale in bitsandbytes' optimizer state
 
 
@@ -122,12 +121,12 @@ def _means_in(state: dict[str, Any], parameter: Tensor, beta: float) -> Means:
     if isinstance(moment := state.get("exp_avg_sq"), Tensor):  # Adam
         if hasattr(moment, "dequantize") and hasattr(moment, "block_size"):  # torchao's
             moment = moment.dequantize()
-        if moment.dtype in (torch.bfloat16, torch.float16) and 0 < 1 - beta < _COARSE:
-            raise ValueError(f"a moment in {moment.dtype} hardly decays with beta2={beta:g}: train in float32")
+        if (problem := moment_in_half(moment.dtype, beta)) is not None:
+            raise ValueError(problem)
         return row_and_column_means(moment)
     for rows, columns in (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col")):  # Adafactor, torch's and HF's
         if isinstance(state.get(rows), Tensor):
-            if rows == "row_var" and state[rows].dtype in (torch.bfloat16, torch.float16):
+            if rows == "row_var" and state[rows].dtype in HALF:
                 # torch's steps in this dtype, with a share for the new that falls to nothing; transformers' in float32
                 raise ValueError(f"Adafactor's moments in {state[rows].dtype} hardly decay: train in float32")
             leading, inp = parameter.shape[:-1], (*parameter.shape[:-2], parameter.shape[-1])

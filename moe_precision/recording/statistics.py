@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..checkpoints.tensor_file import Nested, TensorFile, named, shapes_of
 from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer
@@ -85,6 +86,7 @@ class ExpertStatistics:
             found.add(name, moments, tokens[name])
         return found.belongs_to(layers)
 
+    @without_autocast()
     def add(self, name: str, moments: Mapping[str, Tensor], tokens: Tensor) -> None:
         """Takes in one layer's second moments, one matrix at a time; arguments as those of `of` for the layer.
 

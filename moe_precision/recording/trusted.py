@@ -10,8 +10,10 @@ refused by name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
+
+import torch
 
 _DECOUPLED = "decoupled"  # weight decay never enters the moment
 _BY_GROUP = "by group"  # the group's key "decoupled_weight_decay" says whether it does
@@ -27,6 +29,8 @@ _KNOWN = {  # package and class that defines `step`
     ("torchao", "_AdamBase"): _BY_ATTRIBUTE,
     ("bitsandbytes", "Optimizer8bit"): _DECOUPLED,
 }
+COARSE = 2**-7  # a 16-bit moment that should lose less than this share of itself per step does not decay at all
+HALF = (torch.bfloat16, torch.float16)
 _WRAPPERS = ("pytorch_lightning", "lightning", "lightning_fabric", "accelerate", "deepspeed")  # change no gradient
 
 
@@ -65,4 +69,30 @@ def problem_of(optimizer: Any, of: Container[int] | None = None) -> str | None:
                 f"{shown} adds the weight decay of {amount:g} to the gradient, so that its moment is not of the "
                 "gradient: take AdamW"
             )
+    return None
+
+
+def problem_in_half(optimizer: Any, group: Mapping[str, Any], parameter: torch.Tensor) -> str | None:
+    """Why a 16-bit weight will have no second moment that decays, known before the first step; None if it will.
+
+    torch's own optimizers keep moments in the dtype of the weight; the others that are read keep float32 or codes.
+
+    Args:
+        optimizer: As in `problem_of`.
+        group: The optimizer's group that trains the weight.
+        parameter: The weight.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    step = inspect.unwrap(getattr(type(inner), "step", problem_of))
+    if parameter.dtype not in HALF or step.__module__.split(".")[0] != "torch":
+        return None
+    if step.__qualname__.startswith("Adafactor"):
+        return f"Adafactor's moments in {parameter.dtype} hardly decay: train in float32"
+    return moment_in_half(parameter.dtype, float(group.get("betas", (0.0, 0.0))[1]))
+
+
+def moment_in_half(dtype: torch.dtype, beta: float) -> str | None:
+    """Why a second moment of Adam's in a dtype does not decay at a rate; None if it does."""
+    if dtype in HALF and 0 < 1 - beta < COARSE:
+        return f"a moment in {dtype} hardly decays with beta2={beta:g}: train in float32"
     return None

@@ -15,6 +15,7 @@ from moe_precision import allocate, find_moe_layers, quantize_model
 from moe_precision.annealing.covers import AnnealError
 from moe_precision.annealing.hooks import GridHooks
 from moe_precision.callbacks import RouterNormMonitor, SavePretrained
+from moe_precision.plans.numbers import AllocationError
 from moe_precision.quantize import UnsupportedLayoutError
 from moe_precision.quantize.codec.grid import Grid
 from moe_precision.recording.curvature import CurvatureError
@@ -175,7 +176,7 @@ class Counted(pl.Callback):
 
 
 class InHalf(Language):
-    """Its moments hardly decay, which only a step shows."""
+    """Its moments hardly decay, as with Lightning's "bf16-true"."""
 
     def __init__(self):
         super().__init__()
@@ -188,6 +189,10 @@ class InHalf(Language):
 class WithSGD(Language):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def recorder():
+    return RouterNormMonitor(group_size=64, statistics_batches=0)
 
 
 def jetmoe():
@@ -206,7 +211,10 @@ def jetmoe():
         (Language, lambda: [anneal(), RouterNormMonitor(group_size=64)], AnnealError, "put it before this one", 0),
         (Language, lambda: [RouterNormMonitor(distill_steps=2), anneal()], AnnealError, "leave one of the two out", 0),
         (WithSGD, lambda: [anneal()], CurvatureError, "SGD is not among the optimizers", 0),
-        (InHalf, lambda: [anneal()], AnnealError, "cannot make a plan at step 5.*hardly decays", 1),
+        (InHalf, lambda: [anneal()], CurvatureError, "torch.bfloat16 hardly decays with beta2=0.999: train in", 0),
+        (InHalf, lambda: [anneal(method="auto")], AnnealError, "neither curvature nor what RouterNormMonitor", 0),
+        (InHalf, lambda: [recorder(), anneal(method="auto", granularity="layer")], AllocationError, "has only", 0),
+        (Language, lambda: [anneal(method="auto", start=0)], AnnealError, "no curvature: with start=0", 0),
         (jetmoe, lambda: [anneal()], UnsupportedLayoutError, "fused, but not through", 0),
     ],
 )
@@ -215,6 +223,18 @@ def test_what_cannot_work_is_said_at_the_start(module, callbacks, error, message
     with pytest.raises(error, match=message):
         fit(tmp_path, *callbacks(), counted, module=module())
     assert counted.batches == batches
+
+
+def test_auto_in_half_precision_takes_the_papers_rule_and_says_so_before_training(tmp_path):
+    callback = anneal(method="auto")
+    with pytest.warns(UserWarning, match="the plan will be by the paper's rule.*hardly decays"):
+        fit(tmp_path, recorder(), callback, precision="bf16-true")
+    assert callback.plan.method == "router_norm"
+
+
+def test_experts_cannot_be_dropped_before_there_are_statistics():
+    with pytest.raises(ValueError, match="0 among the levels needs expert statistics, which are not there when"):
+        anneal(method="auto", bits=(0, 1, 2, 3))
 
 
 def test_a_checkpoint_of_another_callback_or_plan(tmp_path):

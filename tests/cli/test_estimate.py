@@ -217,3 +217,21 @@ def test_a_model_on_the_meta_device_has_no_weights_to_plan_by():
     ):
         with pytest.raises(MoELayerError, match="is on the meta device, which holds shapes and no weights: load"):
             call()
+
+
+def test_the_dtype_is_that_of_the_config_else_of_the_weights_else_assumed_and_said(tmp_path, capsys):
+    build("mixtral").save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written.pop("dtype") == "float32"
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    of_weights = printed(capsys, "estimate", tmp_path)
+    assert "| float (float32) " in of_weights
+    assert "assumed" not in of_weights
+    (tmp_path / "model.safetensors").unlink()
+    assert "dtype: bfloat16 is assumed, since config.json names none" in printed(capsys, "estimate", tmp_path)
+    assert main(["estimate", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dtype_is_assumed"]
+    (tmp_path / "config.json").write_text(json.dumps({**written, "dtype": "float16"}))
+    of_config = printed(capsys, "estimate", tmp_path)
+    assert "| float (float16) " in of_config
+    assert "assumed" not in of_config

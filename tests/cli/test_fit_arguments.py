@@ -1,8 +1,13 @@
 """``fit`` as a user types it: help that lists recipes and options, wrong arguments in one line."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
+from moe_precision.cli import lightning_cli
 from moe_precision.cli.main import main
+from moe_precision.plans.widths import PlanError
 
 RECIPE = ["fit", "--config", "pretrain_mixtral"]
 
@@ -67,3 +72,26 @@ def test_an_unknown_recipe_is_one_line(capsys):
     assert capsys.readouterr().err.startswith(
         "moe-precision fit: error: --config 'pretrain_mixtrall': no such file, and"
     )
+
+
+def test_the_error_of_a_run_comes_after_what_wandb_prints(monkeypatch):
+    """Its run is finished before the error leaves `fit`, not when the process ends. A stand-in: a real one is slow."""
+    finished = []
+    wandb = SimpleNamespace(run=object(), finish=lambda exit_code: finished.append(exit_code))
+
+    def failing(**_):
+        raise PlanError("group_size=96 does not divide the input width")
+
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(lightning_cli, "FitCLI", failing)
+    with pytest.raises(PlanError, match="group_size=96"):
+        main(RECIPE)
+    assert finished == [1]
+
+
+def test_a_refused_value_gives_its_own_reason_and_no_list_of_types(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    assert main([*RECIPE, "--trainer.logger=false", "--model.checkpoint", "x"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("moe-precision fit: error: got config={'model_type': 'mixtral'")
+    assert line.endswith("(in YAML, set the other to null)")

@@ -98,6 +98,26 @@ def test_any_card_of_the_base_is_kept(base, made, tmp_path):
     assert (tmp_path / "again" / "README.md").read_text(encoding="utf-8") == base
 
 
+@pytest.mark.parametrize(
+    "base",
+    [
+        "Café: 100 % robusta\n".encode("latin-1"),
+        b"---\r\nlicense: mit\r\n---\r\n# Lines end as on Windows\r\n",
+        b"--- \nlicense: mit\n---\t\n# Spaces behind the rules\n",
+        b"```yaml\nnot: front matter\n```\n\nbelow",
+    ],
+    ids=["not UTF-8", "CRLF", "spaces", "a block at the top"],
+)
+def test_a_card_of_the_base_comes_back_byte_for_byte(base, made, tmp_path):
+    source, plan, out = made
+    (source / "README.md").write_bytes(base)
+    (source / "README.base.md").write_bytes(b"another file")
+    quantize_checkpoint(source, plan, out)
+    assert ModelCard.load(out / "README.md").data.library_name == "transformers"  # ours is UTF-8
+    dequantize_checkpoint(out, tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_bytes() == base
+
+
 def test_without_a_card_of_the_base_none_is_left_when_it_is_float_again(made, tmp_path):
     source, plan, out = made
     quantize_checkpoint(source, plan, out)

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers.utils.hub import convert_file_size_to_int
 
+from ...autocast import without_autocast
 from ...checkpoints.checkpoint import Checkpoint, opened
 from ...checkpoints.folders import check_quantizing, resumable_folder
 from ...checkpoints.other_files import copy_other_files
@@ -28,6 +29,7 @@ from .shards import Shard, shards_of
 from .workers import Settings, written
 
 
+@without_autocast()
 def quantize_checkpoint(
     checkpoint: Checkpoint | str | os.PathLike[str],
     plan: PrecisionPlan | str | os.PathLike[str],
