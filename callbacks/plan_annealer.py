@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,17 +10,18 @@ from torch import Tensor, nn
 
 from moe_precision.allocation.allocator import make_plan
 from moe_precision.allocation.whole_model import with_rest
-from moe_precision.annealing.covers import AnnealError
+from moe_precision.annealing.covers import AnnealError, put_bank
 from moe_precision.annealing.hooks import GridHooks, check_trainable, uncover
+from moe_precision.callbacks.files_beside import FilesBeside
 from moe_precision.callbacks.grid_losses import GridLosses
 from moe_precision.callbacks.plan_to_come import PlanToCome
 from moe_precision.callbacks.run_files import RunFiles
+from moe_precision.callbacks.statistics_before import StatisticsBefore
 from moe_precision.callbacks.trained_part import TrainedPart
 from moe_precision.callbacks.weights_seen import WeightsSeen
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.layers.patterns import Patterns
-from moe_precision.plans.beside import existing
-from moe_precision.plans.methods import MethodName, reads
+from moe_precision.plans.methods import AUTO, MethodName, reads
 from moe_precision.plans.plan import as_plan
 from moe_precision.plans.settings import MAX_DROPPED, MIN_TOKENS, ZETA, PlanSettings
 from moe_precision.plans.widths import Granularity
@@ -29,7 +29,6 @@ from moe_precision.quantize.codec.grid import Grid
 from moe_precision.quantize.replace import check_packable
 from moe_precision.recording.curvature import Curvature, CurvatureError
 from moe_precision.recording.history import RouterNormHistory
-from moe_precision.recording.router_norms import norms_by_layer
 from moe_precision.recording.second_moments import curvature_of
 
 _RESCUE = "callback.plan.save(path) and callback.grid.save(path) write them elsewhere"
@@ -67,6 +66,7 @@ class PlanAnnealer:
         zeta: float = ZETA,
         max_dropped: float = MAX_DROPPED,
         min_tokens: int = MIN_TOKENS,
+        statistics_steps: int | None = None,
         router_pattern: str | None = None,
         expert_pattern: str | None = None,
         module: str | None = None,
@@ -76,13 +76,16 @@ class PlanAnnealer:
         self.settings.check_plannable()
         if not 0 <= start < float("inf") or (start >= 1 and start != int(start)):
             raise ValueError(f"start must be a share of max_steps below 1 or a whole step, got {start}")
-        if plan is None and (reads(method, "statistics") or self.settings.may_drop):
-            needing = "0 among the levels" if self.settings.may_drop else f"method {method!r}"
-            raise ValueError(f"{needing} needs expert statistics, which are not there when annealing begins")
+        self._needing = f"method {method!r}" if reads(method, "statistics") else ""  # statistics
+        self._needing = "0 among the levels" if self.settings.may_drop else self._needing
+        self._needing = self._needing if plan is None else ""
+        if self._needing and statistics_steps == 0:
+            raise ValueError(f"{self._needing} needs expert statistics, and statistics_steps=0 records none")
+        self._statistics = StatisticsBefore(type(self).__name__, statistics_steps)
         self._files = RunFiles(export_to, type(self).__name__, _RESCUE)
         self.start, self.export_to, self._trained = start, export_to, TrainedPart(module)
         self._given = None if plan is None else as_plan(plan)
-        self._beside = existing("curvature", plan) if isinstance(plan, (str, os.PathLike)) else None
+        self._beside = FilesBeside(type(self).__name__, plan)
         self.plan = self._given
         self.grid: Grid | None = None
         self._hooks: GridHooks | None = None
@@ -105,7 +108,13 @@ class PlanAnnealer:
         self._files.prepare(folder)
 
     def _check(
-        self, model: nn.Module, step: int, total: float, history: RouterNormHistory | None, optimizers: Sequence[Any]
+        self,
+        model: nn.Module,
+        step: int,
+        total: float,
+        history: RouterNormHistory | None,
+        optimizers: Sequence[Any],
+        obstacle: str = "",
     ) -> None:
         """Checks everything before the first step; continues with the grid if a checkpoint brought one.
 
@@ -115,6 +124,7 @@ class PlanAnnealer:
             total: Where it ends.
             history: Of the callback that records router norms, if there is one.
             optimizers: Those that train it.
+            obstacle: Why the steps before annealing cannot be recorded, if they cannot.
         """
         layers = find_moe_layers(model, **self._patterns())
         uncover(layers)
@@ -133,9 +143,10 @@ class PlanAnnealer:
             raise AnnealError(f"start={self.start} is step {self._first_step} of {total}: nothing is left to anneal")
         if self.plan is None:
             self._to_come(history).check(layers, optimizers)
-        if self._uses_file():
-            assert self._beside is not None
-            Curvature.load(self._beside).for_layers(shapes).check_router_norms(norms_by_layer(layers))
+        if self._first_step == 0 and self.grid is None:
+            self._beside.check(layers)
+        if self.grid is None and not (self._first_step == 0 and self._beside.has_statistics):
+            self._statistics.start(model, layers, step, self._first_step, obstacle, self._needing)
         self._started_at, self._checked, self._used = step, False, False
         if self.grid is None and step - max(1, len(optimizers)) >= self._first_step:  # a batch has a step of each
             raise AnnealError(
@@ -161,32 +172,28 @@ class PlanAnnealer:
     def _patterns(self) -> Patterns:
         return self.settings.patterns if self.plan is None else self.plan.patterns
 
-    def _uses_file(self) -> bool:
-        """Whether the curvature beside the plan belongs to the weights that annealing begins with."""
-        return self._first_step == 0 and self.grid is None and self._beside is not None and self._beside.is_file()
-
     def _begin(self, model: nn.Module, optimizers: Iterable[Any], history: RouterNormHistory | None, step: int) -> None:
-        """Makes the plan if there is none, fixes the grid, and puts it into every forward pass."""
+        """Makes the plan if there is none, fixes the grid, and puts it into every forward pass.
+
+        The weights are moved onto their codes. Where they were, half of those that rounding under statistics has moved
+        to another code would go back within a few steps.
+        """
         layers = find_moe_layers(model, **self._patterns())
-        curvature = self._curvature(layers, optimizers)
+        begins_with_it = self._first_step == 0  # with the weights that files beside the plan are of
+        statistics = self._beside.statistics(layers) if begins_with_it else self._statistics.finish()
+        try:
+            curvature: Curvature | None = curvature_of(layers, optimizers)
+        except CurvatureError as error:
+            curvature = self._beside.curvature(layers) if begins_with_it else None
+            if curvature is None:
+                rank_zero_info(f"{type(self).__name__}: the grid is fitted without curvature: {error}")
         if self.plan is None:
-            self.plan = make_plan(self.settings, model, history, curvature)
-        self.grid = Grid.fit(layers, self.plan, curvature)
+            prices = self.settings.method == AUTO or reads(self.settings.method, "curvature")
+            self.plan = make_plan(self.settings, model, history, curvature, statistics if prices else None)
+        self.grid = Grid.fit(layers, self.plan, curvature, statistics, place=put_bank)
         self._hooks, self._began_at = GridHooks(layers, self.grid), step
         bits = f"{self.plan.average_bits:.3g} bits on average"
         rank_zero_info(f"{type(self).__name__}: from step {step} on the experts are trained at {bits}")
-
-    def _curvature(self, layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature | None:
-        """The optimizer's second moments, or before it has any, the file beside a plan that was given."""
-        try:
-            return curvature_of(layers, optimizers)
-        except CurvatureError as error:
-            if self._uses_file():
-                assert self._beside is not None
-                rank_zero_info(f"{type(self).__name__}: the grid is fitted with the curvature of {self._beside}")
-                return Curvature.load(self._beside).for_layers({layer.name: layer.shape for layer in layers})
-            rank_zero_info(f"{type(self).__name__}: the grid is fitted without curvature: {error}")
-            return None
 
     def _before_step(
         self,
@@ -202,7 +209,8 @@ class PlanAnnealer:
         """
         if self._hooks is None and step >= self._first_step:
             self._begin(model, optimizers, history, step)
-        elif self._hooks is None and not self._checked and step > self._started_at:
+        self._statistics.before_batch(step)
+        if self._hooks is None and not self._checked and step > self._started_at:
             self._checked = True
             if self.plan is None:
                 layers = find_moe_layers(model, **self._patterns())
@@ -272,6 +280,7 @@ class PlanAnnealer:
 
     def close(self) -> None:
         """Gives the model its float weights back after an interruption; a second call does nothing."""
+        self._statistics.close()
         if self._hooks is not None:
             self._hooks.close()
             self._hooks = None

@@ -37,8 +37,8 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
 
     Args:
         start: When to begin: a share of training below 1, or a step.
-        plan: A `PrecisionPlan` or its path; None makes one at ``start``. The curvature file beside a path
-            weights the fit of the grid where the optimizer has no second moments yet (``start=0``).
+        plan: A `PrecisionPlan` or its path; None makes one at ``start``. With ``start=0`` the statistics beside a path
+            are rounded under, and its curvature weights the fit where the optimizer has no second moments yet.
         method: How widths are chosen, if no plan is given; a method that reads router norms needs
             `RouterNormMonitor` in the Trainer. ``router_norm`` is the paper's rule; ``curvature`` minimizes the
             predicted increase of the loss. ``moe-precision plan --help`` lists all of them.
@@ -57,6 +57,9 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
         zeta: Factor of the paper's reorder rule.
         max_dropped: Largest share of a layer's experts that may be dropped, where ``bits`` has 0.
         min_tokens: Tokens of the statistics below which an expert is not dropped.
+        statistics_steps: Steps before ``start`` that are recorded for the experts' statistics, under which codes are
+            rounded when annealing begins. None takes a twentieth of the steps before ``start``, at least 32, where
+            the statistics take less than 1 GB of memory; 0 records none.
         router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by
             structure; see `find_moe_layers`.
         expert_pattern: Regular expression that names the experts' weights.
@@ -111,7 +114,9 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
         _refuse_averaging(trainer)  # once all callbacks are set up, it shows in those of other packages too
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which is too short to anneal anything
             total = total_steps(trainer, pl_module)
-            self._check(self._part(pl_module), trainer.global_step, total, _history(trainer), trainer.optimizers)
+            obstacle = "" if pl_module.automatic_optimization else "the module steps its own optimizers"
+            model, step = self._part(pl_module), trainer.global_step
+            self._check(model, step, total, _history(trainer), trainer.optimizers, obstacle)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -126,6 +131,7 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
+        self._statistics.after_batch(step)
         if step == self._seen_step:  # a micro-batch
             return
         self._seen_step = step

@@ -98,7 +98,14 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
         step = state.global_step
         self._before_step(self._part(model), optimizers, history, step, _logs(args, state, step + 1))
 
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._statistics.after_batch(state.global_step)
+        self._statistics.before_batch(state.global_step)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._statistics.after_batch(state.global_step)
         self._after_step(state.global_step)
         if _logs(args, state, state.global_step):
             _log(state, self._metrics())

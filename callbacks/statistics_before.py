@@ -56,11 +56,11 @@ class StatisticsBefore:
         count = max(LEAST, first_step // SHARE) if self._asked is None else self._asked
         first = max(step, first_step - count)
         if reason := self._why_not(layers, first, first_step, obstacle):
-            if needed or (self._asked and step < first_step):
+            if needed or self._asked:
                 what = needed or f"statistics_steps={self._asked}"
-                raise StatisticsError(f"{what} needs expert statistics of the steps before annealing: {reason}")
+                raise StatisticsError(f"{what} needs expert statistics of the steps before annealing, and {reason}")
             if step < first_step:
-                rank_zero_info(f"{self._owner}: annealing begins without expert statistics: {reason}")
+                rank_zero_info(f"{self._owner}: annealing will begin without expert statistics: {reason}")
             return
         self._turns = StatisticsInTurn(model, layers, first, first_step)
         rank_zero_info(

@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_precision.callbacks import PrecisionAnneal
 from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.quantize.codec.grid import Grid
+from moe_precision.recording.second_moments import curvature_of
 
 _BETAS = (0.9, 0.95)
 
@@ -25,7 +26,7 @@ class RefittedScales(PrecisionAnneal):
         if self.grid is None or self.plan is None or trainer.global_step % self.refit_every:
             return
         layers = find_moe_layers(pl_module)
-        fitted = Grid.fit(layers, self.plan, self._curvature(layers, trainer.optimizers))
+        fitted = Grid.fit(layers, self.plan, curvature_of(layers, trainer.optimizers))
         for mine, new in ((self.grid.scales, fitted.scales), (self.grid.offsets, fitted.offsets)):
             for layer, projections in new.items():
                 for name, values in projections.items():

@@ -270,16 +270,16 @@ def test_validation_on_and_off_the_grid(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_plan_from_a_run_brings_its_curvature(tmp_path):
-    """From the first step on the optimizer has no second moments."""
+def test_a_plan_from_a_run_brings_its_curvature_and_statistics(tmp_path):
+    """From the first step on the optimizer has no second moments, and no step has been recorded."""
     monitor = RouterNormMonitor(group_size=64, method="curvature", bits=(1, 2, 3), average_bits=2)
     module = fit(tmp_path / "first", monitor)
     before = copy.deepcopy(module.model)
     callback = anneal(start=0, plan=tmp_path / "first" / "precision_plan.json")
     module = fit(tmp_path / "second", callback, module=module, steps=2)
     layers = find_moe_layers(before)
-    weighted = Grid.fit(layers, monitor.plan, monitor.curvature)
-    plain = Grid.fit(layers, monitor.plan)
+    weighted = Grid.fit(layers, monitor.plan, monitor.curvature, monitor.statistics)
+    plain = Grid.fit(layers, monitor.plan, monitor.curvature)
     for layer, scales in callback.grid.scales.items():
         for name, scale in scales.items():
             assert torch.equal(scale, weighted.scales[layer][name])
@@ -302,7 +302,9 @@ def test_resume_in_the_middle_ends_bit_identical(tmp_path):
 
 def test_what_is_logged_and_when_it_begins(tmp_path):
     logger = MemoryLogger()
-    fit(tmp_path, anneal(start=6), logger=logger)
+    module = Language()
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=2e-2)  # from code to code
+    fit(tmp_path, anneal(start=6), module=module, logger=logger)
     active = {step: metrics["anneal/active"] for step, metrics in logger.calls if "anneal/active" in metrics}
     assert active == {2: 0.0, 4: 0.0, 6: 0.0, 8: 1.0, 10: 1.0}
     flips = {step: metrics["anneal/flips"] for step, metrics in logger.calls if "anneal/flips" in metrics}
