@@ -1,0 +1,123 @@
+"""Annealing against quantizing the finished model with all that the quantizer knows: statistics and distilled scales.
+
+    python -m benchmarks.studies.anneal_start --output runs/anneal --seeds 0 1
+    python -m benchmarks.studies.anneal_start --output runs/anneal --report
+
+The models of `anneal_study`, trained here if they are not there yet. Annealing takes the last tenth of the steps; the
+finished model has had as many, all in float, and is what losses and KL are compared with. All plans are of levels 1 to
+4 by expert and projection.
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from benchmarks.studies.anneal_study import BEST, AnnealStudy
+from benchmarks.studies.study_models import Setting, folder_of, run
+from benchmarks.studies.study_report import markdown_table, of_runs
+from moe_precision import allocate, collect_statistics, distill_scales, quantize_model, replan
+from moe_precision.callbacks import PrecisionAnneal
+from moe_precision.files import replaced_when_done
+from moe_precision.judging.evaluation import BANDS, frequency_bands
+from moe_precision.judging.reference import Reference
+from moe_precision.layers.moe_layers import find_moe_layers
+
+SHARE = 0.1
+ROWS, STEPS = 512, 100  # for statistics, and batches to distill on
+ROUNDED, LAYERS, LOGITS = "afterwards", "afterwards, scales distilled", "afterwards, distilled through the logits"
+NEAREST, STARTED = "annealed from the nearest codes", "annealed"
+HEADER = """# Tables of annealing and quantizing afterwards
+
+Printed by `python -m benchmarks.studies.anneal_start --report`. Loss is the increase over the finished float model, which has
+had as many steps, in nats per token, *rare* that on the rarest tenth of the target tokens, and KL the divergence
+from its predictions. Entries are means over seeds ± half of the 95 % interval; of one or two seeds, means alone.
+"""
+
+
+class AnnealStart(AnnealStudy):
+    """One model and seed; arguments as of `AnnealStudy`."""
+
+    def measure(self) -> list[dict[str, Any]]:
+        """Every way at every budget."""
+        monitor = self.monitor()
+        finished = self.finish(SHARE, monitor).eval()
+        reference = Reference(finished, self.batches, find_moe_layers(finished))
+        bands = frequency_bands(reference.targets, self.data.token_counts)
+        results: list[dict[str, Any]] = []
+
+        def add(way: str, budget: float, model: Any, stored: float) -> None:
+            measured = reference.measure(model.eval())
+            rise = (measured.losses - measured.float_losses).double()
+            rare = float(rise[bands == BANDS.index("rare")].mean())
+            found = {"loss": float(rise.mean()), "rare": rare, "kl": measured.divergence.kl}
+            results.append({"way": way, "budget": budget, "stored_bits": stored, **found})
+
+        rows = list(islice(self.data.train_dataloader(), max(ROWS // self.data.hparams["batch_size"], STEPS + 8)))
+        statistics = collect_statistics(finished, rows[: ROWS // self.data.hparams["batch_size"]])
+        known = {"curvature": monitor.curvature, "statistics": statistics}
+        asked = {"bits": self.settings["bits"], "group_size": self.model["group_size"]}
+        priced = allocate(finished, method="statistics", calibration=rows, **asked, **known)
+        for budget in self.settings["budgets"]:
+            plan = replan(priced, average_bits=budget)
+            packed = quantize_model(copy.deepcopy(finished), plan, **known)
+            add(ROUNDED, budget, packed, plan.stored_bits)
+            for way, through in ((LAYERS, "layers"), (LOGITS, "logits")):
+                distilled = copy.deepcopy(packed)
+                distill_scales(distilled, finished, rows, steps=STEPS, through=through)
+                add(way, budget, distilled, plan.stored_bits)
+            for way, steps in ((NEAREST, 0), (STARTED, None)):
+                anneal = PrecisionAnneal(
+                    start=self.starts[SHARE], average_bits=budget, statistics_steps=steps, **asked, **BEST
+                )
+                model = self.finish(SHARE, self.monitor(), anneal)
+                assert anneal.plan is not None
+                add(way, budget, model, anneal.plan.stored_bits)
+        return results
+
+
+def measure(study: Setting, name: str, seed: int, root: Path) -> str:
+    """Do everything for one model and seed, unless its result exists; return what was done."""
+    result = folder_of(name, seed, root) / "annealing_start.json"
+    if result.is_file():
+        return f"{name} {seed}: found"
+    found = AnnealStart(study, name, seed, root).measure()
+    with replaced_when_done(result) as temporary:
+        temporary.write_text(json.dumps(found), encoding="utf-8")
+    return f"{name} {seed}: done"
+
+
+def report(study: Setting, root: Path) -> str:
+    """All tables as Markdown."""
+    parts = [HEADER]
+    for name in study["annealing"]["models"]:
+        paths = sorted((root / name).glob("seed_*/annealing_start.json"))
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        if not runs:
+            continue
+        rows = []
+        for budget in study["annealing"]["budgets"]:
+            for way in (ROUNDED, LAYERS, LOGITS, NEAREST, STARTED):
+                found = [one for run in runs for one in run if (one["way"], one["budget"]) == (way, budget)]
+                cells = [[one[key] for one in found] for key in ("loss", "rare", "kl")]
+                rows.append(
+                    [
+                        f"{budget:g}",
+                        way,
+                        *(of_runs(of, 4) if len(of) > 2 else f"{sum(of) / len(of):.4f}" for of in cells),
+                    ]
+                )
+        title = f"{study['models'][name]['title']} ({'one seed' if len(runs) == 1 else f'{len(runs)} seeds'})"
+        parts.append(markdown_table(title, ["bits", "how", "loss", "rare", "KL"], rows))
+    return "\n".join(parts) if len(parts) > 1 else f"no result in {root}: run the study first"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the study or print its tables."""
+    run(arguments, __doc__, "runs/anneal", lambda study: study["annealing"]["models"], measure, report)
+
+
+if __name__ == "__main__":
+    main()
