@@ -31,9 +31,10 @@ ROUNDED, LAYERS, LOGITS = "afterwards", "afterwards, scales distilled", "afterwa
 NEAREST, STARTED = "annealed from the nearest codes", "annealed"
 HEADER = """# Tables of annealing and quantizing afterwards
 
-Printed by `python -m benchmarks.studies.anneal_start --report`. Loss is the increase over the finished float model, which has
-had as many steps, in nats per token, *rare* that on the rarest tenth of the target tokens, and KL the divergence
-from its predictions. Entries are means over seeds ± half of the 95 % interval; of one or two seeds, means alone.
+Printed by `python -m benchmarks.studies.anneal_start --report`. Loss is the increase over the finished float model,
+which has had as many steps, in nats per token, *rare* that on the rarest tenth of the target tokens, and KL the
+divergence from its predictions. Entries are means over seeds ± half of the 95 % interval; of one or two seeds, means
+alone.
 """
 
 

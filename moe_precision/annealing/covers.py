@@ -20,6 +20,7 @@ from ..layers.banks import Bank
 from ..plans.widths import DROPPED
 from ..quantize.codec.fitting import codes_on_grid
 from ..quantize.codec.grid import on_grid
+from ..recording.processes import of_first
 from .buffers import Buffers
 
 _CODES_COUNTED = 1 << 16  # about this many of each parameter: enough for a share shown as a curve
@@ -92,7 +93,8 @@ class Place:
 
 
 def put_bank(bank: Bank, values: Tensor) -> None:
-    """Gives the parameters of a bank other values, ``(E, out, in)``; a collective under FSDP2."""
+    """Gives the parameters of a bank other values, ``(E, out, in)``: those of the first process; a collective."""
+    values = of_first(values)
     values = values.transpose(1, 2) if bank.transposed else values
     for weight, part in zip(bank.weights, [values] if len(bank.weights) == 1 else values, strict=True):
         _put(weight.parameter(), part)

@@ -61,6 +61,14 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def of_first(values: Tensor) -> Tensor:
+    """The values that the first process has, in place where the tensor allows it; a collective."""
+    if world_size() > 1:
+        values = values.contiguous()
+        dist.broadcast(values, 0)
+    return values
+
+
 def run_together(steps: Iterable[Callable[[], object]], device: torch.device, error: type[Exception]) -> None:
     """Calls each step once, the same number on every process: all stop where the first has no more, or has failed.
 

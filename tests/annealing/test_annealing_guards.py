@@ -232,11 +232,6 @@ def test_auto_in_half_precision_takes_the_papers_rule_and_says_so_before_trainin
     assert callback.plan.method == "router_norm"
 
 
-def test_experts_cannot_be_dropped_before_there_are_statistics():
-    with pytest.raises(ValueError, match="0 among the levels needs expert statistics, which are not there when"):
-        anneal(method="auto", bits=(0, 1, 2, 3))
-
-
 def test_a_checkpoint_of_another_callback_or_plan(tmp_path):
     saver = pl.callbacks.ModelCheckpoint(tmp_path / "saved", every_n_train_steps=7, save_top_k=-1, filename="{step}")
     fit(tmp_path, anneal(export_to="a.json"), saver, enable_checkpointing=True)
@@ -315,7 +310,7 @@ def test_two_optimizers_log_their_flips(tmp_path):
         def configure_optimizers(self):
             experts = [p for n, p in self.named_parameters() if "experts" in n]
             others = [p for n, p in self.named_parameters() if "experts" not in n]
-            return torch.optim.AdamW(experts, lr=3e-3), torch.optim.AdamW(others, lr=3e-3)
+            return torch.optim.AdamW(experts, lr=2e-2), torch.optim.AdamW(others, lr=3e-3)
 
     logger = MemoryLogger()
     fit(tmp_path, anneal(), module=Two(), logger=logger, steps=20, log_every_n_steps=5)

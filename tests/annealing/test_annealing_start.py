@@ -51,7 +51,7 @@ def test_weights_are_placed_on_the_codes_of_the_fit(family):
     packed = quantize_model(copy.deepcopy(model), plan, curvature=known[0], statistics=known[1])
     layers = find_moe_layers(model)
     grid = Grid.fit(layers, plan, *known, place=put_bank)
-    expected = {name: tensor for name, tensor in packed.dequantize().state_dict().items()}
+    expected = packed.dequantize().state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], atol=0, rtol=0)
     again = quantize_model(model, plan, grid=grid)  # the nearest codes are those of the fit
@@ -90,7 +90,7 @@ def test_where_nothing_is_recorded_codes_are_the_nearest(tmp_path, known):
     with pytest.raises(ValueError, match="0 among the levels needs expert statistics"):
         anneal(method="statistics", bits=(0, 1, 2), statistics_steps=0)
     plan = allocate(build("mixtral"), method="uniform", average_bits=2, group_size=64)
-    with pytest.raises(StatisticsError, match="statistics_steps=4 needs .* and no step is left before step 0"):
+    with pytest.raises(StatisticsError, match=r"statistics_steps=4 needs .* and no step is left before step 0"):
         fit(tmp_path, anneal(start=0, plan=plan, statistics_steps=4))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_precision import find_moe_layers
+from moe_precision.quantize.codec.grid import Grid
 from moe_precision.recording.collecting import collect_statistics
 from moe_precision.recording.in_turn import turns
 from moe_precision.recording.statistics import ExpertStatistics
@@ -59,6 +60,13 @@ def test_transformers_trainer_on_two_processes(tmp_path):
             assert_alike(ExpertStatistics.load(tmp_path / f"{name}_{rank}.safetensors"), written)
         for tokens in written.tokens.values():
             assert tokens.sum() == batches * 2 * 2 * 10 * 2  # batches, processes, rows, tokens, experts per token
+    # annealing begins and ends on the same codes on both
+    first, second = (torch.load(tmp_path / f"annealed_{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    grids = [Grid.load(tmp_path / f"annealed_{rank}.safetensors") for rank in (0, 1)]
+    for layer, scales in grids[0].scales.items():
+        assert all(torch.equal(scale, grids[1].scales[layer][name]) for name, scale in scales.items())
+    assert "statistics of the training steps before annealing" in logs[0].read_text()
 
 
 def assert_alike(found: ExpertStatistics, expected: ExpertStatistics, names: list[str] | None = None) -> None:

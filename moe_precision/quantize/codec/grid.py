@@ -25,6 +25,7 @@ from ...layers.prefixes import prefixes_of
 from ...plans.plan import PrecisionPlan
 from ...plans.widths import DROPPED, PlanError
 from ...recording.curvature import Curvature
+from ...recording.processes import of_first
 from ...recording.router_norms import check_same_weights
 from ...recording.statistics import ExpertStatistics
 from ..kernels import scaled
@@ -76,7 +77,7 @@ class Grid:
         *,
         place: Callable[[Bank, Tensor], None] | None = None,
     ) -> Grid:
-        """The grid that quantizing the weights as they are would choose; a collective under FSDP2.
+        """The grid that quantizing the weights as they are would choose, that of the first process; a collective.
 
         Args:
             layers: Of the model.
@@ -107,8 +108,9 @@ class Grid:
                         if place is not None:
                             placed.append(value)
                     _, scales, offsets = zip(*fitted, strict=True)
-                    grid.scales[layer.name][name] = torch.stack(scales)
-                    grid.offsets[layer.name][name] = torch.stack(offsets)
+                    # a last bit that differs between processes would part their weights for good
+                    grid.scales[layer.name][name] = of_first(torch.stack(scales))
+                    grid.offsets[layer.name][name] = of_first(torch.stack(offsets))
                     if place is not None:
                         place(bank, torch.stack(placed))
         return grid
