@@ -175,8 +175,8 @@ class PlanAnnealer:
     def _begin(self, model: nn.Module, optimizers: Iterable[Any], history: RouterNormHistory | None, step: int) -> None:
         """Makes the plan if there is none, fixes the grid, and puts it into every forward pass.
 
-        The weights are moved onto their codes. Where they were, half of those that rounding under statistics has moved
-        to another code would go back within a few steps.
+        Where codes are rounded under statistics, the weights are moved onto them: from where they were, those that
+        rounding has given another code would go back to the nearest.
         """
         layers = find_moe_layers(model, **self._patterns())
         begins_with_it = self._first_step == 0  # with the weights that files beside the plan are of
@@ -190,7 +190,8 @@ class PlanAnnealer:
         if self.plan is None:
             prices = self.settings.method == AUTO or reads(self.settings.method, "curvature")
             self.plan = make_plan(self.settings, model, history, curvature, statistics if prices else None)
-        self.grid = Grid.fit(layers, self.plan, curvature, statistics, place=put_bank)
+        place = None if statistics is None else put_bank
+        self.grid = Grid.fit(layers, self.plan, curvature, statistics, place=place)
         self._hooks, self._began_at = GridHooks(layers, self.grid), step
         bits = f"{self.plan.average_bits:.3g} bits on average"
         rank_zero_info(f"{type(self).__name__}: from step {step} on the experts are trained at {bits}")

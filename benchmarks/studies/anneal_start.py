@@ -25,10 +25,10 @@ from moe_precision.judging.evaluation import BANDS, frequency_bands
 from moe_precision.judging.reference import Reference
 from moe_precision.layers.moe_layers import find_moe_layers
 
-SHARE = 0.1
+SHARE, BEFORE = 0.1, 0.2  # of all steps: annealed, and where runs begin, so that statistics can be recorded
 ROWS, STEPS = 512, 100  # for statistics, and batches to distill on
 ROUNDED, LAYERS, LOGITS = "afterwards", "afterwards, scales distilled", "afterwards, distilled through the logits"
-NEAREST, STARTED = "annealed from the nearest codes", "annealed"
+NEAREST, STARTED = "annealed, without statistics", "annealed"
 HEADER = """# Tables of annealing and quantizing afterwards
 
 Printed by `python -m benchmarks.studies.anneal_start --report`. Loss is the increase over the finished float model,
@@ -41,10 +41,14 @@ alone.
 class AnnealStart(AnnealStudy):
     """One model and seed; arguments as of `AnnealStudy`."""
 
+    def __init__(self, study: Setting, name: str, seed: int, root: Path) -> None:
+        settings = {**study["annealing"], "shares": [SHARE, BEFORE]}
+        super().__init__({**study, "annealing": settings}, name, seed, root)
+
     def measure(self) -> list[dict[str, Any]]:
         """Every way at every budget."""
         monitor = self.monitor()
-        finished = self.finish(SHARE, monitor).eval()
+        finished = self.finish(BEFORE, monitor).eval()
         reference = Reference(finished, self.batches, find_moe_layers(finished))
         bands = frequency_bands(reference.targets, self.data.token_counts)
         results: list[dict[str, Any]] = []
@@ -73,7 +77,7 @@ class AnnealStart(AnnealStudy):
                 anneal = PrecisionAnneal(
                     start=self.starts[SHARE], average_bits=budget, statistics_steps=steps, **asked, **BEST
                 )
-                model = self.finish(SHARE, self.monitor(), anneal)
+                model = self.finish(BEFORE, self.monitor(), anneal)
                 assert anneal.plan is not None
                 add(way, budget, model, anneal.plan.stored_bits)
         return results
