@@ -29,9 +29,11 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
     baseline, and a run whose routers or experts were not restored stops with an error. If ``load_best_model_at_end``
     leaves the experts out, a warning says what to reload. In a ``hyperparameter_search`` every trial has its own plan,
     in the folder of its checkpoints. With ``report_to="wandb"`` the curves appear beside the Trainer's own, over
-    ``train/global_step``; a callback cannot reach other trackers, but the history file holds everything.
+    ``train/global_step``; for other trackers, which a callback cannot reach, give ``log``.
 
     Args:
+        log: Called on the first process with each record, a dict of flat keys, and its step: ``mlflow.log_metrics``,
+            ``trackio.log``, or a function of yours. In addition to Weights & Biases.
         method: How widths are chosen. ``router_norm`` is the paper's rule; ``curvature`` minimizes the
             predicted increase of the loss. ``moe-precision plan --help`` lists all of them.
         average_bits: Budget in nominal bits per expert weight; 2.5 if no budget is given.
@@ -88,6 +90,10 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
     """
 
     _running = False  # a training that has begun has not ended
+
+    def __init__(self, *, log: Callable[[dict[str, float], int], object] | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._log_with = log
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -155,7 +161,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         self._running = False
         warn_unless_best(self._layers, args, state, type(self).__name__)
         if self._record_final(state.global_step):
-            self._ending.attempt("the last router norms to wandb", lambda: self._log(state))
+            self._ending.attempt("the last router norms", lambda: self._log(state))
         losses: Iterator[Callable[[], Tensor | None]] = iter(())
         if args.world_size == 1:  # else the model is inside DDP or FSDP, where a callback cannot reach
             losses = _losses(kwargs["model"], kwargs.get("train_dataloader"))
@@ -168,8 +174,13 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
 
     def _log(self, state: TrainerState) -> None:
         run = current_run()
-        if run is not None and state.is_world_process_zero:
-            run.log({**self._metrics(), "train/global_step": state.global_step})
+        if not state.is_world_process_zero or (run is None and self._log_with is None):
+            return
+        metrics = self._metrics()
+        if run is not None:
+            run.log({**metrics, "train/global_step": state.global_step})
+        if self._log_with is not None:
+            self._log_with(metrics, state.global_step)
 
 
 def _losses(model: Any, batches: Any) -> Iterator[Callable[[], Tensor | None]]:
