@@ -29,11 +29,9 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
     baseline, and a run whose routers or experts were not restored stops with an error. If ``load_best_model_at_end``
     leaves the experts out, a warning says what to reload. In a ``hyperparameter_search`` every trial has its own plan,
     in the folder of its checkpoints. With ``report_to="wandb"`` the curves appear beside the Trainer's own, over
-    ``train/global_step``; for other trackers, which a callback cannot reach, give ``log``.
+    ``train/global_step``; for other trackers, which a callback cannot reach, see `log_to`.
 
     Args:
-        log: Called on the first process with each record, a dict of flat keys, and its step: ``mlflow.log_metrics``,
-            ``trackio.log``, or a function of yours. In addition to Weights & Biases.
         method: How widths are chosen. ``router_norm`` is the paper's rule; ``curvature`` minimizes the
             predicted increase of the loss. ``moe-precision plan --help`` lists all of them.
         average_bits: Budget in nominal bits per expert weight; 2.5 if no budget is given.
@@ -91,9 +89,20 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
 
     _running = False  # a training that has begun has not ended
 
-    def __init__(self, *, log: Callable[[dict[str, float], int], object] | None = None, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._log_with = log
+    _log_with: Callable[[dict[str, float], int], object] | None = None
+
+    def log_to(self, function: Callable[[dict[str, float], int], object]) -> RouterNormTrainerCallback:
+        """Has each record given to a function, in addition to Weights & Biases.
+
+        Args:
+            function: Called on the first process with a dict of flat keys and the optimizer step:
+                ``mlflow.log_metrics``, ``trackio.log``, or one of yours.
+
+        Returns:
+            The same callback.
+        """
+        self._log_with = function
+        return self
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
