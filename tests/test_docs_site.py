@@ -80,7 +80,7 @@ def pages(nav) -> list[str]:
 
 def test_the_navigation_names_every_page_once():
     config = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Config)
-    assert sorted(pages(config["nav"])) == sorted(path.name for path in DOCS.glob("*.md"))
+    assert sorted(pages(config["nav"])) == sorted(path.name for path in (*DOCS.glob("*.md"), *DOCS.glob("*.ipynb")))
 
 
 @pytest.mark.parametrize(
