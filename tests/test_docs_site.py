@@ -93,3 +93,4 @@ def test_links_that_leave_the_docs_lead_to_the_repository_or_are_text(address, e
     hooks: dict = {}
     exec((DOCS / "site_hooks.py").read_text(encoding="utf-8"), hooks)
     assert hooks["rewritten"]("[a](../README.md#b), ![p](q.png)", "page.md", address) == expected
+    assert hooks["linked"]('<a href="x.md#y"> <a href="x-z.md">') == '<a href="../x/#y"> <a href="../x-z/">'
