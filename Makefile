@@ -2,6 +2,7 @@
 # make test   the whole test suite, on two cores; `make test WORKERS=8` takes more
 # make test-fast   the tests that take no time, under a minute
 # make lint   ruff and mypy
+# make notebook   executes docs/first-hour.ipynb again, minutes
 # make docs   the documentation's site, in site/, with warnings as errors
 # Each works on a fresh checkout: it first makes .venv and installs the exact versions in constraints.txt.
 
@@ -10,7 +11,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast lint docs test-exports benchmarks evidence
+.PHONY: demo test test-fast lint docs notebook test-exports benchmarks evidence
 demo: .venv/installed
 	$(BIN)/moe-precision demo --output runs/demo
 
@@ -29,6 +30,12 @@ lint: .venv/installed
 docs: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e .[docs]
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebook: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e .[docs]
+	mkdir -p runs/notebook && cp docs/first-hour.ipynb runs/notebook/
+	cd runs/notebook && PATH="$(CURDIR)/$(BIN):$$PATH" python -m jupyter nbconvert --to notebook --execute --inplace first-hour.ipynb
+	cp runs/notebook/first-hour.ipynb docs/ && $(BIN)/python docs/clean_notebook.py docs/first-hour.ipynb
 
 # Carries exported plans out with the real tools, each in its own virtual environment. Half an hour, most of it installs.
 test-exports:

@@ -270,6 +270,8 @@ class PlanRecorder:
             rank_zero_warn(f"{type(self).__name__}: no plan is written: {error}")
             return None
         for warning in caught:
+            if issubclass(warning.category, DeprecationWarning | FutureWarning):
+                continue  # between other packages, while costs are measured
             rank_zero_warn(f"{type(self).__name__}: {warning.message}")
         with left_as_it_is(whole):
             self.grid = self._distilling.finish(model, self._layers, self.plan, *recorded[1:], steps)

@@ -29,7 +29,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
     baseline, and a run whose routers or experts were not restored stops with an error. If ``load_best_model_at_end``
     leaves the experts out, a warning says what to reload. In a ``hyperparameter_search`` every trial has its own plan,
     in the folder of its checkpoints. With ``report_to="wandb"`` the curves appear beside the Trainer's own, over
-    ``train/global_step``; a callback cannot reach other trackers, but the history file holds everything.
+    ``train/global_step``; for other trackers, which a callback cannot reach, see `log_to`.
 
     Args:
         method: How widths are chosen. ``router_norm`` is the paper's rule; ``curvature`` minimizes the
@@ -88,6 +88,21 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
     """
 
     _running = False  # a training that has begun has not ended
+
+    _log_with: Callable[[dict[str, float], int], object] | None = None
+
+    def log_to(self, function: Callable[[dict[str, float], int], object]) -> RouterNormTrainerCallback:
+        """Has each record given to a function, in addition to Weights & Biases.
+
+        Args:
+            function: Called on the first process with a dict of flat keys and the optimizer step:
+                ``mlflow.log_metrics``, ``trackio.log``, or one of yours.
+
+        Returns:
+            The same callback.
+        """
+        self._log_with = function
+        return self
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -155,7 +170,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         self._running = False
         warn_unless_best(self._layers, args, state, type(self).__name__)
         if self._record_final(state.global_step):
-            self._ending.attempt("the last router norms to wandb", lambda: self._log(state))
+            self._ending.attempt("the last router norms", lambda: self._log(state))
         losses: Iterator[Callable[[], Tensor | None]] = iter(())
         if args.world_size == 1:  # else the model is inside DDP or FSDP, where a callback cannot reach
             losses = _losses(kwargs["model"], kwargs.get("train_dataloader"))
@@ -168,8 +183,13 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
 
     def _log(self, state: TrainerState) -> None:
         run = current_run()
-        if run is not None and state.is_world_process_zero:
-            run.log({**self._metrics(), "train/global_step": state.global_step})
+        if not state.is_world_process_zero or (run is None and self._log_with is None):
+            return
+        metrics = self._metrics()
+        if run is not None:
+            run.log({**metrics, "train/global_step": state.global_step})
+        if self._log_with is not None:
+            self._log_with(metrics, state.global_step)
 
 
 def _losses(model: Any, batches: Any) -> Iterator[Callable[[], Tensor | None]]:

@@ -1,7 +1,7 @@
 """What the site does beyond MkDocs, Material and mkdocstrings.
 
-Links that leave docs/ lead to the repository, or are plain text where pyproject.toml names none; examples in docstrings
-are shown as code.
+Links that leave docs/ lead to the repository, or are plain text where pyproject.toml names none; links of the notebook,
+which MkDocs does not look into, lead to the site's pages; examples in docstrings are shown as code.
 """
 
 import re
@@ -43,6 +43,16 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
     """Called by MkDocs for every page."""
     pyproject = Path(config.config_file_path).with_name("pyproject.toml")
     return rewritten(markdown, page.file.src_uri, repository(pyproject))
+
+
+def linked(html: str) -> str:
+    """A notebook's page whose links to pages of docs/ lead to those of the site."""
+    return re.sub(r'href="([\w-]+)\.md(#[^"]*)?"', lambda link: f'href="../{link[1]}/{link[2] or ""}"', html)
+
+
+def on_page_content(html: str, page, config, files) -> str:
+    """Called by MkDocs for every page."""
+    return linked(html) if page.file.src_uri.endswith(".ipynb") else html
 
 
 class Examples(Extension):

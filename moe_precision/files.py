@@ -11,10 +11,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -42,6 +42,9 @@ def save_tensors(tensors: dict[str, Tensor], path: str | os.PathLike[str], metad
     Raises:
         OSError: The file cannot be written; an existing one is left as it was.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     with replaced_when_done(path) as temporary:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)

@@ -16,7 +16,20 @@ from types import ModuleType
 
 _MODELS = "transformers.modeling_utils"  # imports all that `quantize.hf` needs of transformers, before it ends
 _QUANTIZER = "moe_precision.quantize.hf"  # registers where it is imported
-_LIGHT = {"registration", "version", "errors", "cli", "cli.__main__", "cli.main", "cli.commands"}  # need no torch
+_LIGHT = {  # need neither torch nor transformers where they are imported, and neither do those in `plans`
+    *(
+        "registration",
+        "version",
+        "errors",
+        "files",
+        "layers",
+        "layers.naming",
+        "layers.shape",
+        "layers.prefixes",
+        "plans",
+    ),
+    *("present", "present.plan_summary", "cli", "cli.__main__", "cli.main", "cli.commands", "cli.options", "cli.show"),
+}
 
 
 class _Waiting(MetaPathFinder):
@@ -24,7 +37,7 @@ class _Waiting(MetaPathFinder):
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         package, _, rest = name.partition(".")
-        ours = package == __package__ and rest not in _LIGHT
+        ours = package == __package__ and rest not in _LIGHT and not rest.startswith("plans.")
         if not ours and name != _MODELS:
             return None
         others = (finder.find_spec(name, path, target) for finder in [*sys.meta_path] if finder is not self)

@@ -80,7 +80,7 @@ def pages(nav) -> list[str]:
 
 def test_the_navigation_names_every_page_once():
     config = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Config)
-    assert sorted(pages(config["nav"])) == sorted(path.name for path in DOCS.glob("*.md"))
+    assert sorted(pages(config["nav"])) == sorted(path.name for path in (*DOCS.glob("*.md"), *DOCS.glob("*.ipynb")))
 
 
 @pytest.mark.parametrize(
@@ -93,3 +93,4 @@ def test_links_that_leave_the_docs_lead_to_the_repository_or_are_text(address, e
     hooks: dict = {}
     exec((DOCS / "site_hooks.py").read_text(encoding="utf-8"), hooks)
     assert hooks["rewritten"]("[a](../README.md#b), ![p](q.png)", "page.md", address) == expected
+    assert hooks["linked"]('<a href="x.md#y"> <a href="x-z.md">') == '<a href="../x/#y"> <a href="../x-z/">'

@@ -12,6 +12,9 @@ import moe_precision
 from moe_precision import allocate, quantize_model
 from moe_precision.cli.commands import SUMMARIES
 from moe_precision.cli.main import main, parser
+from moe_precision.layers import LayerShape
+from moe_precision.plans.layer_plan import LayerPlan
+from moe_precision.plans.plan import PrecisionPlan
 from tests.support.models import build
 
 MAIN = (
@@ -41,10 +44,15 @@ def printed(code):
         MAIN.format("'--help'"),
         MAIN.format("'--version'"),
         MAIN.format("'plant'"),
+        MAIN.format("'show', 'PLAN'"),
     ],
-    ids=["import", "names", "help", "version", "misspelt"],
+    ids=["import", "names", "help", "version", "misspelt", "show"],
 )
-def test_nothing_heavy_is_imported_before_it_is_used(code):
+def test_nothing_heavy_is_imported_before_it_is_used(code, tmp_path):
+    shape = LayerShape("gate.weight", 4, {"up": (64, 64), "down": (64, 64)})
+    bits = {"up": [2, 2, 3, 3], "down": [2, 2, 3, 3]}
+    PrecisionPlan("x", {"layers.0": LayerPlan(shape, bits)}, 64, "uniform").save(tmp_path / "plan.json")
+    code = code.replace("PLAN", str(tmp_path / "plan.json"))
     out = printed(f"{code}\nimport sys; print('imported:', sorted({HEAVY!r} & set(sys.modules)))")
     assert out.endswith("imported: []\n")
 

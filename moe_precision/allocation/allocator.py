@@ -34,7 +34,6 @@ Model = nn.Module | Checkpoint | str | os.PathLike[str]
 History = RouterNormHistory | Checkpoint | str | os.PathLike[str]
 
 
-@without_autocast()
 def allocate(
     model: Model | None = None,
     history: History | None = None,
@@ -121,7 +120,8 @@ def allocate(
         if not settings.knows_costs and method != AUTO:
             raise AllocationError(f"method {method!r} has no use for calibration, which scales what widths cost")
         calibrated = calibration_on(model, calibration)
-    return make_plan(settings, model, history, curvature, statistics, calibrated)
+    with without_autocast():
+        return make_plan(settings, model, history, curvature, statistics, calibrated)
 
 
 def make_plan(

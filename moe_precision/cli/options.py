@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from ..checkpoints.checkpoint import Checkpoint
 from ..plans.methods import AUTO, AUTO_SUMMARY, METHODS, SEEDED, MethodName
 from ..plans.settings import DEFAULT_AVERAGE_BITS, MAX_DROPPED, MIN_TOKENS, ZETA, PlanSettings
 from ..plans.widths import GRANULARITIES
@@ -163,6 +162,8 @@ def data_of(options: argparse.Namespace, checkpoint: str) -> Any:
         ValueError: The data set cannot be used, or the tokenizer is of another model.
     """
     from moe_precision.recipes import SummarizationDataModule, TextDataModule
+
+    from ..checkpoints.checkpoint import Checkpoint
 
     with Checkpoint(checkpoint) as opened:
         config, folder = opened.config, str(opened.folder)

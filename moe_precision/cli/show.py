@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..checkpoints.checkpoint import Checkpoint
-from ..export import plan_of_checkpoint
 from ..plans.plan import PrecisionPlan
 from ..present.plan_summary import plan_document, plan_lines
-from ..present.tables import plan_table, show
 from .options import Commands, add_command, add_output
 
 
@@ -23,10 +20,14 @@ def run(options: argparse.Namespace) -> None:
         return
     options.document = plan_document(plan)
     if options.full:
+        from ..present.tables import plan_table, show
+
         show(plan_table(plan))
     else:
         print("\n".join(plan_lines(plan)))
     if Path(options.plan).is_dir():
+        from ..checkpoints.checkpoint import Checkpoint
+
         stored = Checkpoint(options.plan).stored_bits_per_expert_weight(plan)
         options.document["stored_bits_in_files"] = stored
         print(f"its files hold {stored:.4g} bits per expert weight, scales and offsets included")
@@ -34,7 +35,11 @@ def run(options: argparse.Namespace) -> None:
 
 def _plan_of(source: str) -> PrecisionPlan:
     """A plan's file, or the widths that a quantized checkpoint has."""
-    return plan_of_checkpoint(source) if Path(source).is_dir() else PrecisionPlan.load(source)
+    if not Path(source).is_dir():
+        return PrecisionPlan.load(source)  # imports neither torch nor transformers
+    from ..export import plan_of_checkpoint
+
+    return plan_of_checkpoint(source)
 
 
 def add_to(commands: Commands) -> None:

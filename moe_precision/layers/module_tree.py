@@ -27,7 +27,7 @@ from ..compat import (
     own_parameters,
     wrapped_in,
 )
-from ..errors import MoEPrecisionError
+from .naming import MoELayerError as MoELayerError
 from .roots import root_model as root_model
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -35,10 +35,6 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _NUMBERED = re.compile(r"^(?:expert_?)?\d+$", re.IGNORECASE)
 _ADDITIVE_TUNERS = ("lora", "loha", "lokr", "adalora", "vera")
-
-
-class MoELayerError(MoEPrecisionError, ValueError):
-    """The model has no Mixture-of-Experts layer, or one that cannot be described or read without guessing."""
 
 
 @dataclass(eq=False)

@@ -17,8 +17,9 @@ from .banks import Bank, Experts, with_count
 from .experts import find_experts, not_understood
 from .floats import held_as_codes, held_by_others, quantizer_of
 from .module_tree import MoELayerError, Node, Weight, module_tree, numbered_children, root_model, whole
+from .naming import check_pattern
 from .orientation import maps_back, oriented
-from .patterns import check_pattern, experts_by_pattern
+from .patterns import experts_by_pattern
 from .router_rows import router_row_norms
 from .routers import NoRouter, Router, find_router, product_keys
 from .shape import LayerShape

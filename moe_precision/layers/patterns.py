@@ -5,29 +5,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import replace
-from typing import TypedDict
 
 from .banks import Bank, Experts
 from .experts import EXPERT_NAME, banks_of_modules
-from .module_tree import MoELayerError, Node, Weight, numbered_children
-
-
-class Patterns(TypedDict, total=False):
-    """Keywords of `find_moe_layers`; each is present only if it was given."""
-
-    router_pattern: str
-    expert_pattern: str
-
+from .module_tree import Node, Weight, numbered_children
+from .naming import MoELayerError
+from .naming import Patterns as Patterns
 
 _Weights = dict[str, dict[str, dict[int, Weight]]]  # path of a module -> projection -> expert -> weight
-
-
-def check_pattern(argument: str, pattern: str | None) -> None:
-    """Raises `MoELayerError` if a pattern is not a regular expression."""
-    try:
-        re.compile(pattern or "")
-    except re.error as error:
-        raise MoELayerError(f"{argument}={pattern!r} is not a regular expression: {error}") from error
 
 
 def experts_by_pattern(tree: Node, pattern: str) -> list[Experts]:

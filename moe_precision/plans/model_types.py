@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
-from ..compat import is_model_type, parts_of_config
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def model_type_of(model: nn.Module) -> str:
@@ -16,6 +16,10 @@ def model_type_of(model: nn.Module) -> str:
 
 def may_have_the_same_layers(model: nn.Module, model_type: str) -> bool:
     """Whether a model is of a type, holds a model of it, or is what transformers puts into one of it."""
+    from transformers import PreTrainedModel
+
+    from ..compat import parts_of_config
+
     own = {model_type_of(model)}
     own |= {model_type_of(module) for module in model.modules() if isinstance(module, PreTrainedModel)}
     return model_type in own or not own.isdisjoint(parts_of_config(model_type))
@@ -23,6 +27,8 @@ def may_have_the_same_layers(model: nn.Module, model_type: str) -> bool:
 
 def of_one_family(one: str, other: str) -> bool:
     """Whether two model types may have the same layers: equal, or one built inside the other, or unknown here."""
+    from ..compat import is_model_type, parts_of_config
+
     if one == other or not (is_model_type(one) and is_model_type(other)):
         return True
     inside, inside_other = parts_of_config(one), parts_of_config(other)

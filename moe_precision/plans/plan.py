@@ -9,13 +9,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
-
-from ..layers.module_tree import root_model
-from ..layers.moe_layers import find_moe_layers
-from ..layers.patterns import Patterns
+from ..layers.naming import Patterns
 from ..layers.prefixes import prefixes_of
 from ..layers.shape import LayerShape
 from ..version import __version__
@@ -29,6 +25,9 @@ from .notes import PlanNotes
 from .numbers import whole_number
 from .settings import PlanSettings
 from .widths import Granularity, PlanError, check_widths, stored_bits_per_weight
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Bits = Mapping[str, Sequence[int] | Mapping[str, Sequence[int]]]  # layer -> widths, or projection -> widths
 
@@ -164,6 +163,8 @@ class PrecisionPlan:
                 left than serve a token.
             MoELayerError: The model has no Mixture-of-Experts layer.
         """
+        from ..layers.moe_layers import find_moe_layers
+
         self.for_model(model, {layer.name: layer.shape for layer in find_moe_layers(model, **self.patterns)})
 
     def for_model(self, model: nn.Module, found: Mapping[str, LayerShape]) -> PrecisionPlan:
@@ -179,6 +180,8 @@ class PrecisionPlan:
             PlanError: As in `check`.
         """
         change = prefixes_of({name: layer.shape for name, layer in self.layers.items()}, found)
+        from ..layers.roots import root_model
+
         related = may_have_the_same_layers(root_model(model), self.model_type)
         own_type = model_type_of(root_model(model))
         if change is None or not related or (change.equal and self.model_type == own_type):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, cast
 
-from ..layers.patterns import Patterns, check_pattern
+from ..layers.naming import Patterns, check_pattern
 from ..layers.shape import LayerShape
 from .dropping import check_dropping
 from .levels import DEFAULT_LEVELS, DEFAULT_ORDER_LEVELS, check_budget, check_levels, nominal_bits_of, order_levels

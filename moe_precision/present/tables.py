@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 def show(table: Table) -> None:
     """Prints a table wide enough that Markdown rows stay on one line each."""
-    Console(width=240).print(table)
+    Console(width=240, force_jupyter=False).print(table)
 
 
 def as_text(table: Table) -> str:
     """A table as lines of text, for a log message."""
-    console = Console(width=160, file=io.StringIO())
+    console = Console(width=160, file=io.StringIO(), force_jupyter=False)  # there it shows instead of writing
     console.print(table)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     return "\n".join(line for line in lines if line.strip())

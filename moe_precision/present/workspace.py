@@ -1,8 +1,9 @@
-"""The saved view of a Weights & Biases project: panels for what the callbacks log."""
+"""Saved views: panels for what the callbacks log, in a Weights & Biases project or beside TensorBoard's event files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import MoEPrecisionError
@@ -88,3 +89,55 @@ def save(workspace: Any) -> str:
             f"could not save the view in {workspace.entity}/{workspace.project}: {type(error).__name__}: {error}. Does "
             "`wandb login --verify` work, and does the project exist?"
         ) from error
+
+
+def layout_of(layers: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """The same view as a layout of TensorBoard's custom scalars, a chart for every layer.
+
+    Args:
+        layers: Names of the MoE layers, in module order.
+
+    Returns:
+        Category -> title of a chart -> its kind and the regular expressions of its tags, as
+        ``SummaryWriter.add_custom_scalars`` takes it.
+
+    Example:
+        >>> layout_of(["model.layers.0.mlp"])["Router norms of every expert"]
+        {'model.layers.0.mlp': ['Multiline', ['router_norm/layer_00/expert_.*']]}
+    """
+
+    def lines(regex: str) -> list[Any]:
+        return ["Multiline", [regex]]
+
+    return {
+        "Precision plan": {
+            "experts whose bits the last record changed": lines("plan/changed"),
+            "change of router norm, median of each layer": lines(r"router_norm_change/layer_\d+/median"),
+        },
+        "Router norms of every expert": {
+            layer: lines(rf"router_norm/layer_{index:02d}/expert_.*") for index, layer in enumerate(layers)
+        },
+        "Expert load": {
+            "load of the least loaded expert of each layer": lines(r"expert_load/layer_\d+/min"),
+            "load of the most loaded expert of each layer": lines(r"expert_load/layer_\d+/max"),
+        },
+    }
+
+
+def write_layout(layers: Sequence[str], folder: Path) -> Path:
+    """Writes the layout into a folder of event files, where TensorBoard shows it under *Custom Scalars*.
+
+    Raises:
+        WorkspaceError: The folder holds no event file, or tensorboard is not installed.
+    """
+    if not any(folder.glob("events.out.tfevents.*")):
+        raise WorkspaceError(
+            f"{str(folder)!r} holds no event file; give the folder of one run, such as lightning_logs/version_0"
+        )
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise WorkspaceError("the layout is written with tensorboard: pip install tensorboard") from error
+    with SummaryWriter(str(folder), filename_suffix=".moe_precision") as writer:
+        writer.add_custom_scalars(layout_of(layers))
+    return folder

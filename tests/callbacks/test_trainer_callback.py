@@ -199,6 +199,16 @@ def test_an_interval_as_a_share_of_all_steps(tmp_path):
 
 
 @pytest.mark.slow
+def test_records_go_to_a_function(tmp_path):
+    calls = []
+    callback = RouterNormTrainerCallback(group_size=64).log_to(lambda metrics, step: calls.append((step, metrics)))
+    train(tmp_path, callback)
+    assert [step for step, _ in calls] == callback.history.steps == [0, 2, 4, 6]
+    norms = [metrics["router_norm/layer_00/expert_003"] for _, metrics in calls]
+    assert norms == callback.history.norms["model.layers.0.mlp"][:, 3].tolist()
+    assert "expert_load/layer_00/max" in calls[-1][1]
+
+
 def test_curves_in_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)

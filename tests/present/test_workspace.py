@@ -8,7 +8,7 @@ import torch
 from moe_precision import RouterNormHistory
 from moe_precision.cli.main import main
 from moe_precision.layers.shape import LayerShape
-from moe_precision.present.workspace import WorkspaceError, save, workspace_of
+from moe_precision.present.workspace import WorkspaceError, layout_of, save, workspace_of
 
 
 @pytest.fixture
@@ -34,6 +34,19 @@ def test_the_view_matches_what_is_logged(history):
     assert sent.count('"xAxis":"train/global_step"') == 2 + 2 + 2
     assert '"mediaKeys":["router_norm_change/heatmap"]' in sent
     assert '"metrics":["summary_metrics.precision_plan/average_bits"]' in sent
+
+
+def test_the_layout_of_tensorboard_matches_what_is_logged(history, tmp_path, capsys):
+    logged = [*history.metrics(), "plan/changed", "expert_load/layer_01/min", "expert_load/layer_01/max"]
+    charts = [chart for category in layout_of(list(history.layers)).values() for chart in category.items()]
+    found = {title: [key for key in logged if re.fullmatch(regex, key)] for title, (kind, (regex,)) in charts}
+    assert all(found.values())
+    assert found["layers.1"] == ["router_norm/layer_01/expert_000", "router_norm/layer_01/expert_001"]
+    history.save(tmp_path / "precision_plan.history.safetensors")
+    assert main(["workspace", str(tmp_path), "--tensorboard", str(tmp_path)]) == 2
+    assert "holds no event file; give the folder of one run" in capsys.readouterr().err
+    assert main(["workspace", str(tmp_path)]) == 2
+    assert "give ENTITY/PROJECT for Weights & Biases, or --tensorboard FOLDER" in capsys.readouterr().err
 
 
 def test_a_view_that_cannot_be_saved_says_what_to_do():
