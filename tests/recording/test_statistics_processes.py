@@ -4,6 +4,7 @@ import socket
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moe_precision import find_moe_layers
 from moe_precision.recording.collecting import collect_statistics
@@ -59,6 +60,13 @@ def test_transformers_trainer_on_two_processes(tmp_path):
             assert_alike(ExpertStatistics.load(tmp_path / f"{name}_{rank}.safetensors"), written)
         for tokens in written.tokens.values():
             assert tokens.sum() == batches * 2 * 2 * 10 * 2  # batches, processes, rows, tokens, experts per token
+    grids = [
+        tmp_path / "after" / "precision_plan.grid.safetensors",
+        *(tmp_path / f"grid_{r}.safetensors" for r in (0, 1)),
+    ]
+    written, *of_ranks = (load_file(grid) for grid in grids)
+    for found in of_ranks:  # with distilled scales
+        assert all(torch.equal(tensor, written[name]) for name, tensor in found.items())
 
 
 def assert_alike(found: ExpertStatistics, expected: ExpertStatistics, names: list[str] | None = None) -> None:
