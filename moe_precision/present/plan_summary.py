@@ -162,9 +162,7 @@ def _measured(plan: PrecisionPlan) -> list[str]:
             f"{most:,} for the most seen, from {notes['statistics']['text'] or 'text that they do not name'}"
         )
         if count := notes["statistics"].get("indefinite", 0):
-            lines.append(
-                f"{count} second moments have negative eigenvalues: matrices that are fitted without statistics"
-            )
+            lines.append(f"fitted without statistics, since their second moments have negative eigenvalues: {count}")
     return lines
 
 
