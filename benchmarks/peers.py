@@ -1,11 +1,11 @@
 """Ours, AutoRound, GPTQModel, llm-compressor and HQQ on the demo's model, each by the real tool: KL and seconds.
 
     python -m benchmarks.peers ours [--run runs/demo]
-    INSTALL_ONLY=1 tests/export/real_tools/run.sh autoround gptqmodel llm_compressor hqq
+    INSTALL_ONLY=1 tests/export/real_tools/run.sh autoround gptqmodel llm_compressor
     .venv-exports/autoround/bin/python -m benchmarks.peers autoround
     .venv-exports/gptqmodel/bin/python -m benchmarks.peers gptqmodel
     .venv-exports/llm_compressor/bin/python -m benchmarks.peers llm_compressor
-    .venv-exports/hqq/bin/python -m benchmarks.peers hqq
+    pip install -e '.[benchmarks]' && python -m benchmarks.peers hqq
 
 RUN may also be a folder of the study, such as runs/study/uneven/seed_0: then uniform widths alone are measured.
 All tune on the training split of the run's text. Stored bits are counted from the bytes of the files. Other text is
