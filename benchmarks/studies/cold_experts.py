@@ -5,7 +5,7 @@
 The study's model of 64 experts of uneven load. In every layer the experts are sorted by their load and cut into four
 groups; one group is quantized to 2 bits while all others stay float. Statistics are of 128 sequences of 128 tokens, as
 tools that calibrate a finished checkpoint take them, with and without the shrinkage that moves rarely seen experts'
-second moments to their diagonal; of 32 training batches, which a run records unasked; and of 256.
+second moments to their diagonal; of 32 training batches, which a run records unasked; and of 128.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from moe_precision.recording.collecting import collect_statistics
 from moe_precision.recording.curvature import Curvature
 
 GROUPS = "least used quarter", "second quarter", "third quarter", "most used quarter", "all"
-SEQUENCES, FEW, MANY = 128, 32, 256
+SEQUENCES, FEW, MANY = 128, 32, 128
 
 
 @contextmanager
@@ -80,8 +80,8 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     print(
-        "| seed | experts at 2 bits | median tokens: 128 sequences | 256 batches | KL without | 128 sequences, no "
-        "shrinkage | 128 sequences | 32 batches | 256 batches |"
+        f"| seed | experts at 2 bits | median tokens: {SEQUENCES} sequences | {MANY} batches | KL without | "
+        f"{SEQUENCES} sequences, no shrinkage | {SEQUENCES} sequences | {FEW} batches | {MANY} batches |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for seed in options.seeds:
