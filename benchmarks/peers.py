@@ -1,9 +1,11 @@
-"""Ours, AutoRound and GPTQModel on the demo's model, each by the real tool: KL to the float model, and seconds.
+"""Ours, AutoRound, GPTQModel, llm-compressor and HQQ on the demo's model, each by the real tool: KL and seconds.
 
     python -m benchmarks.peers ours [--run runs/demo]
-    INSTALL_ONLY=1 tests/export/real_tools/run.sh autoround gptqmodel
+    INSTALL_ONLY=1 tests/export/real_tools/run.sh autoround gptqmodel llm_compressor
     .venv-exports/autoround/bin/python -m benchmarks.peers autoround
     .venv-exports/gptqmodel/bin/python -m benchmarks.peers gptqmodel
+    .venv-exports/llm_compressor/bin/python -m benchmarks.peers llm_compressor
+    pip install -e '.[benchmarks]' && python -m benchmarks.peers hqq
 
 RUN may also be a folder of the study, such as runs/study/uneven/seed_0: then uniform widths alone are measured.
 All tune on the training split of the run's text. Stored bits are counted from the bytes of the files. Other text is
@@ -24,11 +26,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.peer_tools import auto_round, gptqmodel, hqq, llm_compressor, loaded
 from benchmarks.studies.study_models import language_reference, merged
 from moe_precision import PrecisionPlan, allocate, distill_checkpoint, quantize_checkpoint
 from moe_precision.checkpoints import Checkpoint, load_model
-from moe_precision.export import export
-from moe_precision.export.auto_round_backend import quantize_with_auto_round
 from moe_precision.judging.reference import Reference
 from moe_precision.plans.beside import PlanFiles
 from moe_precision.recipes import TextDataModule
@@ -36,7 +37,12 @@ from moe_precision.recipes import TextDataModule
 GROUP_SIZE = 64
 TUNING_TOKENS = 65_536
 BLOCK = 128
-ITERATIONS = 200
+TOOLS = {
+    "autoround": ("AutoRound", auto_round),
+    "gptqmodel": ("GPTQModel", gptqmodel),
+    "llm_compressor": ("llm-compressor GPTQ", llm_compressor),
+    "hqq": ("HQQ", hqq),
+}
 
 
 def text_of(checkpoint: str, **settings: Any) -> Any:
@@ -52,7 +58,7 @@ def measured(checkpoint: str, folder: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as topics:
         texts = {"own": text_of(checkpoint), "other": text_of(checkpoint, dataset=language_reference(Path(topics)))}
         references = {name: Reference(model, merged(text.val_dataloader())) for name, text in texts.items()}
-    packed = _loaded(folder)
+    packed = loaded(Path(checkpoint), Path(folder))
     found: dict[str, float] = {}
     for name, reference in references.items():
         result = reference.measure(packed)
@@ -61,15 +67,6 @@ def measured(checkpoint: str, folder: str) -> dict[str, float]:
             found["loss"] = float((result.losses - result.float_losses).double().mean())
             found["top-1"] = result.divergence.top1
     return found
-
-
-def _loaded(folder: str) -> Any:
-    """A quantized checkpoint, by the tool that wrote it."""
-    if Checkpoint(folder).config.quantization_config.get("quant_method") != "gptq":
-        return load_model(folder, dtype=torch.float32)
-    from gptqmodel import GPTQModel
-
-    return GPTQModel.load(folder, device="cpu").model.float()
 
 
 def compare(tool: str, run: Path) -> None:
@@ -86,16 +83,8 @@ def compare(tool: str, run: Path) -> None:
     def by_statistics(bits: float, levels: tuple[int, ...] = (1, 2, 3, 4)) -> PrecisionPlan:
         return allocate(checkpoint, method="statistics", average_bits=bits, bits=levels, group_size=GROUP_SIZE, **known)
 
-    def auto_round(plan: PrecisionPlan, out: Path) -> None:
-        quantize_with_auto_round(checkpoint, plan, out, blocks, ITERATIONS)
-
-    def gptq(plan: PrecisionPlan, out: Path) -> None:
-        from gptqmodel import GPTQModel, QuantizeConfig
-
-        config = QuantizeConfig(bits=4, group_size=GROUP_SIZE, sym=False, dynamic=export(plan, "gptqmodel").config)
-        model = GPTQModel.load(str(checkpoint), config, device="cpu")
-        model.quantize([{"input_ids": block, "attention_mask": torch.ones_like(block)} for block in blocks])
-        model.save(str(out))
+    def by(tool: Callable[..., None]) -> Callable[[PrecisionPlan, Path], None]:
+        return lambda plan, out: tool(checkpoint, plan, out, blocks)
 
     def ours(plan: PrecisionPlan, out: Path) -> None:
         quantize_checkpoint(checkpoint, plan, out, **known)
@@ -108,15 +97,13 @@ def compare(tool: str, run: Path) -> None:
     two_and_three = partial(by_statistics, 2.5, (2, 3))
     one_and_a_half, two = partial(by_statistics, 1.5), partial(by_statistics, 2.0)
     rows: dict[str, list[tuple[str, Callable[[], PrecisionPlan], Callable[[PrecisionPlan, Path], None]]]] = {
-        "autoround": [
-            ("AutoRound, 2 bits", partial(uniform, 2), auto_round),
-            ("AutoRound, 3 bits", partial(uniform, 3), auto_round),
-            ("AutoRound, our plan of 2 and 3 bits", two_and_three, auto_round),
-        ],
-        "gptqmodel": [
-            ("GPTQModel, 2 bits", partial(uniform, 2), gptq),
-            ("GPTQModel, 3 bits", partial(uniform, 3), gptq),
-        ],
+        name: [
+            (f"{what}, 2 bits", partial(uniform, 2), by(tool)),
+            (f"{what}, 3 bits", partial(uniform, 3), by(tool)),
+            (f"{what}, our plan of 2 and 3 bits", two_and_three, by(tool)),
+        ]
+        for name, (what, tool) in TOOLS.items()
+    } | {
         "ours": [
             ("ours, 2 bits", partial(uniform, 2), ours),
             ("ours, 3 bits", partial(uniform, 3), ours),
@@ -154,7 +141,7 @@ def compare(tool: str, run: Path) -> None:
 def main() -> None:
     """Compares, or measures one checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tool", nargs="?", default="ours", choices=["ours", "autoround", "gptqmodel"])
+    parser.add_argument("tool", nargs="?", default="ours", choices=["ours", *TOOLS])
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of `make demo`")
     parser.add_argument("--measure", nargs=2, metavar=("FLOAT", "QUANTIZED"), help="only measure, and print JSON")
     options = parser.parse_args()

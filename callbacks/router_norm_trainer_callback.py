@@ -69,9 +69,10 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
             layers at a time, so that few of them are in memory.
         distill_steps: Once the plan is made, quantize the experts under their statistics and train the scales on this
             many more training batches (100 to 300 do most of it), as ``moe-precision quantize --distill-steps`` does.
-            Codes and scales are written beside the plan, and the quantize step takes them as they are. On a single
-            process only. The log states beforehand what it takes beside the model: all codes, 48 bytes for each group
-            of weights, and five float copies of one layer's experts. 0 leaves it out.
+            Codes and scales are written beside the plan, and the quantize step takes them as they are. Under DDP each
+            step is taken on a batch of every process; sharded experts are refused. The log states beforehand what it
+            takes beside the model: all codes, 48 bytes for each group of weights, and five float copies of one layer's
+            experts. 0 leaves it out.
 
     Attributes:
         history: The recorded norms.

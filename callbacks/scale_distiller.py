@@ -13,7 +13,7 @@ from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.moe_layers import MoELayer
 from moe_precision.plans.plan import PrecisionPlan
 from moe_precision.quantize.codec.grid import Grid
-from moe_precision.quantize.distillable import check_plain
+from moe_precision.quantize.distillable import check_plain, without_ddp
 from moe_precision.quantize.distilling import distilled_grid, memory_bytes
 from moe_precision.quantize.replace import check_packable
 from moe_precision.recording.curvature import Curvature
@@ -54,28 +54,23 @@ class ScaleDistiller:
             obstacle: Why this run can run no batch without a step, if it cannot.
 
         Raises:
-            ValueError: Scales cannot be distilled in this run: there are several processes, or ``obstacle``.
+            ValueError: ``obstacle``.
             DistillError: The experts are sharded, or behind adapters or wrappers.
             UnsupportedLayoutError: The experts are in a layout that cannot be packed.
         """
         self.close()
         if not self._asked:
             return
-        if world_size() > 1:
-            raise ValueError(
-                f"{self.needs} needs a single process, and there are {world_size()}: leave it out, and run "
-                "`moe-precision quantize --distill-steps` on the checkpoint"
-            )
         if obstacle:
             raise ValueError(f"{self.needs} {obstacle}")
-        root = root_model(model)
+        root = root_model(without_ddp(model))
         check_plain(root, layers)
         check_packable(root, layers)
         self._steps = self._asked
         rank_zero_info(
-            f"{self._owner}: after the last step, experts are quantized and their scales distilled over {self._steps} "
-            f"training batches, which takes up to {memory_bytes(layers, bits, group_size) / 1e6:,.1f} MB beside the "
-            "model"
+            f"{self._owner}: after the last step, experts are quantized and their scales distilled over "
+            f"{_batches(self._steps)}, which takes up to {memory_bytes(layers, bits, group_size) / 1e6:,.1f} MB beside "
+            "the model"
         )
 
     def start_late(self) -> None:
@@ -96,7 +91,7 @@ class ScaleDistiller:
         statistics: ExpertStatistics | None,
         steps: Iterable[Step],
     ) -> Grid | None:
-        """After the last step, with the plan made: codes and scales, or None, with the reason in a warning.
+        """After the last step, with the plan made; a collective.
 
         Args:
             model: The model, or what is around it; its weights stay as they are.
@@ -104,7 +99,10 @@ class ScaleDistiller:
             plan: Their widths.
             curvature: Of the trained model, if it is known.
             statistics: Of the experts' inputs; None if collecting them has failed.
-            steps: Forward passes of training batches.
+            steps: Forward passes of training batches, of this process.
+
+        Returns:
+            Codes and scales, or None, with the reason in a warning.
         """
         wanted = self._steps
         self.close()
@@ -121,9 +119,13 @@ class ScaleDistiller:
         except Exception as error:  # whatever a training step raises here, the plan is still to be written
             rank_zero_warn(f"{self._owner}: no scales are distilled: {type(error).__name__}: {error}")
             return None
-        rank_zero_info(f"{self._owner}: distilled scales over {wanted} training batches; {found.described()}")
+        rank_zero_info(f"{self._owner}: distilled scales over {_batches(wanted)}; {found.described()}")
         return grid
 
     def close(self) -> None:
         """Nothing is distilled any more in this run."""
         self._steps = 0
+
+
+def _batches(count: int) -> str:
+    return f"{count} training batches" + (" of each process" if world_size() > 1 else "")

@@ -185,6 +185,8 @@ def make_plan(
             together = "statistics" in method.reads
             given = settings.levels, settings.group_size, weighed, under
             costs = weights.costs(*given, together=together, calibration=calibration)
+            if under is not None and under.indefinite:
+                notes["statistics"]["indefinite"] = len(under.indefinite)
             if calibration is not None:
                 notes["calibration_tokens"] = calibration.tokens
     return plan_from_signals(settings, final, baseline, costs, notes, tokens)

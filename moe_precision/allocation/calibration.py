@@ -187,7 +187,7 @@ def calibrated_costs(
                 kept = [matrix.clone() for matrix in live]
                 found = torch.zeros(len(live), len(widths), dtype=torch.float64)
                 try:
-                    for index, bits in enumerate(widths):
+                    for index, bits in reversed(list(enumerate(widths))):  # 0 bits after fits, which try the moments
                         if bits != 16:
                             for expert, matrix in enumerate(kept):
                                 place = layer.name, name, expert

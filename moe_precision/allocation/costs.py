@@ -99,7 +99,8 @@ def costs_of_matrices(
 
 def _of_matrix(weight: Tensor, widths: Sequence[int], group_size: int, fit: Fit, price: Price, place: Place) -> Tensor:
     at = partial(quantized_matrix, weight, group_size=group_size, fit=fit, place=place)
-    return torch.tensor([0.0 if bits == 16 else price(weight, at(bits)) for bits in widths], dtype=torch.float64)
+    costs = [0.0 if bits == 16 else price(weight, at(bits)) for bits in reversed(widths)]  # 0 bits after a fit
+    return torch.tensor(costs[::-1], dtype=torch.float64)
 
 
 def quantized_matrix(weight: Tensor, bits: int, group_size: int, fit: Fit, place: Place) -> Tensor:
@@ -153,9 +154,14 @@ def pricing(
     rows, columns = curvature.rows[layer][projection][expert], curvature.columns[layer][projection][expert]
     weights = curvature.fit_weights(layer, projection, expert)
     moment = None if statistics is None else statistics.fit_moment(layer, projection, expert, weights)
-    if moment is None:
-        return lambda weight, quantized: float(curvature_cost(weight, quantized, rows, columns))
-    return lambda weight, quantized: float(statistics_cost(weight, quantized, rows, columns, moment))
+    indefinite = set() if statistics is None else statistics.indefinite  # where a fit, later, may find this one
+
+    def price(weight: Tensor, quantized: Tensor) -> float:
+        if moment is None or (layer, projection, expert) in indefinite:
+            return float(curvature_cost(weight, quantized, rows, columns))
+        return float(statistics_cost(weight, quantized, rows, columns, moment))
+
+    return price
 
 
 def shuffled_costs(costs: Costs, seed: int) -> Costs:

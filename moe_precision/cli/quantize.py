@@ -17,10 +17,10 @@ from ..layers.moe_layers import find_moe_layers
 from ..plans.beside import existing
 from ..plans.plan import PrecisionPlan
 from ..quantize.codec.grid import Grid
-from ..quantize.replace import check_packable
+from ..quantize.replace import check_packable, non_expert_linears
 from ..quantize.sizes import ModelSizes
 from ..quantize.writer import distill_checkpoint, distill_streamed, quantize_checkpoint
-from ..recording.collecting import MEMORY_GIB, collect_statistics, passes, peak_bytes
+from ..recording.collecting import MEMORY_GIB, bytes_of, collect_statistics, linear_widths, passes
 from ..recording.statistics import ExpertStatistics, file_bytes
 from .estimate import print_sizes
 from .options import Commands, add_command, add_dataset, add_output, data_of, dataset_name, positive
@@ -134,17 +134,18 @@ def _collected(options: argparse.Namespace, plan: PrecisionPlan) -> ExpertStatis
     model = load_model(options.checkpoint, dtype="float32")
     layers = find_moe_layers(model, **plan.patterns)
     plan.check(model)
-    name, memory = dataset_name(options), options.statistics_memory
-    count = len(passes(layers, memory))
-    several = f", in {count} passes over the text" if count > 1 else ""
+    memory = options.statistics_memory
+    widths = {} if options.non_expert_bits is None else linear_widths(model, non_expert_linears(model, layers))
+    groups = passes(layers, memory, widths)
+    peak, file = max(map(bytes_of, groups)), file_bytes(layers, widths.values())
+    several = f", in {len(groups)} passes over the text" if len(groups) > 1 else ""
+    text = f"{options.statistics_batches} training batches of {dataset_name(options)}"
     print(
-        f"collects statistics from {options.statistics_batches} training batches of {name}: "
-        f"{peak_bytes(layers, memory) / 1e6:,.1f} MB beside the float model, {file_bytes(layers) / 1e6:,.1f} MB "
+        f"collects statistics from {text}: {peak / 1e6:,.1f} MB beside the float model, {file / 1e6:,.1f} MB "
         f"afterwards{several}"
     )
     batches = list(islice(data.train_dataloader(), options.statistics_batches))
-    text = f"{options.statistics_batches} training batches of {name}"
-    statistics = collect_statistics(model, batches, text=text, memory_gib=memory, **plan.patterns)
+    statistics = collect_statistics(model, batches, text=text, memory_gib=memory, linears=list(widths), **plan.patterns)
     print(statistics.described())
     if options.save_statistics is not None:
         statistics.save(options.save_statistics)
@@ -157,7 +158,7 @@ def _distill(options: argparse.Namespace, plan: PrecisionPlan, known: dict[str, 
     source, out, steps = options.checkpoint, Path(options.out), options.distill_steps
     if options.distill_through == "layers":
         grid, found = distill_streamed(source, plan, batches, steps=steps, **known)
-        quantize_checkpoint(source, plan, out, grid=grid, **how)
+        quantize_checkpoint(source, plan, out, grid=grid, statistics=known["statistics"], **how)
     else:
         undistilled, shards = out.with_name(f".{out.name}.undistilled"), how["max_shard_size"]
         quantize_checkpoint(source, plan, undistilled, **known, **how)

@@ -22,6 +22,12 @@ class StatisticsNote(TypedDict):
     tokens: dict[str, list[int]]
 
 
+class StatisticsUsed(StatisticsNote, total=False):
+    """Also how many second moments have negative eigenvalues; their matrices were fitted and priced without them."""
+
+    indefinite: int
+
+
 class PlanNotes(TypedDict, total=False):
     """Each key is present only where it applies.
 
@@ -49,7 +55,7 @@ class PlanNotes(TypedDict, total=False):
     auto: str
     initial: str
     final: str
-    statistics: StatisticsNote
+    statistics: StatisticsUsed
     text: str
     calibration_tokens: int
     predicted_cost: float

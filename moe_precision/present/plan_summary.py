@@ -161,6 +161,8 @@ def _measured(plan: PrecisionPlan) -> list[str]:
             f"statistics: {least:,} tokens for the least seen expert, {medians[len(medians) // 2]:,} in the middle, "
             f"{most:,} for the most seen, from {notes['statistics']['text'] or 'text that they do not name'}"
         )
+        if count := notes["statistics"].get("indefinite", 0):
+            lines.append(f"fitted without statistics, since their second moments have negative eigenvalues: {count}")
     return lines
 
 

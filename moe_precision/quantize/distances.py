@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from ..layers.module_tree import root_model
 from ..recording.batches import run_batch
 from ..recording.padding import Padding
+from ..recording.processes import run_together, sum_gradients, summed
 from .trainable import DistillError, TrainableScales, full
 
 Step = Callable[[], object]  # the forward pass of one batch
@@ -29,6 +30,7 @@ def through_layers(
     steps: Iterable[Step],
     optimizer: Optimizer | None,
     padding: Padding | None = None,
+    together: torch.device | None = None,
 ) -> dict[str, float]:
     """Relative squared error of every layer's output, for the input that the packed layers before it make.
 
@@ -38,6 +40,8 @@ def through_layers(
         steps: Forward passes through the model.
         optimizer: Of the scales; each forward pass is then a step.
         padding: Which rows do not count, if a step itself says so to it; else it is seen when the model is called.
+        together: What the processes of a run communicate from, where all of them take these steps together, each on
+            batches of its own: a collective, as if the batches of all had been one. None for this process alone.
     """
     errors = {one.unit: 0.0 for one in scales}
     squares = dict(errors)
@@ -78,13 +82,25 @@ def through_layers(
     try:
         with torch.no_grad():
             for step in steps:
-                step()
+                if together is None:
+                    step()
+                else:
+                    run_together([step], together, DistillError)
                 if optimizer is not None:
+                    if together is not None:
+                        for one in scales:
+                            sum_gradients(one.parameters)
                     optimizer.step()
                     optimizer.zero_grad()
     finally:
         for handle in handles:
             handle.remove()
+    if together is not None:
+        sums = torch.tensor([*errors.values(), *squares.values()], dtype=torch.float64, device=together)
+        values = summed(sums).tolist()
+        errors, squares = (
+            dict(zip(errors, part, strict=True)) for part in (values[: len(errors)], values[len(errors) :])
+        )
     unseen = [name for name, square in squares.items() if square == 0]
     if unseen:
         raise DistillError(f"the output of {unseen} is not seen, or is 0: are these layers called by this model?")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..layers.moe_layers import MoELayer
 from ..layers.router_rows import router_row_norms
+from ..plans.plan import PrecisionPlan
+from ..recording.processes import highest
 from ..recording.router_norms import check_same_weights
 from .trainable import DistillError
 
@@ -50,3 +55,25 @@ def check_plain(model: nn.Module, layers: list[MoELayer]) -> None:
             )
         if own.get(weight.name) is not parameter:
             raise DistillError(f"{weight.name!r} is behind a wrapper of {type(model).__name__}: unwrap it")
+
+
+def without_ddp(model: nn.Module) -> nn.Module:
+    """What DDP is around: layers have their names in it, and its hooks run in DDP's forward pass too."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def check_same_plan(plan: PrecisionPlan, device: torch.device) -> None:
+    """Checks that all processes have one plan; a collective.
+
+    Args:
+        plan: Of this process.
+        device: One that the processes communicate from.
+
+    Raises:
+        DistillError: They have different ones.
+    """
+    widths = zlib.crc32(
+        repr([plan.group_size, {name: one.projection_bits for name, one in plan.layers.items()}]).encode()
+    )
+    if highest(widths, device) != -highest(-widths, device):
+        raise DistillError("the processes of this run have made different plans: distill from the checkpoint instead")

@@ -26,11 +26,12 @@ from ..plans.plan import PrecisionPlan
 from ..recording.batches import run_batch
 from ..recording.curvature import Curvature
 from ..recording.loads import not_counted
+from ..recording.processes import run_together, taken_together
 from ..recording.router_norms import norms_by_layer
 from ..recording.statistics import ExpertStatistics
 from .codec.grid import Grid
 from .distances import Step, through_layers, through_logits
-from .distillable import check_routers
+from .distillable import check_routers, check_same_plan, without_ddp
 from .replace import find_targets
 from .trainable import DistillError, TrainableScales
 
@@ -38,7 +39,7 @@ T = TypeVar("T")  # a batch, or its forward pass
 Through = Literal["layers", "logits"]
 STEPS = 100
 RATE = 5e-3  # of Adam, falling to 0 in a straight line; relative to each scale
-_CHECKED = 8  # batches on which the result is measured, apart from those that are trained on
+CHECKED = 8  # batches on which the result is measured, apart from those that are trained on
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,9 @@ def distilled_grid(
 ) -> tuple[Grid, Distilled]:
     """Quantizes experts and distills their scales by layer, without a second model and without changing this one.
 
+    With several processes this is a collective: each gives batches of its own, a step is taken on those of all, and all
+    get the same grid. Each has the whole model (DDP). They take as many batches as the one that has the fewest.
+
     What comes out is what `distill_scales` makes of a packed copy of the model, on the same batches. See `memory_bytes`
     for what it takes.
 
@@ -157,10 +161,18 @@ def distilled_grid(
     Raises:
         DistillError: There is no batch, or no expert is below 16 bits, or a layer is not called.
     """
+    model = without_ddp(model)
     listed = find_targets(root_model(model), layers, plan, None, curvature, None, statistics)
     targets = {target.parameter: target for target in listed}
-    scales = [TrainableScales.fitted(layer, targets, plan.group_size) for layer in layers]
-    found = _trained(model, scales, passes, through_layers, steps, rate)
+    device = layers[0].router_is.parameter().device
+    check_same_plan(plan, device)
+    scales: list[TrainableScales] = []
+    fits = (partial(TrainableScales.fitted, layer, targets, plan.group_size) for layer in layers)
+    run_together([lambda: scales.extend(fit() for fit in fits)], device, DistillError)
+    for matrix in (matrix for one in scales for matrix in one.matrices):
+        matrix.take_first()
+    batches = taken_together(passes, CHECKED + steps, device, DistillError)
+    found = _trained(model, scales, batches, partial(through_layers, together=device), steps, rate)
     grid = Grid(plan, router_norms=norms_by_layer(layers))
     for one in scales:
         take_in(grid, one)
@@ -196,10 +208,10 @@ def split(items: Iterable[T], steps: int) -> tuple[list[T], list[T]]:
     Raises:
         DistillError: There is none.
     """
-    taken = list(islice(items, _CHECKED + steps))
+    taken = list(islice(items, CHECKED + steps))
     if not taken:
         raise DistillError("there is no batch to distill on")
-    checked = taken[: min(_CHECKED, len(taken) // 4)] or taken
+    checked = taken[: min(CHECKED, len(taken) // 4)] or taken
     return checked, taken[len(checked) :] or taken
 
 

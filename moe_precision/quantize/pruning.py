@@ -280,4 +280,4 @@ def _cut_statistics(statistics: ExpertStatistics, kept: Kept, shapes: dict[str, 
     )
     tokens = {name: of[kept[name]] for name, of in statistics.tokens.items()}
     norms = {name: of[kept[name]] for name, of in statistics.router_norms.items()}
-    return ExpertStatistics(shapes, diagonals, correlations, tokens, norms, statistics.text)
+    return ExpertStatistics(shapes, diagonals, correlations, tokens, norms, statistics.text, statistics.linears)

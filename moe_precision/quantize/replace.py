@@ -26,7 +26,7 @@ from ..recording.curvature import Curvature
 from ..recording.statistics import ExpertStatistics
 from .codec.fitting import Fit, quantize_matrix
 from .codec.grid import Grid
-from .codec.guided import fit_of
+from .codec.guided import fit_of, linear_fit_of
 from .modules import PackedLinear, PackedProjection, check_implementation, sentinel
 
 
@@ -82,7 +82,8 @@ def find_targets(
         non_expert_bits: 8 or 4 to list the other linear layers too.
         curvature: Weights the fit of each matrix.
         grid: Scales and offsets of each matrix, in place of a fit.
-        statistics: Second moments of the inputs, which the fit rounds under.
+        statistics: Second moments of the inputs, which the fit rounds under; other linear layers too, where they are
+            known.
 
     Raises:
         PlanError: The group size does not divide an input width.
@@ -94,7 +95,12 @@ def find_targets(
         fit = partial(_fit, layer.name, curvature=curvature, grid=grid, statistics=statistics)
         targets += _expert_targets(layer, plan.layers[layer.name].projection_bits, tied, fit)
     if non_expert_bits is not None:
-        targets += _non_expert_targets(model, layers, non_expert_bits, plan.group_size)
+        for name in non_expert_linears(model, layers):
+            module = model.get_submodule(name)
+            shape = int(module.weight.shape[0]), int(module.weight.shape[1])  # type: ignore[index]
+            check_group_size(plan.group_size, name, {"weight": shape})
+            fits = (linear_fit_of(name, statistics),)
+            targets.append(Target(f"{name}.weight", [non_expert_bits], shape, fused=False, fits=fits))
     return targets
 
 
@@ -182,13 +188,20 @@ def _fit(
     return fit_of(layer, projection, expert, curvature, statistics)
 
 
-def _non_expert_targets(model: nn.Module, layers: list[MoELayer], bits: int, group_size: int) -> list[Target]:
-    """Every ``nn.Linear`` outside experts, but routers, output embeddings, tied weights and what stays in float32."""
+def non_expert_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
+    """Names of the linear layers that ``non_expert_bits`` quantizes.
+
+    Every ``nn.Linear`` outside experts, but routers, output embeddings, tied weights and what stays in float32.
+
+    Args:
+        model: The float model, on any device (meta included).
+        layers: Its layers, as found by `find_moe_layers`.
+    """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     tied = set(tied_names(model))
     routers = {layer.router for layer in layers}
     kept = kept_in_float32(model)
-    targets = []
+    found = []
     for path, module in model.named_modules():
         name = f"{path}.weight"
         inside = any(path.startswith(layer.experts + ".") for layer in layers)
@@ -196,9 +209,8 @@ def _non_expert_targets(model: nn.Module, layers: list[MoELayer], bits: int, gro
             continue
         if any(router.startswith(path + ".") for router in routers) or any(one.search(name) for one in kept):
             continue
-        check_group_size(group_size, path, {"weight": (module.out_features, module.in_features)})
-        targets.append(Target(name, [bits], (module.out_features, module.in_features), fused=False))
-    return targets
+        found.append(path)
+    return found
 
 
 def packed_tensors(model: nn.Module, targets: list[Target], group_size: int) -> dict[str, int]:

@@ -13,6 +13,7 @@ from ..errors import MoEPrecisionError
 from ..layers.banks import Bank
 from ..layers.moe_layers import MoELayer
 from ..plans.widths import DROPPED
+from ..recording.processes import of_first
 from .buckets import Bucket, NoMatrices
 from .codec.fitting import Fit
 from .codec.packing import pack, unpack
@@ -79,6 +80,10 @@ class Matrix:
         """``(out, in)`` float32."""
         scale, offset = self.grid()
         return torch.addcmul(offset.unsqueeze(-1), self.codes.float(), scale.unsqueeze(-1)).flatten(-2)
+
+    def take_first(self) -> None:
+        """Takes the codes, scales and offsets of the first process; a collective."""
+        self.packed, self.scale, self.offset = map(of_first, (self.packed, self.scale, self.offset))
 
     @torch.no_grad()
     def store(self) -> None:

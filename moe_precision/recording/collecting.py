@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from ..layers.materialized import check_materialized
-from ..layers.module_tree import modes_kept
+from ..layers.module_tree import modes_kept, root_model
 from ..layers.moe_layers import MoELayer, find_moe_layers
 from .batches import run_batch
 from .collector import Collector
+from .linear_inputs import LinearCollector
 from .loads import not_counted
 from .processes import run_together
 from .statistics import ExpertStatistics, StatisticsError
@@ -24,7 +26,13 @@ MEMORY_GIB = 8.0  # for second moments, unless more is asked for
 
 
 def collect_statistics(
-    model: nn.Module, batches: Iterable[Any], *, text: str = "", memory_gib: float = MEMORY_GIB, **patterns: Any
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    text: str = "",
+    memory_gib: float = MEMORY_GIB,
+    linears: Sequence[str] = (),
+    **patterns: Any,
 ) -> ExpertStatistics:
     """Second moments of the inputs of all expert matrices on some text, without gradients, in evaluation mode.
 
@@ -42,6 +50,8 @@ def collect_statistics(
         text: What the text is, for the file.
         memory_gib: Memory for second moments, ``4 in**2`` bytes for each matrix. If those of all layers take more, the
             batches are gone through several times, for some layers each: see `passes`.
+        linears: Names of other ``nn.Linear`` modules whose inputs are looked at too, each token counted once:
+            `non_expert_linears` lists those that ``non_expert_bits`` quantizes.
         patterns: ``router_pattern`` and ``expert_pattern``, as in `find_moe_layers`.
 
     Raises:
@@ -56,7 +66,8 @@ def collect_statistics(
     """
     forward = partial(run_batch, model)
     steps = (partial(forward, batch) for batch in batches) if isinstance(batches, Iterator) else Steps(forward, batches)
-    return collect_from_steps(model, find_moe_layers(model, **patterns), steps, text=text, memory_gib=memory_gib)
+    layers = find_moe_layers(model, **patterns)
+    return collect_from_steps(model, layers, steps, text=text, memory_gib=memory_gib, linears=linears)
 
 
 class Steps:
@@ -81,10 +92,11 @@ def collect_from_steps(
     *,
     text: str = "",
     memory_gib: float = MEMORY_GIB,
+    linears: Sequence[str] = (),
 ) -> ExpertStatistics:
     """`collect_statistics` of forward passes that the caller runs: each step is called once per pass, no gradients."""
     check_materialized(layers)
-    groups = passes(layers, memory_gib)
+    groups = passes(layers, memory_gib, linear_widths(model, linears))
     if len(groups) > 1 and isinstance(steps, Iterator):
         raise StatisticsError(
             f"second moments of {len(layers)} layers take {memory_bytes(layers) / 2**30:.2f} GiB, which within "
@@ -97,35 +109,75 @@ def collect_from_steps(
         model.eval()
         for number, group in enumerate(groups, 1):
             which = f", pass {number} of {len(groups)}" if len(groups) > 1 else ""
-            collector = Collector(model, group)
+            collector, others = Collector(model, group.layers), LinearCollector(model, group.linears)
             try:
                 shown = tqdm(steps, desc=f"expert statistics{which}", unit="batch", leave=False, disable=None)
                 run_together(shown, device, StatisticsError)
                 collector.take(found)
+                others.take(found.linears)
             finally:
                 collector.close()
+                others.close()
                 _reshard(model)
     return found.belongs_to(layers)
 
 
-def passes(layers: list[MoELayer], memory_gib: float) -> list[list[MoELayer]]:
-    """Layers in groups whose second moments fit into memory together.
+@dataclass
+class Group:
+    """What is collected together.
+
+    Attributes:
+        layers: Layers of experts.
+        linears: Name of another linear layer -> width of its input.
+    """
+
+    layers: list[MoELayer] = field(default_factory=list)
+    linears: dict[str, int] = field(default_factory=dict)
+
+
+def bytes_of(group: Group) -> int:
+    """Bytes of the second moments of a group while they are collected."""
+    return memory_bytes(group.layers) + sum(4 * width * width for width in group.linears.values())
+
+
+def passes(layers: list[MoELayer], memory_gib: float, linears: Mapping[str, int] | None = None) -> list[Group]:
+    """Layers, and other linear layers by name and width, in groups whose second moments fit into memory together.
 
     Raises:
         StatisticsError: Those of one layer do not.
     """
-    groups: list[list[MoELayer]] = [[]]
-    for layer in layers:
-        alone = memory_bytes([layer]) / 2**30
+    groups = [Group()]
+    everything = [(layer.name, Group([layer])) for layer in layers]
+    everything += [(name, Group(linears={name: width})) for name, width in (linears or {}).items()]
+    for name, one in everything:
+        alone = bytes_of(one) / 2**30
         if alone > memory_gib:
             raise StatisticsError(
-                f"second moments of layer {layer.name!r} alone take {alone:.3g} GiB, more than the {memory_gib:g} GiB "
-                "of memory_gib"
+                f"second moments of layer {name!r} alone take {alone:.3g} GiB, more than the {memory_gib:g} GiB of "
+                "memory_gib"
             )
-        if memory_bytes([*groups[-1], layer]) / 2**30 > memory_gib:
-            groups.append([])
-        groups[-1].append(layer)
+        if (bytes_of(groups[-1]) + bytes_of(one)) / 2**30 > memory_gib:
+            groups.append(Group())
+        groups[-1].layers += one.layers
+        groups[-1].linears |= one.linears
     return groups
+
+
+def linear_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
+    """Widths of the inputs of some ``nn.Linear`` modules, by their names.
+
+    Raises:
+        StatisticsError: One of them is something else, or not there.
+    """
+    modules = dict(root_model(model).named_modules())
+    widths = {}
+    for name in names:
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear):
+            found = "not there" if module is None else f"a {type(module).__name__}"
+            raise StatisticsError(f"{name!r} is {found} in {type(model).__name__}, expected an nn.Linear")
+        widths[name] = module.in_features
+    return widths
 
 
 def memory_bytes(layers: list[MoELayer]) -> int:
@@ -135,7 +187,7 @@ def memory_bytes(layers: list[MoELayer]) -> int:
 
 def peak_bytes(layers: list[MoELayer], memory_gib: float = MEMORY_GIB) -> int:
     """Bytes of the second moments that are in memory together at most; errors as those of `passes`."""
-    return max(memory_bytes(group) for group in passes(layers, memory_gib))
+    return max(map(bytes_of, passes(layers, memory_gib)))
 
 
 def _reshard(model: nn.Module) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..compat import split_by
 
+T = TypeVar("T")
 _TENSOR_PARALLEL = re.compile(r"(?:^|_)(?:tp|tensor)(?:_|$)", re.IGNORECASE)
 _GOES_ON, _ENDED, _FAILED = 0, 1, 2  # in order of weight: the highest of all processes counts
 
@@ -61,12 +64,40 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def sum_gradients(parameters: Sequence[Tensor]) -> None:
+    """Adds up the gradients of all processes, in place; a collective. None stays where no process has one.
+
+    Args:
+        parameters: The same ones in the same order on every process, all of one dtype and device.
+    """
+    if world_size() == 1 or not parameters:
+        return
+    gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+    there = parameters[0].new_tensor([float(one.grad is not None) for one in parameters])
+    *sums, there = summed(torch.cat([*(one.flatten() for one in gradients), there])).split(
+        [*(one.numel() for one in parameters), len(parameters)]
+    )
+    for parameter, gradient, anywhere in zip(parameters, sums, there.tolist(), strict=True):
+        parameter.grad = gradient.view_as(parameter) if anywhere else None
+
+
 def of_first(values: Tensor) -> Tensor:
     """The values that the first process has, in place where the tensor allows it; a collective."""
     if world_size() > 1:
         values = values.contiguous()
         dist.broadcast(values, 0)
     return values
+
+
+def taken_together(items: Iterable[T], count: int, device: torch.device, error: type[Exception]) -> list[T]:
+    """The first items of an iterable of this process: as many on every process, ``count`` at most; a collective.
+
+    Raises:
+        Exception: What the iterable has raised, or ``error`` where that of another process did.
+    """
+    taken: list[T] = []
+    run_together([lambda: taken.extend(islice(items, count))], device, error)
+    return taken[: -highest(-len(taken), device)]
 
 
 def run_together(steps: Iterable[Callable[[], object]], device: torch.device, error: type[Exception]) -> None:

@@ -7,7 +7,7 @@ expert, with ``w`` the routing weight that its output is multiplied by. `collect
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,18 +15,13 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from ..checkpoints.tensor_file import Nested, TensorFile, named, shapes_of
-from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer
 from ..layers.prefixes import prefixes_of
 from ..layers.shape import LayerShape
+from .linear_inputs import LinearInputs
+from .packed_moments import StatisticsError as StatisticsError
+from .packed_moments import check_moment, packed, shrunk, whole
 from .router_norms import check_same_weights, norms_by_layer
-
-SHRINK = 0.3  # tokens for each input column at which half of a second moment is kept
-
-
-class StatisticsError(MoEPrecisionError, ValueError):
-    """Experts whose inputs cannot be seen, a damaged file, or statistics of another model."""
-
 
 _FILE = TensorFile("moe-precision-statistics", 1, StatisticsError, "statistics")
 
@@ -47,6 +42,9 @@ class ExpertStatistics:
         router_norms: Layer name -> ``(E,)`` float32 when they were taken, by which the weights that they belong to are
             known.
         text: What text they were taken from.
+        linears: Second moments of the inputs of other linear layers, where they were asked for.
+        indefinite: Layer, projection and expert of second moments that were found to have negative eigenvalues; these
+            matrices are fitted and priced as without statistics.
 
     Example:
         >>> statistics = ExpertStatistics.load("precision_plan.statistics.safetensors")
@@ -60,6 +58,8 @@ class ExpertStatistics:
     tokens: dict[str, Tensor] = field(default_factory=dict)
     router_norms: dict[str, Tensor] = field(default_factory=dict)
     text: str = ""
+    linears: LinearInputs = field(default_factory=LinearInputs)
+    indefinite: set[tuple[str, str, int]] = field(default_factory=set)
 
     @classmethod
     def of(
@@ -95,9 +95,9 @@ class ExpertStatistics:
         """
         if name not in self.layers:
             raise StatisticsError(f"layer {name!r} is none of {list(self.layers)}")
-        packed = {projection: _packed(of_all) for projection, of_all in moments.items()}
-        self.diagonals[name] = {projection: diagonal for projection, (diagonal, _) in packed.items()}
-        self.correlations[name] = {projection: above for projection, (_, above) in packed.items()}
+        parts = {projection: packed(of_all) for projection, of_all in moments.items()}
+        self.diagonals[name] = {projection: diagonal for projection, (diagonal, _) in parts.items()}
+        self.correlations[name] = {projection: above for projection, (_, above) in parts.items()}
         self.tokens[name] = tokens.to("cpu", torch.int64)
         self._check_layer(name)
 
@@ -114,12 +114,7 @@ class ExpertStatistics:
 
     def second_moment(self, layer: str, projection: str, expert: int) -> Tensor:
         """The second moment of one matrix's inputs, ``(in, in)`` float32."""
-        diagonal = self.diagonals[layer][projection][expert]
-        above = torch.zeros(len(diagonal), len(diagonal), dtype=torch.float32)
-        above.masked_scatter_(_above_diagonal(len(diagonal)), self.correlations[layer][projection][expert].float())
-        root = diagonal.sqrt()
-        above.mul_(root).mul_(root.unsqueeze(1))
-        return (above + above.T).diagonal_scatter(diagonal)
+        return whole(self.diagonals[layer][projection][expert], self.correlations[layer][projection][expert])
 
     def fit_moment(
         self, layer: str, projection: str, expert: int, column_weights: Tensor | None = None
@@ -137,19 +132,13 @@ class ExpertStatistics:
             column_weights: ``(in,)``, see `Curvature.fit_weights`; None, or 0 in all columns, for all alike.
 
         Returns:
-            ``(in, in)`` float32; None for an expert that no token has reached, or whose inputs were all 0: its matrix
-            is then fitted as without statistics.
+            ``(in, in)`` float32; None for an expert that no token has reached, or whose inputs were all 0, or one of
+            `indefinite`: its matrix is then fitted as without statistics.
         """
-        tokens, diagonal = int(self.tokens[layer][expert]), self.diagonals[layer][projection][expert]
-        if tokens == 0 or not diagonal.any():
+        if (layer, projection, expert) in self.indefinite:
             return None
-        share = SHRINK * len(diagonal) / (tokens + SHRINK * len(diagonal))
-        weights = torch.ones_like(diagonal) if column_weights is None else column_weights.to(diagonal)
-        if not weights.any():  # an expert that never had a gradient
-            weights = torch.ones_like(diagonal)
-        moment = self.second_moment(layer, projection, expert).mul_(1 - share)
-        moment.diagonal().add_(weights / weights.mean() * (share * diagonal.mean()))
-        return moment
+        diagonal, above = self.diagonals[layer][projection][expert], self.correlations[layer][projection][expert]
+        return shrunk(diagonal, above, int(self.tokens[layer][expert]), column_weights)
 
     @property
     def experts_without_tokens(self) -> int:
@@ -165,6 +154,8 @@ class ExpertStatistics:
         """How many tokens the experts' statistics rest on, in words."""
         tokens = torch.cat(list(self.tokens.values()))
         text = f"tokens per expert: least {tokens.min():,}, median {tokens.median():,}, most {tokens.max():,}"
+        if self.linears.tokens:
+            text += f"; inputs of {len(self.linears.tokens)} other linear layers"
         if self.experts_without_tokens:
             text += f"; {self.experts_without_tokens} experts saw none and are fitted without statistics"
         return text
@@ -184,7 +175,8 @@ class ExpertStatistics:
         if change.equal:
             return self
         moments = change.keys(self.diagonals), change.keys(self.correlations)
-        return ExpertStatistics(found, *moments, change.keys(self.tokens), change.keys(self.router_norms), self.text)
+        known = change.keys(self.tokens), change.keys(self.router_norms)
+        return ExpertStatistics(found, *moments, *known, self.text, self.linears.renamed(change))
 
     def check_router_norms(self, norms: dict[str, Tensor]) -> None:
         """Raises `StatisticsError` if router norms show that they are of other weights; see `check_same_weights`."""
@@ -202,7 +194,7 @@ class ExpertStatistics:
                     f"{tuple(above.shape)}, expected {expected[0]} and {expected[1]}"
                 )
             for expert in range(layer.num_experts):  # one at a time: a file is read as it is needed
-                _check_moment(diagonal[expert], above[expert], f"{where}, expert {expert}")
+                check_moment(diagonal[expert], above[expert], f"{where}, expert {expert}")
         if tokens.shape != (layer.num_experts,) or tokens.dtype != torch.int64 or (tokens < 0).any():
             raise StatisticsError(
                 f"statistics of layer {name!r}: tokens are {tokens.tolist()} ({tokens.dtype}), expected "
@@ -211,14 +203,18 @@ class ExpertStatistics:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes safetensors: ``diagonals/<layer>/<projection>``, ``correlations/...`` alike, ``tokens/<layer>`` and
-        ``router_norms/<layer>``; layers and text are in the metadata.
+        ``router_norms/<layer>``; layers and text are in the metadata. Of other linear layers there are
+        ``linear_diagonals/<module>`` and ``linear_correlations/<module>``, with their tokens in the metadata.
 
         Raises:
             OSError: The file cannot be written; an existing one is left as it was.
         """
         tensors = named("diagonals", self.diagonals) | named("correlations", self.correlations)
         tensors |= named("tokens", self.tokens) | named("router_norms", self.router_norms)
-        _FILE.save(path, tensors, layers=shapes_of(self.layers), text=self.text)
+        linears = self.linears
+        tensors |= named("linear_diagonals", linears.diagonals) | named("linear_correlations", linears.correlations)
+        more = {"linears": linears.tokens} if linears.tokens else {}
+        _FILE.save(path, tensors, layers=shapes_of(self.layers), text=self.text, **more)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, check_moments: bool = True) -> ExpertStatistics:
@@ -239,9 +235,17 @@ class ExpertStatistics:
             {name: file.tensor(f"{kind}/{name}") for name in layers} for kind in ("tokens", "router_norms")
         )
         moments = file.nested("diagonals", layers), file.nested("correlations", layers)
-        found = cls(layers, *moments, tokens, norms, file.text("text"))
+        of_linears = file.decoded("linears", "{}")
+        diagonals, above = (
+            {name: file.tensor(f"linear_{kind}/{name}") for name in of_linears}
+            for kind in ("diagonals", "correlations")
+        )
+        linears = LinearInputs(diagonals, above, of_linears)
+        found = cls(layers, *moments, tokens, norms, file.text("text"), linears)
         for name in layers if check_moments else ():
             found._check_layer(name)
+        for name in of_linears if check_moments else ():
+            found.linears.check(name)
         return found
 
 
@@ -250,36 +254,8 @@ def as_statistics(statistics: ExpertStatistics | str | os.PathLike[str]) -> Expe
     return statistics if isinstance(statistics, ExpertStatistics) else ExpertStatistics.load(statistics)
 
 
-def file_bytes(layers: list[MoELayer]) -> int:
-    """Bytes of the file that statistics of some layers make."""
+def file_bytes(layers: list[MoELayer], linears: Iterable[int] = ()) -> int:
+    """Bytes of the file that statistics of some layers make, and of other linear layers with inputs of some widths."""
     widths = [(layer.num_experts, inp) for layer in layers for _, inp in layer.projections.values()]
+    widths += [(1, width) for width in linears]
     return sum(experts * (4 * inp + inp * (inp - 1)) for experts, inp in widths)
-
-
-def _above_diagonal(width: int) -> Tensor:
-    """A mask ``(width, width)``."""
-    return torch.ones(width, width, dtype=torch.bool).triu_(1)
-
-
-def _packed(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Diagonals ``(E, in)`` float32 and correlations ``(E, in * (in - 1) / 2)`` float16 of ``(E, in, in)``."""
-    diagonals, above = [], []
-    mask = _above_diagonal(moments.shape[-1])
-    for moment in moments:  # one at a time, on the CPU
-        moment = moment.float().cpu()
-        diagonal = moment.diagonal().clone()
-        scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
-        diagonals.append(diagonal)
-        above.append((moment * scale).mul_(scale.unsqueeze(1)).masked_select(mask).half())
-    return torch.stack(diagonals), torch.stack(above)
-
-
-def _check_moment(diagonal: Tensor, above: Tensor, where: str) -> None:
-    if not (diagonal.is_floating_point() and above.is_floating_point()):
-        raise StatisticsError(f"{where}: expected floats, got {diagonal.dtype} and {above.dtype}")
-    if not (diagonal.isfinite().all() and above.isfinite().all()):
-        raise StatisticsError(f"{where}: holds values that are not finite; has training diverged?")
-    if (diagonal < 0).any():
-        raise StatisticsError(f"{where}: mean squares of inputs go down to {float(diagonal.min()):.3g}, expected 0")
-    if above.numel() and float(above.abs().max()) > 1.01:
-        raise StatisticsError(f"{where}: correlations of inputs go up to {float(above.abs().max()):.3g}, expected 1")

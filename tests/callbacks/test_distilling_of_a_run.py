@@ -15,7 +15,7 @@ from transformers import Trainer as HFTrainer
 from transformers import TrainingArguments
 
 from moe_precision import PrecisionPlan, distill_scales, load_model, quantize_model
-from moe_precision.callbacks import RouterNormMonitor, RouterNormTrainerCallback, SavePretrained, scale_distiller
+from moe_precision.callbacks import RouterNormMonitor, RouterNormTrainerCallback, SavePretrained
 from moe_precision.callbacks import statistics_recorder as recorder
 from moe_precision.cli.main import main
 from moe_precision.quantize.codec.grid import Grid, GridError
@@ -242,10 +242,6 @@ def test_what_cannot_be_is_refused_before_training(tmp_path, monkeypatch):
     with pytest.raises(DistillError, match=r"'model\.1\.experts\.0\.0\.weight' is behind a wrapper of Wrapped: unwrap"):
         trainer(tmp_path, monitor(**asked)).fit(Wrapped(), data())
     module = Module()
-    with monkeypatch.context() as patched:
-        patched.setattr(scale_distiller, "world_size", lambda: 2)
-        with pytest.raises(ValueError, match="distill_steps=2 needs a single process, and there are 2"):
-            trainer(tmp_path, monitor(**asked)).fit(module, data())
     with monkeypatch.context() as patched:
         patched.setattr(recorder, "AUTOMATIC_BYTES", 1000)
         with pytest.raises(ValueError, match="distill_steps=2 needs expert statistics, and none are collected: their"):

@@ -181,6 +181,17 @@ def test_a_model_that_is_not_finite_stops_nobody(tmp_path):
     assert not (tmp_path / NAME).exists()
 
 
+def test_a_disk_that_is_too_small_is_said_before_training(tmp_path, monkeypatch):
+    module = Module()
+    monkeypatch.setattr(statistics_recorder, "_free", lambda folder: 1000)
+    module.on_train_epoch_start = lambda: pytest.fail("training has begun")
+    with (
+        pytest.warns(UserWarning, match=r"take a file of .* MB, and '.*' has 0\.0 MB left\. Make room before training"),
+        pytest.raises(pytest.fail.Exception, match="training has begun"),
+    ):
+        trainer(tmp_path, monitor(statistics_batches=2)).fit(module, data())
+
+
 def test_without_curvature_the_default_is_the_papers_rule(tmp_path):
     """And the log says so."""
 

@@ -28,7 +28,8 @@ def saved(tmp_path, model_with_text):
 
 def test_a_checkpoint_that_nobody_watched(saved, tmp_path, capsys):
     model, plan = saved
-    command = ["quantize", str(tmp_path / "model"), str(tmp_path / "plan.json"), str(tmp_path / "out")]
+    command = ["quantize", str(tmp_path / "model"), str(tmp_path / "plan.json"), "--non-expert-bits", "8"]
+    command.append(str(tmp_path / "out"))
     collecting = ["--statistics-batches", "2", "--dataset", str(tmp_path / "text.txt")]
     kept = tmp_path / "plan.statistics.safetensors"
     assert main([*command, *collecting, "--save-statistics", str(kept)]) == 0
@@ -36,6 +37,7 @@ def test_a_checkpoint_that_nobody_watched(saved, tmp_path, capsys):
     assert "collects statistics from 2 training batches of" in printed
     assert "MB beside the float model" in printed
     assert "tokens per expert: least" in printed
+    assert "; inputs of 8 other linear layers" in printed
     statistics = ExpertStatistics.load(kept)
     assert statistics.text == f"2 training batches of {tmp_path / 'text.txt'}"
     assert all(tokens.sum() > 0 for tokens in statistics.tokens.values())
@@ -44,7 +46,7 @@ def test_a_checkpoint_that_nobody_watched(saved, tmp_path, capsys):
     assert main([*command[:-1], str(tmp_path / "again")]) == 0  # the file is beside the plan now
     assert f"rounds under the statistics of {kept} (from 2 training batches" in capsys.readouterr().out
     assert torch.equal(logits(load_model(tmp_path / "again", dtype="float32")), packed)
-    torch.testing.assert_close(packed, logits(quantize_model(model, plan, statistics=kept)))
+    torch.testing.assert_close(packed, logits(quantize_model(model, plan, non_expert_bits=8, statistics=kept)))
 
 
 def test_within_a_bound_on_memory(saved, tmp_path, capsys):

@@ -1,10 +1,14 @@
 """Quantizing with expert statistics, in memory, from a checkpoint and while one loads: the same codes everywhere."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from moe_precision import PlanQuantizationConfig, allocate, find_moe_layers, quantize_model
+from moe_precision.present.plan_summary import plan_lines
 from moe_precision.quantize.codec.fitting import quantize_matrix
 from moe_precision.quantize.codec.guided import fit_of
 from moe_precision.quantize.writer import quantize_checkpoint
@@ -131,13 +135,30 @@ def test_statistics_of_another_model_and_of_other_weights(model, tmp_path):
         quantize_model(model, plan, statistics=statistics)
 
 
-def test_a_second_moment_that_is_none_names_its_expert(model):
+def test_a_second_moment_that_is_none_names_its_expert_and_is_left_out(model):
+    """The plan counts it, and 0 bits are priced without it too."""
+    curvature = curvature_of(find_moe_layers(model), [trained_with(torch.optim.Adam, model)])
     statistics = statistics_of(model)
     statistics.correlations[LAYER]["gate_up_proj"][5] = -1
-    with pytest.raises(
-        StatisticsError, match=r"'gate_up_proj' of expert 5 in layer 'model\.layers\.0\.mlp': .*eigenval"
-    ):
-        fit_of(LAYER, "gate_up_proj", 5, None, statistics)(torch.randn(8, 64), 2, 64)
+    weight = find_moe_layers(model)[0].expert_weights(5)["gate_up_proj"]
+    message = r"'gate_up_proj' of expert 5 in layer 'model\.layers\.0\.mlp' is fitted without statistics: .*eigenval"
+    with pytest.warns(UserWarning, match=message):
+        found = fit_of(LAYER, "gate_up_proj", 5, None, statistics)(weight, 2, 64)
+    for one, other in zip(found, quantize_matrix(weight, 2, 64), strict=True):
+        assert torch.equal(one, other)
+    known = {"curvature": curvature, "bits": (0, 2, 3), "average_bits": 2.5, "group_size": 64, "min_tokens": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is known by now
+        plan = allocate(model, method="statistics", statistics=statistics, **known)
+    assert plan.notes["statistics"]["indefinite"] == 1
+    assert "since their second moments have negative eigenvalues: 1" in " ".join(" ".join(plan_lines(plan)).split())
+    seen = copy.deepcopy(statistics)
+    seen.indefinite, seen.tokens[LAYER][5] = set(), 0  # as if the expert had seen nothing, for this matrix
+    without = allocate(model, method="statistics", statistics=seen, **known)
+    assert "indefinite" not in without.notes["statistics"]
+    for costs in (one.layers[LAYER].costs["gate_up_proj"] for one in (plan, without)):
+        assert all(values[5] > 0 for values in costs.values())
+    assert plan.layers[LAYER].costs["gate_up_proj"] == without.layers[LAYER].costs["gate_up_proj"]
 
 
 def test_other_statistics_do_not_go_on_from_it(model, tmp_path, monkeypatch):

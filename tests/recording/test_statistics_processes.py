@@ -4,6 +4,7 @@ import socket
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moe_precision import find_moe_layers
 from moe_precision.quantize.codec.grid import Grid
@@ -67,6 +68,13 @@ def test_transformers_trainer_on_two_processes(tmp_path):
     for layer, scales in grids[0].scales.items():
         assert all(torch.equal(scale, grids[1].scales[layer][name]) for name, scale in scales.items())
     assert "statistics of the training steps before annealing" in logs[0].read_text()
+    files = [
+        tmp_path / "after" / "precision_plan.grid.safetensors",
+        *(tmp_path / f"grid_{r}.safetensors" for r in (0, 1)),
+    ]
+    written, *of_ranks = (load_file(file) for file in files)
+    for found in of_ranks:  # with distilled scales
+        assert all(torch.equal(tensor, written[name]) for name, tensor in found.items())
 
 
 def assert_alike(found: ExpertStatistics, expected: ExpertStatistics, names: list[str] | None = None) -> None:

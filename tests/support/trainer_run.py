@@ -8,10 +8,12 @@ from tests.support.models import build
 
 
 def main(folder: str) -> None:
-    for name, how in (("after", {"statistics_batches": 2}), ("during", {"statistics_from": 0.5})):
+    for name, how in (("after", {"statistics_batches": 2, "distill_steps": 2}), ("during", {"statistics_from": 0.5})):
         recorder = RouterNormTrainerCallback(group_size=64, **how)
         rank, _ = train(f"{folder}/{name}", recorder)
         assert recorder.statistics is not None
+        if recorder.grid is not None:
+            recorder.grid.save(f"{folder}/grid_{rank}.safetensors")
         recorder.statistics.save(f"{folder}/{name}_{rank}.safetensors")
     anneal = PrecisionAnnealTrainerCallback(start=2, average_bits=2.0, group_size=64, statistics_steps=2)
     rank, model = train(f"{folder}/annealed", anneal)

@@ -33,6 +33,10 @@ _ASYMMETRY = 1e-3  # of the largest value; from half precision
 _NEGATIVE = 1e-2  # of the largest eigenvalue; from half precision too
 
 
+class IndefiniteError(ValueError):
+    """A second moment with eigenvalues below zero, which no inputs have."""
+
+
 def round_by_moment(weight: Tensor, scale: Tensor, offset: Tensor, bits: int, second_moment: Tensor) -> Fitted:
     """Codes, scales and offsets that change the matrix's output little, from a first fit of scales and offsets.
 
@@ -50,6 +54,7 @@ def round_by_moment(weight: Tensor, scale: Tensor, offset: Tensor, bits: int, se
 
     Raises:
         ValueError: The second moment is none.
+        IndefiniteError: Likewise, by its eigenvalues.
     """
     moment = check_moment(second_moment.to(weight.device, torch.float32), weight.shape[1])
     factored = feedback_factor(moment)
@@ -130,7 +135,7 @@ def feedback_factor(moment: Tensor) -> tuple[Tensor, Tensor] | None:
         moment in that order. None where float32 cannot factorize it, damped by a hundredth or a tenth.
 
     Raises:
-        ValueError: An eigenvalue is more negative than rounding explains.
+        IndefiniteError: An eigenvalue is more negative than rounding explains.
     """
     order = moment.diagonal().argsort(descending=True, stable=True)
     backwards = order.flip(0)
@@ -147,7 +152,7 @@ def feedback_factor(moment: Tensor) -> tuple[Tensor, Tensor] | None:
     values = torch.linalg.eigvalsh(moment)
     least, largest = float(values[0]), float(values[-1])
     if least < -_NEGATIVE * largest:
-        raise ValueError(
+        raise IndefiniteError(
             f"the second moment has eigenvalues from {least:.3g} to {largest:.3g} where the mean of its diagonal is "
             f"{float(mean):.3g}, expected none below 0"
         )

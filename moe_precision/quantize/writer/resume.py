@@ -51,4 +51,6 @@ def _tensors_of(given: PlanQuantizationConfig) -> list[dict[str, Tensor]]:
     kinds += [] if grid is None else [grid.scales, grid.offsets, grid.codes]
     kinds += [] if statistics is None else [statistics.diagonals, statistics.correlations]
     found = [{f"{layer}.{p}": t for layer, of in kind.items() for p, t in of.items()} for kind in kinds]
-    return found if statistics is None else [*found, statistics.tokens]
+    if statistics is None:
+        return found
+    return [*found, statistics.tokens, statistics.linears.diagonals, statistics.linears.correlations]
