@@ -73,6 +73,7 @@ class PlanRecorder:
         min_tokens: int = MIN_TOKENS,
         router_pattern: str | None = None,
         expert_pattern: str | None = None,
+        layout: str | None = None,
         module: str | None = None,
         every_n_steps: int | None = None,
         export_to: str = "precision_plan.json",

@@ -61,6 +61,7 @@ class RouterNormMonitor(PlanRecorder, LightningCallback):
         router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by
             structure; see `find_moe_layers`.
         expert_pattern: Regular expression that names the experts' weights.
+        layout: Instead of patterns, the framework whose layout the model has, such as ``megatron``.
         module: Path of the model to record in the LightningModule, such as ``student``; None takes the only one that is
             trained.
         every_n_steps: Optimizer steps between records; None takes the Trainer's ``log_every_n_steps``.

@@ -52,6 +52,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by
             structure; see `find_moe_layers`.
         expert_pattern: Regular expression that names the experts' weights.
+        layout: Instead of patterns, the framework whose layout the model has, such as ``megatron``.
         module: Path of the model to record in what the Trainer trains, such as ``student``; None takes the only one
             that is trained.
         every_n_steps: Optimizer steps between records; None takes ``logging_steps``.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
@@ -51,6 +52,7 @@ class Weight:
         dtype: As the model holds it.
         unit: The FSDP1 module that holds it sharded, if there is one.
         gathers: Whether reading it takes `whole`, a collective: FSDP1 or DeepSpeed ZeRO-3.
+        stored: The shape in which the module holds it, where that is not `shape`: the same values in the same order.
         module: The module that owns it, inside all wrappers.
         key: Its name in that module.
     """
@@ -64,6 +66,7 @@ class Weight:
     key: str = field(default="", repr=False)
     _adapters: tuple[nn.Module, ...] = field(default=(), repr=False)  # innermost first
     _open: bool = field(default=False, repr=False)  # inside `whole`
+    stored: tuple[int, ...] | None = None
 
     @property
     def is_floating_point(self) -> bool:
@@ -90,11 +93,14 @@ class Weight:
         value = self.parameter()
         if value.dtype not in FLOATS:
             raise MoELayerError(f"{self.name!r} holds {value.dtype}: it was quantized after its layer was found")
-        if value.shape != self.shape or (self.unit is not None and not self._open):
+        expected = self.shape if self.stored is None else self.stored
+        if value.shape != expected or (self.unit is not None and not self._open):
             raise MoELayerError(
-                f"{self.name!r} has shape {tuple(value.shape)} on this rank, expected {self.shape}: it is a shard "
+                f"{self.name!r} has shape {tuple(value.shape)} on this rank, expected {expected}: it is a shard "
                 "(FSDP1, DeepSpeed ZeRO-3), whose values would be wrong. Read it inside MoELayer.whole()"
             )
+        if self.stored is not None:  # a shard of a vector may end in the middle of a row
+            value = (value.full_tensor() if isinstance(value, DTensor) else value).view(self.shape)
         for adapter in self._adapters:
             value = _with_adapter(adapter, value, self.name)
         return value

@@ -17,6 +17,7 @@ class Patterns(TypedDict, total=False):
 
     router_pattern: str
     expert_pattern: str
+    layout: str
 
 
 _Weights = dict[str, dict[str, dict[int, Weight]]]  # path of a module -> projection -> expert -> weight

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, cast
 
+from ..layers.layouts import check_layout
 from ..layers.patterns import Patterns, check_pattern
 from ..layers.shape import LayerShape
 from .dropping import check_dropping
@@ -55,6 +56,7 @@ class PlanSettings:
         min_tokens: Tokens of the statistics below which an expert is not dropped: too little was seen of it.
         router_pattern: Regular expression that names the routers' weights, as in `find_moe_layers`.
         expert_pattern: Regular expression that names the experts' weights, as in `find_moe_layers`.
+        layout: Instead of patterns, the framework whose layout the model has, as in `find_moe_layers`.
 
     Raises:
         AllocationError: An unknown method or granularity, two budgets, or a budget outside the levels.
@@ -82,6 +84,7 @@ class PlanSettings:
     min_tokens: int = MIN_TOKENS
     router_pattern: str | None = None
     expert_pattern: str | None = None
+    layout: str | None = None
 
     @classmethod
     def among(cls, given: Mapping[str, Any]) -> PlanSettings:
@@ -105,8 +108,9 @@ class PlanSettings:
             raise AllocationError(f"rest_gib={self.rest_gib} is a part of total_gib, which is not given")
         if not given:
             object.__setattr__(self, "average_bits", DEFAULT_AVERAGE_BITS)
-        for name in ("router_pattern", "expert_pattern"):
+        for name in PATTERNS[:2]:
             check_pattern(name, getattr(self, name))
+        check_layout(self.layout, self.router_pattern, self.expert_pattern)
         if self.granularity not in GRANULARITIES:
             raise AllocationError(
                 f"unknown granularity {self.granularity!r}, expected one of {', '.join(GRANULARITIES)}"
@@ -207,7 +211,7 @@ class PlanSettings:
 
     @property
     def patterns(self) -> Patterns:
-        """``router_pattern`` and ``expert_pattern`` where they are given, for `find_moe_layers`."""
+        """``router_pattern``, ``expert_pattern`` and ``layout`` where they are given, for `find_moe_layers`."""
         return cast(Patterns, {key: value for key in PATTERNS if (value := getattr(self, key)) is not None})
 
     @property
@@ -320,7 +324,7 @@ class PlanSettings:
 
 
 BUDGETS = ("average_bits", "stored_bits", "expert_gib", "total_gib")
-PATTERNS = ("router_pattern", "expert_pattern")
+PATTERNS = ("router_pattern", "expert_pattern", "layout")
 
 
 def expert_weights(layers: Iterable[LayerShape]) -> int:

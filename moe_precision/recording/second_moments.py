@@ -5,7 +5,7 @@ That second moment estimates the diagonal of the empirical Fisher matrix, at no 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..layers.module_tree import Weight
 from ..layers.moe_layers import MoELayer
-from .curvature import Curvature, CurvatureError, Means, row_and_column_means
+from .curvature import Curvature, CurvatureError, Means, row_and_column_means, stacks_of
 from .trusted import problem_of
 
 _COARSE = 2**-7  # a 16-bit moment that should lose less than this share of itself per step does not decay at all
@@ -39,7 +39,8 @@ def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature
             another kind, the experts are frozen, or its state is a flat shard (FSDP1, DeepSpeed) or too coarse.
     """
     experts = {id(weight.parameter()) for layer in layers for bank in layer.banks.values() for weight in bank.weights}
-    moments, problems = _second_moments(optimizers, experts)
+    stacks = stacks_of(layers)
+    moments, problems = _second_moments(optimizers, experts, stacks)
     steps = _steps_of(layers, moments)
 
     def means_of(weight: Weight) -> Means | None:
@@ -50,7 +51,7 @@ def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature
         if found.means is None:
             return None
         rows, columns = found.means
-        shape = weight.shape
+        shape = stacks.get(id(weight.parameter()), weight.shape)
         if tuple(rows.shape) != shape[:-1] or tuple(columns.shape) != (*shape[:-2], shape[-1]):
             raise _cannot(weight, "the optimizer's has another shape: is its state in flat shards (FSDP1, DeepSpeed)?")
         share = found.step / steps[id(weight.parameter())]
@@ -71,7 +72,9 @@ class _Moment(NamedTuple):
     step: float
 
 
-def _second_moments(optimizers: Iterable[Any], experts: Container[int]) -> tuple[dict[int, _Moment], dict[int, str]]:
+def _second_moments(
+    optimizers: Iterable[Any], experts: Container[int], stacks: Mapping[int, tuple[int, ...]]
+) -> tuple[dict[int, _Moment], dict[int, str]]:
     """By parameter id: the means of its second moment, unbiased, or why there are none; of others the step alone."""
     found: dict[int, _Moment] = {}
     problems: dict[int, str] = {}
@@ -90,14 +93,15 @@ def _second_moments(optimizers: Iterable[Any], experts: Container[int]) -> tuple
                 else:
                     try:
                         expert = key in experts
-                        found[key] = _moment(state, parameter, beta) if expert else _Moment(None, float(state["step"]))
+                        step = _Moment(None, float(state["step"]))
+                        found[key] = _moment(state, parameter, beta, stacks.get(key)) if expert else step
                     except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
                         problems[key] = f"the optimizer's state is unlike any known one ({error})"
     return found, problems
 
 
-def _moment(state: dict[str, Any], parameter: Tensor, beta: float) -> _Moment:
-    means, step = _means_in(state, parameter, beta), float(state["step"])
+def _moment(state: dict[str, Any], parameter: Tensor, beta: float, stack: tuple[int, ...] | None) -> _Moment:
+    means, step = _means_in(state, parameter, beta, stack), float(state["step"])
     unbiased = 1 - beta**step if step and beta else 1.0
     return _Moment((means[0] / unbiased, means[1] / unbiased), step)
 
@@ -113,7 +117,7 @@ def _steps_of(layers: list[MoELayer], moments: dict[int, _Moment]) -> dict[int, 
     return found
 
 
-def _means_in(state: dict[str, Any], parameter: Tensor, beta: float) -> Means:
+def _means_in(state: dict[str, Any], parameter: Tensor, beta: float, stack: tuple[int, ...] | None) -> Means:
     """Means of a second moment in the form that each optimizer keeps it, float32 on the CPU.
 
     Raises:
@@ -124,9 +128,11 @@ def _means_in(state: dict[str, Any], parameter: Tensor, beta: float) -> Means:
             moment = moment.dequantize()
         if moment.dtype in (torch.bfloat16, torch.float16) and 0 < 1 - beta < _COARSE:
             raise ValueError(f"a moment in {moment.dtype} hardly decays with beta2={beta:g}: train in float32")
-        return row_and_column_means(moment)
+        return row_and_column_means(moment, stack)
     for rows, columns in (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col")):  # Adafactor, torch's and HF's
         if isinstance(state.get(rows), Tensor):
+            if stack is not None:
+                raise ValueError("Adafactor's factors are over all experts of a flat bank, not of each")
             if rows == "row_var" and state[rows].dtype in (torch.bfloat16, torch.float16):
                 # torch's steps in this dtype, with a share for the new that falls to nothing; transformers' in float32
                 raise ValueError(f"Adafactor's moments in {state[rows].dtype} hardly decay: train in float32")
@@ -137,7 +143,7 @@ def _means_in(state: dict[str, Any], parameter: Tensor, beta: float) -> Means:
 
         absmax, code = state["absmax2"], state["qmap2"]
         moment = dequantize_blockwise(state["state2"], absmax=absmax, code=code, blocksize=_BNB_BLOCK)
-        return row_and_column_means(moment.view(parameter.shape))
+        return row_and_column_means(moment.view(parameter.shape), stack)
     if isinstance(state.get("state2"), Tensor):  # its float32 form, for small tensors
-        return row_and_column_means(state["state2"].view(parameter.shape))
+        return row_and_column_means(state["state2"].view(parameter.shape), stack)
     raise ValueError(f"keys {sorted(state)}")
