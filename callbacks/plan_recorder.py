@@ -34,6 +34,7 @@ from moe_precision.recording.curvature import Curvature
 from moe_precision.recording.expert_samples import ExpertSamples
 from moe_precision.recording.gradients import left_as_it_is
 from moe_precision.recording.history import RouterNormHistory
+from moe_precision.recording.masters import Masters
 from moe_precision.recording.router_norms import router_norms
 from moe_precision.recording.statistics import ExpertStatistics
 
@@ -108,6 +109,7 @@ class PlanRecorder:
         self._experts = ExpertSamples()  # of the checkpoint that a run resumes from
         self._loads = LoadRecorder()
         self._warned = False
+        self._masters = Masters()
         self._seen = WeightsSeen()  # at the end
         self._ending = EndLogging(type(self).__name__)
 
@@ -142,6 +144,7 @@ class PlanRecorder:
         """
         fresh = self._find(model)
         model = self._model or model
+        self._masters = Masters(self._layers, optimizers)
         self.settings = with_rest(self.settings, model)
         self.settings.check_fits(fresh.layers)
         rank_zero_info(f"{type(self).__name__}: recording\n{as_text(layers_table(self._layers))}")
@@ -196,6 +199,8 @@ class PlanRecorder:
         if self.history.steps and step <= self.history.steps[-1]:
             return False
         self.history.record(step, router_norms(self._layers))
+        if news := self._masters.news():
+            rank_zero_info(f"{type(self).__name__}: {news}")
         if not self._warned and (broken := self.history.not_finite(last_only=True)):
             self._warned = True
             rank_zero_warn(f"{type(self).__name__}: {broken}. Has training diverged? No plan can be made from these.")

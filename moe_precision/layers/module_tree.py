@@ -8,7 +8,7 @@ parameters. `module_tree` looks through all of them, so that names and shapes ar
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +53,7 @@ class Weight:
         unit: The FSDP1 module that holds it sharded, if there is one.
         gathers: Whether reading it takes `whole`, a collective: FSDP1 or DeepSpeed ZeRO-3.
         stored: The shape in which the module holds it, where that is not `shape`: the same values in the same order.
+        master: Gives the float32 copy that is trained in place of a 16-bit weight, of the stored shape, or None.
         module: The module that owns it, inside all wrappers.
         key: Its name in that module.
     """
@@ -67,6 +68,7 @@ class Weight:
     _adapters: tuple[nn.Module, ...] = field(default=(), repr=False)  # innermost first
     _open: bool = field(default=False, repr=False)  # inside `whole`
     stored: tuple[int, ...] | None = None
+    master: Callable[[], Tensor | None] | None = field(default=None, repr=False)
 
     @property
     def is_floating_point(self) -> bool:
@@ -82,6 +84,11 @@ class Weight:
         """The parameter itself, without adapters, as this rank holds it."""
         own = own_parameters(self.module).get(self.key)
         return getattr(self.module, self.key) if own is None else own
+
+    def trained(self) -> Tensor:
+        """What the optimizer moves, of `shape`: the float32 copy of a 16-bit weight if there is one, else `read`."""
+        copy = None if self.master is None else self.master()
+        return self.read() if copy is None else copy.view(self.shape)
 
     def read(self) -> Tensor:
         """The values that the forward pass uses, of `shape`; a DTensor under FSDP2, with the whole shape.

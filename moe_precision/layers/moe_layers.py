@@ -107,10 +107,14 @@ class MoELayer:
     def row_norms(self) -> Tensor:
         """L2 norm of each expert's router row now, ``(E,)`` float32 on the router's device; a collective under FSDP2.
 
+        Of the float32 copy that is trained, where `read_masters` has found one.
+
         Raises:
             MoELayerError: The router is sharded (FSDP1, DeepSpeed ZeRO-3) and not read inside `whole`.
         """
-        return router_row_norms(self.router_is.read(), num_experts=self.num_experts, transposed=self.router_transposed)
+        return router_row_norms(
+            self.router_is.trained(), num_experts=self.num_experts, transposed=self.router_transposed
+        )
 
     def whole(self, experts: bool = True) -> AbstractContextManager[None]:
         """A context in which router and experts are whole under every strategy; a collective: enter it on all ranks.

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..compat import held_by_deepspeed
 from ..layers.module_tree import Weight
 from ..layers.moe_layers import MoELayer
 from .curvature import Curvature, CurvatureError, Means, row_and_column_means, stacks_of
+from .masters import innermost
 from .trusted import problem_of
 
 _COARSE = 2**-7  # a 16-bit moment that should lose less than this share of itself per step does not decay at all
@@ -21,10 +23,11 @@ _BNB_BLOCK = 256  # weights that share a scale in bitsandbytes' optimizer state
 
 
 def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature:
-    """Reads the second moments of all expert weights from Adam-like optimizers; a collective under FSDP2.
+    """Reads the second moments of all expert weights from Adam-like optimizers; a collective under FSDP2 and DeepSpeed.
 
     Optimizers that `problem_of` accepts: AdamW, Adam without coupled weight decay, and their kin in torch, torchao and
-    bitsandbytes, 8-bit states included, and Adafactor, whose state is these very means.
+    bitsandbytes, 8-bit states included, and Adafactor, whose state is these very means. Of those inside DeepSpeed's
+    ZeRO one whole tensor at a time is put together from the parts of all processes.
 
     The optimizer skips an expert with parameters of its own in a step where it got no token, so that its moment is a
     mean over fewer steps. It is scaled by the share of the layer's steps that the expert took part in, which puts it on
@@ -36,11 +39,15 @@ def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature
 
     Raises:
         CurvatureError: An expert weight has no second moment that can be trusted in any of them: the optimizer is of
-            another kind, the experts are frozen, or its state is a flat shard (FSDP1, DeepSpeed) or too coarse.
+            another kind, the experts are frozen, or its state is a flat shard (FSDP1) or too coarse.
     """
+    optimizers = list(optimizers)
     experts = {id(weight.parameter()) for layer in layers for bank in layer.banks.values() for weight in bank.weights}
     stacks = stacks_of(layers)
     moments, problems = _second_moments(optimizers, experts, stacks)
+    held = [weight for layer in layers for bank in layer.banks.values() for weight in bank.weights]
+    held = [weight for weight in held if held_by_deepspeed(weight.parameter())]
+    _add_deepspeed(held, optimizers, stacks, moments, problems)
     steps = _steps_of(layers, moments)
 
     def means_of(weight: Weight) -> Means | None:
@@ -53,7 +60,7 @@ def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature
         rows, columns = found.means
         shape = stacks.get(id(weight.parameter()), weight.shape)
         if tuple(rows.shape) != shape[:-1] or tuple(columns.shape) != (*shape[:-2], shape[-1]):
-            raise _cannot(weight, "the optimizer's has another shape: is its state in flat shards (FSDP1, DeepSpeed)?")
+            raise _cannot(weight, "the optimizer's has another shape: is its state in flat shards (FSDP1)?")
         share = found.step / steps[id(weight.parameter())]
         return rows * share, columns * share
 
@@ -98,6 +105,41 @@ def _second_moments(
                     except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
                         problems[key] = f"the optimizer's state is unlike any known one ({error})"
     return found, problems
+
+
+def _add_deepspeed(
+    weights: list[Weight],
+    optimizers: list[Any],
+    stacks: Mapping[int, tuple[int, ...]],
+    found: dict[int, _Moment],
+    problems: dict[int, str],
+) -> None:
+    """Adds what DeepSpeed's ZeRO holds in parts: of every parameter, or why there is none; a collective."""
+    if not weights:
+        return
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    base = innermost(optimizers)
+    steps = [float(state["step"]) for one in base for state in one.state.values() if "step" in state]
+    for weight in weights:
+        parameter = weight.parameter()
+        key = id(parameter)
+        problem = next((text for one in base if (text := problem_of(one)) is not None), None)
+        if problem is not None or not parameter.requires_grad:
+            problems[key] = problem or "the experts are frozen"
+            continue
+        if not steps:
+            found[key] = _Moment(None, 0.0)
+            continue
+        try:
+            moment: Any = safe_get_full_optimizer_state(parameter, "exp_avg_sq")
+        except (KeyError, AttributeError, RuntimeError, ValueError) as error:
+            problems[key] = f"DeepSpeed gives none ({type(error).__name__}: {error})"
+            continue
+        beta = float(base[0].param_groups[0].get("betas", (0.0, 0.0))[1])
+        one = _moment({"exp_avg_sq": moment, "step": max(steps)}, parameter, beta, stacks.get(key))
+        reached = one.means is not None and bool(one.means[0].any())
+        found[key] = one if reached else _Moment(None, one.step)
 
 
 def _moment(state: dict[str, Any], parameter: Tensor, beta: float, stack: tuple[int, ...] | None) -> _Moment:
