@@ -12,7 +12,7 @@ from torch import nn
 from moe_precision.allocation.planning import caveat_text
 from moe_precision.allocation.whole_model import with_rest
 from moe_precision.callbacks.end_logging import EndLogging
-from moe_precision.callbacks.extra_batches import Loss, curvature_of_run
+from moe_precision.callbacks.extra_batches import Gradients, Loss, curvature_of_run
 from moe_precision.callbacks.load_recorder import LoadRecorder
 from moe_precision.callbacks.plan_of_run import check_run, plan_of_run
 from moe_precision.callbacks.restored import check_restored
@@ -109,7 +109,7 @@ class PlanRecorder:
         self._experts = ExpertSamples()  # of the checkpoint that a run resumes from
         self._loads = LoadRecorder()
         self._warned = False
-        self._masters = Masters()
+        self._masters, self._gradients = Masters(), Gradients(curvature_batches)
         self._seen = WeightsSeen()  # at the end
         self._ending = EndLogging(type(self).__name__)
 
@@ -149,7 +149,7 @@ class PlanRecorder:
         self.settings.check_fits(fresh.layers)
         rank_zero_info(f"{type(self).__name__}: recording\n{as_text(layers_table(self._layers))}")
         folder = self._files.folder
-        check_run(self.settings, self._layers, optimizers, self.curvature_batches)
+        self._gradients = check_run(self.settings, self._layers, optimizers, self.curvature_batches, obstacle)
         self._collecting.start(model, self._layers, step, total, folder, obstacle, self._needing)
         if folder is not None:
             self._distilling.start(model, self._layers, max(self.settings.levels), self.settings.group_size, obstacle)
@@ -256,9 +256,8 @@ class PlanRecorder:
         self.history.measure_variance(self._layers)
         model, whole = self._model, self._whole
         assert model is not None and whole is not None  # noqa: PT018
-        self.curvature = curvature_of_run(
-            whole, self._layers, optimizers, losses, self.curvature_batches, type(self).__name__
-        )
+        owner, gradients = type(self).__name__, self._gradients
+        self.curvature = curvature_of_run(whole, self._layers, optimizers, losses, gradients, owner)
         calibrating = self._collecting.calibrating(steps)
         with left_as_it_is(whole):
             self.statistics = self._collecting.finish(model, self._layers, steps)
