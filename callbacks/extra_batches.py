@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -20,12 +20,19 @@ from moe_precision.recording.second_moments import curvature_of
 Loss = Callable[[], Tensor | None]  # of one batch
 
 
+class Gradients(NamedTuple):
+    """Of how many batches squared gradients are taken; None reads the optimizer. Unasked, fewer are no surprise."""
+
+    batches: int | None
+    asked: bool = True
+
+
 def curvature_of_run(
     model: nn.Module,
     layers: list[MoELayer],
     optimizers: Sequence[Any],
     losses: Iterable[Loss],
-    batches: int | None,
+    gradients: Gradients,
     owner: str,
 ) -> Curvature | None:
     """Means of the optimizer's second moments, or of squared gradients of the first losses where those are asked for.
@@ -35,15 +42,16 @@ def curvature_of_run(
         layers: Its layers.
         optimizers: That have trained the experts.
         losses: Of training batches.
-        batches: How many losses to take gradients of; None reads the optimizers.
+        gradients: Of how many losses to take gradients.
         owner: Name of the callback, for messages.
     """
+    batches = gradients.batches
     try:
         if batches is None:
             return curvature_of(layers, optimizers)
         with left_as_it_is(model):
             taken = list(islice(losses, batches))
-            if len(taken) < batches:
+            if len(taken) < batches and gradients.asked:
                 rank_zero_warn(f"{owner}: only {len(taken)} batches to take gradients on.")
             return curvature_of_losses(layers, taken)
     except CurvatureError as error:

@@ -69,6 +69,7 @@ class PlanAnnealer:
         statistics_steps: int | None = None,
         router_pattern: str | None = None,
         expert_pattern: str | None = None,
+        layout: str | None = None,
         module: str | None = None,
         export_to: str = "annealed_plan.json",
     ) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from moe_precision.allocation.allocator import make_plan
 from moe_precision.allocation.calibration import Calibration
+from moe_precision.callbacks.extra_batches import Gradients
 from moe_precision.callbacks.restored import keeps_two_weights
 from moe_precision.layers.moe_layers import MoELayer
 from moe_precision.plans.methods import AUTO, reads
@@ -23,18 +24,30 @@ from moe_precision.recording.processes import world_size
 from moe_precision.recording.statistics import ExpertStatistics
 
 UNASKED_WEIGHTS = 10**9  # of all experts, up to which "auto" measures what widths cost: minutes on a CPU
+UNASKED_BATCHES = 64  # whose squared gradients "auto" takes where an optimizer keeps none
 
 
 def check_run(
-    settings: PlanSettings, layers: list[MoELayer], optimizers: Sequence[Any], curvature_batches: int | None = None
-) -> None:
+    settings: PlanSettings,
+    layers: list[MoELayer],
+    optimizers: Sequence[Any],
+    curvature_batches: int | None = None,
+    obstacle: str = "",
+) -> Gradients:
     """Before training: checks that its optimizers will leave what the method reads.
+
+    With ``method="auto"`` and an optimizer that keeps no second moment (SGD, Muon, Lion), squared gradients of our own
+    take their place: of training batches after the last step, on a single process and for up to `UNASKED_WEIGHTS`.
 
     Args:
         settings: What is asked.
         layers: Of the model.
         optimizers: That train it, as far as they are known.
         curvature_batches: From how many batches curvature is taken instead of from the optimizers.
+        obstacle: Why the run's loss cannot be computed without a step; empty if it can.
+
+    Returns:
+        From how many batches curvature will be taken, if it is not read from the optimizers.
 
     Raises:
         CurvatureError: The method reads second moments, and there will be none.
@@ -47,17 +60,26 @@ def check_run(
             "weights there: call optimizer.eval() in the module's on_train_epoch_end, which comes before on_train_end"
         )
     named = reads(settings.method, "curvature")
-    if curvature_batches is not None:
-        return
-    if not named and settings.method != AUTO:
-        return
+    if curvature_batches is not None or (not named and settings.method != AUTO):
+        return Gradients(curvature_batches)
     try:
         check_second_moments(layers, optimizers)
     except CurvatureError as error:
         if named:
             raise
-        settings.resolved("router_norm", {layer.name: layer.shape for layer in layers})
+        shapes = {layer.name: layer.shape for layer in layers}
+        weights = [weight for layer in layers for bank in layer.banks.values() for weight in bank.weights]
+        plain = not any(weight.gathers or weight.is_adapted for weight in weights)
+        if plain and not obstacle and world_size() == 1 and expert_weights(shapes.values()) <= UNASKED_WEIGHTS:
+            reason = str(error).split(". Train the experts")[0]
+            rank_zero_info(
+                f"{reason}: squared gradients of {UNASKED_BATCHES} training batches after the last step take the place "
+                "of its moments. curvature_batches= sets their number; method='router_norm' needs none"
+            )
+            return Gradients(UNASKED_BATCHES, asked=False)
+        settings.resolved("router_norm", shapes)
         rank_zero_warn(f"the plan will be by the paper's rule, since there will be no curvature: {error}")
+    return Gradients(None)
 
 
 def plan_of_run(

@@ -12,7 +12,7 @@ from torch import nn
 from moe_precision.allocation.planning import caveat_text
 from moe_precision.allocation.whole_model import with_rest
 from moe_precision.callbacks.end_logging import EndLogging
-from moe_precision.callbacks.extra_batches import Loss, curvature_of_run
+from moe_precision.callbacks.extra_batches import Gradients, Loss, curvature_of_run
 from moe_precision.callbacks.load_recorder import LoadRecorder
 from moe_precision.callbacks.plan_of_run import check_run, plan_of_run
 from moe_precision.callbacks.restored import check_restored
@@ -34,6 +34,7 @@ from moe_precision.recording.curvature import Curvature
 from moe_precision.recording.expert_samples import ExpertSamples
 from moe_precision.recording.gradients import left_as_it_is
 from moe_precision.recording.history import RouterNormHistory
+from moe_precision.recording.masters import Masters
 from moe_precision.recording.router_norms import router_norms
 from moe_precision.recording.statistics import ExpertStatistics
 
@@ -73,6 +74,7 @@ class PlanRecorder:
         min_tokens: int = MIN_TOKENS,
         router_pattern: str | None = None,
         expert_pattern: str | None = None,
+        layout: str | None = None,
         module: str | None = None,
         every_n_steps: int | None = None,
         export_to: str = "precision_plan.json",
@@ -107,6 +109,7 @@ class PlanRecorder:
         self._experts = ExpertSamples()  # of the checkpoint that a run resumes from
         self._loads = LoadRecorder()
         self._warned = False
+        self._masters, self._gradients = Masters(), Gradients(curvature_batches)
         self._seen = WeightsSeen()  # at the end
         self._ending = EndLogging(type(self).__name__)
 
@@ -141,11 +144,12 @@ class PlanRecorder:
         """
         fresh = self._find(model)
         model = self._model or model
+        self._masters = Masters(self._layers, optimizers)
         self.settings = with_rest(self.settings, model)
         self.settings.check_fits(fresh.layers)
         rank_zero_info(f"{type(self).__name__}: recording\n{as_text(layers_table(self._layers))}")
         folder = self._files.folder
-        check_run(self.settings, self._layers, optimizers, self.curvature_batches)
+        self._gradients = check_run(self.settings, self._layers, optimizers, self.curvature_batches, obstacle)
         self._collecting.start(model, self._layers, step, total, folder, obstacle, self._needing)
         if folder is not None:
             self._distilling.start(model, self._layers, max(self.settings.levels), self.settings.group_size, obstacle)
@@ -195,6 +199,8 @@ class PlanRecorder:
         if self.history.steps and step <= self.history.steps[-1]:
             return False
         self.history.record(step, router_norms(self._layers))
+        if news := self._masters.news():
+            rank_zero_info(f"{type(self).__name__}: {news}")
         if not self._warned and (broken := self.history.not_finite(last_only=True)):
             self._warned = True
             rank_zero_warn(f"{type(self).__name__}: {broken}. Has training diverged? No plan can be made from these.")
@@ -250,9 +256,8 @@ class PlanRecorder:
         self.history.measure_variance(self._layers)
         model, whole = self._model, self._whole
         assert model is not None and whole is not None  # noqa: PT018
-        self.curvature = curvature_of_run(
-            whole, self._layers, optimizers, losses, self.curvature_batches, type(self).__name__
-        )
+        owner, gradients = type(self).__name__, self._gradients
+        self.curvature = curvature_of_run(whole, self._layers, optimizers, losses, gradients, owner)
         calibrating = self._collecting.calibrating(steps)
         with left_as_it_is(whole):
             self.statistics = self._collecting.finish(model, self._layers, steps)

@@ -63,6 +63,7 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
         router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by
             structure; see `find_moe_layers`.
         expert_pattern: Regular expression that names the experts' weights.
+        layout: Instead of patterns, the framework whose layout the model has, such as ``megatron``.
         module: Path of the model in the LightningModule, such as ``student``; None takes the only one that is trained.
         export_to: Path of the plan, relative to the Trainer's ``default_root_dir``; the grid is written beside it,
             ``annealed_plan.grid.safetensors``.

@@ -52,6 +52,7 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by
             structure; see `find_moe_layers`.
         expert_pattern: Regular expression that names the experts' weights.
+        layout: Instead of patterns, the framework whose layout the model has, such as ``megatron``.
         module: Path of the model to record in what the Trainer trains, such as ``student``; None takes the only one
             that is trained.
         every_n_steps: Optimizer steps between records; None takes ``logging_steps``.
@@ -60,8 +61,8 @@ class RouterNormTrainerCallback(PlanRecorder, TrainerCallback):
         log_experts: Log a curve for each expert, not only the aggregates; None does for up to 4,096 experts. The plan
             and the history always have all of them.
         curvature_batches: Take the curvature from squared gradients of this many more training batches, after the last
-            step and at its weights; None reads the optimizer's second moments, which costs nothing. For optimizers
-            that have none (SGD, Muon, Lion). On a single process only.
+            step and at its weights; None reads the optimizer's second moments, which costs nothing, and with
+            ``method="auto"`` takes 64 where it has none (SGD, Muon, Lion). On a single process only.
         statistics_batches: Collect the experts' statistics from this many more training batches, after the last step
             and without gradients; they are written beside the plan, and the quantize step rounds under them. None
             takes 32 if the file stays below 1 GB, 0 collects none.

@@ -342,6 +342,11 @@ def is_zero3_parameter(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def held_by_deepspeed(parameter: Tensor) -> bool:
+    """Whether DeepSpeed (ZeRO, bf16) trains a parameter through a float32 copy, and its optimizer state is there."""
+    return hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
+
+
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
     """Shape of a parameter, that of the whole tensor for a placeholder of DeepSpeed ZeRO-3."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

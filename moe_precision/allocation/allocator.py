@@ -56,6 +56,7 @@ def allocate(
     min_tokens: int = MIN_TOKENS,
     router_pattern: str | None = None,
     expert_pattern: str | None = None,
+    layout: str | None = None,
 ) -> PrecisionPlan:
     """Makes a precision plan: a width for each expert.
 
@@ -95,6 +96,7 @@ def allocate(
         min_tokens: Tokens of the statistics below which an expert is not dropped.
         router_pattern: As in `find_moe_layers`, where ``model`` needs it; a history brings its own.
         expert_pattern: Names the experts' weights, as in `find_moe_layers`.
+        layout: Instead of patterns, the framework whose layout the model has, as in `find_moe_layers`.
 
     Returns:
         The plan. Its notes hold the assumptions that a reader must know, and each of them is warned about.

@@ -32,6 +32,8 @@ def check_trainable(layers: list[MoELayer]) -> None:
                     )
                 if layer.layout not in ("fused", "modules") or (layer.fused and weight.shape[0] > layer.num_experts):
                     raise AnnealError(f"{weight.name!r}: experts laid out as {layer.layout!r} cannot be annealed yet")
+                if bank.parts > 1:
+                    raise AnnealError(f"{weight.name!r}: experts under expert parallelism cannot be annealed yet")
                 if not weight.parameter().requires_grad:
                     raise AnnealError(
                         f"{weight.name!r} is frozen: it cannot move on a grid. Train the experts, or keep them packed "

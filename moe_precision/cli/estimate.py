@@ -18,7 +18,7 @@ from ..present.tables import show
 from ..quantize.sizes import GIB, ModelSizes
 from ..recording.collecting import MEMORY_GIB, memory_bytes, passes
 from ..recording.statistics import file_bytes
-from .options import Commands, add_command, add_output
+from .options import Commands, add_command, add_layout, add_output
 
 DEFAULT_BITS = (8, 4, 3, 2.5, 2, 1.5)
 _PARTS = ("experts_gib", "rest_gib", "total_gib")
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     plan = None if options.plan is None else PrecisionPlan.load(options.plan)
     if plan is not None and options.group_size not in (None, plan.group_size):
         raise ValueError(f"--group-size {options.group_size}: {options.plan!r} has {plan.group_size}; leave it out")
-    asked = {key: getattr(options, key) for key in ("router_pattern", "expert_pattern")}
+    asked = {key: getattr(options, key) for key in ("router_pattern", "expert_pattern", "layout")}
     given = cast(Patterns, {key: value for key, value in asked.items() if value is not None})
     sizes = ModelSizes(
         model_of(options.source),
@@ -197,4 +197,5 @@ def add_to(commands: Commands) -> None:
     )
     command.add_argument("--router-pattern", metavar="REGEX", help="names the routers' weights; see find_moe_layers")
     command.add_argument("--expert-pattern", metavar="REGEX", help="names the experts' weights; see find_moe_layers")
+    add_layout(command)
     add_output(command)

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from ..layers.naming import LAYOUTS
 from ..plans.methods import AUTO, AUTO_SUMMARY, METHODS, SEEDED, MethodName
 from ..plans.settings import DEFAULT_AVERAGE_BITS, MAX_DROPPED, MIN_TOKENS, ZETA, PlanSettings
 from ..plans.widths import GRANULARITIES
@@ -133,6 +134,14 @@ def add_plan_settings(command: Parser, methods: tuple[MethodName, ...]) -> None:
     )
     command.add_argument("--router-pattern", metavar="REGEX", help="names the routers' weights; see find_moe_layers")
     command.add_argument("--expert-pattern", metavar="REGEX", help="names the experts' weights; see find_moe_layers")
+    add_layout(command)
+
+
+def add_layout(command: Parser) -> None:
+    """Adds ``--layout``."""
+    command.add_argument(
+        "--layout", choices=list(LAYOUTS), help="instead of patterns: the framework whose layout the model has"
+    )
 
 
 def settings_of(options: argparse.Namespace) -> PlanSettings:

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .expert_parallel import from_owner, processes_of
 from .module_tree import MoELayerError, Node, Weight, numbered_children
 
 
@@ -22,11 +24,24 @@ class Bank:
             matrix per expert.
         num_experts: ``E``.
         transposed: The weights hold ``(in, out)`` matrices.
+        parts: Over how many processes the experts are split as plain tensors; ``weights`` are those of this one, and
+            reading a matrix is a collective then.
     """
 
     weights: list[Weight]
     num_experts: int
     transposed: bool = False
+    parts: int = 1
+
+    @property
+    def local(self) -> int:
+        """How many experts this process holds."""
+        return self.num_experts // self.parts
+
+    @property
+    def start(self) -> int:
+        """Index of the first expert that this process holds."""
+        return dist.get_rank() * self.local if self.parts > 1 else 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -34,25 +49,43 @@ class Bank:
         first = self.weights[0].shape
         rows, columns = first[-2:]
         if len(self.weights) == 1 and len(first) == 2:
-            rows //= self.num_experts
+            rows //= self.local
         return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def stack(self) -> tuple[int, ...] | None:
+        """``(E, rows, columns)`` of a flat bank, whose values are those of such a stack; None for other banks."""
+        first = self.weights[0].shape
+        flat = len(self.weights) == 1 and len(first) == 2
+        return (self.local, first[0] // self.local, first[1]) if flat else None
 
     def read(self, expert: int) -> Tensor:
         """The matrix of one expert, ``(out, in)``, a detached view where the layout allows it."""
-        one = self.weights[expert].read() if len(self.weights) > 1 else self._slices()[expert]
+        if self.parts > 1:
+            one = self._from_owner(expert)
+        else:
+            one = self.weights[expert].read() if len(self.weights) > 1 else self._slices()[expert]
         return one.detach().T if self.transposed else one.detach()
 
     def matrices(self) -> Iterator[Tensor]:
         """The matrices of all experts in order, as `read` gives them, but reading a bank only once."""
+        if self.parts > 1:
+            yield from (self.read(expert) for expert in range(self.num_experts))
+            return
         slices = (weight.read() for weight in self.weights) if len(self.weights) > 1 else self._slices()
         for one in islice(slices, self.num_experts):
             yield one.detach().T if self.transposed else one.detach()
+
+    def _from_owner(self, expert: int) -> Tensor:
+        owner, place = divmod(expert, self.local)
+        own = self.weights[place].read() if len(self.weights) > 1 else self._slices()[place]
+        return from_owner(own, owner)
 
     def _slices(self) -> Tensor:
         bank = self.weights[0].read().detach()
         if isinstance(bank, DTensor):  # one bank at a time, on every rank
             bank = bank.full_tensor()
-        return bank if bank.ndim == 3 else bank.unflatten(0, (self.num_experts, -1))
+        return bank if self.stack is None else bank.view(self.stack)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +99,8 @@ class Experts:
         layout: ``fused``: slices of 3-D weights, as transformers' experts interface has them; ``flat``: blocks of rows
             of 2-D weights; ``modules``: one per expert; ``separate``: one weight per expert, in one module.
         named: Their name says that they are experts, so it is an error if they have no router.
-        oriented: A pattern has said which banks hold ``(in, out)`` matrices.
+        oriented: A pattern or a layout's name has said which banks hold ``(in, out)`` matrices.
+        parallel: The modules say that these are the experts of one process, of perhaps more.
     """
 
     node: Node
@@ -75,6 +109,7 @@ class Experts:
     layout: str
     named: bool
     oriented: bool = False
+    parallel: bool = False
 
     @property
     def path(self) -> str:
@@ -108,7 +143,30 @@ def with_count(experts: Experts, num_experts: int) -> Experts:
     """
     for bank in experts.banks.values():
         (weight,) = bank.weights
+        if getattr(weight.parameter(), "expert_model_parallel", False):  # MegaBlocks marks them
+            raise MoELayerError(
+                f"{weight.name!r} holds the experts of one process, in a flat bank that does not tell how many: flat "
+                "banks under expert parallelism cannot be recorded; train without it, or with experts that are DTensors"
+            )
         if weight.shape[0] % num_experts:
             raise MoELayerError(f"{weight.name!r} has {weight.shape[0]} rows, not a multiple of {num_experts} experts")
     banks = {name: replace(bank, num_experts=num_experts) for name, bank in experts.banks.items()}
     return replace(experts, num_experts=num_experts, banks=banks)
+
+
+def split_over(experts: Experts, path: str, rows: int) -> Experts:
+    """Experts of one process of several as experts of all of them, where the router has rows for more.
+
+    Args:
+        experts: As they were found; their number is that of this process.
+        path: Of the layer, for messages.
+        rows: Rows of the router.
+
+    Raises:
+        MoELayerError: They are split over other processes than those that run together.
+    """
+    if not experts.parallel or rows <= experts.num_experts or rows % experts.num_experts:
+        return experts
+    parts = processes_of(path, experts.num_experts, rows)
+    banks = {name: replace(bank, num_experts=rows, parts=parts) for name, bank in experts.banks.items()}
+    return replace(experts, num_experts=rows, banks=banks)

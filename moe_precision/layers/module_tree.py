@@ -8,7 +8,7 @@ parameters. `module_tree` looks through all of them, so that names and shapes ar
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
@@ -47,6 +48,8 @@ class Weight:
         dtype: As the model holds it.
         unit: The FSDP1 module that holds it sharded, if there is one.
         gathers: Whether reading it takes `whole`, a collective: FSDP1 or DeepSpeed ZeRO-3.
+        stored: The shape in which the module holds it, where that is not `shape`: the same values in the same order.
+        master: Gives the float32 copy that is trained in place of a 16-bit weight, of the stored shape, or None.
         module: The module that owns it, inside all wrappers.
         key: Its name in that module.
     """
@@ -60,6 +63,8 @@ class Weight:
     key: str = field(default="", repr=False)
     _adapters: tuple[nn.Module, ...] = field(default=(), repr=False)  # innermost first
     _open: bool = field(default=False, repr=False)  # inside `whole`
+    stored: tuple[int, ...] | None = None
+    master: Callable[[], Tensor | None] | None = field(default=None, repr=False)
 
     @property
     def is_floating_point(self) -> bool:
@@ -76,6 +81,11 @@ class Weight:
         own = own_parameters(self.module).get(self.key)
         return getattr(self.module, self.key) if own is None else own
 
+    def trained(self) -> Tensor:
+        """What the optimizer moves, of `shape`: the float32 copy of a 16-bit weight if there is one, else `read`."""
+        copy = None if self.master is None else self.master()
+        return self.read() if copy is None else copy.view(self.shape)
+
     def read(self) -> Tensor:
         """The values that the forward pass uses, of `shape`; a DTensor under FSDP2, with the whole shape.
 
@@ -86,11 +96,14 @@ class Weight:
         value = self.parameter()
         if value.dtype not in FLOATS:
             raise MoELayerError(f"{self.name!r} holds {value.dtype}: it was quantized after its layer was found")
-        if value.shape != self.shape or (self.unit is not None and not self._open):
+        expected = self.shape if self.stored is None else self.stored
+        if value.shape != expected or (self.unit is not None and not self._open):
             raise MoELayerError(
-                f"{self.name!r} has shape {tuple(value.shape)} on this rank, expected {self.shape}: it is a shard "
+                f"{self.name!r} has shape {tuple(value.shape)} on this rank, expected {expected}: it is a shard "
                 "(FSDP1, DeepSpeed ZeRO-3), whose values would be wrong. Read it inside MoELayer.whole()"
             )
+        if self.stored is not None:  # a shard of a vector may end in the middle of a row
+            value = (value.full_tensor() if isinstance(value, DTensor) else value).view(self.shape)
         for adapter in self._adapters:
             value = _with_adapter(adapter, value, self.name)
         return value

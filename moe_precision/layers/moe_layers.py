@@ -10,14 +10,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from ..compat import split_by
-from .banks import Bank, Experts, with_count
+from .banks import Bank, Experts, split_over, with_count
 from .experts import find_experts, not_understood
 from .floats import held_as_codes, held_by_others, quantizer_of
+from .layer_checks import check_all_layers_here, not_matched, repeated, top_k_of, with_processes
+from .layouts import experts_in_layout, fitting_layout
 from .module_tree import MoELayerError, Node, Weight, module_tree, numbered_children, root_model, whole
-from .naming import check_pattern
+from .naming import LAYOUTS, check_layout, check_pattern
 from .orientation import maps_back, oriented
 from .patterns import experts_by_pattern
 from .router_rows import router_row_norms
@@ -75,6 +75,16 @@ class MoELayer:
         return all(bank.transposed for bank in self.banks.values())
 
     @property
+    def parts(self) -> int:
+        """Over how many processes the experts are split as plain tensors (expert parallelism)."""
+        return next(iter(self.banks.values())).parts
+
+    @property
+    def first_expert(self) -> int:
+        """Index of the first expert that this process holds; 0 unless they are split as plain tensors."""
+        return next(iter(self.banks.values())).start
+
+    @property
     def num_experts(self) -> int:
         """Number of routed experts."""
         return self.shape.num_experts
@@ -98,10 +108,14 @@ class MoELayer:
     def row_norms(self) -> Tensor:
         """L2 norm of each expert's router row now, ``(E,)`` float32 on the router's device; a collective under FSDP2.
 
+        Of the float32 copy that is trained, where `read_masters` has found one.
+
         Raises:
             MoELayerError: The router is sharded (FSDP1, DeepSpeed ZeRO-3) and not read inside `whole`.
         """
-        return router_row_norms(self.router_is.read(), num_experts=self.num_experts, transposed=self.router_transposed)
+        return router_row_norms(
+            self.router_is.trained(), num_experts=self.num_experts, transposed=self.router_transposed
+        )
 
     def whole(self, experts: bool = True) -> AbstractContextManager[None]:
         """A context in which router and experts are whole under every strategy; a collective: enter it on all ranks.
@@ -117,7 +131,7 @@ class MoELayer:
         return self._node.module
 
     def expert_modules(self) -> list[nn.Module]:
-        """One module per expert, in order of expert index. Only for families that are not fused."""
+        """One module per expert of this process, in order of index. Only for families that are not fused."""
         return [child.module for child in numbered_children(self._node)]
 
     def expert_weights(self, expert: int) -> dict[str, Tensor]:
@@ -156,6 +170,7 @@ def find_moe_layers(
     skip_unrouted: bool = False,
     router_pattern: str | None = None,
     expert_pattern: str | None = None,
+    layout: str | None = None,
 ) -> list[MoELayer]:
     """Finds every Mixture-of-Experts layer of a model, in module order.
 
@@ -172,11 +187,12 @@ def find_moe_layers(
             ``(?P<expert>\\d+)`` where each expert has its own
             (``r"experts\\.linear_fc[12]\\.weight(?P<expert>\\d+)"``), without one for banks of all experts. A group
             ``(?P<transposed>...)`` marks weights that hold ``(in, out)`` matrices, see `experts_by_pattern`.
+        layout: Instead of patterns, the framework whose names and layout the model has: a key of `naming.LAYOUTS`.
 
     Raises:
         MoELayerError: No layer at all, experts without a router, two equally good routers, banks whose orientation
-            nothing shows, a pattern that matches nothing, a model that is quantized, here or by another quantizer, or
-            one whose layers are split over processes (pipeline parallelism).
+            nothing shows, a pattern or a layout that matches nothing, a model that is quantized, here or by another
+            quantizer, or one whose layers or experts are split over processes in a way that cannot be put together.
 
     Example:
         >>> [layer.name for layer in find_moe_layers(model)]
@@ -184,12 +200,17 @@ def find_moe_layers(
     """
     for argument, pattern in (("router_pattern", router_pattern), ("expert_pattern", expert_pattern)):
         check_pattern(argument, pattern)
-    _check_all_layers_here(model)
+    check_layout(layout, router_pattern, expert_pattern)
+    check_all_layers_here(model)
     tree = module_tree(model)
     held = held_by_others(tree)
     if "" in held:
         raise MoELayerError(held[""])
-    candidates = find_experts(tree) if expert_pattern is None else experts_by_pattern(tree, expert_pattern)
+    if layout is not None:
+        candidates, router_pattern = experts_in_layout(tree, layout), LAYOUTS[layout].router
+    else:
+        candidates = find_experts(tree) if expert_pattern is None else experts_by_pattern(tree, expert_pattern)
+    candidates = [with_processes(tree, experts) for experts in candidates]
     layers: list[MoELayer] = []
     problems: list[str] = []
     unrouted: list[str] = []
@@ -216,12 +237,15 @@ def find_moe_layers(
     problems += [text for path, text in held.items() if any(layer.name.startswith(f"{path}.") for layer in layers)]
     problems += held_as_codes(tree, [experts.path for experts in taken])
     problems += not_understood(tree, taken) + product_keys(tree)
-    if expert_pattern is not None:
-        problems += _missed(tree, taken)
-    problems += _twice([layer.router for layer in layers], "router") + _twice([layer.name for layer in layers], "layer")
+    if expert_pattern is not None or layout is not None:
+        problems += not_matched(tree, taken, "expert_pattern" if layout is None else f"layout={layout!r}")
+    problems += repeated([layer.router for layer in layers], "router")
+    problems += repeated([layer.name for layer in layers], "layer")
     problems += [] if skip_unrouted else unrouted
+    named = None if layout else fitting_layout(tree)
+    hint = f". These are the names of {named}: layout={named!r} finds them" if named else ""
     if problems:
-        raise MoELayerError("; ".join(problems))
+        raise MoELayerError("; ".join(problems) + hint)
     if not layers and held:
         raise MoELayerError("; ".join(held.values()))
     if not layers and quantizer_of(root_model(model)):
@@ -230,59 +254,21 @@ def find_moe_layers(
         raise MoELayerError(
             f"no Mixture-of-Experts layer found in {type(model).__name__}: expected experts as 3-D parameters or as a "
             "numbered list of equal modules, with a router that has one row per expert. Is this a dense model? Else "
-            "name its weights with router_pattern and expert_pattern"
+            "name its weights with router_pattern and expert_pattern" + hint
         )
     return layers
-
-
-def _check_all_layers_here(model: nn.Module) -> None:
-    """Raises for a model whose layers are on several processes, each with some: a plan of some would look whole."""
-    root = root_model(model)
-    stages = split_by(root).get("pp_size", 1) if isinstance(root, PreTrainedModel) else 1
-    if stages > 1:
-        raise MoELayerError(
-            f"the layers of this {type(root).__name__} are split over processes by pipeline parallelism "
-            f"(pp_size={stages}), so that this one holds only some of them; load it without pp_size"
-        )
-
-
-def _missed(tree: Node, taken: list[Experts]) -> list[str]:
-    """Experts found by structure that the pattern does not match: a pattern for some layers must not skip the rest."""
-    known = {id(w.parameter()) for experts in taken for bank in experts.banks.values() for w in bank.weights}
-    candidates = find_experts(tree)
-    return [
-        f"experts at {experts.path!r} are not matched by expert_pattern"
-        for experts in candidates
-        if experts.identity not in known and isinstance(find_router(tree, experts, candidates), Router)
-    ]
-
-
-def _twice(names: list[str], what: str) -> list[str]:
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    return [f"{what} {name!r} would serve two lists of experts" for name in repeated]
-
-
-def _top_k(experts: Experts, router: Router) -> int | None:
-    """How many experts serve a token, as the router, the experts or a module around them states."""
-    path, places = router.root, [router.root.module]
-    for part in router.weight.name.removeprefix(router.root.path).lstrip(".").split(".")[:-1]:
-        path = path.children[part]
-        places.append(path.module)
-    places = [*reversed(places), experts.node.module]  # the innermost first
-    found = [getattr(module, "top_k", None) for module in places]
-    found += [getattr(getattr(module, "config", None), "top_k_experts", None) for module in places]
-    return next((k for k in found if type(k) is int and 0 < k <= experts.num_experts), None)
 
 
 def _describe(experts: Experts, router: Router) -> MoELayer:
     if experts.num_experts == 0:
         experts = with_count(experts, router.weight.shape[1 if router.transposed else 0])
+    experts = split_over(experts, router.root.path, router.weight.shape[0])
     banks = oriented(experts, router.width)
     shapes = {name: bank.shape for name, bank in banks.items()}
     return MoELayer(
         name=router.root.path,
         experts=experts.path,
-        shape=LayerShape(router.weight.name, experts.num_experts, shapes, experts.template, _top_k(experts, router)),
+        shape=LayerShape(router.weight.name, experts.num_experts, shapes, experts.template, top_k_of(experts, router)),
         layout=experts.layout,
         caveat=router.caveat,
         width=router.width,

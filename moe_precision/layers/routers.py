@@ -114,14 +114,16 @@ def _by_pattern(tree: Node, experts: Experts, others: list[Experts], pattern: st
     (weight,) = nearest
     rows, columns = weight.shape
     count = experts.num_experts
-    if count == 0:  # flat banks do not show it; their columns are the width of the layer
-        width = next(iter(experts.banks.values())).weights[0].shape[1]
-        if width not in (rows, columns):
-            return f"router {weight.name!r} has shape {weight.shape}, expected (experts, {width})"
-        count = rows if columns == width else columns
-        widths = {width}
+    if count == 0:  # flat banks do not show it; the columns of one are the width of the layer
+        widths = {bank.weights[0].shape[1] for bank in experts.banks.values()}
+        if not widths & {rows, columns}:
+            some = " or ".join(str(width) for width in sorted(widths))
+            return f"router {weight.name!r} has shape {weight.shape}, expected (experts, {some})"
+        count = rows if columns in widths else columns
     else:
         widths = {width for bank in experts.banks.values() for width in bank.shape}
+    if experts.parallel and rows % count == 0:
+        return _router(tree, tree.get(_common(weight.name.rpartition(".")[0], experts.path)), weight)
     beyond = rows in widths and columns not in widths and columns > count  # columns of null experts too
     transposed = rows != count and (columns == count or beyond)
     if rows < count and not transposed:
@@ -171,6 +173,8 @@ def _rank(name: str, shape: tuple[int, ...], experts: Experts, climb: int) -> tu
     extra = shape[0] - count  # rows of shared or null experts
     if experts.null_experts and extra != experts.null_experts:
         return None
+    if experts.parallel and extra > 0 and shape[0] % count == 0 and _ROUTER_NAME.search(relative):
+        return (0, 1, climb, 0, relative.count("."))  # rows for the experts of other processes too
     if _ROUTER_NAME.search(relative):
         unlikely = extra and not (experts.named and 0 < extra <= 2 * count and shape[1] != count)
         return None if unlikely else (0, int(extra > 0), climb, extra, relative.count("."))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, cast
 
-from ..layers.naming import Patterns, check_pattern
+from ..layers.naming import Patterns, check_layout, check_pattern
 from ..layers.shape import LayerShape
 from .dropping import check_dropping
 from .levels import DEFAULT_LEVELS, DEFAULT_ORDER_LEVELS, check_budget, check_levels, nominal_bits_of, order_levels
@@ -55,6 +55,7 @@ class PlanSettings:
         min_tokens: Tokens of the statistics below which an expert is not dropped: too little was seen of it.
         router_pattern: Regular expression that names the routers' weights, as in `find_moe_layers`.
         expert_pattern: Regular expression that names the experts' weights, as in `find_moe_layers`.
+        layout: Instead of patterns, the framework whose layout the model has, as in `find_moe_layers`.
 
     Raises:
         AllocationError: An unknown method or granularity, two budgets, or a budget outside the levels.
@@ -82,6 +83,7 @@ class PlanSettings:
     min_tokens: int = MIN_TOKENS
     router_pattern: str | None = None
     expert_pattern: str | None = None
+    layout: str | None = None
 
     @classmethod
     def among(cls, given: Mapping[str, Any]) -> PlanSettings:
@@ -105,8 +107,9 @@ class PlanSettings:
             raise AllocationError(f"rest_gib={self.rest_gib} is a part of total_gib, which is not given")
         if not given:
             object.__setattr__(self, "average_bits", DEFAULT_AVERAGE_BITS)
-        for name in ("router_pattern", "expert_pattern"):
+        for name in PATTERNS[:2]:
             check_pattern(name, getattr(self, name))
+        check_layout(self.layout, self.router_pattern, self.expert_pattern)
         if self.granularity not in GRANULARITIES:
             raise AllocationError(
                 f"unknown granularity {self.granularity!r}, expected one of {', '.join(GRANULARITIES)}"
@@ -207,7 +210,7 @@ class PlanSettings:
 
     @property
     def patterns(self) -> Patterns:
-        """``router_pattern`` and ``expert_pattern`` where they are given, for `find_moe_layers`."""
+        """``router_pattern``, ``expert_pattern`` and ``layout`` where they are given, for `find_moe_layers`."""
         return cast(Patterns, {key: value for key in PATTERNS if (value := getattr(self, key)) is not None})
 
     @property
@@ -320,7 +323,7 @@ class PlanSettings:
 
 
 BUDGETS = ("average_bits", "stored_bits", "expert_gib", "total_gib")
-PATTERNS = ("router_pattern", "expert_pattern")
+PATTERNS = ("router_pattern", "expert_pattern", "layout")
 
 
 def expert_weights(layers: Iterable[LayerShape]) -> int:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..layers.moe_layers import MoELayer
 from ..plans.plan import PrecisionPlan
+from ..recording.masters import master_kind
 from .plan_summary import findings
 
 if TYPE_CHECKING:
@@ -43,17 +44,23 @@ def layers_table(layers: list[MoELayer]) -> Table:
     for layer in layers:
         router = layer.router.removeprefix(layer.name).lstrip(".")
         name, indices = re.sub(r"\d+", "{}", layer.name), re.findall(r"\d+", layer.name)
-        key = (name, router, layer.num_experts, tuple(layer.projections.items()), layer.router_is.dtype, layer.caveat)
+        key = (name, router, layer.num_experts, tuple(layer.projections.items()), _read_as(layer), layer.caveat)
         alike.setdefault(key, []).append(indices)
     table = Table(box=box.MARKDOWN)
     for column in ("layers", "router", "experts", "matrices of an expert (out, in)", "router read as"):
         table.add_column(column, overflow="fold")
-    for (name, router, experts, projections, dtype, caveat), indices in alike.items():
+    for (name, router, experts, projections, read_as, caveat), indices in alike.items():
         ranges = [_ranges(column) for column in zip(*indices, strict=True)]
         matrices = ", ".join(f"{projection}: {out} x {inp}" for projection, (out, inp) in projections)
         note = f" ({caveat} router)" if caveat else ""
-        table.add_row(name.format(*ranges), router + note, str(experts), matrices, str(dtype).removeprefix("torch."))
+        table.add_row(name.format(*ranges), router + note, str(experts), matrices, read_as)
     return table
+
+
+def _read_as(layer: MoELayer) -> str:
+    """The dtype of what norms are read from, and whose copy that is where it is not the model's parameter."""
+    owner = master_kind([layer])
+    return f"float32 ({owner} copy)" if owner else str(layer.router_is.dtype).removeprefix("torch.")
 
 
 def _ranges(numbers: Sequence[str]) -> str:

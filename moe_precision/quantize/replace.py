@@ -126,6 +126,11 @@ def _expert_targets(
 ) -> list[Target]:
     container = layer.container()
     path = layer.experts
+    if layer.parts > 1:
+        raise UnsupportedLayoutError(
+            f"layer {layer.name!r}: its experts are split over {layer.parts} processes (expert parallelism); packing "
+            "takes the gathered model, or its checkpoint"
+        )
     shared = [bank.weights[0].name for bank in layer.banks.values() if id(bank.weights[0].parameter()) in tied]
     if shared:
         raise UnsupportedLayoutError(

@@ -30,6 +30,11 @@ def check_visible(layers: list[MoELayer]) -> None:
     for layer in layers:
         container = layer.container()
         weights = [weight for bank in layer.banks.values() for weight in bank.weights]
+        if layer.fused and layer.parts > 1:
+            raise StatisticsError(
+                f"layer {layer.name!r}: its fused experts are split over processes, where each sees the tokens of its "
+                "own: statistics take one module per expert, or a checkpoint"
+            )
         if layer.fused and runs_through_experts_interface(container):
             if any(weight.gathers for weight in weights):
                 raise StatisticsError(
@@ -93,10 +98,11 @@ class Collector:
             return
         if type(container).forward is not nn.Module.forward:  # else a plain list, which is not called
             self._on(container, self._call, layer)
-        for expert, module in enumerate(layer.expert_modules()):
+        for place, module in enumerate(layer.expert_modules()):
+            expert = layer.first_expert + place
             self._on(module, self._expert, layer, expert)
             for name, bank in layer.banks.items():
-                self._on(bank.weights[expert].module, self._linear, layer, name, expert)
+                self._on(bank.weights[place].module, self._linear, layer, name, expert)
 
     def _see_batch(self, args: Any, kwargs: dict[str, Any]) -> None:
         self._padding.see(kwargs)
@@ -167,7 +173,7 @@ class Collector:
         x = _rows_of((*args, *kwargs.values()))
         if x is None:
             return
-        _check_whole(layer, x, layer.banks[projection].weights[expert].parameter())
+        _check_whole(layer, x, layer.banks[projection].weights[expert - layer.first_expert].parameter())
         weights, kept = self._of_rows.get((layer.name, expert), (None, None))
         if weights is None or kept is None or len(weights) != len(x):
             self._add(layer, projection, expert, x, torch.ones(len(x), dtype=torch.float32, device=x.device))

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from ..checkpoints.tensor_file import Nested, TensorFile, named, shapes_of
 from ..errors import MoEPrecisionError
 from ..layers.banks import Bank
+from ..layers.expert_parallel import of_all
 from ..layers.module_tree import Weight
 from ..layers.moe_layers import MoELayer
 from ..layers.prefixes import prefixes_of
@@ -61,11 +62,11 @@ class Curvature:
 
         Args:
             layers: As found by `find_moe_layers`.
-            means_of: The means of one parameter, in the parameter's own layout; None if it never had a gradient.
+            means_of: The means of one parameter, in the parameter's own layout, a flat bank as a stack of matrices
+                (`stacks_of`); None if it never had a gradient.
 
         Raises:
-            CurvatureError: No weight of a projection ever had a gradient, a mean is negative or not finite, or the
-                experts are blocks of rows of one matrix.
+            CurvatureError: No weight of a projection ever had a gradient, or a mean is negative or not finite.
         """
         curvature = cls({layer.name: layer.shape for layer in layers})
         curvature.router_norms = norms_by_layer(layers)
@@ -141,8 +142,21 @@ def as_curvature(curvature: Curvature | str | os.PathLike[str]) -> Curvature:
     return curvature if isinstance(curvature, Curvature) else Curvature.load(curvature)
 
 
-def row_and_column_means(values: Tensor) -> Means:
-    """Means of ``(..., rows, columns)`` over the last dimension and over the one before it, gathered where sharded."""
+def stacks_of(layers: list[MoELayer]) -> dict[int, tuple[int, ...]]:
+    """By id of the parameter: the shape ``(E, rows, columns)`` of every flat bank."""
+    banks = [bank for layer in layers for bank in layer.banks.values()]
+    return {id(bank.weights[0].parameter()): bank.stack for bank in banks if bank.stack is not None}
+
+
+def row_and_column_means(values: Tensor, stack: tuple[int, ...] | None = None) -> Means:
+    """Means over the last dimension and over the one before it, float32 on the CPU, gathered where sharded.
+
+    Args:
+        values: ``(..., rows, columns)``.
+        stack: A shape to see the values in first, for flat banks; see `stacks_of`.
+    """
+    if stack is not None:  # a shard may end in the middle of an expert
+        values = (values.full_tensor() if isinstance(values, DTensor) else values).reshape(stack)
     rows, columns = (values.mean(dim=dimension, dtype=torch.float32) for dimension in (-1, -2))
     whole = [mean.full_tensor() if isinstance(mean, DTensor) else mean for mean in (rows, columns)]
     return whole[0].cpu(), whole[1].cpu()
@@ -151,16 +165,15 @@ def row_and_column_means(values: Tensor) -> Means:
 def _of_bank(layer: MoELayer, bank: Bank, means_of: Callable[[Weight], Means | None]) -> Means:
     """Means by output row ``(E, out)`` and by input column ``(E, in)``; zero for an expert that had no gradient."""
     found = [means_of(weight) for weight in bank.weights]
-    if all(means is None for means in found):
+    if bank.parts == 1 and all(means is None for means in found):
         raise CurvatureError(f"no gradient has reached any expert of {layer.name!r}: train first")
-    shape = bank.weights[0].shape
+    shape = bank.stack or bank.weights[0].shape
     sizes = shape[:-1], (*shape[:-2], shape[-1])
     zeros = tuple(torch.zeros(size, dtype=torch.float32) for size in sizes)
     rows, columns = zip(*(means or zeros for means in found), strict=True)
     if len(bank.weights) > 1:
         by_row, by_column = torch.stack(rows), torch.stack(columns)
-    elif rows[0].ndim == 1:  # a flat bank is one matrix: its means by column are over all experts
-        raise CurvatureError(f"curvature of flat banks ({bank.weights[0].name!r}) cannot be read yet")
     else:
-        by_row, by_column = rows[0][: layer.num_experts], columns[0][: layer.num_experts]
+        by_row, by_column = rows[0][: bank.local], columns[0][: bank.local]
+    by_row, by_column = of_all(by_row, bank.parts), of_all(by_column, bank.parts)
     return (by_column, by_row) if bank.transposed else (by_row, by_column)

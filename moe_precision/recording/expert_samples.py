@@ -95,7 +95,7 @@ class ExpertSamples:
 @torch.no_grad()
 def _sample(bank: Bank) -> Tensor | None:
     """``(E, 16)`` of one matrix of every expert; None where this process does not hold it whole."""
-    if any(weight.gathers or weight.is_adapted for weight in bank.weights):
+    if bank.parts > 1 or any(weight.gathers or weight.is_adapted for weight in bank.weights):
         return None
     parameters = [weight.parameter() for weight in bank.weights]
     if any(isinstance(one, DTensor) or one.is_meta for one in parameters):

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ..layers.module_tree import Weight, modes_kept
 from ..layers.moe_layers import MoELayer
-from .curvature import Curvature, CurvatureError, Means, row_and_column_means
+from .curvature import Curvature, CurvatureError, Means, row_and_column_means, stacks_of
 
 
 def curvature_of_losses(layers: list[MoELayer], losses: Iterable[Callable[[], Tensor | None]]) -> Curvature:
@@ -30,8 +30,13 @@ def curvature_of_losses(layers: list[MoELayer], losses: Iterable[Callable[[], Te
     Raises:
         CurvatureError: There is no loss, a gradient is not finite, or none reaches any expert of a layer.
     """
+    if split := [layer.name for layer in layers if layer.parts > 1]:
+        raise CurvatureError(
+            f"the experts of {split[0]!r} are split over processes (expert parallelism), whose gradients only the "
+            "trainer averages: there the second moments of an optimizer are read, and no further batches"
+        )
     weights = [weight for layer in layers for bank in layer.banks.values() for weight in bank.weights]
-    parameters = [weight.parameter() for weight in weights]
+    parameters, stacks = [weight.parameter() for weight in weights], stacks_of(layers)
     sums: dict[int, Means] = {}
     count = 0
     with _unfrozen(parameters) as frozen:
@@ -46,7 +51,7 @@ def curvature_of_losses(layers: list[MoELayer], losses: Iterable[Callable[[], Te
             _average_over_processes(frozen)
             for parameter in parameters:
                 if parameter.grad is not None:
-                    rows, columns = row_and_column_means(parameter.grad.float().square())
+                    rows, columns = row_and_column_means(parameter.grad.float().square(), stacks.get(id(parameter)))
                     before = sums.get(id(parameter))
                     sums[id(parameter)] = (rows, columns) if before is None else (before[0] + rows, before[1] + columns)
     if count == 0:

@@ -50,7 +50,7 @@ class LoadCounter:
         for layer in layers:
             container = layer.container()
             if layer.layout == "modules" and type(container).forward is nn.Module.forward:  # a plain list
-                for expert, module in enumerate(layer.expert_modules()):
+                for expert, module in enumerate(layer.expert_modules(), start=layer.first_expert):
                     self._hook(module, self._one_expert, layer, expert)
             else:
                 self._hook(container, self.count, layer)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from ..compat import held_by_deepspeed
 from ..layers.moe_layers import MoELayer
 from .curvature import CurvatureError
+from .masters import innermost
 from .trusted import problem_in_half, problem_of
 
 
@@ -21,14 +23,20 @@ def check_second_moments(layers: list[MoELayer], optimizers: Iterable[Any]) -> N
     """
     weights = [weight for layer in layers for bank in layer.banks.values() for weight in bank.weights]
     for weight in weights:
+        if held_by_deepspeed(weight.parameter()):
+            continue
         if weight.gathers or weight.is_adapted:
-            what = "in flat shards (FSDP1, DeepSpeed)" if weight.gathers else "behind an adapter"
+            what = "in flat shards (FSDP1)" if weight.gathers else "behind an adapter"
             raise CurvatureError(
                 f"{weight.name!r} is {what}: the optimizer keeps no second moment of the whole weight. Let "
                 "curvature_batches=64 take squared gradients after the last step"
             )
     experts = {id(weight.parameter()) for weight in weights}
+    held = any(held_by_deepspeed(weight.parameter()) for weight in weights)
     for optimizer in optimizers:
+        for one in innermost([optimizer]) if held else []:
+            if (problem := problem_of(one)) is not None:
+                raise _none(problem)
         inner = getattr(optimizer, "optimizer", optimizer)
         trained = [
             (group, parameter)
@@ -38,7 +46,11 @@ def check_second_moments(layers: list[MoELayer], optimizers: Iterable[Any]) -> N
         ]
         in_half = (problem_in_half(optimizer, *pair) for pair in trained)
         if trained and (problem := problem_of(optimizer, experts) or next(filter(None, in_half), None)) is not None:
-            raise CurvatureError(
-                f"{problem}. Train the experts with AdamW or Adafactor, or let curvature_batches=64 take squared "
-                "gradients after the last step"
-            )
+            raise _none(problem)
+
+
+def _none(problem: str) -> CurvatureError:
+    return CurvatureError(
+        f"{problem}. Train the experts with AdamW or Adafactor, or let curvature_batches=64 take squared gradients "
+        "after the last step"
+    )

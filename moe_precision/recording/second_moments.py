@@ -5,25 +5,28 @@ That second moment estimates the diagonal of the empirical Fisher matrix, at no 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..compat import held_by_deepspeed
 from ..layers.module_tree import Weight
 from ..layers.moe_layers import MoELayer
-from .curvature import Curvature, CurvatureError, Means, row_and_column_means
+from .curvature import Curvature, CurvatureError, Means, row_and_column_means, stacks_of
+from .masters import innermost
 from .trusted import HALF, moment_in_half, problem_of
 
 _BNB_BLOCK = 256  # weights that share a scale in bitsandbytes' optimizer state
 
 
 def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature:
-    """Reads the second moments of all expert weights from Adam-like optimizers; a collective under FSDP2.
+    """Reads the second moments of all expert weights from Adam-like optimizers; a collective under FSDP2 and DeepSpeed.
 
     Optimizers that `problem_of` accepts: AdamW, Adam without coupled weight decay, and their kin in torch, torchao and
-    bitsandbytes, 8-bit states included, and Adafactor, whose state is these very means.
+    bitsandbytes, 8-bit states included, and Adafactor, whose state is these very means. Of those inside DeepSpeed's
+    ZeRO one whole tensor at a time is put together from the parts of all processes.
 
     The optimizer skips an expert with parameters of its own in a step where it got no token, so that its moment is a
     mean over fewer steps. It is scaled by the share of the layer's steps that the expert took part in, which puts it on
@@ -35,10 +38,15 @@ def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature
 
     Raises:
         CurvatureError: An expert weight has no second moment that can be trusted in any of them: the optimizer is of
-            another kind, the experts are frozen, or its state is a flat shard (FSDP1, DeepSpeed) or too coarse.
+            another kind, the experts are frozen, or its state is a flat shard (FSDP1) or too coarse.
     """
+    optimizers = list(optimizers)
     experts = {id(weight.parameter()) for layer in layers for bank in layer.banks.values() for weight in bank.weights}
-    moments, problems = _second_moments(optimizers, experts)
+    stacks = stacks_of(layers)
+    moments, problems = _second_moments(optimizers, experts, stacks)
+    held = [weight for layer in layers for bank in layer.banks.values() for weight in bank.weights]
+    held = [weight for weight in held if held_by_deepspeed(weight.parameter())]
+    _add_deepspeed(held, optimizers, stacks, moments, problems)
     steps = _steps_of(layers, moments)
 
     def means_of(weight: Weight) -> Means | None:
@@ -49,9 +57,9 @@ def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature
         if found.means is None:
             return None
         rows, columns = found.means
-        shape = weight.shape
+        shape = stacks.get(id(weight.parameter()), weight.shape)
         if tuple(rows.shape) != shape[:-1] or tuple(columns.shape) != (*shape[:-2], shape[-1]):
-            raise _cannot(weight, "the optimizer's has another shape: is its state in flat shards (FSDP1, DeepSpeed)?")
+            raise _cannot(weight, "the optimizer's has another shape: is its state in flat shards (FSDP1)?")
         share = found.step / steps[id(weight.parameter())]
         return rows * share, columns * share
 
@@ -70,7 +78,9 @@ class _Moment(NamedTuple):
     step: float
 
 
-def _second_moments(optimizers: Iterable[Any], experts: Container[int]) -> tuple[dict[int, _Moment], dict[int, str]]:
+def _second_moments(
+    optimizers: Iterable[Any], experts: Container[int], stacks: Mapping[int, tuple[int, ...]]
+) -> tuple[dict[int, _Moment], dict[int, str]]:
     """By parameter id: the means of its second moment, unbiased, or why there are none; of others the step alone."""
     found: dict[int, _Moment] = {}
     problems: dict[int, str] = {}
@@ -89,14 +99,50 @@ def _second_moments(optimizers: Iterable[Any], experts: Container[int]) -> tuple
                 else:
                     try:
                         expert = key in experts
-                        found[key] = _moment(state, parameter, beta) if expert else _Moment(None, float(state["step"]))
+                        step = _Moment(None, float(state["step"]))
+                        found[key] = _moment(state, parameter, beta, stacks.get(key)) if expert else step
                     except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
                         problems[key] = f"the optimizer's state is unlike any known one ({error})"
     return found, problems
 
 
-def _moment(state: dict[str, Any], parameter: Tensor, beta: float) -> _Moment:
-    means, step = _means_in(state, parameter, beta), float(state["step"])
+def _add_deepspeed(
+    weights: list[Weight],
+    optimizers: list[Any],
+    stacks: Mapping[int, tuple[int, ...]],
+    found: dict[int, _Moment],
+    problems: dict[int, str],
+) -> None:
+    """Adds what DeepSpeed's ZeRO holds in parts: of every parameter, or why there is none; a collective."""
+    if not weights:
+        return
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    base = innermost(optimizers)
+    steps = [float(state["step"]) for one in base for state in one.state.values() if "step" in state]
+    for weight in weights:
+        parameter = weight.parameter()
+        key = id(parameter)
+        problem = next((text for one in base if (text := problem_of(one)) is not None), None)
+        if problem is not None or not parameter.requires_grad:
+            problems[key] = problem or "the experts are frozen"
+            continue
+        if not steps:
+            found[key] = _Moment(None, 0.0)
+            continue
+        try:
+            moment: Any = safe_get_full_optimizer_state(parameter, "exp_avg_sq")
+        except (KeyError, AttributeError, RuntimeError, ValueError) as error:
+            problems[key] = f"DeepSpeed gives none ({type(error).__name__}: {error})"
+            continue
+        beta = float(base[0].param_groups[0].get("betas", (0.0, 0.0))[1])
+        one = _moment({"exp_avg_sq": moment, "step": max(steps)}, parameter, beta, stacks.get(key))
+        reached = one.means is not None and bool(one.means[0].any())
+        found[key] = one if reached else _Moment(None, one.step)
+
+
+def _moment(state: dict[str, Any], parameter: Tensor, beta: float, stack: tuple[int, ...] | None) -> _Moment:
+    means, step = _means_in(state, parameter, beta, stack), float(state["step"])
     unbiased = 1 - beta**step if step and beta else 1.0
     return _Moment((means[0] / unbiased, means[1] / unbiased), step)
 
@@ -112,7 +158,7 @@ def _steps_of(layers: list[MoELayer], moments: dict[int, _Moment]) -> dict[int, 
     return found
 
 
-def _means_in(state: dict[str, Any], parameter: Tensor, beta: float) -> Means:
+def _means_in(state: dict[str, Any], parameter: Tensor, beta: float, stack: tuple[int, ...] | None) -> Means:
     """Means of a second moment in the form that each optimizer keeps it, float32 on the CPU.
 
     Raises:
@@ -123,9 +169,11 @@ def _means_in(state: dict[str, Any], parameter: Tensor, beta: float) -> Means:
             moment = moment.dequantize()
         if (problem := moment_in_half(moment.dtype, beta)) is not None:
             raise ValueError(problem)
-        return row_and_column_means(moment)
+        return row_and_column_means(moment, stack)
     for rows, columns in (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col")):  # Adafactor, torch's and HF's
         if isinstance(state.get(rows), Tensor):
+            if stack is not None:
+                raise ValueError("Adafactor's factors are over all experts of a flat bank, not of each")
             if rows == "row_var" and state[rows].dtype in HALF:
                 # torch's steps in this dtype, with a share for the new that falls to nothing; transformers' in float32
                 raise ValueError(f"Adafactor's moments in {state[rows].dtype} hardly decay: train in float32")
@@ -136,7 +184,7 @@ def _means_in(state: dict[str, Any], parameter: Tensor, beta: float) -> Means:
 
         absmax, code = state["absmax2"], state["qmap2"]
         moment = dequantize_blockwise(state["state2"], absmax=absmax, code=code, blocksize=_BNB_BLOCK)
-        return row_and_column_means(moment.view(parameter.shape))
+        return row_and_column_means(moment.view(parameter.shape), stack)
     if isinstance(state.get("state2"), Tensor):  # its float32 form, for small tensors
-        return row_and_column_means(state["state2"].view(parameter.shape))
+        return row_and_column_means(state["state2"].view(parameter.shape), stack)
     raise ValueError(f"keys {sorted(state)}")

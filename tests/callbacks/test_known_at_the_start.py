@@ -1,5 +1,7 @@
 """What is known when training starts is refused then: several models, and optimizers that keep no second moments."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -18,9 +20,10 @@ from moe_precision.layers.moe_layers import find_moe_layers
 from moe_precision.quantize.codec.grid import Grid
 from moe_precision.recording.curvature import CurvatureError
 from moe_precision.recording.expert_samples import ExpertSamples
+from moe_precision.recording.gradients import curvature_of_losses
 from moe_precision.recording.optimizer_check import check_second_moments
 from tests.support.models import DECODER, PlainMoE, build
-from tests.support.trainers import Module, data, monitor, trainer
+from tests.support.trainers import Module, TwoOptimizers, data, monitor, trainer
 
 IDS = torch.randint(3, 128, (8, 8), generator=torch.Generator().manual_seed(0))
 LAYERS = ["model.layers.0.mlp", "model.layers.1.mlp"]
@@ -173,17 +176,32 @@ def test_a_method_that_reads_moments_and_an_optimizer_without(method, tmp_path):
     gradients = monitor(method="curvature", bits=(1, 2, 3), curvature_batches=2)
     trainer(tmp_path, gradients).fit(WithSGD(), data())
     assert gradients.plan.method == "curvature"
-    automatic = monitor(method="auto")
-    trainer(tmp_path, automatic).fit(WithSGD(), data())
-    assert automatic.plan.method == "router_norm"
+
+
+def test_auto_takes_gradients_of_its_own_where_an_optimizer_keeps_none(tmp_path, monkeypatch):
+    """On a single process, with a loss that can be computed, and for experts that are not too many."""
+    said = []
+    monkeypatch.setattr("moe_precision.callbacks.plan_of_run.rank_zero_info", said.append)
+    automatic = monitor(method="auto", statistics_batches=0)
+    module = WithSGD()
+    trainer(tmp_path, automatic).fit(module, data())
+    assert automatic.plan.method == "curvature"
+    assert [text for text in said if "SGD is not among" in text and "squared gradients of 64 training batches" in text]
+    expected = curvature_of_losses(find_moe_layers(module), [partial(module.loss, batch) for batch in data()])
+    for name, rows in expected.rows.items():
+        torch.testing.assert_close(automatic.curvature.rows[name], rows)
+    monkeypatch.setattr("moe_precision.callbacks.plan_of_run.UNASKED_WEIGHTS", 10)  # a large model
+    large = monitor(method="auto", statistics_batches=0)
+    with pytest.warns(UserWarning, match="the plan will be by the paper's rule"):
+        trainer(tmp_path, large).fit(WithSGD(), data())
+    assert large.plan.method == "router_norm"
 
 
 def test_what_the_papers_rule_cannot_do_instead_of_auto(tmp_path, monkeypatch):
-    """Whole layers share a width only by costs, which SGD leaves no way to know."""
-    module, asked = WithSGD(), {"method": "auto", "granularity": "layer", "bits": (1, 2, 3)}
+    """Whole layers share a width only by costs, which SGD and steps of the module's own leave no way to know."""
+    module, asked = TwoOptimizers(), {"method": "auto", "granularity": "layer", "bits": (1, 2, 3)}
     with pytest.raises(AllocationError, match="granularity='layer' needs what each width costs"):
         trainer(tmp_path, monitor(**asked)).fit(module, data())
-    assert module.norms == {}
     monkeypatch.setattr("moe_precision.callbacks.plan_of_run.UNASKED_WEIGHTS", 10)  # a large model
     recorded = monitor(**asked)
     trainer(tmp_path, recorded).fit(Module(), data())

@@ -37,6 +37,11 @@ def by_expert(family: str = "mixtral") -> PrecisionPlan:
     return plan_of(family, bits)
 
 
+def by_expert_alone(widths, family: str = "mixtral") -> PrecisionPlan:
+    """Experts at four widths, shifted by one from layer to layer, all matrices of one alike."""
+    return plan_of(family, lambda layer, projection, count: [widths[(e + layer) % 4] for e in range(count)])
+
+
 def by_layer(family: str = "mixtral") -> PrecisionPlan:
     return plan_of(family, lambda layer, projection, count: [((8, 2), (4, 16))[layer][projection]] * count)
 
@@ -51,6 +56,9 @@ def by_layer(family: str = "mixtral") -> PrecisionPlan:
         ("gguf", by_layer, None),
         ("mlx", by_layer, None),
         ("torchao", lambda: by_expert("switch_transformers"), None),
+        ("exl3", by_expert, None),
+        ("fq-policy", lambda: by_expert_alone((2, 3, 4, 8)), None),
+        ("hybrid-bit-map", lambda: by_expert_alone((2, 3, 4, 3)), None),
         ("gptqmodel", lambda: plan_of("mixtral"), "vllm"),
         ("llm-compressor", lambda: plan_of("mixtral"), "sglang"),
     ],
@@ -61,6 +69,50 @@ def test_text_is_that_of_the_golden_file(to, make, engine):
     assert found.text == (GOLDEN / name).read_text()
     if to != "gguf":
         assert yaml.safe_load(found.text) == found.config  # JSON is YAML
+
+
+def test_maps_list_every_expert_under_the_number_of_its_layer():
+    policy = export(by_expert_alone((2, 3, 4, 8)), "fq-policy")
+    assert policy.config["bits_per_expert"] == {"0": [2, 3, 4, 8] * 2, "1": [3, 4, 8, 2] * 2}
+    assert any("takes 3 and 4 bits alone" in note for note in policy.notes)
+    tiers = export(by_expert_alone((2, 3, 4, 3)), "hybrid-bit-map")
+    assert tiers.config["hybrid_bit_map"] == {"0": [3, 3, 4, 3] * 2, "1": [3, 4, 3, 3] * 2}  # 2 bits are rounded up
+    assert "hybrid_bit_map has no 2-bit format for 8 expert matrices: rounded up to 3 bits" in tiers.notes
+
+
+def test_a_recipe_names_the_matrices_of_the_hub_and_leaves_others():
+    found = export(by_expert(), "exl3")
+    tensors = dict(found.config["tensors"])
+    assert tensors.pop("*") == 16
+    assert next(iter(found.config["tensors"])) == "*"  # later entries count
+    assert len(tensors) == 2 * 8 * 3
+    assert tensors["model.layers.1.block_sparse_moe.experts.0.w1"] == 3
+    assert tensors["model.layers.1.block_sparse_moe.experts.0.w2"] == 4
+    assert any("at one bitrate" in note for note in found.notes)
+    assert not any("at one bitrate" in note for note in export(by_layer(), "exl3").notes)
+
+
+@pytest.mark.parametrize(
+    ("to", "make", "message"),
+    [
+        ("fq-policy", by_expert, "leaves some at 16"),
+        (
+            "fq-policy",
+            lambda: plan_of("mixtral", lambda layer, one, count: [2 + one] * count),
+            "projections of experts",
+        ),
+        (
+            "hybrid-bit-map",
+            lambda: by_expert_alone((3, 4, 5, 8)),
+            "tiers of 3 and 4 bits, and .* make it with --bits 3 4",
+        ),
+        ("hybrid-bit-map", lambda: plan_of("switch_transformers"), "is not a block of a decoder-only model"),
+        ("exl3", lambda: plan_of("gpt_oss"), "all experts of layer .* in one tensor"),
+    ],
+)
+def test_maps_that_a_plan_does_not_fit(to, make, message):
+    with pytest.raises(ExportError, match=message):
+        export(make(), to)
 
 
 @pytest.mark.parametrize("family", [*DECODERS, "switch_transformers", "nllb-moe", "qwen2_moe"])
@@ -184,7 +236,7 @@ def test_a_plan_that_does_not_say_where_its_experts_are():
     for layer in data["layers"].values():
         del layer["experts"]
     plan = PrecisionPlan.from_dict(data)  # of an earlier release
-    for to in set(TARGETS) - {"gguf", "mlx"}:
+    for to in set(TARGETS) - {"gguf", "mlx", "fq-policy", "hybrid-bit-map"}:
         with pytest.raises(ExportError, match="does not say where the experts"):
             export(plan, to)
 
