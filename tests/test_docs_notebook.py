@@ -1,4 +1,4 @@
-"""The notebook in docs: executed as a whole, its commands parsed, outputs those of its code; all of it runs again."""
+"""The notebook in docs: executed as a whole, commands parsed, outputs those of its code; all of it runs again."""
 
 import json
 import re

@@ -53,6 +53,7 @@ class RunRecorder:
         ValueError: ``every_n_steps`` is below 1.
 
     Example:
+        >>> import torch
         >>> optimizer = torch.optim.AdamW(model.train().parameters())
         >>> batch = {"input_ids": torch.arange(3, 100)[None], "labels": torch.arange(3, 100)[None]}
         >>> with RunRecorder(model) as recorder:
