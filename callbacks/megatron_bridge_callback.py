@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moe_precision.callbacks.step_recorder import StepRecorder, check_whole, is_first
+from moe_precision.callbacks.step_recorder import StepRecorder, base_class, check_whole, is_first
 from moe_precision.plans.beside import existing
 from moe_precision.recording.history import RouterNormHistory
 from moe_precision.recording.masters import innermost
 
-if TYPE_CHECKING:
-    Base = object
-else:
-    try:
-        from megatron.bridge.training.callbacks import Callback as Base
-    except ImportError:  # the contract is all that is used
-        Base = object
 
-
-class MegatronBridgeCallback(StepRecorder, Base):  # type: ignore[misc]
+class MegatronBridgeCallback(StepRecorder, base_class("megatron.bridge.training.callbacks")):  # type: ignore[misc]
     """Records router norms in Megatron-Bridge's ``pretrain`` and writes the plan to a folder.
 
     ``layout`` is ``megatron`` unless something else is given. Its checkpoints hold no state of callbacks: the history

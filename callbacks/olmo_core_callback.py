@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moe_precision.callbacks.step_recorder import StepRecorder, check_whole
-
-if TYPE_CHECKING:
-    Base = object
-else:
-    try:
-        from olmo_core.train.callbacks import Callback as Base
-    except ImportError:  # the contract is all that is used
-        Base = object
+from moe_precision.callbacks.step_recorder import StepRecorder, base_class, check_whole
 
 
-class OlmoCoreCallback(StepRecorder, Base):  # type: ignore[misc]
+class OlmoCoreCallback(StepRecorder, base_class("olmo_core.train.callbacks")):  # type: ignore[misc]
     """Records router norms in OLMo-core's `Trainer` and writes the plan to its save folder.
 
     Its state is in the trainer's checkpoints. ``layout`` is ``olmo-core`` unless something else is given.

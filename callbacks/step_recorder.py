@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,15 @@ class StepRecorder(PlanRecorder):
         """Takes what `state_dict` gave, before `begin`; an empty one is that of a run that had not begun."""
         blob = state_dict.get("router_norms", b"")
         self._resumed = torch.load(io.BytesIO(blob), weights_only=True) if blob else {}
+
+
+def base_class(module: str, name: str = "Callback") -> type:
+    """The base class of a trainer; `object` where it is not installed, since its contract is all that is used."""
+    try:
+        found: type = getattr(import_module(module), name)
+    except ImportError:
+        return object
+    return found
 
 
 def is_first() -> bool:

@@ -25,7 +25,16 @@ _FORMS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {  # quant_method ->
     "compressed-tensors": (
         ("format",),
         dict.fromkeys(
-            ("pack-quantized", "int-quantized", "naive-quantized", "dense", "mixed-precision"), COMPRESSED_TENSORS
+            (
+                "pack-quantized",
+                "int-quantized",
+                "naive-quantized",
+                "dense",
+                "mixed-precision",
+                "nvfp4-pack-quantized",
+                "mxfp4-pack-quantized",
+            ),
+            COMPRESSED_TENSORS,
         ),
     ),
     "mlx": (("mode",), {"affine": MLX}),
@@ -120,12 +129,19 @@ def awq(name: str, tensors: Tensors, out: int, inp: int) -> Stored:
 def compressed(
     name: str, tensors: Tensors, out: int, inp: int, named: list[int], words: Callable[[int, int], int]
 ) -> Stored:
-    """``weight_packed`` is ``(out, words)`` int32; the config's groups say which widths are meant.
+    """``weight_packed`` is ``(out, words)`` int32, or FP4 as ``(out, in / 2)`` bytes.
+
+    The config's groups say which widths are meant.
 
     With empty ends 7 and 8 bits fill the same number of words: the smaller is taken, which differs from `dense`'s.
     """
     packed = tensors[f"{name}.weight_packed"]
     rows, filled = packed.shape if len(packed.shape) == 2 else (0, 0)
+    if packed.dtype == "U8":  # FP4: two values in a byte, NVFP4 in groups of 16, MXFP4 of 32
+        stored = Stored(4, _group_size(name, f"{name}.weight_scale", 1, tensors, inp))
+        fits = (rows, 2 * filled) == (out, inp) and stored.group_size in (16, 32)
+        check(fits, f"{name}.weight_packed", packed, (out, "in / 2, with scales for 16 or 32 weights"))
+        return stored
     fitting = [bits for bits in named if filled == words(bits, inp)]
     fits = packed.dtype == "I32" and rows == out and len(fitting) > 0
     check(fits, f"{name}.weight_packed", packed, (out, f"words for one of {named} bits"))

@@ -87,7 +87,7 @@ def _master(parameter_of: Callable[[], Tensor], states: Sequence[Any]) -> Tensor
     if held_by_deepspeed(parameter):
         from deepspeed.utils import safe_get_full_fp32_param
 
-        found: Any = safe_get_full_fp32_param(parameter)
+        found: Tensor | None = safe_get_full_fp32_param(parameter)
         return found
     candidates = [getattr(parameter, "main_param", None)]
     candidates += [state[parameter].get(key) for state in states if parameter in state for key in _STATE_KEYS]

@@ -42,6 +42,38 @@ def test_the_config_says_the_form(tmp_path, quantization, suffixes):
     assert read.notes["group_sizes"] == [32]
 
 
+def fp4(group: int):
+    """Two values in a byte, and a byte for the scale of each group."""
+
+    def tensors(out: int, inp: int, bits: int) -> dict:
+        if bits == 16:
+            return {"weight": ((out, inp), torch.bfloat16)}
+        return {
+            "weight_packed": ((out, inp // 2), torch.uint8),
+            "weight_scale": ((out, inp // group), torch.float8_e4m3fn if group == 16 else torch.uint8),
+        }
+
+    return tensors
+
+
+@pytest.mark.parametrize(("form", "group"), [("nvfp4-pack-quantized", 16), ("mxfp4-pack-quantized", 32)])
+def test_experts_in_fp4_have_four_bits(tmp_path, form, group):
+    plan = plan_of("mixtral", lambda layer, one, count: [(4, 16)[(e + layer) % 2] for e in range(count)])
+    weights = {"num_bits": 4, "type": "float", "group_size": group}
+    groups = {"config_groups": {"a": {"weights": weights, "format": form}}, "format": form}
+    write_checkpoint(tmp_path, plan, {"quant_method": "compressed-tensors", **groups}, fp4(group))
+    read = plan_of_checkpoint(tmp_path)
+    assert read.diff(plan) == []
+    assert read.notes["group_sizes"] == [group]
+
+
+def test_bytes_in_groups_of_another_size_are_not_fp4(tmp_path):
+    quantization = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
+    write_checkpoint(tmp_path, plan_of("mixtral"), quantization, fp4(64))
+    with pytest.raises(CheckpointError, match=r"weight_packed' is U8 .*with scales for 16 or 32 weights"):
+        plan_of_checkpoint(tmp_path)
+
+
 def test_one_form_is_not_read_as_another(tmp_path):
     write_checkpoint(tmp_path, by_expert(), {"quant_method": "gptq", "checkpoint_format": "gptq"}, awq)
     with pytest.raises(CheckpointError, match="this form of a quantized weight cannot be read"):
@@ -60,7 +92,7 @@ GROUP = {"weights": {"num_bits": 4, "type": "int"}}
         ),
         ({"quant_method": "auto-round", "packing_format": "auto_round:fp8"}, "packing_format='auto_round:fp8'"),
         ({"quant_method": "awq", "version": "gemv"}, "version='gemv'"),
-        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "format='nvfp4-pack-quantized'"),
+        ({"quant_method": "compressed-tensors", "format": "mxfp8-quantized"}, "format='mxfp8-quantized'"),
         (
             {
                 "quant_method": "compressed-tensors",
