@@ -74,6 +74,8 @@ evidence: .venv/installed
 	$(BIN)/python -m benchmarks.studies.dropping_study --output runs/study --report > docs/dropping-tables.md
 	$(BIN)/python -m benchmarks.studies.anneal_study --output runs/anneal --workers 2
 	$(BIN)/python -m benchmarks.studies.anneal_study --output runs/anneal --report > docs/annealing-tables.md
+	$(BIN)/python -m benchmarks.studies.anneal_start --output runs/anneal --seeds 0
+	$(BIN)/python -m benchmarks.studies.anneal_start --output runs/anneal --report > docs/annealing-start-tables.md
 	$(BIN)/python -m benchmarks.studies.theory --output runs/theory
 
 .venv/installed: pyproject.toml constraints.txt

@@ -84,7 +84,7 @@ def test_a_plan_named_in_yaml_stays_a_path(finished, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"callbacks": [callback]}))
     (made,) = parser.instantiate(parser.parse_args(["--config", str(tmp_path / "config.yaml")])).callbacks
     assert made.plan == PrecisionPlan.load(tmp_path / "plan.json")
-    assert made._beside == tmp_path / "plan.curvature.safetensors"
+    assert made._beside._curvature == tmp_path / "plan.curvature.safetensors"
 
 
 @pytest.mark.slow

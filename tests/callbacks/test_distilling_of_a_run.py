@@ -273,7 +273,7 @@ def test_a_failure_stops_nobody_and_leaves_no_file_of_an_earlier_run(tmp_path, m
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr("moe_precision.files.save_file", breaks)
+    monkeypatch.setattr("safetensors.torch.save_file", breaks)
     with pytest.raises(OSError, match=r"could not write .*grid\.safetensors': No space left"):
         trainer(tmp_path, monitor(statistics_batches=2, distill_steps=2)).fit(Module(), data())
     assert (tmp_path / PLAN).is_file()

@@ -89,7 +89,7 @@ def test_of_a_transformers_model_under_lightning(tmp_path):
 
 def test_a_loader_is_gone_through_once_for_each_pass(tmp_path, monkeypatch):
     module, batches = OfAModel(), DataLoader(rows(), batch_size=3)
-    monkeypatch.setattr(collecting, "passes", lambda layers, memory: [[layer] for layer in layers])
+    monkeypatch.setattr(collecting, "passes", lambda layers, *memory: [collecting.Group([layer]) for layer in layers])
     callback = RouterNormMonitor(group_size=64, statistics_batches=2)
     trainer(tmp_path, callback, max_epochs=1, max_steps=-1).fit(module, batches)
     monkeypatch.undo()
@@ -192,7 +192,7 @@ def test_a_disk_that_is_too_small_is_said_before_training(tmp_path, monkeypatch)
         trainer(tmp_path, monitor(statistics_batches=2)).fit(module, data())
 
 
-def test_without_curvature_the_default_is_the_papers_rule(tmp_path):
+def test_without_moments_the_default_takes_squared_gradients(tmp_path, caplog):
     """And the log says so."""
 
     class ByGradient(OfAModel):
@@ -202,8 +202,8 @@ def test_without_curvature_the_default_is_the_papers_rule(tmp_path):
     callback = RouterNormMonitor(group_size=64, average_bits=1.5)
     trainer(tmp_path, callback, max_epochs=1, max_steps=-1).fit(ByGradient(), DataLoader(rows(), batch_size=3))
     plan = PrecisionPlan.load(tmp_path / "precision_plan.json")
-    assert (plan.method, plan.settings.levels, plan.granularity) == ("router_norm", (1, 2), "expert")
-    assert plan.notes["auto"] == "without curvature, what a width costs the loss is not known"
+    assert (plan.method, plan.granularity) == ("statistics", "expert+projection")
+    assert "squared gradients of 64 training batches after the last step take the place of its moments" in caplog.text
     assert plan.layers["model.layers.0.mlp"].order == callback.plan.layers["model.layers.0.mlp"].order
 
 
@@ -215,8 +215,8 @@ def test_a_method_that_needs_statistics_is_refused_before_training_where_none_ar
     ):
         trainer(tmp_path, monitor(method="statistics")).fit(module, data())
     assert not module.norms
-    with pytest.raises(ValueError, match="method 'statistics' needs expert statistics, which are not there when"):
-        PrecisionAnneal(method="statistics", group_size=32)
+    with pytest.raises(ValueError, match="method 'statistics' needs expert statistics, and statistics_steps=0 records"):
+        PrecisionAnneal(method="statistics", statistics_steps=0, group_size=32)
 
 
 def test_costs_of_many_weights_are_not_measured_unasked(tmp_path, monkeypatch):

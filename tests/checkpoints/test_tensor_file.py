@@ -102,7 +102,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("moe_precision.files.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         FILE.save(path, {"x": torch.ones(4)})
     assert path.read_bytes() == before

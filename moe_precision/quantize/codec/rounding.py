@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...errors import MoEPrecisionError
 from .columns import Grid
 from .scales import lost_in_float16, stored_scales
 from .sweeps import descend, feedback, nearest, values
@@ -33,7 +34,7 @@ _ASYMMETRY = 1e-3  # of the largest value; from half precision
 _NEGATIVE = 1e-2  # of the largest eigenvalue; from half precision too
 
 
-class IndefiniteError(ValueError):
+class IndefiniteError(MoEPrecisionError, ValueError):
     """A second moment with eigenvalues below zero, which no inputs have."""
 
 
