@@ -17,6 +17,7 @@ from types import ModuleType
 _MODELS = "transformers.modeling_utils"  # imports all that `quantize.hf` needs of transformers, before it ends
 _QUANTIZER = "moe_precision.quantize.hf"  # registers where it is imported
 _LIGHT = {"registration", "version", "errors", "cli", "cli.__main__", "cli.main", "cli.commands"}  # need no torch
+_LIGHT |= {f"serving{name}" for name in ("", ".errors", ".names", ".vllm_plugin", ".vllm_config", ".vllm_loading")}
 
 
 class _Waiting(MetaPathFinder):

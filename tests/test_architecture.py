@@ -28,6 +28,7 @@ ORDER = (
     "annealing",
     "judging",
     "export",
+    "serving",
     "present",
     "callbacks",
     "recipes",
