@@ -89,5 +89,5 @@ class VllmPackedConfig(QuantizationConfig):
         from .vllm_method import PackedExpertsMethod
 
         if isinstance(layer, RoutedExperts):
-            return PackedExpertsMethod(self, layer, prefix)
+            return PackedExpertsMethod(self.packed_model, layer, prefix)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None

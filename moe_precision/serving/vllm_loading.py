@@ -36,8 +36,7 @@ def hook_loading() -> None:
         if loader.enable_weights_track is None:
             loader.enable_weights_track = True  # vLLM's check that every parameter was loaded is for float models only
         layers = served_layers(model)
-        method = next(iter(layers.values()))[0]
-        packed = method.config.packed_model(model_config.dtype)
+        packed = next(iter(layers.values()))[0].packed
         missing = [name for name in packed.layers if name not in layers]
         if missing and not _is_split_by_layers():
             raise ServingError(

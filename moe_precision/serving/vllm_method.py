@@ -5,6 +5,7 @@ Everything that could run on other weights than the packed ones is an error whil
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from ..quantize.modules import set_activations
 from .errors import ServingError
 from .packed_model import PackedModel
 from .share import even_share, mapped_share
-from .vllm_config import VllmPackedConfig
 
 _ACTIVATIONS = "moe_precision_activations"  # a key of vLLM's --additional-config
 
@@ -28,7 +28,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
     """Runs the packed experts of one layer of vLLM.
 
     Args:
-        config: The checkpoint's.
+        packed_for: Gives the checkpoint, laid out for activations of a dtype.
         layer: vLLM's layer.
         prefix: Its path.
 
@@ -37,18 +37,17 @@ class PackedExpertsMethod(FusedMoEMethodBase):
             packed experts do not support.
     """
 
-    def __init__(self, config: VllmPackedConfig, layer: RoutedExperts, prefix: str) -> None:
+    def __init__(self, packed_for: Callable[[torch.dtype], PackedModel], layer: RoutedExperts, prefix: str) -> None:
         super().__init__(layer.moe_config)
-        self.config = config
         self.dtype = layer.moe_config.in_dtype
-        packed = config.packed_model(self.dtype)
-        self.name = packed.layer_at(prefix)
-        self._check(layer, prefix, packed)
+        self.packed = packed_for(self.dtype)
+        self.name = self.packed.layer_at(prefix)
+        self._check(layer, prefix)
 
-    def _check(self, layer: RoutedExperts, prefix: str, packed: PackedModel) -> None:
-        moe, ours = layer.moe_config, packed.layers[self.name]
+    def _check(self, layer: RoutedExperts, prefix: str) -> None:
+        moe, ours = layer.moe_config, self.packed.layers[self.name]
         theirs = moe.num_experts, moe.hidden_dim, moe.intermediate_size
-        expected = ours.found.num_experts, ours.found.width, ours.neurons
+        expected = ours.found.num_experts, ours.width, ours.neurons
         if theirs != expected:
             raise ServingError(
                 f"vLLM's layer {prefix!r} has (experts, width, neurons) {theirs}, and the packed layer {self.name!r} "
@@ -70,13 +69,12 @@ class PackedExpertsMethod(FusedMoEMethodBase):
 
     def create_weights(self, layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:
         """Makes the empty packed matrices of the experts that this process holds."""
-        packed = self.config.packed_model(self.dtype)
         parallel = self.moe.moe_parallel_config
         if parallel.use_ep and parallel.ep_size > 1:
             held = mapped_share(layer._expert_map.tolist())
         else:
             held = even_share(self.moe.num_experts, get_tensor_model_parallel_rank(), parallel.tp_size)
-        layer.packed_experts = packed.experts(self.name, held, torch.get_default_device())
+        layer.packed_experts = self.packed.experts(self.name, held, torch.get_default_device())
         activations = (get_current_vllm_config().additional_config or {}).get(_ACTIVATIONS, "int8")
         if any(isinstance(module, PackedMatrices) for module in layer.packed_experts.modules()):
             set_activations(layer.packed_experts, activations)

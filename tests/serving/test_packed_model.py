@@ -148,7 +148,7 @@ def test_layers_are_found_by_their_numbers(served):
 def test_a_config_without_its_quantization_is_an_error(copied):
     folder, edit = copied
     edit(lambda config: config.pop("quantization_config"))
-    with pytest.raises(ServingError, match="copy the config.json that was written with the weights"):
+    with pytest.raises(ServingError, match=r"copy the config\.json that was written with the weights"):
         PackedModel(folder, torch.float32)
     with pytest.raises(ServingError, match="'there' has no quantization_config"):
         list(refuse_packed(tensors_of(folder), "'there'"))
@@ -167,7 +167,7 @@ def test_another_plan_is_an_error(copied):
         bits[0], bits[2] = bits[2], bits[0]
 
     edit(swap)
-    with pytest.raises(DamagedCheckpointError, match="does not belong to the config.json"):
+    with pytest.raises(DamagedCheckpointError, match=r"does not belong to the config\.json"):
         PackedModel(folder, torch.float32).check_files()
 
 
