@@ -31,6 +31,8 @@ class ServedExperts(nn.Module):
         device: Where they go.
     """
 
+    places: Tensor
+
     def __init__(
         self, module: nn.Module, targets: Sequence[Target], group_size: int, held: Sequence[int], device: Any
     ) -> None:

@@ -50,6 +50,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {  # model type -> what SIZES does not ge
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"num_experts_per_tok": 2, "num_experts_per_token": 2},
 }
+RELEASED: dict[str, dict[str, Any]] = {  # what config.json of the releases has, and configs made by transformers lack
+    "afmoe": {"score_func": "sigmoid"},
+    **{name: {"topk_method": "noaux_tc"} for name in ("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")},
+    "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_qk_norm": True},
+}
 WIDTHS = ([2, 3, 4, 8, 2, 16, 3, 0], [3, 4, 2, 2, 8, 16, 2, 0])  # of gate_up_proj, and of down_proj
 
 
@@ -73,6 +78,8 @@ def make(folder: Path, family: str) -> None:
         if parameter.ndim > 1:
             parameter.data.normal_(0, 0.08)
     model.config.dtype = torch.float32
+    for key, value in RELEASED.get(family, {}).items():
+        setattr(model.config, key, value)
     model.save_pretrained(folder / "float")
     floats = tokens_of(model)
     widths = {shape[1] for layer in find_moe_layers(model) for shape in layer.projections.values()}
