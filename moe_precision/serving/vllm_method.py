@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 
@@ -73,7 +72,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         if parallel.use_ep and parallel.ep_size > 1:
             held = mapped_share(layer._expert_map.tolist())
         else:
-            held = even_share(self.moe.num_experts, get_tensor_model_parallel_rank(), parallel.tp_size)
+            held = even_share(self.moe.num_experts, parallel.tp_rank, parallel.tp_size)
         layer.packed_experts = self.packed.experts(self.name, held, torch.get_default_device())
         activations = (get_current_vllm_config().additional_config or {}).get(_ACTIVATIONS, "int8")
         if any(isinstance(module, PackedMatrices) for module in layer.packed_experts.modules()):

@@ -20,7 +20,7 @@ def serve(
     Args:
         folder: Where `families` has made the model.
         kind: ``packed`` or ``float``.
-        expected: ``prompts``, and the tokens of each kind.
+        expected: ``prompts``, and the tokens and leads of each kind: `families.greedy`.
         times: How often the prompts are sent; only the last answer counts.
         adapter: Folder of a LoRA adapter.
         options: Of vLLM's engine.
@@ -42,8 +42,18 @@ def serve(
         traceback.print_exc()
         last = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__} in {Path(last.filename).name}: " + re.sub(r"\s+", " ", str(error))
-    equal = sum(one == other for one, other in zip(found, expected[kind], strict=True))
-    return f"{equal} of {len(found)}"
+    return compared(found, **expected[kind])
+
+
+def compared(found: list[list[int]], tokens: list[list[int]], leads: list[list[float]]) -> str:
+    """For how many prompts tokens are equal, and how close a call it was for transformers where they part."""
+    parted = [
+        lead[next(place for place in range(TOKENS) if one[place] != other[place])]
+        for one, other, lead in zip(found, tokens, leads, strict=True)
+        if one != other
+    ]
+    closest = f", by {max(parted):.1e} of a logit at most" if parted else ""
+    return f"{len(found) - len(parted)} of {len(found)}{closest}"
 
 
 def in_a_child(*arguments: Any, **options: Any) -> str:

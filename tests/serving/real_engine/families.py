@@ -53,6 +53,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {  # model type -> what SIZES does not ge
 RELEASED: dict[str, dict[str, Any]] = {  # what config.json of the releases has, and configs made by transformers lack
     "afmoe": {"score_func": "sigmoid"},
     **{name: {"topk_method": "noaux_tc"} for name in ("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")},
+    "glm4_moe": {"head_dim": 32},
     "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_qk_norm": True},
 }
 WIDTHS = ([2, 3, 4, 8, 2, 16, 3, 0], [3, 4, 2, 2, 8, 16, 2, 0])  # of gate_up_proj, and of down_proj
@@ -81,7 +82,7 @@ def make(folder: Path, family: str) -> None:
     for key, value in RELEASED.get(family, {}).items():
         setattr(model.config, key, value)
     model.save_pretrained(folder / "float")
-    floats = tokens_of(model)
+    floats = greedy(model)
     widths = {shape[1] for layer in find_moe_layers(model) for shape in layer.projections.values()}
     plan = allocate(model, method="uniform", average_bits=2, group_size=min(32, math.gcd(*widths)))
     mixed = {}
@@ -92,7 +93,7 @@ def make(folder: Path, family: str) -> None:
         }
     packed = quantize_model(model, plan.with_bits(mixed))
     packed.save_pretrained(folder / "packed")
-    expected = {"prompts": prompts().tolist(), "packed": tokens_of(packed), "float": floats}
+    expected = {"prompts": prompts().tolist(), "packed": greedy(packed), "float": floats}
     (folder / "expected.json").write_text(json.dumps(expected))
     if family == "mixtral":
         more(folder, packed)
@@ -111,11 +112,11 @@ def more(folder: Path, packed: Any) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[2]).save_pretrained(folder / "packed")
     shared = torch.randint(3, 128, (1, 64), generator=torch.Generator().manual_seed(1))
     long = torch.cat([shared.expand(len(prompts()), -1), prompts()], dim=1)
-    expected = {"prompts": long.tolist(), "packed": tokens_of(packed, long)}
+    expected = {"prompts": long.tolist(), "packed": greedy(packed, long)}
     (folder / "long.json").write_text(json.dumps(expected))
     adapted = get_peft_model(packed, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     adapted.save_pretrained(folder / "adapter")
-    expected = {"prompts": prompts().tolist(), "packed": tokens_of(adapted)}
+    expected = {"prompts": prompts().tolist(), "packed": greedy(adapted)}
     (folder / "adapted.json").write_text(json.dumps(expected))
 
 
@@ -126,16 +127,19 @@ def prompts() -> Any:
     return torch.randint(3, 128, (4, 7), generator=torch.Generator().manual_seed(0))
 
 
-def tokens_of(model: Any, inputs: Any = None) -> list[list[int]]:
-    """What transformers' greedy decoding gives, prompt by prompt."""
+def greedy(model: Any, inputs: Any = None) -> dict[str, list[list[float]]]:
+    """Transformers' greedy tokens, prompt by prompt, and by how much each beats the second best."""
     import torch
 
     settings: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    found = []
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    found: dict[str, list[list[float]]] = {"tokens": [], "leads": []}
     for prompt in prompts() if inputs is None else inputs:
         ids = prompt[None]
-        tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-        found.append(tokens[0, ids.shape[1] :].tolist())
+        answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+        found["tokens"].append(answer.sequences[0, ids.shape[1] :].tolist())
+        best = torch.stack([logits[0].float().topk(2).values for logits in answer.logits])
+        found["leads"].append((best[:, 0] - best[:, 1]).tolist())
     return found
 
 

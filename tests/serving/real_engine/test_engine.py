@@ -91,7 +91,7 @@ def test_a_wrong_folder_is_our_own_error(name, tmp_path):
     change, message = WRONG[name]
     folder = Path(shutil.copytree(MODELS / "mixtral" / "packed", tmp_path / "packed"))
     change(folder)
-    answer = in_a_child(tmp_path, "packed", {"prompts": [[5, 6, 7]], "packed": [[]]})
+    answer = in_a_child(tmp_path, "packed", {"prompts": [[5, 6, 7]], "packed": {"tokens": [[]], "leads": [[]]}})
     assert message in answer, answer
 
 
@@ -142,7 +142,7 @@ def server(tmp_path):
 
 def test_the_server_answers_with_the_tokens_of_transformers(server):
     expected = json.loads((MODELS / "mixtral" / "expected.json").read_text())
-    for prompt, tokens in zip(expected["prompts"], expected["packed"], strict=True):
+    for prompt, tokens in zip(expected["prompts"], expected["packed"]["tokens"], strict=True):
         body = {"model": "packed", "prompt": prompt, "max_tokens": len(tokens), "temperature": 0, "ignore_eos": True}
         answer = post(server, "/v1/completions", body | {"return_token_ids": True})
         assert answer["choices"][0]["token_ids"] == tokens
