@@ -32,28 +32,34 @@ def serve(
     settings |= {"max_model_len": 64, "gpu_memory_utilization": 0.2, "seed": 0, "max_num_batched_tokens": 64}
     try:
         engine = LLM(str(folder / kind), **settings | options)
-        sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+        sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, logprobs=2)
         prompts: Any = [{"prompt_token_ids": prompt} for prompt in expected["prompts"]]
         lora = LoRARequest("adapter", 1, adapter) if adapter else None
         for _ in range(times):
             answers = engine.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
-        found = [list(one.outputs[0].token_ids) for one in answers]
     except Exception as error:
         traceback.print_exc()
         last = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__} in {Path(last.filename).name}: " + re.sub(r"\s+", " ", str(error))
-    return compared(found, **expected[kind])
+    return compared([one.outputs[0] for one in answers], **expected[kind])
 
 
-def compared(found: list[list[int]], tokens: list[list[int]], leads: list[list[float]]) -> str:
-    """For how many prompts tokens are equal, and how close a call it was for transformers where they part."""
-    parted = [
-        lead[next(place for place in range(TOKENS) if one[place] != other[place])]
-        for one, other, lead in zip(found, tokens, leads, strict=True)
-        if one != other
-    ]
-    closest = f", by {max(parted):.1e} of a logit at most" if parted else ""
-    return f"{len(found) - len(parted)} of {len(found)}{closest}"
+def leads_of(answer: Any) -> list[float]:
+    """By how much the best token beat the second best, token by token."""
+    best = (sorted((one.logprob for one in step.values()), reverse=True)[:2] for step in answer.logprobs)
+    return [first - second for first, second in best]
+
+
+def compared(answers: list[Any], tokens: list[list[int]], leads: list[list[float]]) -> str:
+    """For how many prompts tokens are equal, and how far leads are from transformers' until tokens part."""
+    equal, furthest = 0, 0.0
+    for answer, other, lead in zip(answers, tokens, leads, strict=True):
+        found = list(answer.token_ids)
+        same = next((place for place in range(TOKENS) if found[place] != other[place]), TOKENS)
+        equal += same == TOKENS
+        apart = (abs(one - two) for one, two in zip(leads_of(answer)[:same], lead[:same], strict=True))
+        furthest = max(furthest, *apart, 0.0)
+    return f"{equal} of {len(tokens)}, {furthest:.0e}"
 
 
 def in_a_child(*arguments: Any, **options: Any) -> str:

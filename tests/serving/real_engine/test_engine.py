@@ -39,20 +39,20 @@ def run(family="mixtral", expected="expected.json", **options):
     ids=["compiled", "one by one", "chunked prefill", "prefix caching", "activations"],
 )
 def test_tokens_are_those_of_transformers(options):
-    assert run(**options) == ALL
+    assert run(**options).startswith(ALL)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("experts", [False, True], ids=["tensor parallel", "expert parallel"])
 def test_two_processes_give_the_tokens_of_one(family, experts, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    assert run(family, tensor_parallel_size=2, enable_expert_parallel=experts) == ALL
+    assert run(family, tensor_parallel_size=2, enable_expert_parallel=experts).startswith(ALL)
 
 
 def test_lora_on_attention():
     adapter = str(MODELS / "mixtral" / "adapter")
     lora = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj", "v_proj"]}
-    assert run(expected="adapted.json", adapter=adapter, **lora) == ALL
+    assert run(expected="adapted.json", adapter=adapter, **lora).startswith(ALL)
     assert "LoRA on experts is not supported" in run(enable_lora=True, max_lora_rank=8)
 
 
