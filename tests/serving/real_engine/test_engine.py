@@ -76,9 +76,13 @@ def bits(config):
     return next(iter(config["quantization_config"]["plan"]["layers"].values()))["projections"]["down_proj"]["bits"]
 
 
+def swap(widths):
+    widths[0], widths[1] = widths[1], widths[0]
+
+
 WRONG = {
     "another version": (in_config(lambda c: c["quantization_config"].update(format_version=2)), "format version 2"),
-    "another plan": (in_config(lambda c: bits(c).reverse()), "does not belong to the config.json"),
+    "another plan": (in_config(lambda c: swap(bits(c))), "does not belong to the config.json"),
     "another model": (in_config(lambda c: c.update(intermediate_size=64)), "the plan is for another model"),
     "other layers packed": (in_config(lambda c: c["quantization_config"].update(non_expert_bits=8)), "experts only"),
     "no config": (in_config(lambda c: c.pop("quantization_config")), "has no quantization_config of moe_precision"),
