@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ServingError
@@ -30,6 +31,16 @@ def not_packed(source: str) -> ServingError:
         f"{source} has no quantization_config of moe_precision in its config.json, so its packed experts cannot be "
         "read: copy the config.json that was written with the weights"
     )
+
+
+def refuse_packed_files(folder: str) -> None:
+    """Raises `ServingError` if a file of a folder that is said to be float was written as packed; reads headers only."""
+    from safetensors import safe_open
+
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            if any(map(is_packed, opened.keys())):
+                raise not_packed(repr(folder))
 
 
 def refuse_packed(tensors: Iterable[tuple[str, Tensor]], source: str) -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from .errors import ServingError
-from .names import refuse_packed
+from .names import refuse_packed, refuse_packed_files
 from .vllm_config import QUANT_METHOD
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def hook_loading() -> None:
     def get_all_weights(loader: Any, model_config: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         tensors = stock(loader, model_config, model)
         if model_config.quantization != QUANT_METHOD:
+            refuse_packed_files(str(model_config.model))
             yield from refuse_packed(tensors, repr(model_config.model))
             return
         if loader.enable_weights_track is None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from moe_precision import PlanError, allocate, load_model, quantize_model
 from moe_precision.quantize.checksums import DamagedCheckpointError
 from moe_precision.serving.errors import ServingError
-from moe_precision.serving.names import is_packed, refuse_packed
+from moe_precision.serving.names import is_packed, refuse_packed, refuse_packed_files
 from moe_precision.serving.packed_model import PackedModel
 from moe_precision.serving.share import even_share, mapped_share
 from tests.support.models import build, with_bits
@@ -152,6 +152,8 @@ def test_a_config_without_its_quantization_is_an_error(copied):
         PackedModel(folder, torch.float32)
     with pytest.raises(ServingError, match="'there' has no quantization_config"):
         list(refuse_packed(tensors_of(folder), "'there'"))
+    with pytest.raises(ServingError, match="has no quantization_config"):
+        refuse_packed_files(str(folder))
 
 
 def test_float_weights_of_other_models_pass():
