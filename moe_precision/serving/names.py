@@ -34,7 +34,7 @@ def not_packed(source: str) -> ServingError:
 
 
 def refuse_packed_files(folder: str) -> None:
-    """Raises `ServingError` if a file of a folder that is said to be float was written as packed; reads headers only."""
+    """Raises `ServingError` if a file of a folder that is said to be float is packed; reads headers only."""
     from safetensors import safe_open
 
     for file in sorted(Path(folder).glob("*.safetensors")):
