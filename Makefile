@@ -11,7 +11,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast lint docs notebook test-exports benchmarks evidence
+.PHONY: demo test test-fast lint docs notebook test-exports test-serving benchmarks evidence
 demo: .venv/installed
 	$(BIN)/moe-precision demo --output runs/demo
 
@@ -40,6 +40,10 @@ notebook: .venv/installed
 # Carries exported plans out with the real tools, each in its own virtual environment. Half an hour, most of it installs.
 test-exports:
 	PYTHON=$(PYTHON) tests/export/real_tools/run.sh
+
+# Serves packed checkpoints of every family with the real vLLM, on a CPU. An hour, half of it installs and imports.
+test-serving: .venv/installed
+	PYTHON=$(PYTHON) tests/serving/real_engine/run.sh
 
 # Needs the model of `make demo`.
 benchmarks: .venv/installed

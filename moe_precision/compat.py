@@ -20,7 +20,7 @@ from torch.autograd.graph import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps as ConversionOps  # what transformers hands weights to
-from transformers.core_model_loading import PrefixChange
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
@@ -294,6 +294,12 @@ def save_under_hub_names(model: PreTrainedModel) -> None:
     """Undoes `save_under_module_names`: ``save_pretrained`` writes the names that the family has on the Hub."""
     if hasattr(model, "_weight_conversions"):
         del model._weight_conversions
+
+
+def under_hub_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model, by the names of its module tree, as the family has them on the Hub."""
+    found: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
+    return found
 
 
 def was_dequantized_on_loading(model: PreTrainedModel) -> bool:

@@ -30,6 +30,7 @@ _LIGHT = {  # need neither torch nor transformers where they are imported, and n
     ),
     *("present", "present.plan_summary", "cli", "cli.__main__", "cli.main", "cli.commands", "cli.options", "cli.show"),
 }
+_LIGHT |= {f"serving{name}" for name in ("", ".errors", ".names", ".vllm_plugin", ".vllm_config", ".vllm_loading")}
 
 
 class _Waiting(MetaPathFinder):

@@ -29,6 +29,7 @@ ORDER = (
     "annealing",
     "judging",
     "export",
+    "serving",
     "present",
     "callbacks",
     "recipes",

@@ -51,6 +51,10 @@ SUMMARIES = {
         "is from the float model: KL divergence (mean, 99th and 99.9th percentile over tokens), the share of tokens "
         "with the same most likely next token, and the share that goes to the same experts in every layer."
     ),
+    "serve": (
+        "Serve a packed checkpoint by OpenAI's API: by vLLM if it is installed, else by transformers. What follows the "
+        "folder goes to the engine's own server; the command that it becomes is printed."
+    ),
     "workspace": (
         "Save a view in a Weights & Biases project with panels for what the callbacks log: the plan, the router norms "
         "of every expert by layer, and the load."

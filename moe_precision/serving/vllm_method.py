@@ -1,0 +1,120 @@
+"""How vLLM runs a layer of packed experts.
+
+Everything that could run on other weights than the packed ones is an error while the engine is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+
+from ..quantize.matrices import PackedMatrices
+from ..quantize.modules import set_activations
+from .errors import ServingError
+from .packed_model import PackedModel
+from .share import even_share, mapped_share
+
+_ACTIVATIONS = "moe_precision_activations"  # a key of vLLM's --additional-config
+
+
+class PackedExpertsMethod(FusedMoEMethodBase):
+    """Runs the packed experts of one layer of vLLM.
+
+    Args:
+        packed_for: Gives the checkpoint, laid out for activations of a dtype.
+        layer: vLLM's layer.
+        prefix: Its path.
+
+    Raises:
+        ServingError: The plan has no such layer, or vLLM's layer is not what was packed, or is run in a way that
+            packed experts do not support.
+    """
+
+    def __init__(self, packed_for: Callable[[torch.dtype], PackedModel], layer: RoutedExperts, prefix: str) -> None:
+        super().__init__(layer.moe_config)
+        self.dtype = layer.moe_config.in_dtype
+        self.packed = packed_for(self.dtype)
+        self.name = self.packed.layer_at(prefix)
+        self._check(layer, prefix)
+
+    def _check(self, layer: RoutedExperts, prefix: str) -> None:
+        moe, ours = layer.moe_config, self.packed.layers[self.name]
+        theirs = moe.num_experts, moe.hidden_dim, moe.intermediate_size
+        expected = ours.found.num_experts, ours.width, ours.neurons
+        if theirs != expected:
+            raise ServingError(
+                f"vLLM's layer {prefix!r} has (experts, width, neurons) {theirs}, and the packed layer {self.name!r} "
+                f"{expected}: config.json was changed, or vLLM adds experts of its own"
+            )
+        parallel = moe.moe_parallel_config
+        unsupported = {
+            "data parallelism": parallel.dp_size > 1,
+            "context parallelism of prefill": parallel.pcp_size > 1,
+            "sequence parallelism of experts": parallel.is_sequence_parallel,
+            "load balancing of experts (EPLB)": parallel.enable_eplb,
+            "router weights on the input": layer.apply_router_weight_on_input,
+            "LoRA on experts": _has_lora_on_experts(),
+            "draft layers (speculative decoding)": prefix.startswith("mtp.") or ".mtp." in prefix,
+        }
+        for what, asked in unsupported.items():
+            if asked:
+                raise ServingError(f"layer {prefix!r}: {what} is not supported with packed experts; start without it")
+
+    def create_weights(self, layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:
+        """Makes the empty packed matrices of the experts that this process holds."""
+        parallel = self.moe.moe_parallel_config
+        if parallel.use_ep and parallel.ep_size > 1:
+            held = mapped_share(layer._expert_map.tolist())
+        else:
+            held = even_share(self.moe.num_experts, parallel.tp_rank, parallel.tp_size)
+        layer.packed_experts = self.packed.experts(self.name, held, torch.get_default_device())
+        activations = (get_current_vllm_config().additional_config or {}).get(_ACTIVATIONS, "int8")
+        if any(isinstance(module, PackedMatrices) for module in layer.packed_experts.modules()):
+            set_activations(layer.packed_experts, activations)
+
+    def maybe_roundup_sizes(self, hidden_size: int, neurons: int, *args: Any) -> tuple[int, int]:
+        return hidden_size, neurons  # the kernels take any size
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Checks that the experts have been filled, whatever loader was used."""
+        layer.packed_experts.check_filled(self.name)
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        return None
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any,
+        shared_experts_input: Tensor | None,
+    ) -> Tensor:
+        found: Tensor = torch.ops.moe_precision.served_experts(x, topk_weights, topk_ids, layer.layer_name)
+        return found
+
+
+def _has_lora_on_experts() -> bool:
+    lora = get_current_vllm_config().lora_config
+    targets = None if lora is None else lora.target_modules
+    return lora is not None and (targets is None or any("expert" in target for target in targets))
+
+
+@torch.library.custom_op("moe_precision::served_experts", mutates_args=())
+def served_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:
+    """Runs a layer's packed experts; one operator to torch.compile, which does not look inside."""
+    runner: Any = get_forward_context().no_compile_layers[layer_name]
+    found: Tensor = runner.routed_experts.packed_experts(x, topk_ids, topk_weights)
+    return found
+
+
+@served_experts.register_fake
+def _(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:
+    return torch.empty_like(x)
