@@ -20,7 +20,6 @@ from benchmarks.studies.dropping_study import COMPARED
 from benchmarks.studies.rounding_study import RoundingStudy
 from benchmarks.studies.study_models import Batch, Setting, folder_of, rows_of, run
 from moe_precision.files import replaced_when_done
-from moe_precision.judging.evaluation import BANDS
 from moe_precision.judging.simulation import SimulatedExperts
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 
@@ -74,7 +73,9 @@ class ChannelStudy(RoundingStudy):
                     now.apply({one.name: {name: [bits] * one.num_experts for name in one.banks} for one in layers})
                     for layer in layers:
                         _cut(layer, scores[layer.name], share)
-                    tried.append(self._judge(f"channels at {budget:g}", bits, share))
+                    size = share * (bits + 18 / self.group_size)
+                    plan = {"plan": f"channels at {budget:g}", "bits": bits, "stored_bits": size}
+                    tried.append(plan | self.as_it_is())
                 self.results.append(min(tried, key=lambda one: one["own"]["kl"]))
         return self.results
 
@@ -84,16 +85,6 @@ class ChannelStudy(RoundingStudy):
             whole = bits + 18 / self.group_size
             if whole > stored:
                 yield bits, stored / whole
-
-    def _judge(self, plan: str, bits: int, share: float) -> dict[str, Any]:
-        found: dict[str, Any] = {"plan": plan, "bits": bits, "stored_bits": share * (bits + 18 / self.group_size)}
-        for text, reference in self.texts.items():
-            measured = reference.measure(self.model)
-            rise = (measured.losses - measured.float_losses).double()
-            found[text] = {"kl": measured.divergence.kl, "loss": float(rise.mean())}
-            if text == "own":
-                found[text]["rare"] = float(rise[self.bands == BANDS.index("rare")].mean())
-        return found
 
 
 @torch.no_grad()

@@ -22,7 +22,6 @@ from benchmarks.studies.study_models import Setting, folder_of, run
 from moe_precision import PrecisionPlan, RouterNormHistory, allocate, distill_scales, quantize_model, replan
 from moe_precision.allocation.snapshot import Snapshot
 from moe_precision.files import replaced_when_done
-from moe_precision.judging.evaluation import BANDS
 from moe_precision.judging.simulation import SimulatedExperts
 from moe_precision.judging.statistics import rank_correlation
 from moe_precision.layers.moe_layers import find_moe_layers
@@ -87,13 +86,7 @@ class DroppingStudy(RoundingStudy):
         self.now.apply(bits)
         gone = dropped or {layer.name: [] for layer in self.layers}
         with in_place_of(place, self.layers, gone, self.seen, self.model):
-            found: dict[str, Any] = {"plan": name, "stored_bits": stored, "dropped": sum(map(len, gone.values()))}
-            for text, reference in self.texts.items():
-                measured = reference.measure(self.model)
-                rise = (measured.losses - measured.float_losses).double()
-                found[text] = {"kl": measured.divergence.kl, "loss": float(rise.mean())}
-                if text == "own":
-                    found[text]["rare"] = float(rise[self.bands == BANDS.index("rare")].mean())
+            found = {"plan": name, "stored_bits": stored, "dropped": sum(map(len, gone.values()))} | self.as_it_is()
         self.results.append(found)
         return found
 

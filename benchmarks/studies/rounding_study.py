@@ -95,6 +95,17 @@ class RoundingStudy:
                     self._add(name, fit, plan, distilled)
         return self.results
 
+    def as_it_is(self) -> dict[str, Any]:
+        """KL and losses of the live model with the weights that it has now, on every text."""
+        found: dict[str, Any] = {}
+        for text, reference in self.texts.items():
+            measured = reference.measure(self.model)
+            rise = (measured.losses - measured.float_losses).double()
+            found[text] = {"kl": measured.divergence.kl, "loss": float(rise.mean())}
+            if text == "own":
+                found[text]["rare"] = float(rise[self.bands == BANDS.index("rare")].mean())
+        return found
+
     def _packed(self, plan: PrecisionPlan, statistics: Any) -> Any:
         return quantize_model(copy.deepcopy(self.model), plan, curvature=self.curvature, statistics=statistics)
 
