@@ -241,6 +241,7 @@ class PlanAnnealer:
         A full disk does not stop the run, whose other callbacks may still save the model: see `RunFiles`.
         """
         if self._hooks is None or self.grid is None or self.plan is None:
+            self.close()  # it may have ended among the recorded steps
             rank_zero_warn(
                 f"{type(self).__name__}: training ended at step {step}, before annealing began at {self._first_step}: "
                 "the weights are not on a grid, and no plan is written"

@@ -126,3 +126,12 @@ def test_a_run_that_is_resumed_among_the_recorded_steps(tmp_path, known):
     whole, resumed = (found for _, found in known)
     assert [int(of.sum()) for of in whole.tokens.values()] == [4 * 48 * 2] * 2
     assert [int(of.sum()) for of in resumed.tokens.values()] == [2 * 48 * 2] * 2  # steps 3 and 4
+
+
+def test_a_run_that_ends_among_the_recorded_steps_leaves_no_hooks(tmp_path):
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step == 4
+
+    module = fit(tmp_path, anneal(start=6, statistics_steps=4), Stop())
+    assert not any(part._forward_pre_hooks for part in module.modules())
