@@ -221,10 +221,9 @@ class PlanAnnealer:
             self._before = self._hooks.codes()
 
     def _after_step(self, step: int) -> None:
-        """After the first annealed step: checks that every layer has gone through the grid."""
+        """After the first annealed steps: checks that every layer has gone through the grid."""
         if self._hooks is not None and not self._used and step > self._began_at:
-            self._hooks.check_used()
-            self._used = True
+            self._used = self._hooks.check_used(step - self._began_at)
 
     def _metrics(self) -> dict[str, float]:
         """What to log for a step."""
@@ -242,6 +241,7 @@ class PlanAnnealer:
         A full disk does not stop the run, whose other callbacks may still save the model: see `RunFiles`.
         """
         if self._hooks is None or self.grid is None or self.plan is None:
+            self.close()  # it may have ended among the recorded steps
             rank_zero_warn(
                 f"{type(self).__name__}: training ended at step {step}, before annealing began at {self._first_step}: "
                 "the weights are not on a grid, and no plan is written"

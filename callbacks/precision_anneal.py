@@ -191,6 +191,10 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
     def state_dict(self) -> dict[str, Any]:
         return {} if self.grid is None else self.grid.state_dict()
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == "fit":  # one of before annealing has no grid, and brings no state to load
+            self.grid, self.plan = None, self._given
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
             self.grid = Grid.from_state_dict(state_dict)

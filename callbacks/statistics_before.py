@@ -59,7 +59,7 @@ class StatisticsBefore:
             if needed or self._asked:
                 what = needed or f"statistics_steps={self._asked}"
                 raise StatisticsError(f"{what} needs expert statistics of the steps before annealing, and {reason}")
-            if step < first_step:
+            if first_step > 0:
                 rank_zero_info(f"{self._owner}: annealing will begin without expert statistics: {reason}")
             return
         self._turns = StatisticsInTurn(model, layers, first, first_step)

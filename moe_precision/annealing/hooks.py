@@ -19,6 +19,8 @@ from ..recording.router_norms import norms_by_layer
 from .buffers import Buffers
 from .covers import AnnealError, Cover, Place, QuantizedAgain
 
+PATIENCE = 20  # steps, within which even a layer that is left out of every second one takes part
+
 
 def check_trainable(layers: list[MoELayer]) -> None:
     """Raises `AnnealError` unless every expert weight is a plain parameter in training."""
@@ -104,16 +106,27 @@ class GridHooks:
             cover.close()
         forget_compiled_code()
 
-    def check_used(self) -> None:
-        """Raises `AnnealError` if a projection of a layer has no gradient, or a wrong one, through the grid."""
+    def check_used(self, steps: int = PATIENCE) -> bool:
+        """Whether every projection of every layer has had its gradient through the grid.
+
+        Args:
+            steps: Taken on the grid so far. Within the first `PATIENCE` a layer may be without a gradient: layerdrop
+                leaves layers out of some steps.
+
+        Raises:
+            AnnealError: One has none after so many steps, or a wrong one.
+        """
         used = {(place.layer, place.projection) for place in self._places if place.gradients and not place.lost}
-        for place in self._places:
-            if (place.layer, place.projection) not in used:
-                raise AnnealError(
-                    f"no expert of {place.layer!r} has learned through its quantized {place.projection!r}: the layer "
-                    "took no part in the step, reads the weights without calling the modules that own them, or uses "
-                    "gradient checkpointing inside them; such layers cannot be annealed"
-                )
+        missing = [place for place in self._places if (place.layer, place.projection) not in used]
+        wrong = [place for place in missing if place.lost]
+        if not missing or (not wrong and steps < PATIENCE):
+            return not missing
+        place = (wrong or missing)[0]
+        raise AnnealError(
+            f"no expert of {place.layer!r} has learned through its quantized {place.projection!r}: the layer "
+            f"took no part in {steps} steps, reads the weights without calling the modules that own them, or uses "
+            "gradient checkpointing inside them; such layers cannot be annealed"
+        )
 
     @contextmanager
     def lifted(self) -> Iterator[None]:

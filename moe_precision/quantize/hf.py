@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -201,7 +202,8 @@ class PlanHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         """What ``model.dequantize()`` calls."""
-        return restore_floats(model, dtype)
+        named = isinstance(dtype, str)  # in the config, once the model has been saved
+        return restore_floats(model, getattr(torch, dtype) if named else dtype)
 
     @property
     def is_trainable(self) -> bool:

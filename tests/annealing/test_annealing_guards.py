@@ -91,6 +91,16 @@ def test_weights_that_are_read_past_the_grid(family):
             hooks.check_used()
 
 
+def test_a_layer_that_is_left_out_of_the_first_steps():
+    model = PlainMoE()
+    hooks = hooked(model)
+    assert not hooks.check_used(steps=1)  # layerdrop
+    with pytest.raises(AnnealError, match="took no part in 20 steps"):
+        hooks.check_used(steps=20)
+    model(torch.randn(16, 32)).square().sum().backward()
+    assert hooks.check_used(steps=2)
+
+
 def test_a_change_in_place_is_seen_by_autograd():
     model = PlainMoE()
     for expert in model.experts:

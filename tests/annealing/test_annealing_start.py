@@ -126,3 +126,30 @@ def test_a_run_that_is_resumed_among_the_recorded_steps(tmp_path, known):
     whole, resumed = (found for _, found in known)
     assert [int(of.sum()) for of in whole.tokens.values()] == [4 * 48 * 2] * 2
     assert [int(of.sum()) for of in resumed.tokens.values()] == [2 * 48 * 2] * 2  # steps 3 and 4
+
+
+def test_a_run_that_ends_among_the_recorded_steps_leaves_no_hooks(tmp_path):
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step == 4
+
+    module = fit(tmp_path, anneal(start=6, statistics_steps=4), Stop())
+    assert not any(part._forward_pre_hooks for part in module.modules())
+
+
+def test_a_second_fit_from_a_checkpoint_of_before_annealing(tmp_path):
+    callback, module, seen = anneal(start=3, statistics_steps=0), Language(), []
+
+    class See(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            seen.append((trainer.global_step, callback.grid is not None))
+
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    settings = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(default_root_dir=tmp_path, max_steps=4, callbacks=[callback, See(), saver], **settings)
+    data = torch.utils.data.DataLoader(IDS, batch_size=4)
+    trainer.fit(module, data)
+    first, seen[:] = callback.grid, []
+    trainer.fit(module, data, ckpt_path=tmp_path / "step=1.ckpt")
+    assert seen == [(2, False), (3, False), (4, True)]
+    assert callback.grid is not first

@@ -52,6 +52,8 @@ def test_transformers_own_method_and_another_dtype(mixtral, tmp_path):
     expected = logits(model)
     model.dequantize()
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+    mixtral.dequantize()  # after it has been saved
+    assert torch.equal(logits(mixtral), logits(model))
     half = dequantize_model(load_model(tmp_path / "packed"), torch.bfloat16)
     assert half.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.bfloat16
     weight = find_moe_layers(model)[0].expert_weights(3)["down_proj"]
