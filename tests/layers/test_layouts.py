@@ -227,6 +227,15 @@ def test_megablocks_under_expert_parallelism_is_refused():
         find_moe_layers(model, layout="megablocks")
 
 
+def test_flat_banks_that_say_how_many_experts_are_local_are_not_cut_into_more():
+    """4 experts of 8, in banks whose rows are a multiple of 8 too."""
+    model = olmo(MoEMLP(48))
+    router = model.feed_forward_moe.router
+    router.num_experts, router.weight = 2 * EXPERTS, bank(2 * EXPERTS * WIDTH)
+    with pytest.raises(MoELayerError, match="flat banks under expert parallelism cannot be recorded"):
+        find_moe_layers(model, layout="olmo-core")
+
+
 def test_a_router_with_a_column_for_each_expert_is_not_taken_for_one_of_more_processes():
     """Experts that say how many are local, and a pattern for the router; its 32 rows are a multiple of 4 experts."""
     router = bank(WIDTH, EXPERTS)
