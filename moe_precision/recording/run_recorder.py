@@ -111,7 +111,17 @@ class RunRecorder:
         Returns:
             The record as flat keys for a logger (``router_norm/...``, ``router_norm_change/...``, ``expert_load/...``);
             empty if none was due.
+
+        Raises:
+            ValueError: There is a record of a later step, so that this one would not be recorded.
         """
+        if step < self.history.steps[-1]:
+            raise ValueError(
+                f"got step {step}, and step {self.history.steps[-1]} is recorded already: count on from the history "
+                "that the loop continues, or begin without history="
+            )
+        if last and step == self.history.steps[-1] and step > self.history.steps[0]:
+            self.history.replace_last(router_norms(self.layers))  # weights averaged, or the best ones loaded
         due = step // self._every > self.history.steps[-1] // self._every
         if not due and not (last and step > self.history.steps[-1]):
             return {}
@@ -172,6 +182,8 @@ class RunRecorder:
     ) -> PlanFiles:
         """Writes a plan, the history, and what is given beside it, under the names that the other commands look for.
 
+        What another run has left there is removed first: its statistics are of other weights.
+
         Args:
             path: Of the plan, ending in ``.json``. Call it on one process.
             plan: As `allocate` made it.
@@ -186,6 +198,8 @@ class RunRecorder:
             OSError: A file cannot be written.
         """
         files = PlanFiles.of(path)
+        for old in (files.plan, files.curvature, files.statistics, files.grid):
+            old.unlink(missing_ok=True)
         self.history.save(files.history)
         for kept, target in ((curvature, files.curvature), (statistics, files.statistics)):
             if kept is not None:

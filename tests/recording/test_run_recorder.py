@@ -75,6 +75,31 @@ def test_files_are_those_of_a_run(model, tmp_path):
     assert PrecisionPlan.load(files.plan).diff(plan) == []
 
 
+def test_files_of_an_earlier_run_are_not_left_beside_the_plan(model, tmp_path):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with RunRecorder(model) as recorder:
+        loop(model, 1, recorder, optimizer)
+    plan = allocate(model, history=recorder.history, method="router_norm", average_bits=2.5, group_size=64)
+    recorder.save(tmp_path / "plan.json", plan, recorder.curvature(optimizer))
+    files = recorder.save(tmp_path / "plan.json", plan)
+    assert [path for path in files.all if path.is_file()] == [files.plan, files.history]
+
+
+def test_the_last_record_is_of_the_weights_that_are_left(model):
+    with RunRecorder(model) as recorder:
+        loop(model, 2, recorder, torch.optim.AdamW(model.parameters(), lr=1e-2))
+        with torch.no_grad():  # the best checkpoint is loaded
+            model.model.layers[0].mlp.gate.weight.mul_(2)
+        recorder.after_step(2, last=True)
+        torch.testing.assert_close(recorder.history.last["model.layers.0.mlp"], norms(model))
+        assert recorder.history.steps == [0, 1, 2]
+    with (
+        RunRecorder(model, history=recorder.history) as again,
+        pytest.raises(ValueError, match="got step 1, and step 2 is recorded already: count on from the history"),
+    ):
+        again.after_step(1)
+
+
 def test_a_loop_goes_on_from_a_history(model, tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     with RunRecorder(model) as recorder:
