@@ -42,6 +42,7 @@ class RunRecorder:
             are.
         router_pattern: As in `find_moe_layers`.
         expert_pattern: As in `find_moe_layers`.
+        layout: As in `find_moe_layers`.
 
     Attributes:
         layers: As found by `find_moe_layers`.
@@ -73,10 +74,11 @@ class RunRecorder:
         history: RouterNormHistory | None = None,
         router_pattern: str | None = None,
         expert_pattern: str | None = None,
+        layout: str | None = None,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
-        given = {"router_pattern": router_pattern, "expert_pattern": expert_pattern}
+        given = {"router_pattern": router_pattern, "expert_pattern": expert_pattern, "layout": layout}
         patterns = Patterns(**{key: value for key, value in given.items() if value is not None})  # type: ignore[typeddict-item]
         self._model, self._every = model, every_n_steps
         self.layers: list[MoELayer] = find_moe_layers(model, **patterns)

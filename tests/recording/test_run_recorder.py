@@ -6,6 +6,7 @@ from lightning_fabric import Fabric
 
 from moe_precision import HistoryError, PrecisionPlan, RouterNormHistory, RunRecorder, allocate
 from moe_precision.plans.beside import PlanFiles
+from tests.layers.test_layouts import megatron
 from tests.support.models import PlainMoE, build
 
 ROWS = torch.randint(3, 128, (6, 2, 8), generator=torch.Generator().manual_seed(0))  # batches of 2 rows of 8 tokens
@@ -83,6 +84,13 @@ def test_files_of_an_earlier_run_are_not_left_beside_the_plan(model, tmp_path):
     recorder.save(tmp_path / "plan.json", plan, recorder.curvature(optimizer))
     files = recorder.save(tmp_path / "plan.json", plan)
     assert [path for path in files.all if path.is_file()] == [files.plan, files.history]
+
+
+def test_a_layout_stays_in_the_history(tmp_path):
+    with RunRecorder(megatron(), layout="megatron") as recorder:
+        recorder.history.save(tmp_path / "x.history.safetensors")
+    assert recorder.layers[0].num_experts == 4
+    assert RouterNormHistory.load(tmp_path / "x.history.safetensors").patterns == {"layout": "megatron"}
 
 
 def test_the_last_record_is_of_the_weights_that_are_left(model):
