@@ -5,9 +5,10 @@ import importlib.util
 import pytest
 import torch
 
-from moe_precision import find_moe_layers
+from moe_precision import CurvatureError, find_moe_layers
 from moe_precision.present.tables import as_text, layers_table
 from moe_precision.recording.masters import Masters, innermost
+from moe_precision.recording.optimizer_check import check_second_moments
 from moe_precision.recording.router_norms import router_norms
 from moe_precision.recording.second_moments import curvature_of
 from tests.support import deepspeed_run
@@ -89,6 +90,15 @@ def test_an_optimizer_that_is_restored_after_its_copies_were_looked_for():
     assert "the optimizer's float32 copies" in masters.news()
     copies = [optimizer.state[layer.router_is.parameter()]["master_param"].norm(dim=1) for layer in layers]
     torch.testing.assert_close(router_norms(layers), torch.cat(copies), rtol=0, atol=0)
+
+
+def test_curvature_of_weights_with_megatrons_copies_is_refused_before_training():
+    model = build("mixtral", num_hidden_layers=1).bfloat16()
+    for parameter in model.parameters():
+        parameter.main_param = parameter.detach().float()
+    optimizer = torch.optim.AdamW([parameter.main_param for parameter in model.parameters()])
+    with pytest.raises(CurvatureError, match="is trained through Megatron's float32 copy, whose moments are not read"):
+        check_second_moments(find_moe_layers(model), [optimizer])
 
 
 def test_float32_weights_and_plain_optimizers_are_read_as_they_are():
