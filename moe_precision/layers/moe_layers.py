@@ -260,9 +260,10 @@ def find_moe_layers(
 
 
 def _describe(experts: Experts, router: Router) -> MoELayer:
+    rows = router.weight.shape[1 if router.transposed else 0]
     if experts.num_experts == 0:
-        experts = with_count(experts, router.weight.shape[1 if router.transposed else 0])
-    experts = split_over(experts, router.root.path, router.weight.shape[0])
+        experts = with_count(experts, rows)
+    experts = split_over(experts, router.root.path, rows)
     banks = oriented(experts, router.width)
     shapes = {name: bank.shape for name, bank in banks.items()}
     return MoELayer(

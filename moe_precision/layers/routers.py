@@ -122,7 +122,7 @@ def _by_pattern(tree: Node, experts: Experts, others: list[Experts], pattern: st
         count = rows if columns in widths else columns
     else:
         widths = {width for bank in experts.banks.values() for width in bank.shape}
-    if experts.parallel and rows % count == 0:
+    if experts.parallel and rows % count == 0 and columns != count:  # else it has a column for each
         return _router(tree, tree.get(_common(weight.name.rpartition(".")[0], experts.path)), weight)
     beyond = rows in widths and columns not in widths and columns > count  # columns of null experts too
     transposed = rows != count and (columns == count or beyond)

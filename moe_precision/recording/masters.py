@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..compat import held_by_deepspeed
 from ..layers.moe_layers import MoELayer
@@ -23,17 +24,18 @@ def read_masters(layers: Sequence[MoELayer], optimizers: Iterable[Any]) -> None:
     """Has the norms of 16-bit routers read from the float32 copies that are trained, where there are any.
 
     A copy that comes to be with the first step is looked for at each reading. Before it is there, it would be equal to
-    the weight.
+    the weight. One that does not round to the weight is not what the model has now (weight averaging, the best
+    checkpoint loaded at the end), and the weight is read.
 
     Args:
         layers: As found by `find_moe_layers`; their routers remember where to look.
         optimizers: That train the model, in any wrappers.
     """
-    states = [inner.state for inner in innermost(optimizers)]
+    inner = innermost(optimizers)  # whose states are other objects once a checkpoint has been loaded
     for layer in layers:
         weight = layer.router_is
         if weight.dtype in (torch.bfloat16, torch.float16) and not weight.is_adapted:
-            weight.master = partial(_master, weight.parameter, states)
+            weight.master = partial(_master, weight.parameter, inner)
 
 
 def master_kind(layers: Sequence[MoELayer]) -> str:
@@ -81,19 +83,26 @@ def innermost(optimizers: Iterable[Any]) -> list[Any]:
     return [one for one in found if hasattr(one, "state")]
 
 
-def _master(parameter_of: Callable[[], Tensor], states: Sequence[Any]) -> Tensor | None:
-    """The float32 copy of a parameter, of its shape; None if there is none."""
+def _master(parameter_of: Callable[[], Tensor], optimizers: Sequence[Any]) -> Tensor | None:
+    """The float32 copy of a parameter, of its shape; None if there is none, or if it is of other weights."""
     parameter = parameter_of()
     if held_by_deepspeed(parameter):
         from deepspeed.utils import safe_get_full_fp32_param
 
         found: Tensor | None = safe_get_full_fp32_param(parameter)
-        return found
+        known = found is not None and found.shape == parameter.shape  # else a placeholder of ZeRO-3
+        return found if not known or found is None or _rounds_to(found, parameter) else None
     candidates = [getattr(parameter, "main_param", None)]
-    candidates += [state[parameter].get(key) for state in states if parameter in state for key in _STATE_KEYS]
+    states = [one.state[parameter] for one in optimizers if parameter in one.state]
+    candidates += [state.get(key) for state in states for key in _STATE_KEYS]
     whole = [
         one
         for one in candidates
         if isinstance(one, Tensor) and one.dtype == torch.float32 and one.shape == parameter.shape
     ]
-    return whole[0] if whole else None
+    return next((one for one in whole if _rounds_to(one, parameter)), None)
+
+
+def _rounds_to(copy: Tensor, weight: Tensor) -> bool:
+    same = (copy.detach().to(weight) == weight.detach()).all()
+    return bool(same.full_tensor() if isinstance(same, DTensor) else same)

@@ -31,6 +31,12 @@ def check_second_moments(layers: list[MoELayer], optimizers: Iterable[Any]) -> N
                 f"{weight.name!r} is {what}: the optimizer keeps no second moment of the whole weight. Let "
                 "curvature_batches=64 take squared gradients after the last step"
             )
+        if getattr(weight.parameter(), "main_param", None) is not None:
+            raise CurvatureError(
+                f"{weight.name!r} is trained through Megatron's float32 copy, whose moments are not read. Take the "
+                "curvature from the checkpoint afterwards (moe-precision plan CHECKPOINT --method curvature), or "
+                "record with method='router_norm'"
+            )
     experts = {id(weight.parameter()) for weight in weights}
     held = any(held_by_deepspeed(weight.parameter()) for weight in weights)
     for optimizer in optimizers:

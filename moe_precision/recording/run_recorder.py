@@ -42,6 +42,7 @@ class RunRecorder:
             are.
         router_pattern: As in `find_moe_layers`.
         expert_pattern: As in `find_moe_layers`.
+        layout: As in `find_moe_layers`.
 
     Attributes:
         layers: As found by `find_moe_layers`.
@@ -73,10 +74,11 @@ class RunRecorder:
         history: RouterNormHistory | None = None,
         router_pattern: str | None = None,
         expert_pattern: str | None = None,
+        layout: str | None = None,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
-        given = {"router_pattern": router_pattern, "expert_pattern": expert_pattern}
+        given = {"router_pattern": router_pattern, "expert_pattern": expert_pattern, "layout": layout}
         patterns = Patterns(**{key: value for key, value in given.items() if value is not None})  # type: ignore[typeddict-item]
         self._model, self._every = model, every_n_steps
         self.layers: list[MoELayer] = find_moe_layers(model, **patterns)
@@ -111,7 +113,17 @@ class RunRecorder:
         Returns:
             The record as flat keys for a logger (``router_norm/...``, ``router_norm_change/...``, ``expert_load/...``);
             empty if none was due.
+
+        Raises:
+            ValueError: There is a record of a later step, so that this one would not be recorded.
         """
+        if step < self.history.steps[-1]:
+            raise ValueError(
+                f"got step {step}, and step {self.history.steps[-1]} is recorded already: count on from the history "
+                "that the loop continues, or begin without history="
+            )
+        if last and step == self.history.steps[-1] and step > self.history.steps[0]:
+            self.history.replace_last(router_norms(self.layers))  # weights averaged, or the best ones loaded
         due = step // self._every > self.history.steps[-1] // self._every
         if not due and not (last and step > self.history.steps[-1]):
             return {}
@@ -172,6 +184,8 @@ class RunRecorder:
     ) -> PlanFiles:
         """Writes a plan, the history, and what is given beside it, under the names that the other commands look for.
 
+        What another run has left there is removed first: its statistics are of other weights.
+
         Args:
             path: Of the plan, ending in ``.json``. Call it on one process.
             plan: As `allocate` made it.
@@ -186,6 +200,8 @@ class RunRecorder:
             OSError: A file cannot be written.
         """
         files = PlanFiles.of(path)
+        for old in (files.plan, files.curvature, files.statistics, files.grid):
+            old.unlink(missing_ok=True)
         self.history.save(files.history)
         for kept, target in ((curvature, files.curvature), (statistics, files.statistics)):
             if kept is not None:

@@ -227,6 +227,26 @@ def test_megablocks_under_expert_parallelism_is_refused():
         find_moe_layers(model, layout="megablocks")
 
 
+def test_flat_banks_that_say_how_many_experts_are_local_are_not_cut_into_more():
+    """4 experts of 8, in banks whose rows are a multiple of 8 too."""
+    model = olmo(MoEMLP(48))
+    router = model.feed_forward_moe.router
+    router.num_experts, router.weight = 2 * EXPERTS, bank(2 * EXPERTS * WIDTH)
+    with pytest.raises(MoELayerError, match="flat banks under expert parallelism cannot be recorded"):
+        find_moe_layers(model, layout="olmo-core")
+
+
+def test_a_router_with_a_column_for_each_expert_is_not_taken_for_one_of_more_processes():
+    """Experts that say how many are local, and a pattern for the router; its 32 rows are a multiple of 4 experts."""
+    router = bank(WIDTH, EXPERTS)
+    experts = Holder(w1=bank(EXPERTS, 48, WIDTH), w2=bank(EXPERTS, WIDTH, 48))
+    experts.num_local_experts = EXPERTS
+    model = Holder(mlp=Holder(router=Holder(kernel=router), experts=experts))
+    (layer,) = find_moe_layers(model, router_pattern=r"router\.kernel$")
+    assert (layer.num_experts, layer.parts, layer.router_transposed) == (EXPERTS, 1, True)
+    torch.testing.assert_close(layer.row_norms(), router.detach().norm(dim=0))
+
+
 @pytest.mark.parametrize("kind", [MoEMLP, DroplessMoEMLP])
 def test_curvature_of_flat_banks_is_that_of_each_expert(kind):
     """From the optimizer and from losses: means of the squared gradient of one expert's block of rows."""

@@ -5,9 +5,10 @@ import importlib.util
 import pytest
 import torch
 
-from moe_precision import find_moe_layers
+from moe_precision import CurvatureError, find_moe_layers
 from moe_precision.present.tables import as_text, layers_table
 from moe_precision.recording.masters import Masters, innermost
+from moe_precision.recording.optimizer_check import check_second_moments
 from moe_precision.recording.router_norms import router_norms
 from moe_precision.recording.second_moments import curvature_of
 from tests.support import deepspeed_run
@@ -56,12 +57,48 @@ def test_megatrons_copy_is_an_attribute_of_the_parameter():
     model = build("mixtral").bfloat16()
     layers = find_moe_layers(model)
     for layer in layers:
-        layer.router_is.parameter().main_param = layer.router_is.parameter().detach().float() * 2
+        weight = layer.router_is.parameter()
+        weight.main_param = weight.detach().float() * (1 + 2**-10)  # is rounded off in bfloat16
     masters = Masters(layers, [])
-    torch.testing.assert_close(router_norms(layers), 2 * router_norms(find_moe_layers(model)))
+    expected = (1 + 2**-10) * router_norms(find_moe_layers(model))
+    torch.testing.assert_close(router_norms(layers), expected, rtol=1e-6, atol=0)
     assert masters.news() == "router norms are read from Megatron's float32 copies of the weights from here on"
     layers[0].router_is.parameter().main_param = torch.zeros(3)  # a shard of the distributed optimizer
     assert not torch.equal(layers[0].row_norms(), torch.zeros(8))
+
+
+def test_copies_of_other_weights_than_the_models_are_not_read():
+    """The best checkpoint loaded at the end, or averaged weights: the plan is of what the model has then."""
+    model = build("mixtral").bfloat16()
+    optimizer = WithCopies(model.parameters(), lr=1e-5)
+    layers, norms, _ = trained(model, optimizer, steps=1)
+    with torch.no_grad():
+        for layer in layers:
+            layer.router_is.parameter().mul_(2)
+    assert torch.equal(router_norms(layers), router_norms(find_moe_layers(model)))
+    assert (router_norms(layers) > 1.9 * norms[-1]).all()
+
+
+def test_an_optimizer_that_is_restored_after_its_copies_were_looked_for():
+    model = build("mixtral").bfloat16()
+    optimizer = WithCopies(model.parameters(), lr=1e-5)
+    trained(model, optimizer, steps=1)
+    resumed = WithCopies(model.parameters(), lr=1e-5)
+    layers = find_moe_layers(model)
+    masters = Masters(layers, [resumed])
+    resumed.__setstate__({"state": optimizer.state, "param_groups": resumed.param_groups})  # as load_state_dict ends
+    assert "the optimizer's float32 copies" in masters.news()
+    copies = [optimizer.state[layer.router_is.parameter()]["master_param"].norm(dim=1) for layer in layers]
+    torch.testing.assert_close(router_norms(layers), torch.cat(copies), rtol=0, atol=0)
+
+
+def test_curvature_of_weights_with_megatrons_copies_is_refused_before_training():
+    model = build("mixtral", num_hidden_layers=1).bfloat16()
+    for parameter in model.parameters():
+        parameter.main_param = parameter.detach().float()
+    optimizer = torch.optim.AdamW([parameter.main_param for parameter in model.parameters()])
+    with pytest.raises(CurvatureError, match="is trained through Megatron's float32 copy, whose moments are not read"):
+        check_second_moments(find_moe_layers(model), [optimizer])
 
 
 def test_float32_weights_and_plain_optimizers_are_read_as_they_are():

@@ -6,6 +6,7 @@ from lightning_fabric import Fabric
 
 from moe_precision import HistoryError, PrecisionPlan, RouterNormHistory, RunRecorder, allocate
 from moe_precision.plans.beside import PlanFiles
+from tests.layers.test_layouts import megatron
 from tests.support.models import PlainMoE, build
 
 ROWS = torch.randint(3, 128, (6, 2, 8), generator=torch.Generator().manual_seed(0))  # batches of 2 rows of 8 tokens
@@ -73,6 +74,38 @@ def test_files_are_those_of_a_run(model, tmp_path):
     assert files == PlanFiles(tmp_path / "plan.json")
     assert [path.name for path in files.all if path.is_file()] == [path.name for path in files.all[:-1]]  # but a grid
     assert PrecisionPlan.load(files.plan).diff(plan) == []
+
+
+def test_files_of_an_earlier_run_are_not_left_beside_the_plan(model, tmp_path):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with RunRecorder(model) as recorder:
+        loop(model, 1, recorder, optimizer)
+    plan = allocate(model, history=recorder.history, method="router_norm", average_bits=2.5, group_size=64)
+    recorder.save(tmp_path / "plan.json", plan, recorder.curvature(optimizer))
+    files = recorder.save(tmp_path / "plan.json", plan)
+    assert [path for path in files.all if path.is_file()] == [files.plan, files.history]
+
+
+def test_a_layout_stays_in_the_history(tmp_path):
+    with RunRecorder(megatron(), layout="megatron") as recorder:
+        recorder.history.save(tmp_path / "x.history.safetensors")
+    assert recorder.layers[0].num_experts == 4
+    assert RouterNormHistory.load(tmp_path / "x.history.safetensors").patterns == {"layout": "megatron"}
+
+
+def test_the_last_record_is_of_the_weights_that_are_left(model):
+    with RunRecorder(model) as recorder:
+        loop(model, 2, recorder, torch.optim.AdamW(model.parameters(), lr=1e-2))
+        with torch.no_grad():  # the best checkpoint is loaded
+            model.model.layers[0].mlp.gate.weight.mul_(2)
+        recorder.after_step(2, last=True)
+        torch.testing.assert_close(recorder.history.last["model.layers.0.mlp"], norms(model))
+        assert recorder.history.steps == [0, 1, 2]
+    with (
+        RunRecorder(model, history=recorder.history) as again,
+        pytest.raises(ValueError, match="got step 1, and step 2 is recorded already: count on from the history"),
+    ):
+        again.after_step(1)
 
 
 def test_a_loop_goes_on_from_a_history(model, tmp_path):
