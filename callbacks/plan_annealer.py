@@ -66,7 +66,7 @@ class PlanAnnealer:
         zeta: float = ZETA,
         max_dropped: float = MAX_DROPPED,
         min_tokens: int = MIN_TOKENS,
-        statistics_steps: int | None = None,
+        statistics_steps: int = 0,
         router_pattern: str | None = None,
         expert_pattern: str | None = None,
         layout: str | None = None,
@@ -77,11 +77,9 @@ class PlanAnnealer:
         self.settings.check_plannable()
         if not 0 <= start < float("inf") or (start >= 1 and start != int(start)):
             raise ValueError(f"start must be a share of max_steps below 1 or a whole step, got {start}")
-        self._needing = f"method {method!r}" if reads(method, "statistics") else ""  # statistics
-        self._needing = "0 among the levels" if self.settings.may_drop else self._needing
-        self._needing = self._needing if plan is None else ""
-        if self._needing and statistics_steps == 0:
-            raise ValueError(f"{self._needing} needs expert statistics, and statistics_steps=0 records none")
+        if plan is None and not statistics_steps and (reads(method, "statistics") or self.settings.may_drop):
+            needing = "0 among the levels" if self.settings.may_drop else f"method {method!r}"
+            raise ValueError(f"{needing} needs expert statistics: give statistics_steps=32, the steps that record them")
         self._statistics = StatisticsBefore(type(self).__name__, statistics_steps)
         self._files = RunFiles(export_to, type(self).__name__, _RESCUE)
         self.start, self.export_to, self._trained = start, export_to, TrainedPart(module)
@@ -145,9 +143,9 @@ class PlanAnnealer:
         if self.plan is None:
             self._to_come(history).check(layers, optimizers)
         if self._first_step == 0 and self.grid is None:
-            self._beside.check(layers)
+            self._beside.check(layers, self._statistics.asked)
         if self.grid is None and not (self._first_step == 0 and self._beside.has_statistics):
-            self._statistics.start(model, layers, step, self._first_step, obstacle, self._needing)
+            self._statistics.start(model, layers, step, self._first_step, obstacle)
         self._started_at, self._checked, self._used = step, False, False
         if self.grid is None and step - max(1, len(optimizers)) >= self._first_step:  # a batch has a step of each
             raise AnnealError(
@@ -181,7 +179,9 @@ class PlanAnnealer:
         """
         layers = find_moe_layers(model, **self._patterns())
         begins_with_it = self._first_step == 0  # with the weights that files beside the plan are of
-        statistics = self._beside.statistics(layers) if begins_with_it else self._statistics.finish()
+        statistics = self._statistics.finish()
+        if begins_with_it and self._statistics.asked:
+            statistics = self._beside.statistics(layers)
         try:
             curvature: Curvature | None = curvature_of(layers, optimizers)
         except CurvatureError as error:

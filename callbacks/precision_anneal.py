@@ -37,8 +37,8 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
 
     Args:
         start: When to begin: a share of training below 1, or a step.
-        plan: A `PrecisionPlan` or its path; None makes one at ``start``. With ``start=0`` the statistics beside a path
-            are rounded under, and its curvature weights the fit where the optimizer has no second moments yet.
+        plan: A `PrecisionPlan` or its path; None makes one at ``start``. The curvature file beside a path
+            weights the fit of the grid where the optimizer has no second moments yet (``start=0``).
         method: How widths are chosen, if no plan is given; a method that reads router norms needs
             `RouterNormMonitor` in the Trainer. ``router_norm`` is the paper's rule; ``curvature`` minimizes the
             predicted increase of the loss. ``moe-precision plan --help`` lists all of them.
@@ -58,8 +58,8 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
         max_dropped: Largest share of a layer's experts that may be dropped, where ``bits`` has 0.
         min_tokens: Tokens of the statistics below which an expert is not dropped.
         statistics_steps: Steps before ``start`` that are recorded for the experts' statistics, under which codes are
-            rounded when annealing begins. None takes a twentieth of the steps before ``start``, at least 32, where
-            the statistics take less than 1 GB of memory; 0 records none.
+            rounded when annealing begins, and which ``method="statistics"`` and 0 bits need; 0 for none. With
+            ``start=0`` any number takes the statistics beside the plan. It pays off where few steps are left.
         router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by
             structure; see `find_moe_layers`.
         expert_pattern: Regular expression that names the experts' weights.

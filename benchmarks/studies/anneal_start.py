@@ -28,7 +28,7 @@ from moe_precision.layers.moe_layers import find_moe_layers
 SHARE, BEFORE = 0.1, 0.2  # of all steps: annealed, and where runs begin, so that statistics can be recorded
 ROWS, STEPS = 512, 100  # for statistics, and batches to distill on
 ROUNDED, LAYERS, LOGITS = "afterwards", "afterwards, scales distilled", "afterwards, distilled through the logits"
-NEAREST, STARTED = "annealed, without statistics", "annealed"
+NEAREST, STARTED = "annealed", "annealed, beginning on rounded codes"
 HEADER = """# Tables of annealing and quantizing afterwards
 
 Printed by `python -m benchmarks.studies.anneal_start --report`. Loss is the increase over the finished float model,
@@ -73,7 +73,7 @@ class AnnealStart(AnnealStudy):
                 distilled = copy.deepcopy(packed)
                 distill_scales(distilled, finished, rows, steps=STEPS, through=through)
                 add(way, budget, distilled, plan.stored_bits)
-            for way, steps in ((NEAREST, 0), (STARTED, None)):
+            for way, steps in ((NEAREST, 0), (STARTED, max(32, self.starts[SHARE] // 20))):
                 anneal = PrecisionAnneal(
                     start=self.starts[SHARE], average_bits=budget, statistics_steps=steps, **asked, **BEST
                 )

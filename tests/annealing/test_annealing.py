@@ -275,7 +275,7 @@ def test_a_plan_from_a_run_brings_its_curvature_and_statistics(tmp_path):
     monitor = RouterNormMonitor(group_size=64, method="curvature", bits=(1, 2, 3), average_bits=2)
     module = fit(tmp_path / "first", monitor)
     before = copy.deepcopy(module.model)
-    callback = anneal(start=0, plan=tmp_path / "first" / "precision_plan.json")
+    callback = anneal(start=0, plan=tmp_path / "first" / "precision_plan.json", statistics_steps=1)
     module = fit(tmp_path / "second", callback, module=module, steps=2)
     layers = find_moe_layers(before)
     weighted = Grid.fit(layers, monitor.plan, monitor.curvature, monitor.statistics)

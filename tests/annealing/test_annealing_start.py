@@ -81,21 +81,23 @@ def test_annealing_begins_on_codes_rounded_under_the_steps_before_it(tmp_path, k
 
 
 def test_where_nothing_is_recorded_codes_are_the_nearest(tmp_path, known):
-    fit(tmp_path, anneal(statistics_steps=0))
+    fit(tmp_path, anneal())
     assert [statistics for _, statistics in known] == [None]
-    with pytest.raises(ValueError, match="statistics_steps must be at least 0 or None, got -1"):
+    with pytest.raises(ValueError, match="statistics_steps must be at least 0, got -1"):
         anneal(statistics_steps=-1)
-    with pytest.raises(ValueError, match="needs expert statistics, and statistics_steps=0 records none"):
-        anneal(method="statistics", statistics_steps=0)
+    with pytest.raises(ValueError, match="method 'statistics' needs expert statistics: give statistics_steps=32"):
+        anneal(method="statistics")
     with pytest.raises(ValueError, match="0 among the levels needs expert statistics"):
-        anneal(method="statistics", bits=(0, 1, 2), statistics_steps=0)
+        anneal(method="statistics", bits=(0, 1, 2))
     plan = allocate(build("mixtral"), method="uniform", average_bits=2, group_size=64)
-    with pytest.raises(StatisticsError, match=r"statistics_steps=4 needs .* and no step is left before step 0"):
+    with pytest.raises(
+        StatisticsError, match="statistics_steps=4 records the steps before annealing, and no step is left before"
+    ):
         fit(tmp_path, anneal(start=0, plan=plan, statistics_steps=4))
 
 
 def test_a_plan_by_statistics_that_drops_experts(tmp_path, known):
-    callback = anneal(method="statistics", bits=(0, 1, 2, 3), average_bits=0.75, min_tokens=1)
+    callback = anneal(method="statistics", bits=(0, 1, 2, 3), average_bits=0.75, min_tokens=1, statistics_steps=4)
     module = fit(tmp_path, callback)
     assert callback.plan.method == "statistics"
     assert known[0][1] is not None

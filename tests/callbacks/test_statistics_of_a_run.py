@@ -215,8 +215,8 @@ def test_a_method_that_needs_statistics_is_refused_before_training_where_none_ar
     ):
         trainer(tmp_path, monitor(method="statistics")).fit(module, data())
     assert not module.norms
-    with pytest.raises(ValueError, match="method 'statistics' needs expert statistics, and statistics_steps=0 records"):
-        PrecisionAnneal(method="statistics", statistics_steps=0, group_size=32)
+    with pytest.raises(ValueError, match="method 'statistics' needs expert statistics: give statistics_steps=32"):
+        PrecisionAnneal(method="statistics", group_size=32)
 
 
 def test_costs_of_many_weights_are_not_measured_unasked(tmp_path, monkeypatch):

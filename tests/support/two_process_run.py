@@ -29,8 +29,7 @@ def main(folder: str, strategy: str) -> None:
         enable_checkpointing=False,
         callbacks=[
             RouterNormMonitor(group_size=64, method="router_norm"),
-            # rounding under statistics may turn on the last bit of their sums, and with it all that follows
-            PrecisionAnneal(start=2, group_size=64, statistics_steps=0),
+            PrecisionAnneal(start=2, group_size=64),
             SavePretrained(),
         ],
     ).fit(module, data)
