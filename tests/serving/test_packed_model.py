@@ -144,7 +144,8 @@ def test_an_engine_with_other_widths_is_an_error(served):
     checkpoint = PackedModel(served[1], torch.float32).checkpoint
     entry = json.loads(json.dumps(checkpoint.quantization))
     same_packing(entry, checkpoint)
-    entry["plan"]["layers"]["model.layers.1.mlp"]["projections"]["down_proj"]["bits"][0] = 4
+    bits = entry["plan"]["layers"]["model.layers.1.mlp"]["projections"]["down_proj"]["bits"]
+    bits[0], bits[2] = bits[2], bits[0]
     with pytest.raises(ServingError, match="without overrides of quantization_config"):
         same_packing(entry, checkpoint)
 
