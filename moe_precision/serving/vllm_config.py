@@ -28,19 +28,19 @@ class VllmPackedConfig(QuantizationConfig):
     """The packing of one checkpoint, as vLLM hands it to every layer.
 
     Args:
-        entry: The ``quantization_config`` of config.json.
+        entry: The ``quantization_config`` of config.json; None where it has none and ``--quantization`` was given.
 
     Raises:
         PlanError: Another format version, or a damaged plan.
-        ServingError: Packed in a way that is not served.
+        ServingError: Not packed, or packed in a way that is not served.
     """
 
-    def __init__(self, entry: dict[str, Any]) -> None:
+    def __init__(self, entry: dict[str, Any] | None = None) -> None:
         super().__init__()
         from .packed_model import packing_of
 
         packing_of(entry, "the checkpoint")  # its errors come while vLLM's configuration is built
-        self.entry = entry
+        self.entry = entry or {}
         self.folder = ""
         self._packed: PackedModel | None = None
 

@@ -56,7 +56,7 @@ RELEASED: dict[str, dict[str, Any]] = {  # what config.json of the releases has,
     **{name: {"topk_method": "noaux_tc"} for name in ("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")},
     "glm4_moe": {"head_dim": 32},
     "glm4_moe_lite": {"first_k_dense_replace": 1, "topk_method": "noaux_tc"},
-    "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_qk_norm": True},
+    "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_qk_norm": True, "use_routing_bias": True},
 }
 WIDTHS = ([2, 3, 4, 8, 2, 16, 3, 0], [3, 4, 2, 2, 8, 16, 2, 0])  # of gate_up_proj, and of down_proj
 
