@@ -128,7 +128,8 @@ class PackedModel:
             experts: Layer -> the module to fill; layers of other processes may be missing.
 
         Raises:
-            ServingError: A packed tensor belongs to no layer of the plan, or a layer's tensors are incomplete.
+            ServingError: A packed tensor belongs to no layer of the plan, a layer's tensors are incomplete, or a
+                tensor comes twice.
         """
         roots = {f"{packed.found.experts}.": name for name, packed in self.layers.items()}
         others: dict[str, Tensor] = {}
@@ -140,6 +141,10 @@ class PackedModel:
             elif is_packed(name):
                 raise ServingError(f"{name!r} is packed, and the plan has no such layer: config.json is of another one")
             else:
+                if name in others:
+                    raise ServingError(
+                        f"{name!r} is in the checkpoint twice: another checkpoint lies beside it; delete its files"
+                    )
                 others[name] = tensor
         for name, module in experts.items():
             module.check_complete(name)
@@ -181,6 +186,21 @@ def packing_of(entry: Mapping[str, Any] | None, source: str) -> PlanQuantization
             "only. Quantize without it to serve, or load the model with transformers"
         )
     return config
+
+
+def same_packing(entry: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Raises `ServingError` if an engine was given other widths than the config.json of the checkpoint has.
+
+    Args:
+        entry: The ``quantization_config`` that the engine was given.
+        checkpoint: The checkpoint whose files are verified.
+    """
+    theirs, ours = packing_of(entry, "the engine's config"), packing_of(checkpoint.quantization, str(checkpoint.folder))
+    if theirs.digest() != ours.digest():
+        raise ServingError(
+            f"the engine was given other bit-widths than the config.json of {str(checkpoint.folder)!r} has: start it "
+            "without overrides of quantization_config"
+        )
 
 
 def _served(layer: MoELayer, targets: Iterable[Target]) -> PackedLayer:

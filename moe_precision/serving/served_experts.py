@@ -72,8 +72,12 @@ class ServedExperts(nn.Module):
             tensor: The tensor as the checkpoint holds it.
 
         Raises:
-            ServingError: The plan has no such tensor, or one of another shape or dtype.
+            ServingError: The plan has no such tensor, or one of another shape or dtype, or it has been taken already.
         """
+        if name in self._taken:
+            raise ServingError(
+                f"{name!r} of one layer is in the checkpoint twice: another checkpoint lies beside it; delete its files"
+            )
         if name in self.all_bits:
             self._check(name, tensor, (1,), None)  # the sentinel
         elif name in self._whole:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from .errors import ServingError
 
 if TYPE_CHECKING:
     from .packed_model import PackedModel
@@ -25,19 +28,19 @@ class VllmPackedConfig(QuantizationConfig):
     """The packing of one checkpoint, as vLLM hands it to every layer.
 
     Args:
-        entry: The ``quantization_config`` of config.json.
+        entry: The ``quantization_config`` of config.json; None where it has none and ``--quantization`` was given.
 
     Raises:
         PlanError: Another format version, or a damaged plan.
-        ServingError: Packed in a way that is not served.
+        ServingError: Not packed, or packed in a way that is not served.
     """
 
-    def __init__(self, entry: dict[str, Any]) -> None:
+    def __init__(self, entry: dict[str, Any] | None = None) -> None:
         super().__init__()
         from .packed_model import packing_of
 
         packing_of(entry, "the checkpoint")  # its errors come while vLLM's configuration is built
-        self.entry = entry
+        self.entry = entry or {}
         self.folder = ""
         self._packed: PackedModel | None = None
 
@@ -64,8 +67,16 @@ class VllmPackedConfig(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Checks plan, model and every tensor, while vLLM's configuration is built: in each process, files once."""
+        from .packed_model import same_packing
+
+        if revision is not None and not Path(model_name).is_dir():
+            raise ServingError(
+                f"revision {revision!r} of {model_name!r}: only files of the default revision are verified. Run "
+                f"`hf download {model_name} --revision {revision} --local-dir FOLDER` and serve FOLDER"
+            )
         self.folder = str(model_name)
         packed = self.packed_model(torch.float32)
+        same_packing(self.entry, packed.checkpoint)
         files = packed.checkpoint.files
         stats = [(str(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
         mark = hashlib.sha256(repr((stats, packed.config.digest())).encode()).hexdigest()

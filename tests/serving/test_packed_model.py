@@ -12,7 +12,7 @@ from moe_precision import PlanError, allocate, load_model, quantize_model
 from moe_precision.quantize.checksums import DamagedCheckpointError
 from moe_precision.serving.errors import ServingError
 from moe_precision.serving.names import is_packed, refuse_packed, refuse_packed_files
-from moe_precision.serving.packed_model import PackedModel
+from moe_precision.serving.packed_model import PackedModel, same_packing
 from moe_precision.serving.share import even_share, mapped_share
 from tests.support.models import build, with_bits
 
@@ -69,7 +69,9 @@ def routed(hidden=32):
     return torch.randn(9, hidden), ids.int(), torch.rand(9, 2)
 
 
-@pytest.mark.parametrize("shares", [[range(8)], [[0, 1, 2], [3, 4, 5, 6, 7]], [[1, 3, 5, 7], [0, 2, 4, 6]]])
+@pytest.mark.parametrize(
+    "shares", [[range(8)], [[0, 1, 2], [3, 4, 5, 6, 7]], [[1], [0, *range(2, 8)]], [[1, 3, 5, 7], [0, 2, 4, 6]]]
+)
 def test_processes_together_give_what_transformers_gives(served, shares):
     model, folder = served
     x, ids, weights = routed()
@@ -129,6 +131,23 @@ def test_a_missing_tensor_is_an_error(served, name):
 def test_a_tensor_of_another_checkpoint_is_an_error(served, name, tensor, message):
     with pytest.raises(ServingError, match=message):
         filled(served[1], [range(8)], tensors=[(name, tensor)])
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.experts.packed.down_proj.bits_2.codes", "lm_head.weight"])
+def test_a_tensor_that_comes_twice_is_an_error(served, name):
+    tensors = [*tensors_of(served[1]), (name, dict(tensors_of(served[1]))[name])]
+    with pytest.raises(ServingError, match="is in the checkpoint twice: another checkpoint lies beside it"):
+        filled(served[1], [range(8)], tensors=tensors)
+
+
+def test_an_engine_with_other_widths_is_an_error(served):
+    checkpoint = PackedModel(served[1], torch.float32).checkpoint
+    entry = json.loads(json.dumps(checkpoint.quantization))
+    same_packing(entry, checkpoint)
+    bits = entry["plan"]["layers"]["model.layers.1.mlp"]["projections"]["down_proj"]["bits"]
+    bits[0], bits[2] = bits[2], bits[0]
+    with pytest.raises(ServingError, match="without overrides of quantization_config"):
+        same_packing(entry, checkpoint)
 
 
 def test_experts_that_no_loader_has_filled_are_an_error(served):

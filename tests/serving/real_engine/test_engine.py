@@ -15,6 +15,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load, load_file, save_file
 
 from tests.serving.real_engine.engine import ENVIRONMENT, in_a_child
 
@@ -35,8 +36,9 @@ def run(family="mixtral", expected="expected.json", **options):
         {"expected": "long.json", "max_model_len": 128, "max_num_batched_tokens": 32, "enable_chunked_prefill": True},
         {"expected": "long.json", "max_model_len": 128, "block_size": 32, "enable_prefix_caching": True, "times": 2},
         {"additional_config": {"moe_precision_activations": "bfloat16"}},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}},
     ],
-    ids=["compiled", "one by one", "chunked prefill", "prefix caching", "activations"],
+    ids=["compiled", "one by one", "chunked prefill", "prefix caching", "activations", "speculation by n-grams"],
 )
 def test_tokens_are_those_of_transformers(options):
     assert run(**options).startswith(ALL)
@@ -72,6 +74,16 @@ def flip(folder):
     file.write_bytes(data)
 
 
+def without_checksums(folder):
+    file = folder / "model.safetensors"
+    save_file(load(file.read_bytes()), file, {"format": "pt"})
+
+
+def second_checkpoint(folder):
+    head = load_file(folder / "model.safetensors")["lm_head.weight"]
+    save_file({"lm_head.weight": head.clone().zero_()}, folder / "other.safetensors", {"format": "pt"})
+
+
 def bits(config):
     return next(iter(config["quantization_config"]["plan"]["layers"].values()))["projections"]["down_proj"]["bits"]
 
@@ -87,6 +99,8 @@ WRONG = {
     "other layers packed": (in_config(lambda c: c["quantization_config"].update(non_expert_bits=8)), "experts only"),
     "no config": (in_config(lambda c: c.pop("quantization_config")), "has no quantization_config of moe_precision"),
     "a flipped bit": (flip, "is damaged"),
+    "no checksums": (without_checksums, "has no checksums"),
+    "a second checkpoint": (second_checkpoint, "is in the checkpoint twice"),
 }
 
 
@@ -110,6 +124,13 @@ def test_a_wrong_folder_is_our_own_error(name, tmp_path):
 def test_a_wrong_request_is_an_error(options, message):
     answer = run(**options)
     assert message in answer, answer
+
+
+def test_float_weights_are_not_served_as_packed_ones():
+    folder = MODELS / "mixtral"
+    expected = json.loads((folder / "expected.json").read_text())
+    answer = in_a_child(folder, "float", expected, quantization="moe_precision")
+    assert "has no quantization_config of moe_precision" in answer, answer
 
 
 def post(port, path, body):
