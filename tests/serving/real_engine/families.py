@@ -52,7 +52,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {  # model type -> what SIZES does not ge
     "kimi_linear": {"num_experts_per_tok": 2, "num_experts_per_token": 2},
 }
 RELEASED: dict[str, dict[str, Any]] = {  # what config.json of the releases has, and configs made by transformers lack
-    "afmoe": {"score_func": "sigmoid", "route_norm": True},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     **{
         name: {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
         for name in ("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")
