@@ -45,17 +45,20 @@ SIZES = {  # heads as wide as vLLM's attention on CPUs takes them
 }
 OVERRIDES: dict[str, dict[str, Any]] = {  # model type -> what SIZES does not get right
     **{name: {"head_dim": 64} for name in ("axk1", "axk2", "deepseek_v3", "deepseek_v4")},
-    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "hunyuan_v1_moe": {"head_dim": 32, "moe_topk": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"num_experts_per_tok": 2, "num_experts_per_token": 2},
 }
 RELEASED: dict[str, dict[str, Any]] = {  # what config.json of the releases has, and configs made by transformers lack
-    "afmoe": {"score_func": "sigmoid", "route_norm": True},
-    **{name: {"topk_method": "noaux_tc"} for name in ("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
+    **{
+        name: {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+        for name in ("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")
+    },
     "glm4_moe": {"head_dim": 32},
-    "glm4_moe_lite": {"first_k_dense_replace": 1, "topk_method": "noaux_tc"},
+    "glm4_moe_lite": {"first_k_dense_replace": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_qk_norm": True, "use_routing_bias": True},
 }
 WIDTHS = ([2, 3, 4, 8, 2, 16, 3, 0], [3, 4, 2, 2, 8, 16, 2, 0])  # of gate_up_proj, and of down_proj
