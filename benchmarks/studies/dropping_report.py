@@ -24,7 +24,7 @@ def report(study: dict[str, Any], root: Path) -> str:
     plans = ["uniform 1", "uniform 2"]
     for budget in BUDGETS:
         plans += [f"{name} at {budget:g}" for name in ("0 to 4", "0 to 4, not calibrated", "1 to 4")]
-        plans += [f"{name} at {budget:g}" for name in (*CRITERIA, "channels")] if budget in COMPARED else []
+        plans += [f"{name} at {budget:g}" for name in CRITERIA] if budget in COMPARED else []
     correlations = []
     for name in study["models"]:
         paths = sorted((root / name).glob("seed_*/dropping.json"))
@@ -43,6 +43,13 @@ def report(study: dict[str, Any], root: Path) -> str:
         )
         rows = [row for plan, label, fit in shown if (row := _row(runs, plan, label, fit))]
         parts.append(markdown_table(title, head, rows))
+        paired = [run for run in runs if any(one["plan"].startswith("channels") for one in run["results"])]
+        both = [f"{plan} at {budget:g}" for budget in COMPARED for plan in ("0 to 4", "channels")]
+        if rows := [row for plan in both if paired and (row := _row(paired, plan, plan, None))]:
+            seeds = "one seed" if len(paired) == 1 else f"{len(paired)} seeds"
+            parts.append(
+                markdown_table(f"{study['models'][name]['title']}: channels, same seeds ({seeds})", head, rows)
+            )
         rows = [row for place in PLACES if (row := _row(runs, f"{place} at 1", place, None))]
         parts.append(markdown_table(f"{title}: what stands in a dropped expert's place, 1 bit on average", head, rows))
         keys = runs[0]["correlations"]

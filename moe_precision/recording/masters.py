@@ -90,8 +90,9 @@ def _master(parameter_of: Callable[[], Tensor], optimizers: Sequence[Any]) -> Te
         from deepspeed.utils import safe_get_full_fp32_param
 
         found: Tensor | None = safe_get_full_fp32_param(parameter)
-        known = found is not None and found.shape == parameter.shape  # else a placeholder of ZeRO-3
-        return found if not known or found is None or _rounds_to(found, parameter) else None
+        if found is None or found.shape != parameter.shape:  # the parameter is a placeholder of ZeRO-3
+            return found
+        return found if _rounds_to(found, parameter) else None
     candidates = [getattr(parameter, "main_param", None)]
     states = [one.state[parameter] for one in optimizers if parameter in one.state]
     candidates += [state.get(key) for state in states for key in _STATE_KEYS]
