@@ -6,26 +6,31 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_precision.annealing.hooks import GridHooks
+from moe_precision.annealing.teacher import Teacher, divergence_less_cross_entropy, next_tokens
 from moe_precision.layers.module_tree import root_model
 from moe_precision.recording.loads import not_counted
+
+_NAMES = ("anneal/val_loss", "anneal/val_loss_float", "anneal/val_kl")
 
 
 class GridLosses:
     """Sums over a validation run.
 
     Attributes:
-        sums: ``(3,)`` float64: tokens, and the summed loss on the grid and off it; None before the first batch.
+        sums: ``(3,)`` float64: tokens, and the summed loss on the grid and off it; with a teacher ``(4,)``, the summed
+            KL(teacher || model on the grid) being the last; None before the first batch.
     """
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None
 
     @torch.no_grad()
-    def add(self, model: nn.Module, batch: Any, hooks: GridHooks | None) -> None:
+    def add(self, model: nn.Module, batch: Any, hooks: GridHooks | None, teacher: Teacher | None = None) -> None:
         """Adds a batch, if it holds the arguments of a transformers model, labels included."""
         model = root_model(model)
         known = isinstance(model, PreTrainedModel) and isinstance(batch, Mapping) and "labels" in batch
@@ -38,10 +43,13 @@ class GridLosses:
         if tokens == 0:
             return
         with not_counted():
-            on = model(**batch).loss.double()
+            output = model(**batch)
+            found = [torch.ones_like(tokens), output.loss.double()]
             with hooks.lifted():
-                off = model(**batch).loss.double()
-        sums = tokens * torch.stack([torch.ones_like(tokens), on, off])
+                found.append(model(**batch).loss.double())
+            if teacher is not None:
+                found.append(_divergence(model, batch, output.logits, teacher))
+        sums = tokens * torch.stack(found)
         self.sums = sums if self.sums is None else self.sums + sums
 
     def take(self, sums: Tensor | None) -> dict[str, float]:
@@ -49,5 +57,14 @@ class GridLosses:
         self.sums = None
         if sums is None:
             return {}
-        tokens, on, off = sums.tolist()
-        return {"anneal/val_loss": on / tokens, "anneal/val_loss_float": off / tokens}
+        tokens, *found = sums.tolist()
+        return {name: total / tokens for name, total in zip(_NAMES, found, strict=False)}  # the last with a teacher
+
+
+def _divergence(model: nn.Module, batch: Mapping[str, Any], logits: Tensor, teacher: Teacher) -> Tensor:
+    """Mean KL(teacher || model) over the tokens that have labels, ``()`` float64."""
+    with teacher.in_charge():
+        taught = model(**batch).logits.flatten(0, -2)
+    logits, labels = logits.flatten(0, -2), next_tokens(model, batch["labels"]).flatten()
+    change = divergence_less_cross_entropy(logits, taught, labels).double().sum() / (labels != -100).sum()
+    return change + F.cross_entropy(logits.float(), labels).double()

@@ -6,17 +6,19 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
 from moe_precision.allocation.allocator import make_plan
 from moe_precision.allocation.whole_model import with_rest
 from moe_precision.annealing.covers import AnnealError, put_bank
 from moe_precision.annealing.hooks import GridHooks, check_trainable, uncover
+from moe_precision.callbacks.code_flips import CodeFlips
 from moe_precision.callbacks.files_beside import FilesBeside
 from moe_precision.callbacks.grid_losses import GridLosses
 from moe_precision.callbacks.plan_to_come import PlanToCome
 from moe_precision.callbacks.run_files import RunFiles
 from moe_precision.callbacks.statistics_before import StatisticsBefore
+from moe_precision.callbacks.taught_steps import TaughtSteps
 from moe_precision.callbacks.trained_part import TrainedPart
 from moe_precision.callbacks.weights_seen import WeightsSeen
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
@@ -67,6 +69,8 @@ class PlanAnnealer:
         max_dropped: float = MAX_DROPPED,
         min_tokens: int = MIN_TOKENS,
         statistics_steps: int = 0,
+        teacher: str | None = None,
+        teacher_weight: float = 1.0,
         router_pattern: str | None = None,
         expert_pattern: str | None = None,
         layout: str | None = None,
@@ -81,6 +85,7 @@ class PlanAnnealer:
             needing = "0 among the levels" if self.settings.may_drop else f"method {method!r}"
             raise ValueError(f"{needing} needs expert statistics: give statistics_steps=32, the steps that record them")
         self._statistics = StatisticsBefore(type(self).__name__, statistics_steps)
+        self._taught = TaughtSteps(type(self).__name__, teacher, teacher_weight)
         self._files = RunFiles(export_to, type(self).__name__, _RESCUE)
         self.start, self.export_to, self._trained = start, export_to, TrainedPart(module)
         self._given = None if plan is None else as_plan(plan)
@@ -91,14 +96,14 @@ class PlanAnnealer:
         self._first_step = 0  # of annealing; below steps of this run, which a checkpoint may have brought forward
         self._began_at = self._started_at = 0
         self._checked = self._used = False  # the optimizer keeps second moments; every layer has gone through the grid
-        self._before: list[Tensor] = []  # codes before a step that is logged
+        self._flips = CodeFlips()
         self._seen = WeightsSeen()  # at the end
         self._settled: list[MoELayer] = []  # once their weights are on the grid
         self._losses = GridLosses()  # of the validation run
 
     def _prepare(self, folder: str | None, anew: bool) -> None:
         """Before training: where the plan goes, checked to be writable; None for a run that writes nothing."""
-        self._before, self._losses = [], GridLosses()
+        self._flips, self._losses = CodeFlips(), GridLosses()
         self._seen.forget()
         self._trained.forget()
         self.close()
@@ -129,6 +134,7 @@ class PlanAnnealer:
         uncover(layers)
         check_trainable(layers)
         check_packable(model, layers)
+        self._taught.check(model)
         shapes = {layer.name: layer.shape for layer in layers}
         if self.plan is not None:
             self.plan = self.plan.for_model(model, shapes)
@@ -155,7 +161,12 @@ class PlanAnnealer:
         if self.grid is not None:  # resumed in the middle
             if self._given is not None and (changed := self._given.for_model(model, shapes).diff(self.grid.plan)):
                 raise AnnealError(f"the checkpoint was annealed on a plan other than the given one: {changed[0]}")
-            self._hooks, self._began_at = GridHooks(layers, self.grid), step
+            self._put_on_grid(model, layers, step)
+
+    def _put_on_grid(self, model: nn.Module, layers: list[MoELayer], step: int) -> None:
+        assert self.grid is not None
+        self._hooks, self._began_at = GridHooks(layers, self.grid), step
+        self._taught.begin(model, self._hooks)
 
     def _to_come(self, history: RouterNormHistory | None) -> PlanToCome:
         return PlanToCome(self.settings, self._first_step, history, self._recorder)
@@ -193,7 +204,7 @@ class PlanAnnealer:
             self.plan = make_plan(self.settings, model, history, curvature, statistics if prices else None)
         place = None if statistics is None else put_bank
         self.grid = Grid.fit(layers, self.plan, curvature, statistics, place=place)
-        self._hooks, self._began_at = GridHooks(layers, self.grid), step
+        self._put_on_grid(model, layers, step)
         bits = f"{self.plan.average_bits:.3g} bits on average"
         rank_zero_info(f"{type(self).__name__}: from step {step} on the experts are trained at {bits}")
 
@@ -212,28 +223,27 @@ class PlanAnnealer:
         if self._hooks is None and step >= self._first_step:
             self._begin(model, optimizers, history, step)
         self._statistics.before_batch(step)
+        self._taught.before_step(logged)
         if self._hooks is None and not self._checked and step > self._started_at:
             self._checked = True
             if self.plan is None:
                 layers = find_moe_layers(model, **self._patterns())
                 self._to_come(history).check_after_a_step(layers, optimizers)
-        if self._hooks is not None and logged and not self._before:
-            self._before = self._hooks.codes()
+        if self._hooks is not None and logged:
+            self._flips.look(self._hooks)
 
     def _after_step(self, step: int) -> None:
         """After the first annealed steps: checks that every layer has gone through the grid."""
         if self._hooks is not None and not self._used and step > self._began_at:
             self._used = self._hooks.check_used(step - self._began_at)
+            self._taught.after_step()
 
     def _metrics(self) -> dict[str, float]:
         """What to log for a step."""
         metrics = {"anneal/active": float(self._hooks is not None)}
-        if self._hooks is not None and self._before:
-            pairs = list(zip(self._before, self._hooks.codes(), strict=True))
-            flipped = sum((a != b).sum().to(pairs[0][0].device) for a, b in pairs)  # one wait for the device
-            metrics["anneal/flips"] = int(flipped) / max(1, sum(a.numel() for a, _ in pairs))
-            self._before = []
-        return metrics
+        if self._hooks is not None and (share := self._flips.share(self._hooks)) is not None:
+            metrics["anneal/flips"] = share
+        return metrics | self._taught.metrics()
 
     def _finish(self, writes: bool, step: int) -> None:
         """Moves the weights onto the grid; writes plan and grid.
@@ -283,15 +293,7 @@ class PlanAnnealer:
     def close(self) -> None:
         """Gives the model its float weights back after an interruption; a second call does nothing."""
         self._statistics.close()
+        self._taught.close()
         if self._hooks is not None:
             self._hooks.close()
             self._hooks = None
-
-
-def refuse_distilling(steps: int) -> None:
-    """Raises `AnnealError` where a recording callback would distill scales of weights that are then moved."""
-    if steps:
-        raise AnnealError(
-            f"distill_steps={steps} would distill scales for the float weights, and annealing moves those onto a grid "
-            "of its own: leave one of the two out"
-        )

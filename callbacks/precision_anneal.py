@@ -10,9 +10,10 @@ from pytorch_lightning.utilities import rank_zero_warn
 from moe_precision.annealing.covers import AnnealError
 from moe_precision.callbacks.late_finish import is_finished, why_not_late
 from moe_precision.callbacks.lightning_packages import LightningCallback, averages_weights, total_steps
-from moe_precision.callbacks.plan_annealer import PlanAnnealer, refuse_distilling
+from moe_precision.callbacks.plan_annealer import PlanAnnealer
 from moe_precision.callbacks.router_norm_monitor import RouterNormMonitor
 from moe_precision.callbacks.save_pretrained import SavePretrained
+from moe_precision.callbacks.scale_distiller import refuse_distilling
 from moe_precision.quantize.codec.grid import Grid
 from moe_precision.recording.history import RouterNormHistory
 
@@ -29,11 +30,13 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
     |---|---|
     | ``anneal/active`` | 1 from ``start`` on, 0 before |
     | ``anneal/flips`` | share of codes that the step changed, in a sample of each matrix |
+    | ``anneal/kl`` | KL divergence from the teacher on the step's last training batch, in nats per token |
     | ``anneal/val_loss`` | loss of the transformers model on the validation batches, on the grid |
     | ``anneal/val_loss_float`` | the same with the float weights that the optimizer keeps, same step |
+    | ``anneal/val_kl`` | KL divergence from the teacher on the validation batches, on the grid |
 
-    The two losses take two more forward passes of every validation batch. They are logged if a batch holds the keyword
-    arguments of a transformers model, labels included.
+    The two losses take two more forward passes of every validation batch, the divergence, where there is a teacher, a
+    third. They are logged if a batch holds the keyword arguments of a transformers model, labels included.
 
     Args:
         start: When to begin: a share of training below 1, or a step.
@@ -60,6 +63,11 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
         statistics_steps: Steps before ``start`` that are recorded for the experts' statistics, under which codes are
             rounded when annealing begins, and which ``method="statistics"`` and 0 bits need; 0 for none. With
             ``start=0`` any number takes the statistics beside the plan. It pays off where few steps are left.
+        teacher: Float checkpoint, of the same class and shapes, whose predictions annealed steps learn from: folder or
+            name in the Hub's cache, such as the finished model that a recovery starts from. It takes the memory of its
+            weights and one more forward pass per batch. The training step must use the ``loss`` of a transformers
+            model, and where FSDP2 shards it, the model must be a unit of its own.
+        teacher_weight: Share of the cross-entropy that KL(teacher || model) takes the place of: above 0, at most 1.
         router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by
             structure; see `find_moe_layers`.
         expert_pattern: Regular expression that names the experts' weights.
@@ -74,8 +82,8 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
 
     Raises:
         ValueError: At construction if method, levels and average do not go together; when training starts if the plan
-            is for another model, ``start`` is not before the end, an expert weight is frozen or behind an adapter, or
-            weights are averaged.
+            is for another model, ``start`` is not before the end, an expert weight is frozen or behind an adapter,
+            weights are averaged, or the teacher is of another model.
 
     Example:
         >>> anneal = PrecisionAnneal(start=0.9, average_bits=2.0, bits=(1, 2, 3))
@@ -157,7 +165,7 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
     ) -> None:
         if trainer.loggers and not trainer.sanity_checking:
             with trainer.precision_plugin.forward_context():
-                self._losses.add(self._part(pl_module), batch, self._hooks)
+                self._losses.add(self._part(pl_module), batch, self._hooks, self._taught.teacher)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         sums = self._losses.sums

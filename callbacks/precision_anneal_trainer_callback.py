@@ -10,9 +10,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from moe_precision.annealing.covers import AnnealError
 from moe_precision.callbacks.of_trainer import optimizers_of, run_folder, save_state, saved_file, saves_as_float
-from moe_precision.callbacks.plan_annealer import PlanAnnealer, refuse_distilling
+from moe_precision.callbacks.plan_annealer import PlanAnnealer
 from moe_precision.callbacks.restored import NOT_RESTORED
 from moe_precision.callbacks.router_norm_trainer_callback import RouterNormTrainerCallback
+from moe_precision.callbacks.scale_distiller import refuse_distilling
 from moe_precision.callbacks.trainer_experts import save_experts, saved_experts
 from moe_precision.layers.module_tree import modes_kept
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
@@ -121,7 +122,12 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
         with modes_kept(model):
             model.eval()
             for batch in () if batches is None else batches:  # a stream has no length, and so no truth value
-                self._losses.add(self._part(model), send_to_device(batch, next(model.parameters()).device), self._hooks)
+                self._losses.add(
+                    self._part(model),
+                    send_to_device(batch, next(model.parameters()).device),
+                    self._hooks,
+                    self._taught.teacher,
+                )
         _log(state, self._losses.take(self._losses.sums))
 
     def on_save(

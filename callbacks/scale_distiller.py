@@ -8,6 +8,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
+from moe_precision.annealing.covers import AnnealError
 from moe_precision.callbacks.statistics_recorder import Step
 from moe_precision.layers.module_tree import root_model
 from moe_precision.layers.moe_layers import MoELayer
@@ -125,6 +126,15 @@ class ScaleDistiller:
     def close(self) -> None:
         """Nothing is distilled any more in this run."""
         self._steps = 0
+
+
+def refuse_distilling(steps: int) -> None:
+    """Raises `AnnealError` where a recording callback would distill scales of weights that are then moved."""
+    if steps:
+        raise AnnealError(
+            f"distill_steps={steps} would distill scales for the float weights, and annealing moves those onto a grid "
+            "of its own: leave one of the two out"
+        )
 
 
 def _batches(count: int) -> str:

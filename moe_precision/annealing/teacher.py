@@ -1,0 +1,258 @@
+"""A teacher for annealed steps: the float model's predictions take the place of a share of the labels.
+
+The teacher is a model of the same class and shapes, and only its weights are held. They are put into the trained model
+for one more forward pass, without gradients, before each of its own. So every strategy, dtype and kernel that trains
+the model also runs its teacher.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..layers.module_tree import modes_kept, root_model
+from ..recording.loads import not_counted
+from .covers import AnnealError
+from .hooks import GridHooks
+
+_IGNORED = -100  # transformers' label of tokens that do not count
+
+
+def divergence_less_cross_entropy(logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """KL(teacher || model) - cross-entropy of the labels, per token: what a teacher in their place changes.
+
+    The logarithm of the model's normalizer is in both and cancels. What is left is linear in the model's logits `z`:
+    ``z[label] - sum(p * z) - entropy(p)``, with the teacher's probabilities ``p``.
+
+    Args:
+        logits: ``(N, vocabulary)``, of the model.
+        teacher: ``(N, vocabulary)``, logits of the teacher; they take no gradient.
+        labels: ``(N,)`` int64; -100 where a token does not count.
+
+    Returns:
+        ``(N,)`` float32, in nats; 0 where a token does not count.
+
+    Example:
+        >>> import torch
+        >>> teacher, labels = torch.tensor([[0.0, 1.0]]), torch.tensor([1])
+        >>> divergence_less_cross_entropy(teacher, teacher, labels)  # KL is 0, cross-entropy 0.3133
+        tensor([-0.3133])
+    """
+    counts = labels != _IGNORED
+    p = teacher.detach().float().softmax(-1).where(counts.unsqueeze(-1), torch.zeros((), device=teacher.device))
+    z = logits.float()
+    mean = (p.unsqueeze(1) @ z.unsqueeze(2)).flatten()
+    chosen = z.gather(-1, labels.clamp(min=0).unsqueeze(-1)).flatten()
+    return torch.where(counts, chosen - mean - torch.special.entr(p).sum(-1), 0.0)
+
+
+def teacher_weights(checkpoint: str | os.PathLike[str], model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a float checkpoint for a model that is trained, checked to be of its class and shapes.
+
+    Args:
+        checkpoint: Folder, or a name in the Hub's cache.
+        model: The model, or what is around it.
+
+    Returns:
+        Name in the transformers model -> tensor on the CPU, in the dtype of the model's own.
+
+    Raises:
+        AnnealError: The checkpoint is quantized, or of another class, vocabulary or shape.
+        CheckpointError: The folder is missing or damaged.
+    """
+    root, teacher = taught(model), f"the teacher {str(checkpoint)!r}"
+    with Checkpoint(checkpoint) as opened:
+        if opened.is_quantized:
+            raise AnnealError(f"{teacher} is quantized: give the float checkpoint that it was made of")
+        words, own_words = (getattr(config, "vocab_size", None) for config in (opened.config, root.config))
+        if words != own_words:
+            raise AnnealError(f"{teacher} has a vocabulary of {words} tokens, the model that is trained {own_words}")
+        its = opened.model_class()
+        shapes = [{name: tuple(one.shape) for name, one in of.named_parameters()} for of in (opened.meta_model(), root)]
+        apart = sorted(name for name in set().union(*shapes) if shapes[0].get(name) != shapes[1].get(name))
+        if not isinstance(root, its) or apart:  # FSDP2 makes a class of its own
+            first = (
+                f", and {apart[0]!r} is {shapes[0].get(apart[0])} there, {shapes[1].get(apart[0])} here"
+                if apart
+                else ""
+            )
+            raise AnnealError(
+                f"{teacher} is a {its.__name__}, the model that is trained a {type(root).__name__}{first}: give the "
+                "float checkpoint that training starts from, or another of the same shapes"
+            )
+        found, info = opened.load(dtype=next(root.parameters()).dtype, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise AnnealError(f"{teacher} lacks weights of the model, {missing[0]!r} the first of {len(missing)}")
+    return {name: parameter.detach() for name, parameter in found.named_parameters()}
+
+
+def taught(model: nn.Module) -> PreTrainedModel:
+    """The transformers model that a teacher can be given to.
+
+    Raises:
+        AnnealError: There is none, or FSDP2 shards it together with what is around it.
+    """
+    root = root_model(model)
+    if not isinstance(root, PreTrainedModel):
+        raise AnnealError(
+            f"a teacher needs a transformers model, which returns loss and logits; got {type(root).__name__}"
+        )
+    if any(isinstance(parameter, DTensor) for parameter in root.parameters()) and not isinstance(root, FSDPModule):
+        raise AnnealError(
+            f"a teacher needs {type(root).__name__} to be a unit of FSDP2 itself: call fully_shard on the transformers "
+            "model, not only on what is around it"
+        )
+    return root
+
+
+class Teacher:
+    """Shifts a share of a model's loss from its labels to the predictions of a teacher, in training steps on a grid.
+
+    Args:
+        model: The model, or what is around it; its training step uses the ``loss`` that it returns.
+        weights: The teacher's weights, by their names in the transformers model.
+        share: Of the cross-entropy, that KL(teacher || model) takes the place of: above 0, at most 1.
+        hooks: The grid, which the teacher's forward pass leaves out.
+
+    Attributes:
+        kl: Mean KL(teacher || model) of the last training batch, ``()``, where ``measures`` was set.
+        measures: Whether to compute it.
+    """
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor], share: float, hooks: GridHooks) -> None:
+        self.measures = False
+        self.kl: Tensor | None = None
+        self._root, self._share, self._hooks = taught(model), share, hooks
+        self._sharded = [module for module in self._root.modules() if isinstance(module, FSDPModule)]
+        self._parameters = list(self._root.parameters())
+        self._weights = [_placed(weights[name], parameter) for name, parameter in self._root.named_parameters()]
+        self._own: list[Tensor] = []  # the model's, while the teacher is in charge
+        self._logits: Tensor | None = None
+        self._busy = self._learned = False
+        self._handles = [
+            self._root.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
+            self._root.register_forward_hook(self._after, with_kwargs=True),
+        ]
+
+    def close(self) -> None:
+        """Removes the hooks and the teacher's weights, even in the middle of its forward pass."""
+        for handle in self._handles:
+            handle.remove()
+        self._give_back()
+        self._handles, self._weights, self._logits = [], [], None
+
+    @contextmanager
+    def in_charge(self) -> Iterator[None]:
+        """Forward passes inside are the teacher's: its weights, in float, in evaluation mode, without gradients."""
+        self._busy = True
+        with torch.no_grad(), modes_kept(self._root), not_counted(), self._hooks.lifted():
+            self._root.eval()
+            try:
+                self._own = [_held(parameter) for parameter in self._parameters]
+                self._put(self._weights)
+                yield
+            finally:
+                self._give_back()
+                self._busy = False
+
+    def check_used(self) -> None:
+        """After a training step: raises `AnnealError` if the model has learned nothing from its teacher."""
+        if not self._learned:
+            raise AnnealError(
+                f"no gradient has come from the teacher: the training step does not use the loss that "
+                f"{type(self._root).__name__} returns for its labels. Use it, or leave the teacher out"
+            )
+
+    def _put(self, weights: Sequence[Tensor]) -> None:
+        """Gives the parameters other values, without a trace in the graphs of forward passes before."""
+        for parameter, weight in zip(self._parameters, weights, strict=True):
+            if isinstance(parameter, DTensor):
+                parameter.to_local().copy_(weight)  # the memory that FSDP2 gathers from
+            else:
+                parameter.data = weight
+        torch.clear_autocast_cache()  # it holds the values of before in half precision
+        for module in self._sharded:
+            module.reshard()  # what was gathered has the values of before
+
+    @torch.no_grad()
+    def _give_back(self) -> None:
+        """Gives the model its weights, if it has not got them; also after an interruption anywhere."""
+        if self._own:
+            self._put(self._own)
+            self._own = []
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._busy:
+            return
+        self._logits = None
+        if not (module.training and torch.is_grad_enabled()) or kwargs.get("labels") is None:
+            return
+        both = module.config.is_encoder_decoder  # which makes its decoder's input of the labels
+        given = {name: value for name, value in kwargs.items() if both or name != "labels"}
+        with self.in_charge():
+            self._logits = _logits(module, module(*args, **given)).detach()
+
+    def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if self._busy or self._logits is None:
+            return None
+        teacher, self._logits = self._logits, None
+        loss, logits = output.loss, _logits(module, output)
+        labels = next_tokens(module, kwargs["labels"]).flatten()
+        counts = labels != _IGNORED
+        if not bool(teacher.flatten(0, -2)[counts].isfinite().all()):
+            raise AnnealError(
+                "the teacher's logits are not finite: is its checkpoint intact, and its dtype wide enough?"
+            )
+        tokens = kwargs.get("num_items_in_batch")  # of all micro-batches, where transformers' Trainer accumulates
+        tokens = counts.sum().clamp(min=1) if tokens is None else tokens
+        change = divergence_less_cross_entropy(logits.flatten(0, -2), teacher.flatten(0, -2), labels).sum()
+        if self.measures:
+            with torch.no_grad():
+                entropy = F.cross_entropy(logits.flatten(0, -2).float(), labels, ignore_index=_IGNORED, reduction="sum")
+                self.kl = (change + entropy) / counts.sum().clamp(min=1)
+        change.register_hook(self._see)
+        output.loss = loss + self._share * (change / tokens).to(loss.dtype)
+        return output
+
+    def _see(self, gradient: Tensor) -> None:
+        self._learned = True
+
+
+def _logits(model: nn.Module, output: Any) -> Tensor:
+    found = getattr(output, "logits", None)
+    if not isinstance(found, Tensor):
+        raise AnnealError(
+            f"{type(model).__name__} returns {type(output).__name__} without logits, which a teacher needs: leave out "
+            "what changes its output (return_dict=False, a fused loss), or the teacher"
+        )
+    return found
+
+
+def next_tokens(model: nn.Module, labels: Tensor) -> Tensor:
+    """The label of each position's prediction: of the next token, or in an encoder-decoder model of the same one."""
+    if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        return labels
+    return F.pad(labels[..., 1:], (0, 1), value=_IGNORED)
+
+
+def _placed(weight: Tensor, parameter: Tensor) -> Tensor:
+    """A copy of a whole weight, on the device of a parameter; the part of it that this rank holds."""
+    weight = weight.to(parameter.device, parameter.dtype, copy=True)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(weight, parameter.device_mesh, parameter.placements).to_local()
+    return weight
+
+
+def _held(parameter: Tensor) -> Tensor:
+    """The values of a parameter on this rank, which stay as they are when it is given others."""
+    return parameter.detach().to_local().clone() if isinstance(parameter, DTensor) else parameter.data
