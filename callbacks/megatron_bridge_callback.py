@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moe_precision.callbacks.step_recorder import StepRecorder, base_class, check_whole, is_first
+from moe_precision.callbacks.step_recorder import StepRecorder, base_class, check_whole
 from moe_precision.plans.beside import existing
 from moe_precision.recording.history import RouterNormHistory
 from moe_precision.recording.masters import innermost
+from moe_precision.recording.processes import is_first
 
 
 class MegatronBridgeCallback(StepRecorder, base_class("megatron.bridge.training.callbacks")):  # type: ignore[misc]

@@ -134,7 +134,7 @@ class PlanAnnealer:
         uncover(layers)
         check_trainable(layers)
         check_packable(model, layers)
-        self._taught.check(model)
+        self._taught.check(model, self.grid, self._files)
         shapes = {layer.name: layer.shape for layer in layers}
         if self.plan is not None:
             self.plan = self.plan.for_model(model, shapes)
@@ -189,6 +189,7 @@ class PlanAnnealer:
         rounding has given another code would go back to the nearest.
         """
         layers = find_moe_layers(model, **self._patterns())
+        self._taught.take(model)
         begins_with_it = self._first_step == 0  # with the weights that files beside the plan are of
         statistics = self._statistics.finish()
         if begins_with_it and self._statistics.asked:
@@ -202,8 +203,8 @@ class PlanAnnealer:
         if self.plan is None:
             prices = self.settings.method == AUTO or reads(self.settings.method, "curvature")
             self.plan = make_plan(self.settings, model, history, curvature, statistics if prices else None)
-        place = None if statistics is None else put_bank
-        self.grid = Grid.fit(layers, self.plan, curvature, statistics, place=place)
+        self.grid = Grid.fit(layers, self.plan, curvature, statistics, place=put_bank if statistics else None)
+        self._taught.keep(self.grid, self._files)
         self._put_on_grid(model, layers, step)
         bits = f"{self.plan.average_bits:.3g} bits on average"
         rank_zero_info(f"{type(self).__name__}: from step {step} on the experts are trained at {bits}")
@@ -270,9 +271,9 @@ class PlanAnnealer:
             return
         paths = self._files.paths
         if self._files.write(self.grid.save, paths.grid) and self._files.write(self.plan.save, paths.plan):
-            rank_zero_info(
-                f"{type(self).__name__}: wrote {paths.plan} ({self.plan.average_bits:.3g} bits on average) and its grid"
-            )
+            self._taught.remove(self._files)
+            bits = f"{self.plan.average_bits:.3g} bits on average"
+            rank_zero_info(f"{type(self).__name__}: wrote {paths.plan} ({bits}) and its grid")
 
     def _finish_late(self, model: nn.Module, writes: bool, step: int) -> None:
         """`_finish`, for a run that had ended before this start: its grid is from the checkpoint."""

@@ -63,10 +63,10 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
         statistics_steps: Steps before ``start`` that are recorded for the experts' statistics, under which codes are
             rounded when annealing begins, and which ``method="statistics"`` and 0 bits need; 0 for none. With
             ``start=0`` any number takes the statistics beside the plan. It pays off where few steps are left.
-        teacher: Float checkpoint, of the same class and shapes, whose predictions annealed steps learn from: folder or
-            name in the Hub's cache, such as the finished model that a recovery starts from. It takes the memory of its
-            weights and one more forward pass per batch. The training step must use the ``loss`` of a transformers
-            model, and where FSDP2 shards it, the model must be a unit of its own.
+        teacher: What annealed steps learn from, beside or in place of the labels: ``start``, the predictions of the
+            model as it is when annealing begins, or a float checkpoint of the same class and shapes (folder, or name in
+            the Hub's cache). It takes the memory of its weights and one more forward pass per batch. The training step
+            must use the ``loss`` of a transformers model; where FSDP2 shards it, the model must be a unit of its own.
         teacher_weight: Share of the cross-entropy that KL(teacher || model) takes the place of: above 0, at most 1.
         router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by
             structure; see `find_moe_layers`.

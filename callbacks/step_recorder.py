@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 
 from moe_precision.callbacks.plan_recorder import PlanRecorder
 from moe_precision.recording.expert_samples import ExpertSamples
+from moe_precision.recording.processes import is_first
 
 _NO_BATCHES = "cannot be done here: this trainer gives a callback no batches to run again"
 
@@ -105,11 +105,6 @@ def base_class(module: str, name: str = "Callback") -> type:
     except ImportError:
         return object
     return found
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes."""
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def check_whole(parts: int, what: str) -> None:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import os
-
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from moe_precision.annealing.hooks import GridHooks
-from moe_precision.annealing.teacher import Teacher, teacher_weights
+from moe_precision.annealing.teacher import Teacher, taught
+from moe_precision.annealing.teacher_weights import load_teacher, save_teacher, teacher_weights, weights_now
+from moe_precision.callbacks.run_files import RunFiles
+from moe_precision.quantize.codec.grid import Grid
+from moe_precision.recording.processes import is_first
+
+START = "start"
 
 
 class TaughtSteps:
-    """Reads the teacher before training, and gives it to the model once annealing has begun.
+    """Reads or keeps the teacher, and gives it to the model once annealing has begun.
+
+    The model as it is when annealing begins is in no checkpoint: it is kept in a file beside the plan, from which a
+    resumed run reads it, until the plan is written.
 
     Args:
         owner: Name of the callback, for messages.
-        checkpoint: The teacher's; None for no teacher.
+        teacher: ``start`` for the model as it is when annealing begins, or a float checkpoint; None for no teacher.
         weight: Share of the cross-entropy that it takes the place of.
 
     Attributes:
@@ -26,32 +33,53 @@ class TaughtSteps:
         ValueError: ``weight`` is not above 0 and at most 1.
     """
 
-    def __init__(self, owner: str, checkpoint: str | os.PathLike[str] | None, weight: float) -> None:
+    def __init__(self, owner: str, teacher: str | None, weight: float) -> None:
         if not 0 < weight <= 1:
             raise ValueError(f"teacher_weight must be above 0 and at most 1, got {weight}: teacher=None leaves it out")
-        self._owner, self._checkpoint, self._weight = owner, checkpoint, weight
+        self._owner, self._asked, self._weight = owner, teacher, weight
         self._weights: dict[str, Tensor] = {}
         self._used = False
         self.teacher: Teacher | None = None
 
-    def check(self, model: nn.Module) -> None:
-        """Before the first step: reads the teacher's weights.
+    def check(self, model: nn.Module, grid: Grid | None, files: RunFiles) -> None:
+        """Before the first step: reads the teacher's weights, if there are any yet.
+
+        Args:
+            model: The model, or what is around it.
+            grid: Of the run that is resumed, if annealing had begun.
+            files: Of this run.
 
         Raises:
-            AnnealError: The teacher is not of the model that is trained.
+            AnnealError: The teacher is not of the model that is trained, or not of the run that is resumed.
             CheckpointError: Its folder is missing or damaged.
         """
         self.close()
-        if self._checkpoint is not None:
-            self._weights = teacher_weights(self._checkpoint, model)
+        if self._asked is None:
+            return
+        taught(model)
+        if self._asked != START:
+            self._weights = teacher_weights(self._asked, model)
+        elif grid is not None and files.written:
+            self._weights = load_teacher(files.paths.teacher, model, grid)
+
+    def take(self, model: nn.Module) -> None:
+        """When annealing begins, before weights are moved: keeps the model as it is; a collective under FSDP2."""
+        if self._asked == START:
+            self._weights = weights_now(model)
+
+    def keep(self, grid: Grid, files: RunFiles) -> None:
+        """Writes what was taken, for a run that is resumed."""
+        if self._asked == START and files.written and is_first():
+            files.write(lambda path: save_teacher(path, self._weights, grid), files.paths.teacher)
 
     def begin(self, model: nn.Module, hooks: GridHooks) -> None:
         """Once the experts are on the grid."""
         if self._weights:
             self.teacher, self._weights, self._used = Teacher(model, self._weights, self._weight, hooks), {}, False
+            what = "the model as it was when annealing began" if self._asked == START else repr(self._asked)
             rank_zero_info(
-                f"{self._owner}: {str(self._checkpoint)!r} is the teacher, with {self._weight:g} of the loss of the "
-                "labels; it takes the memory of its weights, and one more forward pass per batch"
+                f"{self._owner}: {what} is the teacher, in the place of {self._weight:g} of the labels' loss; it takes "
+                "the memory of its weights, and one more forward pass per batch"
             )
 
     def before_step(self, logged: bool) -> None:
@@ -74,6 +102,11 @@ class TaughtSteps:
         if self.teacher is None or self.teacher.kl is None:
             return {}
         return {"anneal/kl": float(self.teacher.kl)}
+
+    def remove(self, files: RunFiles) -> None:
+        """Once the plan is written: removes what a resumed run would have read."""
+        if self._asked == START:
+            files.paths.teacher.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Takes the teacher away; a second call does nothing."""

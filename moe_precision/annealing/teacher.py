@@ -7,7 +7,6 @@ the model also runs its teacher.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from ..checkpoints.checkpoint import Checkpoint
 from ..layers.module_tree import modes_kept, root_model
 from ..recording.loads import not_counted
 from .covers import AnnealError
@@ -56,46 +54,6 @@ def divergence_less_cross_entropy(logits: Tensor, teacher: Tensor, labels: Tenso
     return torch.where(counts, chosen - mean - torch.special.entr(p).sum(-1), 0.0)
 
 
-def teacher_weights(checkpoint: str | os.PathLike[str], model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a float checkpoint for a model that is trained, checked to be of its class and shapes.
-
-    Args:
-        checkpoint: Folder, or a name in the Hub's cache.
-        model: The model, or what is around it.
-
-    Returns:
-        Name in the transformers model -> tensor on the CPU, in the dtype of the model's own.
-
-    Raises:
-        AnnealError: The checkpoint is quantized, or of another class, vocabulary or shape.
-        CheckpointError: The folder is missing or damaged.
-    """
-    root, teacher = taught(model), f"the teacher {str(checkpoint)!r}"
-    with Checkpoint(checkpoint) as opened:
-        if opened.is_quantized:
-            raise AnnealError(f"{teacher} is quantized: give the float checkpoint that it was made of")
-        words, own_words = (getattr(config, "vocab_size", None) for config in (opened.config, root.config))
-        if words != own_words:
-            raise AnnealError(f"{teacher} has a vocabulary of {words} tokens, the model that is trained {own_words}")
-        its = opened.model_class()
-        shapes = [{name: tuple(one.shape) for name, one in of.named_parameters()} for of in (opened.meta_model(), root)]
-        apart = sorted(name for name in set().union(*shapes) if shapes[0].get(name) != shapes[1].get(name))
-        if not isinstance(root, its) or apart:  # FSDP2 makes a class of its own
-            first = (
-                f", and {apart[0]!r} is {shapes[0].get(apart[0])} there, {shapes[1].get(apart[0])} here"
-                if apart
-                else ""
-            )
-            raise AnnealError(
-                f"{teacher} is a {its.__name__}, the model that is trained a {type(root).__name__}{first}: give the "
-                "float checkpoint that training starts from, or another of the same shapes"
-            )
-        found, info = opened.load(dtype=next(root.parameters()).dtype, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
-        raise AnnealError(f"{teacher} lacks weights of the model, {missing[0]!r} the first of {len(missing)}")
-    return {name: parameter.detach() for name, parameter in found.named_parameters()}
-
-
 def taught(model: nn.Module) -> PreTrainedModel:
     """The transformers model that a teacher can be given to.
 
@@ -120,7 +78,8 @@ class Teacher:
 
     Args:
         model: The model, or what is around it; its training step uses the ``loss`` that it returns.
-        weights: The teacher's weights, by their names in the transformers model.
+        weights: The teacher's weights, whole, by their names in the transformers model; not copied where they are on
+            the model's device already.
         share: Of the cross-entropy, that KL(teacher || model) takes the place of: above 0, at most 1.
         hooks: The grid, which the teacher's forward pass leaves out.
 
@@ -197,7 +156,7 @@ class Teacher:
         self._logits = None
         if not (module.training and torch.is_grad_enabled()) or kwargs.get("labels") is None:
             return
-        both = module.config.is_encoder_decoder  # which makes its decoder's input of the labels
+        both = self._root.config.is_encoder_decoder  # which makes its decoder's input of the labels
         given = {name: value for name, value in kwargs.items() if both or name != "labels"}
         with self.in_charge():
             self._logits = _logits(module, module(*args, **given)).detach()
@@ -246,8 +205,8 @@ def next_tokens(model: nn.Module, labels: Tensor) -> Tensor:
 
 
 def _placed(weight: Tensor, parameter: Tensor) -> Tensor:
-    """A copy of a whole weight, on the device of a parameter; the part of it that this rank holds."""
-    weight = weight.to(parameter.device, parameter.dtype, copy=True)
+    """A whole weight on the device of a parameter; the part of it that this rank holds."""
+    weight = weight.detach().to(parameter.device, parameter.dtype)
     if isinstance(parameter, DTensor):
         return distribute_tensor(weight, parameter.device_mesh, parameter.placements).to_local()
     return weight
@@ -255,4 +214,4 @@ def _placed(weight: Tensor, parameter: Tensor) -> Tensor:
 
 def _held(parameter: Tensor) -> Tensor:
     """The values of a parameter on this rank, which stay as they are when it is given others."""
-    return parameter.detach().to_local().clone() if isinstance(parameter, DTensor) else parameter.data
+    return parameter.to_local().detach().clone() if isinstance(parameter, DTensor) else parameter.data

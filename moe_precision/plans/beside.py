@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["history", "curvature", "statistics", "grid"]
+Kind = Literal["history", "curvature", "statistics", "grid", "teacher"]
 _SUFFIXES: dict[Kind, str] = {
     "history": ".history.safetensors",
     "curvature": ".curvature.safetensors",
     "statistics": ".statistics.safetensors",
     "grid": ".grid.safetensors",
+    "teacher": ".teacher.safetensors",
 }
 
 
@@ -65,6 +66,11 @@ class PlanFiles:
     def grid(self) -> Path:
         """The grid that training ended on, or codes and distilled scales, ``x.grid.safetensors``."""
         return self.path("grid")
+
+    @property
+    def teacher(self) -> Path:
+        """The weights that annealed steps learn from, while a run lasts, ``x.teacher.safetensors``."""
+        return self.path("teacher")
 
     @property
     def all(self) -> tuple[Path, ...]:

@@ -27,6 +27,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_first() -> bool:
+    """Whether this is the process that writes."""
+    return world_size() == 1 or dist.get_rank() == 0
+
+
 def processes_per_batch(model: nn.Module) -> int:
     """How many processes run each batch together, in tensor parallelism; 1 where each has batches of its own.
 

@@ -6,6 +6,7 @@ import shutil
 from functools import partial
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -13,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from moe_precision import allocate, find_moe_layers
+from moe_precision import allocate, collect_statistics, find_moe_layers
 from moe_precision.annealing.covers import AnnealError
 from moe_precision.annealing.hooks import GridHooks
-from moe_precision.annealing.teacher import Teacher, divergence_less_cross_entropy, teacher_weights
+from moe_precision.annealing.teacher import Teacher, divergence_less_cross_entropy
+from moe_precision.annealing.teacher_weights import teacher_weights
 from moe_precision.callbacks import PrecisionAnneal, PrecisionAnnealTrainerCallback
 from moe_precision.checkpoints.checkpoint import load_model
 from moe_precision.quantize.codec.grid import Grid
@@ -186,15 +188,81 @@ def test_a_model_comes_nearer_to_its_teacher_alone(finished, tmp_path):
     assert (tmp_path / "annealed_plan.json").is_file()
 
 
+class StopAt(pl.Callback):
+    """Ends a run by an error after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            raise InterruptedError
+
+
+SAME = {"data": IDS[:4].repeat(10, 1), "steps": 8}  # a DataLoader starts over when a run is resumed
+
+
+def stopped(folder, callback):
+    """A run that ends in step 5; the checkpoint of step 4."""
+    saver = ModelCheckpoint(folder / "saved", every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    with pytest.raises(InterruptedError):
+        fit(folder, callback, saver, StopAt(5), enable_checkpointing=True, **SAME)
+    return str(folder / "saved" / "step=4.ckpt")
+
+
 @pytest.mark.slow
-def test_a_resumed_run_ends_bit_identical(finished, tmp_path):
-    saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=4, save_top_k=-1, filename="{step}")
-    same = {"data": IDS[:4].repeat(10, 1), "steps": 8}  # a DataLoader starts over when a run is resumed
-    taught = partial(recovering, finished, teacher_weight=0.5)
-    whole = fit(tmp_path / "whole", taught(), saver, enable_checkpointing=True, **same)
-    resumed = fit(tmp_path / "rest", taught(), ckpt_path=str(tmp_path / "saved" / "step=4.ckpt"), **same)
+@pytest.mark.parametrize("teacher", [None, "start"])
+def test_a_resumed_run_ends_bit_identical(teacher, finished, tmp_path):
+    taught = partial(recovering, finished, teacher_weight=0.5, teacher=teacher or str(finished / "checkpoint"))
+    whole = fit(tmp_path / "whole", taught(), **SAME)
+    checkpoint = stopped(tmp_path / "rest", taught())
+    assert (tmp_path / "rest" / "annealed_plan.teacher.safetensors").is_file() == (teacher == "start")
+    resumed = fit(tmp_path / "rest", taught(), ckpt_path=checkpoint, **SAME)
     for (name, a), (_, b) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
+    assert not list(tmp_path.rglob("*.teacher.safetensors"))  # they are for resumed runs alone
+
+
+@pytest.mark.slow
+def test_a_resumed_run_without_its_own_teacher_is_an_error(finished, tmp_path):
+    checkpoint = stopped(tmp_path, recovering(finished, teacher="start"))
+    file = tmp_path / "annealed_plan.teacher.safetensors"
+    other = tmp_path / "other"
+    module = Language()
+    with torch.no_grad():
+        for layer in find_moe_layers(module.model):
+            for bank in layer.banks.values():
+                bank.weights[0].parameter().mul_(1.5)
+    with pytest.raises(InterruptedError):
+        fit(other, recovering(finished, teacher="start"), StopAt(2), module=module)
+    shutil.copy(other / file.name, file)
+    resume = partial(fit, tmp_path, recovering(finished, teacher="start"), ckpt_path=checkpoint, **SAME)
+    with pytest.raises(AnnealError, match="is the teacher of another run than the checkpoint"):
+        resume()
+    file.unlink()
+    with pytest.raises(AnnealError, match=r"training resumes with teacher='start', and .* is gone"):
+        resume()
+
+
+@pytest.mark.slow
+def test_the_model_at_the_start_is_the_teacher_before_codes_move_its_weights(finished, tmp_path):
+    """Rounding under statistics moves the weights onto codes when annealing begins."""
+    module = Language()
+    before = {name: parameter.detach().clone() for name, parameter in module.model.named_parameters()}
+    seen = {}
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            with anneal._taught.teacher.in_charge():
+                seen.update({name: one.detach().clone() for name, one in module.model.named_parameters()})
+
+    model = Language().model
+    collect_statistics(model, [{"input_ids": IDS}]).save(finished / "precision_plan.statistics.safetensors")
+    anneal = recovering(finished, teacher="start", statistics_steps=1)
+    fit(tmp_path, anneal, Look(), module=module, steps=2)
+    assert seen.keys() == before.keys()
+    assert all(torch.equal(seen[name], weight) for name, weight in before.items())
+    (finished / "precision_plan.statistics.safetensors").unlink()
 
 
 @pytest.mark.slow

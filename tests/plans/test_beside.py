@@ -15,6 +15,7 @@ from moe_precision.plans.beside import PlanFiles, existing
         "x.curvature.safetensors",
         "x.statistics.safetensors",
         "x.grid.safetensors",
+        "x.teacher.safetensors",
     ],
 )
 def test_any_of_the_files_names_all_of_them(name):
@@ -24,7 +25,8 @@ def test_any_of_the_files_names_all_of_them(name):
     assert files.curvature == Path("runs/x.curvature.safetensors")
     assert files.statistics == Path("runs/x.statistics.safetensors")
     assert files.grid == Path("runs/x.grid.safetensors")
-    assert files.all == (files.plan, files.history, files.curvature, files.statistics, files.grid)
+    assert files.teacher == Path("runs/x.teacher.safetensors")
+    assert files.all == (files.plan, files.history, files.curvature, files.statistics, files.grid, files.teacher)
 
 
 def test_a_name_with_dots_stays_whole():
