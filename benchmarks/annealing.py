@@ -2,9 +2,9 @@
 
     python -m benchmarks.annealing
 
-Runs the recipe's model with its batch, and a layer of Mixtral's shape at half its width: time per weight depends not on
-the width but on the tokens that an expert gets. Steps on and off the grid alternate; memory is measured in a process of
-its own for each.
+Runs the recipe's model with its batch, with a teacher too, and a layer of Mixtral's shape at half its width: time per
+weight depends not on the width but on the tokens that an expert gets. Steps on and off the grid alternate; memory is
+measured in a process of its own for each.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from importlib.resources import files
 import torch
 import yaml
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from moe_precision import allocate, find_moe_layers
 from moe_precision.annealing.hooks import GridHooks
+from moe_precision.annealing.teacher import Teacher
+from moe_precision.annealing.teacher_weights import weights_now
 from moe_precision.quantize.codec.grid import Grid
 
 HIDDEN, INTERMEDIATE, TOKENS = 2048, 7168, 2048
@@ -58,8 +60,8 @@ def block(
     return layers, loss, 128
 
 
-def pairs(model: nn.Module, loss: Callable[[], Tensor], group_size: int, rounds: int) -> list[tuple[float, float]]:
-    """Seconds of a float step and of the step on the grid that follows it."""
+def in_turn(model: nn.Module, loss: Callable[[], Tensor], group_size: int, rounds: int) -> list[list[float]]:
+    """Seconds of float steps, of steps on the grid that follow, and of a transformers model also with a teacher."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step() -> float:
@@ -72,11 +74,17 @@ def pairs(model: nn.Module, loss: Callable[[], Tensor], group_size: int, rounds:
     layers = find_moe_layers(model)
     plan = allocate(model, method="random", average_bits=2.0, bits=(1, 2, 3), group_size=group_size)
     hooks = GridHooks(layers, Grid.fit(layers, plan))
+    weights = weights_now(model) if isinstance(model, PreTrainedModel) else {}
     found = []
     for _ in range(rounds + 1):
         with hooks.lifted():
-            off = step()
-        found.append((off, step()))
+            times = [step()]
+        times.append(step())
+        if weights:
+            teacher = Teacher(model, weights, 1.0, hooks)
+            times.append(step())
+            teacher.close()
+        found.append(times)
     return found[1:]  # the first ones allocate
 
 
@@ -106,8 +114,8 @@ def main() -> None:
     """Prints both tables."""
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads, AdamW, one step\n")
-    print("Medians over pairs of steps, and the quartiles of the ratio.\n")
-    print("| model | float step, s | on the grid, s | ratio |\n|---|---|---|---|")
+    print("Medians over rounds of steps, and the quartiles of the ratios to the float step.\n")
+    print("| model | float step, s | on the grid, s | ratio | with a teacher, s | ratio |\n|---|---|---|---|---|---|")
     shape = f"{HIDDEN} x {INTERMEDIATE}, 8 experts top-2, {TOKENS:,} tokens"
     cases = {
         "recipes/pretrain_mixtral.yaml": (recipe, 60),
@@ -115,10 +123,12 @@ def main() -> None:
         f"Mixtral layer, {shape}, bfloat16": (lambda: block(torch.bfloat16), 8),
     }
     for name, (build, rounds) in cases.items():
-        spent = pairs(*build(), rounds)
-        off, on = (statistics.median(one[i] for one in spent) for i in (0, 1))
-        low, ratio, high = statistics.quantiles([one[1] / one[0] for one in spent], n=4)
-        print(f"| {name} | {off:.3f} | {on:.3f} | {ratio:.2f} [{low:.2f}, {high:.2f}] |", flush=True)
+        off, *others = zip(*in_turn(*build(), rounds), strict=True)
+        cells = [f"{statistics.median(off):.3f}"]
+        for times in others:
+            low, ratio, high = statistics.quantiles([on / base for on, base in zip(times, off, strict=True)], n=4)
+            cells += [f"{statistics.median(times):.3f}", f"{ratio:.2f} [{low:.2f}, {high:.2f}]"]
+        print(f"| {name} | {' | '.join(cells + [''] * (5 - len(cells)))} |", flush=True)
     command = [sys.executable, "-c", "import sys; from benchmarks.annealing import peak; peak(sys.argv[1] == 'on')"]
     grown = [int(subprocess.check_output([*command, which], text=True)) for which in ("off", "on")]
     layer = 3 * HIDDEN * INTERMEDIATE * 8 * 4

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
@@ -23,14 +24,15 @@ from ..recording.loads import not_counted
 from .covers import AnnealError
 from .hooks import GridHooks
 
+_IN_CACHE, _AT_ONCE = 1 << 18, 1 << 26  # logits, on a CPU and elsewhere
 _IGNORED = -100  # transformers' label of tokens that do not count
 
 
 def divergence_less_cross_entropy(logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     """KL(teacher || model) - cross-entropy of the labels, per token: what a teacher in their place changes.
 
-    The logarithm of the model's normalizer is in both and cancels. What is left is linear in the model's logits `z`:
-    ``z[label] - sum(p * z) - entropy(p)``, with the teacher's probabilities ``p``.
+    The logarithm of the model's normalizer is in both and cancels. What is left is linear in the model's logits ``z``:
+    ``z[label] - sum(p * (z - t)) - logsumexp(t)``, with the teacher's logits ``t`` and probabilities ``p``.
 
     Args:
         logits: ``(N, vocabulary)``, of the model.
@@ -40,18 +42,46 @@ def divergence_less_cross_entropy(logits: Tensor, teacher: Tensor, labels: Tenso
     Returns:
         ``(N,)`` float32, in nats; 0 where a token does not count.
 
+    Raises:
+        AnnealError: Logits of the teacher are not finite where a token counts.
+
     Example:
         >>> import torch
         >>> teacher, labels = torch.tensor([[0.0, 1.0]]), torch.tensor([1])
         >>> divergence_less_cross_entropy(teacher, teacher, labels)  # KL is 0, cross-entropy 0.3133
         tensor([-0.3133])
     """
-    counts = labels != _IGNORED
-    p = teacher.detach().float().softmax(-1).where(counts.unsqueeze(-1), torch.zeros((), device=teacher.device))
-    z = logits.float()
-    mean = (p.unsqueeze(1) @ z.unsqueeze(2)).flatten()
-    chosen = z.gather(-1, labels.clamp(min=0).unsqueeze(-1)).flatten()
-    return torch.where(counts, chosen - mean - torch.special.entr(p).sum(-1), 0.0)
+    found: Tensor = _SoftLabels.apply(logits, teacher.detach(), labels)
+    return found
+
+
+class _SoftLabels(torch.autograd.Function):
+    """Some rows at a time, which stay in a processor's cache; all that is kept is ``p``, in the dtype of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        counts, labels = labels != _IGNORED, labels.clamp(min=0).unsqueeze(-1)
+        values = torch.empty(len(logits), device=logits.device)
+        normalizers, kept = torch.empty_like(values), torch.empty_like(teacher)
+        size = max(1, (_IN_CACHE if logits.device.type == "cpu" else _AT_ONCE) // logits.shape[-1])
+        for rows in (slice(start, start + size) for start in range(0, len(logits), size)):
+            z, t = logits[rows].float(), teacher[rows].float()
+            normalizers[rows] = t.logsumexp(-1)
+            p = (t - normalizers[rows].unsqueeze(-1)).exp_()
+            values[rows] = z.gather(-1, labels[rows]).squeeze(-1) - (p * (z - t)).sum(-1) - normalizers[rows]
+            kept[rows] = p
+        if not bool(normalizers[counts].isfinite().all()):
+            raise AnnealError("the teacher's logits are not finite: is its checkpoint intact, its dtype wide enough?")
+        kept[~counts] = 0  # whatever their logits are, they get no gradient
+        ctx.save_for_backward(kept, counts, labels)
+        return values.where(counts, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        p, counts, labels = ctx.saved_tensors
+        gradient = gradient.where(counts, 0.0).to(p.dtype).unsqueeze(-1)
+        return (-gradient * p).scatter_add_(-1, labels, gradient), None, None
 
 
 def taught(model: nn.Module) -> PreTrainedModel:
@@ -168,10 +198,6 @@ class Teacher:
         loss, logits = output.loss, _logits(module, output)
         labels = next_tokens(module, kwargs["labels"]).flatten()
         counts = labels != _IGNORED
-        if not bool(teacher.flatten(0, -2)[counts].isfinite().all()):
-            raise AnnealError(
-                "the teacher's logits are not finite: is its checkpoint intact, and its dtype wide enough?"
-            )
         tokens = kwargs.get("num_items_in_batch")  # of all micro-batches, where transformers' Trainer accumulates
         tokens = counts.sum().clamp(min=1) if tokens is None else tokens
         change = divergence_less_cross_entropy(logits.flatten(0, -2), teacher.flatten(0, -2), labels).sum()
