@@ -1,6 +1,13 @@
-"""What every test shares: an environment without networks, and the fixtures. Models are in `support/models.py`."""
+"""What every test shares: an environment without networks, and the fixtures. Models are in `support/models.py`.
+
+Torch and transformers are imported where they are used: pytest-xdist's first process needs neither, and imports this
+file before it starts the others.
+"""
+
+from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start have it too
 os.environ.setdefault("MKL_NUM_THREADS", "1")
@@ -12,12 +19,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for GPUs run on the CPU
 
 import pytest
-import torch
 from filelock import FileLock
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from tests.support.models import build, train_on_stdlib
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,6 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def mixtral() -> PreTrainedModel:
+    from tests.support.models import build
+
     return build("mixtral")
 
 
@@ -38,6 +46,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, 
 
     Of several pytest-xdist workers the first trains it, and the others read what it left.
     """
+    import torch
+
+    from tests.support.models import build, train_on_stdlib
+
     model = build("mixtral", vocab_size=256, num_hidden_layers=3, initializer_range=0.08)
     base = tmp_path_factory.getbasetemp()
     saved = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained.pt"
