@@ -6,6 +6,7 @@ file before it starts the others.
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "trained" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """What collecting has imported stays: garbage collections, which trainers ask for, need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
