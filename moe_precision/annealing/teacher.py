@@ -74,7 +74,7 @@ def taught(model: nn.Module) -> PreTrainedModel:
 
 
 class Teacher:
-    """Shifts a share of a model's loss from its labels to the predictions of a teacher, in training steps on a grid.
+    """Shifts a share of a model's loss from its labels to the predictions of a teacher, wherever gradients are on.
 
     Args:
         model: The model, or what is around it; its training step uses the ``loss`` that it returns.
@@ -154,7 +154,7 @@ class Teacher:
         if self._busy:
             return
         self._logits = None
-        if not (module.training and torch.is_grad_enabled()) or kwargs.get("labels") is None:
+        if not torch.is_grad_enabled() or kwargs.get("labels") is None:  # in any mode: Lightning keeps that of the model
             return
         both = self._root.config.is_encoder_decoder  # which makes its decoder's input of the labels
         given = {name: value for name, value in kwargs.items() if both or name != "labels"}

@@ -73,7 +73,7 @@ def test_the_loss_and_its_gradient_are_those_of_kl_in_the_place_of_labels(family
     model, hooks, other = on_grid(family)
     batch = {"input_ids": IDS[:3], "labels": IDS[:3].clone()}
     batch["labels"][0, 4:7] = -100
-    model.eval()  # a router's jitter would differ between two passes; a Teacher is for a model that trains
+    model.eval()  # as from_pretrained gives it, and Lightning trains it; a router's jitter would differ between passes
     plain = model(**batch)
     other.eval()
     taught = other(**batch).logits.detach()
@@ -86,7 +86,6 @@ def test_the_loss_and_its_gradient_are_those_of_kl_in_the_place_of_labels(family
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
     teacher = Teacher(model, dict(other.named_parameters()), share, hooks)
-    model.training = True  # of the outermost module alone
     loss = model(**batch).loss
     loss.backward()
     teacher.check_used()
@@ -138,7 +137,9 @@ def test_an_interruption_in_the_teachers_pass_leaves_the_models_weights():
 def test_without_labels_or_gradients_the_model_is_left_alone():
     model, hooks, other = on_grid()
     teacher = Teacher(model, dict(other.named_parameters()), 1.0, hooks)
-    plain = model.eval()(input_ids=IDS[:3], labels=IDS[:3]).loss
+    with torch.no_grad():
+        plain = model(input_ids=IDS[:3], labels=IDS[:3]).loss
+    model(input_ids=IDS[:3]).logits.sum().backward()
     teacher.close()
     assert torch.equal(plain, model(input_ids=IDS[:3], labels=IDS[:3]).loss)
     with pytest.raises(AnnealError, match="no gradient has come from the teacher"):
