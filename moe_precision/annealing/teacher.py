@@ -73,6 +73,12 @@ def taught(model: nn.Module) -> PreTrainedModel:
     return root
 
 
+def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a teacher has of its own, by name: parameters, and buffers that are saved, such as a router's biases."""
+    saved = model.state_dict(keep_vars=True)
+    return {**dict(model.named_parameters()), **{name: one for name, one in model.named_buffers() if name in saved}}
+
+
 class Teacher:
     """Shifts a share of a model's loss from its labels to the predictions of a teacher, wherever gradients are on.
 
@@ -93,8 +99,9 @@ class Teacher:
         self.kl: Tensor | None = None
         self._root, self._share, self._hooks = taught(model), share, hooks
         self._sharded = [module for module in self._root.modules() if isinstance(module, FSDPModule)]
-        self._parameters = list(self._root.parameters())
-        self._weights = [_placed(weights[name], parameter) for name, parameter in self._root.named_parameters()]
+        tensors = saved_tensors(self._root)
+        self._tensors = list(tensors.values())
+        self._weights = [_placed(weights[name], tensor) for name, tensor in tensors.items()]
         self._own: list[Tensor] = []  # the model's, while the teacher is in charge
         self._logits: Tensor | None = None
         self._busy = self._learned = False
@@ -117,7 +124,7 @@ class Teacher:
         with torch.no_grad(), modes_kept(self._root), not_counted(), self._hooks.lifted():
             self._root.eval()
             try:
-                self._own = [_held(parameter) for parameter in self._parameters]
+                self._own = [_held(tensor) for tensor in self._tensors]
                 self._put(self._weights)
                 yield
             finally:
@@ -133,12 +140,12 @@ class Teacher:
             )
 
     def _put(self, weights: Sequence[Tensor]) -> None:
-        """Gives the parameters other values, without a trace in the graphs of forward passes before."""
-        for parameter, weight in zip(self._parameters, weights, strict=True):
-            if isinstance(parameter, DTensor):
-                parameter.to_local().copy_(weight)  # the memory that FSDP2 gathers from
+        """Gives the model other values, without a trace in the graphs of forward passes before."""
+        for tensor, weight in zip(self._tensors, weights, strict=True):
+            if isinstance(tensor, DTensor):
+                tensor.to_local().copy_(weight)  # the memory that FSDP2 gathers from
             else:
-                parameter.data = weight
+                tensor.data = weight
         torch.clear_autocast_cache()  # it holds the values of before in half precision
         for module in self._sharded:
             module.reshard()  # what was gathered has the values of before
@@ -204,14 +211,14 @@ def next_tokens(model: nn.Module, labels: Tensor) -> Tensor:
     return F.pad(labels[..., 1:], (0, 1), value=_IGNORED)
 
 
-def _placed(weight: Tensor, parameter: Tensor) -> Tensor:
-    """A whole weight on the device of a parameter; the part of it that this rank holds."""
-    weight = weight.detach().to(parameter.device, parameter.dtype)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(weight, parameter.device_mesh, parameter.placements).to_local()
+def _placed(weight: Tensor, tensor: Tensor) -> Tensor:
+    """A whole weight on the device of a tensor; the part of it that this rank holds."""
+    weight = weight.detach().to(tensor.device, tensor.dtype)
+    if isinstance(tensor, DTensor):
+        return distribute_tensor(weight, tensor.device_mesh, tensor.placements).to_local()
     return weight
 
 
-def _held(parameter: Tensor) -> Tensor:
-    """The values of a parameter on this rank, which stay as they are when it is given others."""
-    return parameter.to_local().detach().clone() if isinstance(parameter, DTensor) else parameter.data
+def _held(tensor: Tensor) -> Tensor:
+    """The values of a tensor on this rank, which stay as they are when it is given others."""
+    return tensor.to_local().detach().clone() if isinstance(tensor, DTensor) else tensor.data

@@ -14,7 +14,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.tensor_file import TensorFile, named
 from ..quantize.codec.grid import Grid
 from .covers import AnnealError
-from .teacher import taught
+from .teacher import saved_tensors, taught
 
 _FILE = TensorFile("moe-precision-teacher", 1, AnnealError, "teacher")
 
@@ -41,7 +41,8 @@ def teacher_weights(checkpoint: str | os.PathLike[str], model: nn.Module) -> dic
         if words != own_words:
             raise AnnealError(f"{teacher} has a vocabulary of {words} tokens, the model that is trained {own_words}")
         its = opened.model_class()
-        shapes = [{name: tuple(one.shape) for name, one in of.named_parameters()} for of in (opened.meta_model(), root)]
+        models = opened.meta_model(), root
+        shapes = [{name: tuple(one.shape) for name, one in saved_tensors(of).items()} for of in models]
         apart = sorted(name for name in set().union(*shapes) if shapes[0].get(name) != shapes[1].get(name))
         if not isinstance(root, its) or apart:  # FSDP2 makes a class of its own
             first = (
@@ -56,7 +57,7 @@ def teacher_weights(checkpoint: str | os.PathLike[str], model: nn.Module) -> dic
         found, info = opened.load(dtype=next(root.parameters()).dtype, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise AnnealError(f"{teacher} lacks weights of the model, {missing[0]!r} the first of {len(missing)}")
-    return {name: parameter.detach() for name, parameter in found.named_parameters()}
+    return {name: tensor.detach() for name, tensor in saved_tensors(found).items()}
 
 
 @torch.no_grad()
@@ -71,7 +72,7 @@ def weights_now(model: nn.Module) -> dict[str, Tensor]:
     """
     return {
         name: one.full_tensor().cpu() if isinstance(one, DTensor) else one.detach().clone()
-        for name, one in taught(model).named_parameters()
+        for name, one in saved_tensors(taught(model)).items()
     }
 
 
@@ -98,7 +99,7 @@ def load_teacher(path: str | os.PathLike[str], model: nn.Module, grid: Grid) -> 
             f"{name!r} is the teacher of another run than the checkpoint that training resumes from: give the "
             "checkpoint of the model as it was when annealing began as the teacher"
         )
-    return {key: found.tensor(key, tuple(one.shape)) for key, one in root.named_parameters()}
+    return {key: found.tensor(key, tuple(one.shape)) for key, one in saved_tensors(root).items()}
 
 
 def _digest(grid: Grid) -> str:

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from moe_precision import allocate, collect_statistics, find_moe_layers
 from moe_precision.annealing.covers import AnnealError
 from moe_precision.annealing.hooks import GridHooks
-from moe_precision.annealing.teacher import Teacher, divergence_less_cross_entropy
+from moe_precision.annealing.teacher import Teacher, divergence_less_cross_entropy, saved_tensors
 from moe_precision.annealing.teacher_weights import teacher_weights
 from moe_precision.callbacks import PrecisionAnneal, PrecisionAnnealTrainerCallback
 from moe_precision.checkpoints.checkpoint import load_model
@@ -85,7 +85,7 @@ def test_the_loss_and_its_gradient_are_those_of_kl_in_the_place_of_labels(family
     expected.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
-    teacher = Teacher(model, dict(other.named_parameters()), share, hooks)
+    teacher = Teacher(model, saved_tensors(other), share, hooks)
     loss = model(**batch).loss
     loss.backward()
     teacher.check_used()
@@ -102,7 +102,7 @@ def test_nothing_of_the_teacher_is_left_after_its_pass(autocast):
     addresses = [parameter.data_ptr() for parameter in model.parameters()]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         alone = model(**batch).logits
-        teacher = Teacher(model, dict(other.named_parameters()), 1.0, hooks)
+        teacher = Teacher(model, saved_tensors(other), 1.0, hooks)
         first = model(**batch)
         taught = model(**batch)  # before any backward pass of the first
     assert torch.equal(alone, taught.logits)
@@ -124,7 +124,7 @@ def test_an_interruption_in_the_teachers_pass_leaves_the_models_weights():
     def stop(*_):
         raise KeyboardInterrupt
 
-    teacher = Teacher(model, dict(other.named_parameters()), 1.0, hooks)
+    teacher = Teacher(model, saved_tensors(other), 1.0, hooks)
     handle = model.model.norm.register_forward_hook(stop)
     with pytest.raises(KeyboardInterrupt):
         model(input_ids=IDS[:3], labels=IDS[:3])
@@ -136,7 +136,7 @@ def test_an_interruption_in_the_teachers_pass_leaves_the_models_weights():
 
 def test_without_labels_or_gradients_the_model_is_left_alone():
     model, hooks, other = on_grid()
-    teacher = Teacher(model, dict(other.named_parameters()), 1.0, hooks)
+    teacher = Teacher(model, saved_tensors(other), 1.0, hooks)
     with torch.no_grad():
         plain = model(input_ids=IDS[:3], labels=IDS[:3]).loss
     model(input_ids=IDS[:3]).logits.sum().backward()
