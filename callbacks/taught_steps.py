@@ -6,7 +6,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from moe_precision.annealing.hooks import GridHooks
-from moe_precision.annealing.teacher import Teacher, taught
+from moe_precision.annealing.teacher import Teacher, dismiss_left, taught
 from moe_precision.annealing.teacher_weights import load_teacher, save_teacher, teacher_weights, weights_now
 from moe_precision.callbacks.run_files import RunFiles
 from moe_precision.quantize.codec.grid import Grid
@@ -54,6 +54,7 @@ class TaughtSteps:
             CheckpointError: Its folder is missing or damaged.
         """
         self.close()
+        dismiss_left(model)
         if self._asked is None:
             return
         taught(model)

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from ..compat import forward_pre_hooks
 from ..layers.module_tree import modes_kept, root_model
 from ..recording.loads import not_counted
 from .covers import AnnealError
@@ -192,6 +193,13 @@ class Teacher:
 
     def _see(self, gradient: Tensor) -> None:
         self._learned = True
+
+
+def dismiss_left(model: nn.Module) -> None:
+    """Takes away the teacher that an interrupted run left, if any."""
+    for hook in forward_pre_hooks(root_model(model)):
+        if isinstance(teacher := getattr(hook, "__self__", None), Teacher):
+            teacher.close()
 
 
 def _logits(model: nn.Module, output: Any) -> Tensor:

@@ -2,16 +2,28 @@
 
 import pytest
 import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from moe_precision import allocate
 from moe_precision.annealing.teacher import Teacher, saved_tensors
+from moe_precision.callbacks import PrecisionAnnealTrainerCallback
 from tests.annealing.test_annealing import IDS
-from tests.annealing.test_teacher import on_grid
+from tests.annealing.test_teacher import WIDTHS, on_grid
+from tests.support.models import build
 
 BATCH = {"input_ids": IDS[:3], "labels": IDS[:3]}
+ROWS = [{"input_ids": row, "labels": row} for row in IDS[:8]]
 
 
 def teacher_of(model, hooks, other, share=1.0):
     return Teacher(model, saved_tensors(other), share, hooks)
+
+
+class Interrupts(TrainerCallback):
+    """Ends a run by an error after its first step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        raise InterruptedError
 
 
 def test_a_teacher_routes_by_its_own_biases_which_are_buffers():
@@ -26,3 +38,26 @@ def test_a_teacher_routes_by_its_own_biases_which_are_buffers():
     with torch.no_grad(), teacher.in_charge():
         assert torch.equal(model(**BATCH).logits, other(**BATCH).logits)
     assert all(torch.equal(before[name], one) for name, one in saved_tensors(model).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", [None, "start"])
+def test_what_an_interrupted_run_left_teaches_no_later_one(teacher, tmp_path):
+    """transformers' Trainer tells its callbacks nothing of an interruption."""
+    model = build("mixtral")
+    plan = allocate(model, **WIDTHS)
+    weights = {name: one.clone() for name, one in model.state_dict().items()}
+
+    def trained(model, folder, *others, teacher):
+        callback = PrecisionAnnealTrainerCallback(start=0, plan=plan, teacher=teacher)
+        arguments = TrainingArguments(
+            str(tmp_path / folder), max_steps=2, learning_rate=3e-3, use_cpu=True, report_to=[], disable_tqdm=True
+        )
+        Trainer(model, arguments, train_dataset=ROWS, callbacks=[callback, *others]).train()
+        return model.state_dict()
+
+    with pytest.raises(InterruptedError):
+        trained(model, "interrupted", Interrupts(), teacher="start")
+    model.load_state_dict(weights)
+    after, alone = (trained(one, "again", teacher=teacher) for one in (model, build("mixtral")))
+    assert all(torch.equal(one, after[name]) for name, one in alone.items())
