@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from ..autocast import without_autocast
 from ..compat import forward_pre_hooks
 from ..layers.module_tree import modes_kept, root_model
 from ..recording.loads import not_counted
@@ -27,6 +28,7 @@ from .hooks import GridHooks
 _IGNORED = -100  # transformers' label of tokens that do not count
 
 
+@without_autocast()
 def divergence_less_cross_entropy(logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     """KL(teacher || model) - cross-entropy of the labels, per token: what a teacher in their place changes.
 

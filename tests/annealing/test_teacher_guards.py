@@ -5,7 +5,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from moe_precision import allocate
-from moe_precision.annealing.teacher import Teacher, saved_tensors
+from moe_precision.annealing.teacher import Teacher, divergence_less_cross_entropy, saved_tensors
 from moe_precision.callbacks import PrecisionAnnealTrainerCallback
 from tests.annealing.test_annealing import IDS
 from tests.annealing.test_teacher import WIDTHS, on_grid
@@ -61,3 +61,14 @@ def test_what_an_interrupted_run_left_teaches_no_later_one(teacher, tmp_path):
     model.load_state_dict(weights)
     after, alone = (trained(one, "again", teacher=teacher) for one in (model, build("mixtral")))
     assert all(torch.equal(one, after[name]) for name, one in alone.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_divergence_is_computed_in_float32_in_mixed_precision(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = (10 * torch.randn(16, 500, generator=generator) for _ in range(2))
+    logits[0, 0] = 1e5  # more than float16 holds
+    labels = torch.arange(16)
+    expected = divergence_less_cross_entropy(logits, teacher, labels)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(divergence_less_cross_entropy(logits, teacher, labels), expected)
