@@ -6,8 +6,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from moe_precision import allocate
 from moe_precision.annealing.teacher import Teacher, divergence_less_cross_entropy, saved_tensors
-from moe_precision.callbacks import PrecisionAnnealTrainerCallback
-from tests.annealing.test_annealing import IDS
+from moe_precision.callbacks import PrecisionAnneal, PrecisionAnnealTrainerCallback
+from tests.annealing.test_annealing import IDS, fit
 from tests.annealing.test_teacher import WIDTHS, on_grid
 from tests.support.models import build
 
@@ -72,3 +72,12 @@ def test_the_divergence_is_computed_in_float32_in_mixed_precision(dtype):
     expected = divergence_less_cross_entropy(logits, teacher, labels)
     with torch.autocast("cpu", dtype):
         assert torch.equal(divergence_less_cross_entropy(logits, teacher, labels), expected)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_the_teacher_does_not_fail_the_run(tmp_path):
+    (tmp_path / "annealed_plan.teacher.safetensors").mkdir()
+    callback = PrecisionAnneal(start=0, plan=allocate(build("mixtral"), **WIDTHS), teacher="start")
+    with pytest.warns(UserWarning, match="This run has its teacher all the same"):
+        fit(tmp_path, callback, steps=1)
+    assert (tmp_path / "annealed_plan.json").is_file()
