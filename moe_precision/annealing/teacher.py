@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,6 +112,7 @@ class Teacher:
         self._handles = [
             self._root.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
             self._root.register_forward_hook(self._after, with_kwargs=True),
+            self._root.register_state_dict_post_hook(partial(self._save_own)),  # it sets an attribute on what it is given
         ]
 
     def close(self) -> None:
@@ -123,10 +125,10 @@ class Teacher:
     @contextmanager
     def in_charge(self) -> Iterator[None]:
         """Forward passes inside are the teacher's: its weights, in float, in evaluation mode, without gradients."""
-        self._busy = True
         with torch.no_grad(), modes_kept(self._root), not_counted(), self._hooks.lifted():
-            self._root.eval()
             try:
+                self._busy = True
+                self._root.eval()
                 self._own = [_held(tensor) for tensor in self._tensors]
                 self._put(self._weights)
                 yield
@@ -159,6 +161,14 @@ class Teacher:
         if self._own:
             self._put(self._own)
             self._own = []
+
+    def _save_own(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        """A checkpoint that a signal's handler saves in the teacher's pass (Lightning under SLURM) holds the model."""
+        own = dict(zip(map(id, self._tensors), self._own, strict=False))  # none outside of that pass
+        for named in (module.named_parameters, module.named_buffers):
+            for name, tensor in named(remove_duplicate=False):
+                if id(tensor) in own and prefix + name in state:
+                    state[prefix + name] = _as_held(own[id(tensor)], tensor)
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self._busy:
@@ -232,3 +242,12 @@ def _placed(weight: Tensor, tensor: Tensor) -> Tensor:
 def _held(tensor: Tensor) -> Tensor:
     """The values of a tensor on this rank, which stay as they are when it is given others."""
     return tensor.to_local().detach().clone() if isinstance(tensor, DTensor) else tensor.data
+
+
+def _as_held(values: Tensor, tensor: Tensor) -> Tensor:
+    """Undoes `_held`: values of this rank as a tensor like the one that they are of."""
+    if not isinstance(tensor, DTensor):
+        return values
+    return DTensor.from_local(
+        values, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride(), run_check=False
+    )

@@ -35,12 +35,12 @@ def divergence(teacher, model):
     return (p * (p / q).log()).sum(-1)
 
 
-def on_grid(family="mixtral", seed=1):
+def on_grid(family="mixtral", seed=1, **changes):
     """A model on its grid, and another one's weights."""
-    model = build(family).train()
+    model = build(family, **changes).train()
     layers = find_moe_layers(model)
     hooks = GridHooks(layers, Grid.fit(layers, allocate(model, **WIDTHS)))
-    other = copy.deepcopy(build(family))
+    other = build(family, **changes)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in other.parameters():

@@ -81,3 +81,18 @@ def test_a_disk_that_is_full_for_the_teacher_does_not_fail_the_run(tmp_path):
     with pytest.warns(UserWarning, match="This run has its teacher all the same"):
         fit(tmp_path, callback, steps=1)
     assert (tmp_path / "annealed_plan.json").is_file()
+
+
+def test_a_checkpoint_saved_in_the_middle_of_the_teachers_pass_is_the_models():
+    """Lightning saves one in the handler of SLURM's signal, whatever runs at that moment."""
+    model, hooks, other = on_grid("mixtral", tie_word_embeddings=True)
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    teacher = teacher_of(model, hooks, other)
+    saved = {}
+    handle = model.model.norm.register_forward_hook(lambda *_: saved.update(model.state_dict()) if not saved else None)
+    model(**BATCH)
+    handle.remove()
+    assert saved.keys() == before.keys()
+    assert "lm_head.weight" in saved
+    assert all(torch.equal(one, saved[name]) for name, one in before.items())
+    teacher.close()
