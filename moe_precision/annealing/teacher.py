@@ -108,11 +108,13 @@ class Teacher:
         self._weights = [_placed(weights[name], tensor) for name, tensor in tensors.items()]
         self._own: list[Tensor] = []  # the model's, while the teacher is in charge
         self._logits: Tensor | None = None
-        self._busy = self._learned = False
+        self._busy = self._learned = self._checked = False
         self._handles = [
             self._root.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
             self._root.register_forward_hook(self._after, with_kwargs=True),
-            self._root.register_state_dict_post_hook(partial(self._save_own)),  # it sets an attribute on what it is given
+            self._root.register_state_dict_post_hook(
+                partial(self._save_own)
+            ),  # it sets an attribute on what it is given
         ]
 
     def close(self) -> None:
@@ -174,7 +176,9 @@ class Teacher:
         if self._busy:
             return
         self._logits = None
-        if not torch.is_grad_enabled() or kwargs.get("labels") is None:  # in any mode: Lightning keeps that of the model
+        if (
+            not torch.is_grad_enabled() or kwargs.get("labels") is None
+        ):  # in any mode: Lightning keeps that of the model
             return
         both = self._root.config.is_encoder_decoder  # which makes its decoder's input of the labels
         given = {name: value for name, value in kwargs.items() if both or name != "labels"}
@@ -186,22 +190,51 @@ class Teacher:
             return None
         teacher, self._logits = self._logits, None
         loss, logits = output.loss, _logits(module, output)
-        labels = next_tokens(module, kwargs["labels"]).flatten()
+        labels = next_tokens(module, kwargs).flatten().to(logits.device)
         counts = labels != _IGNORED
         if not bool(teacher.flatten(0, -2)[counts].isfinite().all()):
             raise AnnealError(
                 "the teacher's logits are not finite: is its checkpoint intact, and its dtype wide enough?"
             )
-        tokens = kwargs.get("num_items_in_batch")  # of all micro-batches, where transformers' Trainer accumulates
-        tokens = counts.sum().clamp(min=1) if tokens is None else tokens
+        tokens = None if self._root.config.is_encoder_decoder else kwargs.get("num_items_in_batch")
+        if tokens is None:  # else of all micro-batches, where transformers' Trainer accumulates
+            tokens = counts.sum().clamp(min=1)
+        tokens = torch.as_tensor(tokens, device=logits.device)
+        if not self._checked and not torch.compiler.is_compiling():
+            self._checked = self._check_loss(loss, logits, labels, tokens)
         change = divergence_less_cross_entropy(logits.flatten(0, -2), teacher.flatten(0, -2), labels).sum()
         if self.measures:
             with torch.no_grad():
                 entropy = F.cross_entropy(logits.flatten(0, -2).float(), labels, ignore_index=_IGNORED, reduction="sum")
                 self.kl = (change + entropy) / counts.sum().clamp(min=1)
-        change.register_hook(self._see)
+        if change.requires_grad:
+            change.register_hook(self._see)
         output.loss = loss + self._share * (change / tokens).to(loss.dtype)
         return output
+
+    def _check_loss(self, loss: Tensor, logits: Tensor, labels: Tensor, tokens: Tensor) -> bool:
+        """Raises `AnnealError` unless what the loss makes of the logits is the labels' mean cross-entropy.
+
+        Its gradient shows that, to which the terms that a model adds (load balancing) give nothing.
+
+        Returns:
+            Whether it could be seen: some token has a label, and the logits are those that the loss was made of.
+        """
+        rows = (labels != _IGNORED).nonzero().flatten()[:64]
+        if not len(rows) or not logits.requires_grad or logits.dtype == torch.float16:  # whose gradients need a scale
+            return False
+        (found,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+        if found is None:  # accelerate returns a copy in float32
+            return True
+        expected = logits.detach().flatten(0, -2)[rows].float().softmax(-1)
+        expected -= F.one_hot(labels[rows], expected.shape[-1])
+        error = found.flatten(0, -2)[rows].float() * tokens - expected
+        if not bool(error.norm() <= 0.05 * expected.norm() + 1e-3 * len(rows)):
+            raise AnnealError(
+                f"the loss of {type(self._root).__name__} is not the mean cross-entropy of its labels, which a teacher "
+                "takes the place of: leave out what changes it (a loss function, ignore_index), or the teacher"
+            )
+        return True
 
     def _see(self, gradient: Tensor) -> None:
         self._learned = True
@@ -224,11 +257,13 @@ def _logits(model: nn.Module, output: Any) -> Tensor:
     return found
 
 
-def next_tokens(model: nn.Module, labels: Tensor) -> Tensor:
+def next_tokens(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The label of each position's prediction: of the next token, or in an encoder-decoder model of the same one."""
+    labels: Tensor = batch["labels"]
     if model.config.is_encoder_decoder:  # type: ignore[union-attr]
         return labels
-    return F.pad(labels[..., 1:], (0, 1), value=_IGNORED)
+    shifted: Tensor | None = batch.get("shift_labels")  # a collator may have shifted them
+    return F.pad(labels[..., 1:], (0, 1), value=_IGNORED) if shifted is None else shifted
 
 
 def _placed(weight: Tensor, tensor: Tensor) -> Tensor:

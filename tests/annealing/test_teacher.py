@@ -1,6 +1,5 @@
 """A teacher for annealed steps: the loss it makes, whose weights are used when, and what is refused."""
 
-import copy
 import json
 import shutil
 from functools import partial

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from moe_precision import allocate
+from moe_precision.annealing.covers import AnnealError
 from moe_precision.annealing.teacher import Teacher, divergence_less_cross_entropy, saved_tensors
 from moe_precision.callbacks import PrecisionAnneal, PrecisionAnnealTrainerCallback
 from tests.annealing.test_annealing import IDS, fit
-from tests.annealing.test_teacher import WIDTHS, on_grid
+from tests.annealing.test_teacher import WIDTHS, divergence, on_grid
 from tests.support.models import build
 
 BATCH = {"input_ids": IDS[:3], "labels": IDS[:3]}
@@ -96,3 +98,34 @@ def test_a_checkpoint_saved_in_the_middle_of_the_teachers_pass_is_the_models():
     assert "lm_head.weight" in saved
     assert all(torch.equal(one, saved[name]) for name, one in before.items())
     teacher.close()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "switch_transformers"])
+def test_a_share_of_the_loss_is_that_of_what_the_model_makes_of_its_arguments(family):
+    """Encoder-decoder models take ``num_items_in_batch`` and ignore it; others take labels that are shifted already."""
+    model, hooks, other = on_grid(family)
+    model.eval()
+    batch = BATCH | {"num_items_in_batch": torch.tensor(100)}
+    if family == "mixtral":
+        batch["shift_labels"] = BATCH["labels"].roll(3, 1)
+    plain = model(**batch)
+    with torch.no_grad():
+        taught = other(**batch).logits
+    targets = batch.get("shift_labels", batch["labels"])
+    tokens = 100 if family == "mixtral" else targets.numel()
+    change = divergence(taught, plain.logits).sum() - F.cross_entropy(plain.logits.mT, targets, reduction="sum")
+    teacher_of(model, hooks, other, 0.5)
+    torch.testing.assert_close(model(**batch).loss.double(), plain.loss + 0.5 * change / tokens, atol=1e-5, rtol=1e-5)
+
+
+def test_a_loss_that_is_not_the_labels_mean_cross_entropy_is_refused():
+    def smoothed(logits, labels, vocab_size, **_):
+        return F.cross_entropy(logits[:, :-1].mT, labels[:, 1:], label_smoothing=0.3)
+
+    for changes, batch in (({"loss_function": smoothed}, BATCH), ({}, BATCH | {"ignore_index": int(IDS[0, 4])})):
+        model, hooks, other = on_grid()
+        for name, value in changes.items():
+            setattr(model, name, value)
+        teacher_of(model, hooks, other)
+        with pytest.raises(AnnealError, match="is not the mean cross-entropy of its labels"):
+            model(**batch)
