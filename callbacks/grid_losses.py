@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_precision.annealing.hooks import GridHooks
-from moe_precision.annealing.teacher import Teacher, divergence_less_cross_entropy, next_tokens
+from moe_precision.annealing.soft_labels import divergence_less_cross_entropy, next_tokens
+from moe_precision.annealing.teacher import Teacher
 from moe_precision.layers.module_tree import root_model
 from moe_precision.recording.loads import not_counted
 
@@ -36,10 +37,7 @@ class GridLosses:
         known = isinstance(model, PreTrainedModel) and isinstance(batch, Mapping) and "labels" in batch
         if hooks is None or not known:
             return
-        labels = batch["labels"]
-        if not model.config.is_encoder_decoder:  # type: ignore[union-attr]
-            labels = labels[..., 1:]  # each token is predicted by those before it
-        tokens = (labels != -100).sum().double()
+        tokens = (next_tokens(model, batch) != -100).sum().double()
         if tokens == 0:
             return
         with not_counted():
@@ -65,6 +63,6 @@ def _divergence(model: nn.Module, batch: Mapping[str, Any], logits: Tensor, teac
     """Mean KL(teacher || model) over the tokens that have labels, ``()`` float64."""
     with teacher.in_charge():
         taught = model(**batch).logits.flatten(0, -2)
-    logits, labels = logits.flatten(0, -2), next_tokens(model, batch["labels"]).flatten()
+    logits, labels = logits.flatten(0, -2), next_tokens(model, batch).flatten().to(logits.device)
     change = divergence_less_cross_entropy(logits, taught, labels).double().sum() / (labels != -100).sum()
     return change + F.cross_entropy(logits.float(), labels).double()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pytorch_lightning.utilities import rank_zero_info
+from contextlib import suppress
+
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from moe_precision.annealing.hooks import GridHooks
-from moe_precision.annealing.teacher import Teacher, taught
+from moe_precision.annealing.teacher import Teacher, dismiss_left, taught
 from moe_precision.annealing.teacher_weights import load_teacher, save_teacher, teacher_weights, weights_now
 from moe_precision.callbacks.run_files import RunFiles
 from moe_precision.quantize.codec.grid import Grid
@@ -54,6 +56,7 @@ class TaughtSteps:
             CheckpointError: Its folder is missing or damaged.
         """
         self.close()
+        dismiss_left(model)
         if self._asked is None:
             return
         taught(model)
@@ -68,9 +71,16 @@ class TaughtSteps:
             self._weights = weights_now(model)
 
     def keep(self, grid: Grid, files: RunFiles) -> None:
-        """Writes what was taken, for a run that is resumed."""
+        """Writes what was taken, for a run that is resumed; this one does without where a disk is full."""
         if self._asked == START and files.written and is_first():
-            files.write(lambda path: save_teacher(path, self._weights, grid), files.paths.teacher)
+            path = files.paths.teacher
+            try:
+                save_teacher(path, self._weights, grid)
+            except OSError as error:
+                rank_zero_warn(
+                    f"{self._owner} could not write {str(path)!r}: {error.strerror or error}. This run has its teacher "
+                    "all the same. To resume it, give a checkpoint of the model as it is now as the teacher"
+                )
 
     def begin(self, model: nn.Module, hooks: GridHooks) -> None:
         """Once the experts are on the grid."""
@@ -106,7 +116,8 @@ class TaughtSteps:
     def remove(self, files: RunFiles) -> None:
         """Once the plan is written: removes what a resumed run would have read."""
         if self._asked == START:
-            files.paths.teacher.unlink(missing_ok=True)
+            with suppress(OSError):  # a file that is left takes room, and nothing else
+                files.paths.teacher.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Takes the teacher away; a second call does nothing."""

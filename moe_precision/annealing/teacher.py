@@ -9,79 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from ..compat import forward_pre_hooks
 from ..layers.module_tree import modes_kept, root_model
 from ..recording.loads import not_counted
 from .covers import AnnealError
 from .hooks import GridHooks
-
-_IN_CACHE, _AT_ONCE = 1 << 18, 1 << 26  # logits, on a CPU and elsewhere
-_IGNORED = -100  # transformers' label of tokens that do not count
-
-
-def divergence_less_cross_entropy(logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """KL(teacher || model) - cross-entropy of the labels, per token: what a teacher in their place changes.
-
-    The logarithm of the model's normalizer is in both and cancels. What is left is linear in the model's logits ``z``:
-    ``z[label] - sum(p * (z - t)) - logsumexp(t)``, with the teacher's logits ``t`` and probabilities ``p``.
-
-    Args:
-        logits: ``(N, vocabulary)``, of the model.
-        teacher: ``(N, vocabulary)``, logits of the teacher; they take no gradient.
-        labels: ``(N,)`` int64; -100 where a token does not count.
-
-    Returns:
-        ``(N,)`` float32, in nats; 0 where a token does not count.
-
-    Raises:
-        AnnealError: Logits of the teacher are not finite where a token counts.
-
-    Example:
-        >>> import torch
-        >>> teacher, labels = torch.tensor([[0.0, 1.0]]), torch.tensor([1])
-        >>> divergence_less_cross_entropy(teacher, teacher, labels)  # KL is 0, cross-entropy 0.3133
-        tensor([-0.3133])
-    """
-    found: Tensor = _SoftLabels.apply(logits, teacher.detach(), labels)
-    return found
-
-
-class _SoftLabels(torch.autograd.Function):
-    """Some rows at a time, which stay in a processor's cache; all that is kept is ``p``, in the dtype of the logits."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        counts, labels = labels != _IGNORED, labels.clamp(min=0).unsqueeze(-1)
-        values = torch.empty(len(logits), device=logits.device)
-        normalizers, kept = torch.empty_like(values), torch.empty_like(teacher)
-        size = max(1, (_IN_CACHE if logits.device.type == "cpu" else _AT_ONCE) // logits.shape[-1])
-        for rows in (slice(start, start + size) for start in range(0, len(logits), size)):
-            z, t = logits[rows].float(), teacher[rows].float()
-            normalizers[rows] = t.logsumexp(-1)
-            p = (t - normalizers[rows].unsqueeze(-1)).exp_()
-            values[rows] = z.gather(-1, labels[rows]).squeeze(-1) - (p * (z - t)).sum(-1) - normalizers[rows]
-            kept[rows] = p
-        if not bool(normalizers[counts].isfinite().all()):
-            raise AnnealError("the teacher's logits are not finite: is its checkpoint intact, its dtype wide enough?")
-        kept[~counts] = 0  # whatever their logits are, they get no gradient
-        ctx.save_for_backward(kept, counts, labels)
-        return values.where(counts, 0.0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        p, counts, labels = ctx.saved_tensors
-        gradient = gradient.where(counts, 0.0).to(p.dtype).unsqueeze(-1)
-        return (-gradient * p).scatter_add_(-1, labels, gradient), None, None
+from .soft_labels import IGNORED, divergence_less_cross_entropy, next_tokens
 
 
 def taught(model: nn.Module) -> PreTrainedModel:
@@ -103,8 +46,14 @@ def taught(model: nn.Module) -> PreTrainedModel:
     return root
 
 
+def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a teacher has of its own, by name: parameters, and buffers that are saved, such as a router's biases."""
+    saved = model.state_dict(keep_vars=True)
+    return {**dict(model.named_parameters()), **{name: one for name, one in model.named_buffers() if name in saved}}
+
+
 class Teacher:
-    """Shifts a share of a model's loss from its labels to the predictions of a teacher, in training steps on a grid.
+    """Shifts a share of a model's loss from its labels to the predictions of a teacher, wherever gradients are on.
 
     Args:
         model: The model, or what is around it; its training step uses the ``loss`` that it returns.
@@ -123,14 +72,16 @@ class Teacher:
         self.kl: Tensor | None = None
         self._root, self._share, self._hooks = taught(model), share, hooks
         self._sharded = [module for module in self._root.modules() if isinstance(module, FSDPModule)]
-        self._parameters = list(self._root.parameters())
-        self._weights = [_placed(weights[name], parameter) for name, parameter in self._root.named_parameters()]
+        tensors = saved_tensors(self._root)
+        self._tensors = list(tensors.values())
+        self._weights = [_placed(weights[name], tensor) for name, tensor in tensors.items()]
         self._own: list[Tensor] = []  # the model's, while the teacher is in charge
         self._logits: Tensor | None = None
-        self._busy = self._learned = False
+        self._busy = self._learned = self._checked = False
         self._handles = [
             self._root.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
             self._root.register_forward_hook(self._after, with_kwargs=True),
+            self._root.register_state_dict_post_hook(partial(self._save_own)),  # which must take an attribute
         ]
 
     def close(self) -> None:
@@ -143,11 +94,11 @@ class Teacher:
     @contextmanager
     def in_charge(self) -> Iterator[None]:
         """Forward passes inside are the teacher's: its weights, in float, in evaluation mode, without gradients."""
-        self._busy = True
         with torch.no_grad(), modes_kept(self._root), not_counted(), self._hooks.lifted():
-            self._root.eval()
             try:
-                self._own = [_held(parameter) for parameter in self._parameters]
+                self._busy = True
+                self._root.eval()
+                self._own = [_held(tensor) for tensor in self._tensors]
                 self._put(self._weights)
                 yield
             finally:
@@ -163,12 +114,12 @@ class Teacher:
             )
 
     def _put(self, weights: Sequence[Tensor]) -> None:
-        """Gives the parameters other values, without a trace in the graphs of forward passes before."""
-        for parameter, weight in zip(self._parameters, weights, strict=True):
-            if isinstance(parameter, DTensor):
-                parameter.to_local().copy_(weight)  # the memory that FSDP2 gathers from
+        """Gives the model other values, without a trace in the graphs of forward passes before."""
+        for tensor, weight in zip(self._tensors, weights, strict=True):
+            if isinstance(tensor, DTensor):
+                tensor.to_local().copy_(weight)  # the memory that FSDP2 gathers from
             else:
-                parameter.data = weight
+                tensor.data = weight
         torch.clear_autocast_cache()  # it holds the values of before in half precision
         for module in self._sharded:
             module.reshard()  # what was gathered has the values of before
@@ -180,11 +131,19 @@ class Teacher:
             self._put(self._own)
             self._own = []
 
+    def _save_own(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        """A checkpoint that a signal's handler saves in the teacher's pass (Lightning under SLURM) holds the model."""
+        own = dict(zip(map(id, self._tensors), self._own, strict=False))  # none outside of that pass
+        for named in (module.named_parameters, module.named_buffers):
+            for name, tensor in named(remove_duplicate=False):
+                if id(tensor) in own and prefix + name in state:
+                    state[prefix + name] = _as_held(own[id(tensor)], tensor)
+
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self._busy:
             return
         self._logits = None
-        if not (module.training and torch.is_grad_enabled()) or kwargs.get("labels") is None:
+        if not torch.is_grad_enabled() or kwargs.get("labels") is None:  # in any mode: Lightning keeps the model's
             return
         both = self._root.config.is_encoder_decoder  # which makes its decoder's input of the labels
         given = {name: value for name, value in kwargs.items() if both or name != "labels"}
@@ -196,21 +155,57 @@ class Teacher:
             return None
         teacher, self._logits = self._logits, None
         loss, logits = output.loss, _logits(module, output)
-        labels = next_tokens(module, kwargs["labels"]).flatten()
-        counts = labels != _IGNORED
-        tokens = kwargs.get("num_items_in_batch")  # of all micro-batches, where transformers' Trainer accumulates
-        tokens = counts.sum().clamp(min=1) if tokens is None else tokens
+        labels = next_tokens(module, kwargs).flatten().to(logits.device)
+        counts = labels != IGNORED
+        tokens = None if self._root.config.is_encoder_decoder else kwargs.get("num_items_in_batch")
+        if tokens is None:  # else of all micro-batches, where transformers' Trainer accumulates
+            tokens = counts.sum().clamp(min=1)
+        tokens = torch.as_tensor(tokens, device=logits.device)
+        if not self._checked and not self._sharded and not torch.compiler.is_compiling():
+            self._checked = self._check_loss(loss, logits, labels, tokens)
         change = divergence_less_cross_entropy(logits.flatten(0, -2), teacher.flatten(0, -2), labels).sum()
         if self.measures:
             with torch.no_grad():
-                entropy = F.cross_entropy(logits.flatten(0, -2).float(), labels, ignore_index=_IGNORED, reduction="sum")
+                entropy = F.cross_entropy(logits.flatten(0, -2).float(), labels, ignore_index=IGNORED, reduction="sum")
                 self.kl = (change + entropy) / counts.sum().clamp(min=1)
-        change.register_hook(self._see)
+        if change.requires_grad:
+            change.register_hook(self._see)
         output.loss = loss + self._share * (change / tokens).to(loss.dtype)
         return output
 
+    def _check_loss(self, loss: Tensor, logits: Tensor, labels: Tensor, tokens: Tensor) -> bool:
+        """Raises `AnnealError` unless what the loss makes of the logits is the labels' mean cross-entropy.
+
+        Its gradient shows that, to which the terms that a model adds (load balancing) give nothing.
+
+        Returns:
+            Whether it could be seen: some token has a label, and the logits are those that the loss was made of.
+        """
+        rows = (labels != IGNORED).nonzero().flatten()[:64]
+        if not len(rows) or not logits.requires_grad or logits.dtype == torch.float16:  # whose gradients need a scale
+            return False
+        (found,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+        if found is None:  # accelerate returns a copy in float32
+            return True
+        expected = logits.detach().flatten(0, -2)[rows].float().softmax(-1)
+        expected -= F.one_hot(labels[rows], expected.shape[-1])
+        error = found.flatten(0, -2)[rows].float() * tokens - expected
+        if not bool(error.norm() <= 0.05 * expected.norm() + 1e-3 * len(rows)):
+            raise AnnealError(
+                f"the loss of {type(self._root).__name__} is not the mean cross-entropy of its labels, which a teacher "
+                "takes the place of: leave out what changes it (a loss function, ignore_index), or the teacher"
+            )
+        return True
+
     def _see(self, gradient: Tensor) -> None:
         self._learned = True
+
+
+def dismiss_left(model: nn.Module) -> None:
+    """Takes away the teacher that an interrupted run left, if any."""
+    for hook in forward_pre_hooks(root_model(model)):
+        if isinstance(teacher := getattr(hook, "__self__", None), Teacher):
+            teacher.close()
 
 
 def _logits(model: nn.Module, output: Any) -> Tensor:
@@ -223,21 +218,23 @@ def _logits(model: nn.Module, output: Any) -> Tensor:
     return found
 
 
-def next_tokens(model: nn.Module, labels: Tensor) -> Tensor:
-    """The label of each position's prediction: of the next token, or in an encoder-decoder model of the same one."""
-    if model.config.is_encoder_decoder:  # type: ignore[union-attr]
-        return labels
-    return F.pad(labels[..., 1:], (0, 1), value=_IGNORED)
-
-
-def _placed(weight: Tensor, parameter: Tensor) -> Tensor:
-    """A whole weight on the device of a parameter; the part of it that this rank holds."""
-    weight = weight.detach().to(parameter.device, parameter.dtype)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(weight, parameter.device_mesh, parameter.placements).to_local()
+def _placed(weight: Tensor, tensor: Tensor) -> Tensor:
+    """A whole weight on the device of a tensor; the part of it that this rank holds."""
+    weight = weight.detach().to(tensor.device, tensor.dtype)
+    if isinstance(tensor, DTensor):
+        return distribute_tensor(weight, tensor.device_mesh, tensor.placements).to_local()
     return weight
 
 
-def _held(parameter: Tensor) -> Tensor:
-    """The values of a parameter on this rank, which stay as they are when it is given others."""
-    return parameter.to_local().detach().clone() if isinstance(parameter, DTensor) else parameter.data
+def _held(tensor: Tensor) -> Tensor:
+    """The values of a tensor on this rank, which stay as they are when it is given others."""
+    return tensor.to_local().detach().clone() if isinstance(tensor, DTensor) else tensor.data
+
+
+def _as_held(values: Tensor, tensor: Tensor) -> Tensor:
+    """Undoes `_held`: values of this rank as a tensor like the one that they are of."""
+    if not isinstance(tensor, DTensor):
+        return values
+    return DTensor.from_local(
+        values, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride(), run_check=False
+    )

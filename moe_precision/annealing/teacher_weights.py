@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import xxhash
@@ -14,8 +16,32 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.tensor_file import TensorFile, named
 from ..quantize.codec.grid import Grid
 from .covers import AnnealError
-from .teacher import taught
+from .teacher import saved_tensors, taught
 
+_NO_PART = frozenset(  # entries of a config that predictions do not depend on
+    [
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "initializer_range",
+        "experts_implementation",
+        "attn_implementation",
+        "output_router_logits",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "router_jitter_noise",
+        "initializer_factor",
+        "max_position_embeddings",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "chunk_size_feed_forward",
+    ]
+)
+_NO_PART_ENDS = ("dropout", "dropout_rate", "_token_id", "_coef")
 _FILE = TensorFile("moe-precision-teacher", 1, AnnealError, "teacher")
 
 
@@ -41,22 +67,39 @@ def teacher_weights(checkpoint: str | os.PathLike[str], model: nn.Module) -> dic
         if words != own_words:
             raise AnnealError(f"{teacher} has a vocabulary of {words} tokens, the model that is trained {own_words}")
         its = opened.model_class()
-        shapes = [{name: tuple(one.shape) for name, one in of.named_parameters()} for of in (opened.meta_model(), root)]
+        models = opened.meta_model(), root
+        shapes = [{name: tuple(one.shape) for name, one in saved_tensors(of).items()} for of in models]
         apart = sorted(name for name in set().union(*shapes) if shapes[0].get(name) != shapes[1].get(name))
         if not isinstance(root, its) or apart:  # FSDP2 makes a class of its own
-            first = (
-                f", and {apart[0]!r} is {shapes[0].get(apart[0])} there, {shapes[1].get(apart[0])} here"
-                if apart
-                else ""
-            )
+            first = "".join(f"; {one!r} is {shapes[0].get(one)} there, {shapes[1].get(one)} here" for one in apart[:1])
+            if any(".base_layer." in name for name in shapes[1]):
+                first += "; it has adapters, which no checkpoint of the base model has: teacher='start' has them too"
             raise AnnealError(
                 f"{teacher} is a {its.__name__}, the model that is trained a {type(root).__name__}{first}: give the "
                 "float checkpoint that training starts from, or another of the same shapes"
             )
+        configs = (json.loads(config.to_json_string(use_diff=False)) for config in (opened.config, root.config))
+        if other := _computes_otherwise(*configs):
+            raise AnnealError(
+                f"the config.json of {teacher} says {other[0]}={other[1]!r}, that of the model {other[2]!r}: its "
+                "weights would run under the model's. Give a teacher of the same config"
+            )
         found, info = opened.load(dtype=next(root.parameters()).dtype, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise AnnealError(f"{teacher} lacks weights of the model, {missing[0]!r} the first of {len(missing)}")
-    return {name: parameter.detach() for name, parameter in found.named_parameters()}
+    return {name: tensor.detach() for name, tensor in saved_tensors(found).items()}
+
+
+def _computes_otherwise(its: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first entry of two configs that differs and that predictions may depend on, with both values."""
+    for key in sorted((its.keys() | own.keys()) - _NO_PART):
+        left, right = its.get(key), own.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            if (inner := _computes_otherwise(left, right)) is not None:
+                return f"{key}.{inner[0]}", *inner[1:]
+        elif left != right and not key.startswith("_") and not key.endswith(_NO_PART_ENDS):
+            return key, left, right
+    return None
 
 
 @torch.no_grad()
@@ -71,7 +114,7 @@ def weights_now(model: nn.Module) -> dict[str, Tensor]:
     """
     return {
         name: one.full_tensor().cpu() if isinstance(one, DTensor) else one.detach().clone()
-        for name, one in taught(model).named_parameters()
+        for name, one in saved_tensors(taught(model)).items()
     }
 
 
@@ -98,7 +141,7 @@ def load_teacher(path: str | os.PathLike[str], model: nn.Module, grid: Grid) -> 
             f"{name!r} is the teacher of another run than the checkpoint that training resumes from: give the "
             "checkpoint of the model as it was when annealing began as the teacher"
         )
-    return {key: found.tensor(key, tuple(one.shape)) for key, one in root.named_parameters()}
+    return {key: found.tensor(key, tuple(one.shape)) for key, one in saved_tensors(root).items()}
 
 
 def _digest(grid: Grid) -> str:

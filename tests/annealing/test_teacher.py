@@ -1,6 +1,5 @@
 """A teacher for annealed steps: the loss it makes, whose weights are used when, and what is refused."""
 
-import copy
 import json
 import shutil
 from functools import partial
@@ -17,7 +16,8 @@ from transformers import Trainer, TrainingArguments
 from moe_precision import allocate, collect_statistics, find_moe_layers
 from moe_precision.annealing.covers import AnnealError
 from moe_precision.annealing.hooks import GridHooks
-from moe_precision.annealing.teacher import Teacher, divergence_less_cross_entropy
+from moe_precision.annealing.soft_labels import divergence_less_cross_entropy
+from moe_precision.annealing.teacher import Teacher, saved_tensors
 from moe_precision.annealing.teacher_weights import teacher_weights
 from moe_precision.callbacks import PrecisionAnneal, PrecisionAnnealTrainerCallback
 from moe_precision.checkpoints.checkpoint import load_model
@@ -35,12 +35,12 @@ def divergence(teacher, model):
     return (p * (p / q).log()).sum(-1)
 
 
-def on_grid(family="mixtral", seed=1):
+def on_grid(family="mixtral", seed=1, **changes):
     """A model on its grid, and another one's weights."""
-    model = build(family).train()
+    model = build(family, **changes).train()
     layers = find_moe_layers(model)
     hooks = GridHooks(layers, Grid.fit(layers, allocate(model, **WIDTHS)))
-    other = copy.deepcopy(build(family))
+    other = build(family, **changes)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -73,7 +73,7 @@ def test_the_loss_and_its_gradient_are_those_of_kl_in_the_place_of_labels(family
     model, hooks, other = on_grid(family)
     batch = {"input_ids": IDS[:3], "labels": IDS[:3].clone()}
     batch["labels"][0, 4:7] = -100
-    model.eval()  # a router's jitter would differ between two passes; a Teacher is for a model that trains
+    model.eval()  # as from_pretrained gives it, and Lightning trains it; a router's jitter would differ between passes
     plain = model(**batch)
     other.eval()
     taught = other(**batch).logits.detach()
@@ -85,8 +85,7 @@ def test_the_loss_and_its_gradient_are_those_of_kl_in_the_place_of_labels(family
     expected.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
-    teacher = Teacher(model, dict(other.named_parameters()), share, hooks)
-    model.training = True  # of the outermost module alone
+    teacher = Teacher(model, saved_tensors(other), share, hooks)
     loss = model(**batch).loss
     loss.backward()
     teacher.check_used()
@@ -103,7 +102,7 @@ def test_nothing_of_the_teacher_is_left_after_its_pass(autocast):
     addresses = [parameter.data_ptr() for parameter in model.parameters()]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         alone = model(**batch).logits
-        teacher = Teacher(model, dict(other.named_parameters()), 1.0, hooks)
+        teacher = Teacher(model, saved_tensors(other), 1.0, hooks)
         first = model(**batch)
         taught = model(**batch)  # before any backward pass of the first
     assert torch.equal(alone, taught.logits)
@@ -125,7 +124,7 @@ def test_an_interruption_in_the_teachers_pass_leaves_the_models_weights():
     def stop(*_):
         raise KeyboardInterrupt
 
-    teacher = Teacher(model, dict(other.named_parameters()), 1.0, hooks)
+    teacher = Teacher(model, saved_tensors(other), 1.0, hooks)
     handle = model.model.norm.register_forward_hook(stop)
     with pytest.raises(KeyboardInterrupt):
         model(input_ids=IDS[:3], labels=IDS[:3])
@@ -137,8 +136,10 @@ def test_an_interruption_in_the_teachers_pass_leaves_the_models_weights():
 
 def test_without_labels_or_gradients_the_model_is_left_alone():
     model, hooks, other = on_grid()
-    teacher = Teacher(model, dict(other.named_parameters()), 1.0, hooks)
-    plain = model.eval()(input_ids=IDS[:3], labels=IDS[:3]).loss
+    teacher = Teacher(model, saved_tensors(other), 1.0, hooks)
+    with torch.no_grad():
+        plain = model(input_ids=IDS[:3], labels=IDS[:3]).loss
+    model(input_ids=IDS[:3]).logits.sum().backward()
     teacher.close()
     assert torch.equal(plain, model(input_ids=IDS[:3], labels=IDS[:3]).loss)
     with pytest.raises(AnnealError, match="no gradient has come from the teacher"):
@@ -342,6 +343,7 @@ def test_a_teacher_that_is_not_of_this_model_is_refused(finished, tmp_path):
     wrong = {
         "a vocabulary of 130 tokens, the model that is trained 128": build("mixtral", vocab_size=130),
         "is a Qwen3MoeForCausalLM, the model that is trained a MixtralForCausalLM": build("qwen3_moe"),
+        r"says num_experts_per_tok=1, that of the model 2": build("mixtral", num_experts_per_tok=1),
         r"'model.layers.\d+..* is None there, \(.*\) here": build("mixtral", num_hidden_layers=1),
     }
     for number, (message, other) in enumerate(wrong.items()):
