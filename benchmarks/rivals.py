@@ -41,7 +41,7 @@ LEVELS = {"bits": (1, 2, 3, 4), "granularity": "expert+projection"}
 METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # settings, and which files they are given
     "ours, `auto`": ({"method": "auto", **LEVELS}, ("curvature", "statistics")),
     "ours, `curvature`": ({"method": "curvature", **LEVELS}, ("curvature",)),
-    "the paper's rule, `router_norm`": ({"method": "router_norm", "bits": (2, 3)}, ()),
+    "the paper's rule, `router_norm`": ({"method": "router_norm", "bits": (2, 3, 4)}, ()),
 }
 
 

@@ -110,7 +110,8 @@ class Teacher:
         if not self._learned:
             raise AnnealError(
                 f"no gradient has come from the teacher: the training step does not use the loss that "
-                f"{type(self._root).__name__} returns for its labels. Use it, or leave the teacher out"
+                f"{type(self._root).__name__} returns for its labels, which are given by keyword. Use it, or leave the "
+                "teacher out"
             )
 
     def _put(self, weights: Sequence[Tensor]) -> None:
