@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .errors import ServingError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 _PACKED = re.compile(r"\.packed\.(?:[^.]+\.)*bits_\d+\.(?:codes|scale|offset|ends|matrices)$")
 
@@ -54,3 +54,16 @@ def refuse_packed(tensors: Iterable[tuple[str, Tensor]], source: str) -> Iterato
         if is_packed(name):
             raise not_packed(source)
         yield name, tensor
+
+
+def with_other_names(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """The names, and all others of the same parameters: an engine may register one module in two places.
+
+    Args:
+        model: A model.
+        names: Of some of its parameters; names that it does not have stay.
+    """
+    found = {*names}
+    named = list(model.named_parameters(remove_duplicate=False))
+    known = {id(parameter) for name, parameter in named if name in found}
+    return found | {name for name, parameter in named if id(parameter) in known}

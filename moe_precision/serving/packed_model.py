@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from ..checkpoints import Checkpoint
 from ..checkpoints.dtypes import meta_model_of
@@ -82,7 +83,7 @@ class PackedModel:
             )
         self.checkpoint = checkpoint = opened(folder)
         self.config = packing_of(checkpoint.quantization, str(checkpoint.folder))
-        self.model = meta_model_of(checkpoint.model_class(), checkpoint.config, dtype)
+        self.model = meta_model_of(checkpoint.model_class(), config_of_transformers(checkpoint), dtype)
         layers = find_moe_layers(self.model, **self.config.plan.patterns)
         self.config.in_names_of(self.model, layers)
         targets = find_targets(self.model, layers, self.config.plan, None)
@@ -164,6 +165,19 @@ def opened(folder: str | os.PathLike[str]) -> Checkpoint:
             + how_to_download(os.fspath(folder))
         )
     return Checkpoint(folder)
+
+
+def config_of_transformers(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The config as transformers' model class reads it: an engine may have registered a class of its own for the type.
+
+    Raises:
+        CheckpointError: transformers lacks the model.
+    """
+    own = checkpoint.model_class().config_class
+    if own is None or type(checkpoint.config) is own:
+        return checkpoint.config
+    found: PreTrainedConfig = own.from_pretrained(checkpoint.folder)
+    return found
 
 
 def packing_of(entry: Mapping[str, Any] | None, source: str) -> PlanQuantizationConfig:

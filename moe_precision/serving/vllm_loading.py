@@ -15,7 +15,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from .errors import ServingError
-from .names import refuse_packed, refuse_packed_files
+from .names import refuse_packed, refuse_packed_files, with_other_names
 from .vllm_config import QUANT_METHOD
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def hook_loading() -> None:
-    """Wraps the loader's generator of weights, for models of every quantization; call it once."""
-    stock = DefaultModelLoader.get_all_weights
+    """Wraps the loader's generator of weights, and its check of what was loaded; call it once."""
+    stock, check = DefaultModelLoader.get_all_weights, DefaultModelLoader.track_weights_loading
 
     @wraps(stock)
     def get_all_weights(loader: Any, model_config: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -46,7 +46,14 @@ def hook_loading() -> None:
             )
         yield from packed.distribute(tensors, {name: experts for name, (_, experts) in layers.items()})
 
+    @wraps(check)
+    def track_weights_loading(loader: Any, model: nn.Module, loaded: set[str] | None, **options: Any) -> None:
+        if loaded is not None:  # vLLM compares names, and its transformers backend has routers under two
+            loaded = with_other_names(model, loaded)
+        check(loader, model, loaded, **options)
+
     DefaultModelLoader.get_all_weights = get_all_weights
+    DefaultModelLoader.track_weights_loading = track_weights_loading
 
 
 def served_layers(model: nn.Module) -> dict[str, tuple[PackedExpertsMethod, ServedExperts]]:

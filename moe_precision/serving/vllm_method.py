@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.platforms import current_platform
 
 from ..quantize.matrices import PackedMatrices
 from ..quantize.modules import set_activations
@@ -82,8 +83,14 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         return hidden_size, neurons  # the kernels take any size
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Checks that the experts have been filled, whatever loader was used."""
+        """Checks that the experts have been filled, whatever loader was used, and that the router is the model's."""
         layer.packed_experts.check_filled(self.name)
+        if current_platform.is_cpu() and _loses_bias(layer):
+            raise ServingError(
+                f"layer {self.name!r}: vLLM's router for CPUs leaves out its correction bias "
+                "(e_score_correction_bias), so tokens would go to other experts, as they do in the float model: "
+                "start it with --model-impl transformers"
+            )
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         return None
@@ -105,6 +112,12 @@ def _has_lora_on_experts() -> bool:
     lora = get_current_vllm_config().lora_config
     targets = None if lora is None else lora.target_modules
     return lora is not None and (targets is None or any("expert" in target for target in targets))
+
+
+def _loses_bias(layer: RoutedExperts) -> bool:
+    """Whether vLLM 0.32's `CPURouter` takes its plain softmax for a router with a bias; one of zeros is no loss."""
+    plain = layer.scoring_func == "softmax" and not layer.use_grouped_topk and layer.custom_routing_function is None
+    return plain and layer.e_score_correction_bias is not None and bool(layer.e_score_correction_bias.any())
 
 
 @torch.library.custom_op("moe_precision::served_experts", mutates_args=())

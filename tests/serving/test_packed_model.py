@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_precision import PlanError, allocate, load_model, quantize_model
 from moe_precision.quantize.checksums import DamagedCheckpointError
 from moe_precision.serving.errors import ServingError
-from moe_precision.serving.names import is_packed, refuse_packed, refuse_packed_files
+from moe_precision.serving.names import is_packed, refuse_packed, refuse_packed_files, with_other_names
 from moe_precision.serving.packed_model import PackedModel, same_packing
 from moe_precision.serving.share import even_share, mapped_share
 from tests.support.models import build, with_bits
@@ -98,6 +100,18 @@ def test_what_is_not_packed_has_the_names_of_the_hub(served):
         "gpt_oss": {"model.layers.0.mlp.router.weight", "model.layers.0.mlp.router.bias"},
     }
     assert routers == expected[family]
+
+
+def test_an_engine_may_register_a_config_of_its_own(served, monkeypatch):
+    """As vLLM does for kimi_linear: its class has other names than transformers' model asks for."""
+    folder = served[1]
+    family = served[0].config.model_type
+    registered = type("Engine", (PreTrainedConfig,), {"model_type": family})
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, family, registered)
+    assert type(AutoConfig.from_pretrained(folder)) is registered
+    packed = PackedModel(folder, torch.float32)
+    assert type(packed.model.config) is type(served[0].config)
+    assert list(packed.layers) == ["model.layers.0.mlp", "model.layers.1.mlp"]
 
 
 def test_activations_of_16_bits_choose_the_kernel_that_transformers_chooses(served):
@@ -248,3 +262,12 @@ def test_shares():
         even_share(2, 0, 3)
     with pytest.raises(ServingError, match="without load balancing"):
         mapped_share([1, 0])
+
+
+def test_a_parameter_under_two_names_is_loaded_under_both():
+    """As in vLLM's transformers backend: experts are registered first, and hold the router of the block as well."""
+    block = torch.nn.ModuleDict({"experts": torch.nn.ModuleDict(), "gate": torch.nn.Linear(2, 3)})
+    block["experts"]["gate"] = block["gate"]
+    assert {name for name, _ in block.named_parameters()} == {"experts.gate.weight", "experts.gate.bias"}
+    loaded = {"gate.weight", "a name of the checkpoint"}
+    assert with_other_names(block, loaded) == {*loaded, "experts.gate.weight"}  # and not the bias

@@ -51,6 +51,16 @@ def test_two_processes_give_the_tokens_of_one(family, experts, monkeypatch):
     assert run(family, tensor_parallel_size=2, enable_expert_parallel=experts).startswith(ALL)
 
 
+def test_parameters_that_vllm_has_under_two_names():
+    assert run("dots1").startswith(ALL)
+
+
+def test_a_bias_that_the_router_for_cpus_leaves_out_is_an_error():
+    answer = run("ernie4_5_moe")
+    assert "leaves out its correction bias" in answer, answer
+    assert run("ernie4_5_moe", model_impl="transformers").startswith(ALL)
+
+
 def test_lora_on_attention():
     adapter = str(MODELS / "mixtral" / "adapter")
     lora = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj", "v_proj"]}
