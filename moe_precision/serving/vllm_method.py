@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.platforms import current_platform
 
 from ..quantize.matrices import PackedMatrices
@@ -21,6 +22,7 @@ from .errors import ServingError
 from .packed_model import PackedModel
 from .share import even_share, mapped_share
 
+_THREE_DIMENSIONS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "lfm2_moe")
 _ACTIVATIONS = "moe_precision_activations"  # a key of vLLM's --additional-config
 
 
@@ -66,6 +68,12 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         for what, asked in unsupported.items():
             if asked:
                 raise ServingError(f"layer {prefix!r}: {what} is not supported with packed experts; start without it")
+        if current_platform.is_cpu() and _turns_wrongly():
+            raise ServingError(
+                "vLLM's operator for rotary positions is wrong for this model on a CPU, so tokens would be others, as "
+                "they are with the float model: start without --enforce-eager, or add --compilation-config "
+                + """'{"custom_ops": ["-rotary_embedding"]}'"""
+            )
 
     def create_weights(self, layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:
         """Makes the empty packed matrices of the experts that this process holds."""
@@ -112,6 +120,13 @@ def _has_lora_on_experts() -> bool:
     lora = get_current_vllm_config().lora_config
     targets = None if lora is None else lora.target_modules
     return lora is not None and (targets is None or any("expert" in target for target in targets))
+
+
+def _turns_wrongly() -> bool:
+    """Whether vLLM 0.32's `RotaryEmbedding.forward_cpu` gets queries of three dimensions, which it turns in part."""
+    model = get_current_vllm_config().model_config
+    queries = model.hf_text_config.model_type in _THREE_DIMENSIONS and not model.using_transformers_backend()
+    return queries and RotaryEmbedding.enabled()
 
 
 def _loses_bias(layer: RoutedExperts) -> bool:

@@ -24,7 +24,7 @@ fi
 what=${1:-all}
 [ $# -eq 0 ] || shift
 if [ "$what" != families ]; then
-  .venv/bin/python -m tests.serving.real_engine.families make "$SERVING_MODELS" mixtral gpt_oss ernie4_5_moe dots1
+  .venv/bin/python -m tests.serving.real_engine.families make "$SERVING_MODELS" mixtral gpt_oss ernie4_5_moe dots1 deepseek_v3
   "$bin/python" -m pytest -p no:cacheprovider tests/serving/real_engine/test_engine.py
 fi
 if [ "$what" != test ]; then

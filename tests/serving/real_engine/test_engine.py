@@ -61,6 +61,12 @@ def test_a_bias_that_the_router_for_cpus_leaves_out_is_an_error():
     assert run("ernie4_5_moe", model_impl="transformers").startswith(ALL)
 
 
+def test_rotary_positions_that_are_wrong_on_a_cpu_are_an_error():
+    answer = run("deepseek_v3")
+    assert "operator for rotary positions is wrong" in answer, answer
+    assert run("deepseek_v3", compilation_config={"custom_ops": ["-rotary_embedding"]}).startswith(ALL)
+
+
 def test_lora_on_attention():
     adapter = str(MODELS / "mixtral" / "adapter")
     lora = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj", "v_proj"]}
