@@ -9,18 +9,16 @@ finished model has had as many, all in float, and is what losses and KL are comp
 """
 
 import copy
-import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from benchmarks.studies.anneal_study import BEST, AnnealStudy
-from benchmarks.studies.study_models import Setting, folder_of, run
-from benchmarks.studies.study_report import markdown_table, of_runs
+from benchmarks.studies.study_models import Setting, run
+from benchmarks.studies.ways import kept, tables
 from moe_precision import allocate, collect_statistics, distill_scales, quantize_model, replan
 from moe_precision.callbacks import PrecisionAnneal
-from moe_precision.files import replaced_when_done
 from moe_precision.judging.evaluation import BANDS, frequency_bands
 from moe_precision.judging.reference import Reference
 from moe_precision.layers.moe_layers import find_moe_layers
@@ -29,6 +27,8 @@ SHARE, BEFORE = 0.1, 0.2  # of all steps: annealed, and where runs begin, so tha
 ROWS, STEPS = 512, 100  # for statistics, and batches to distill on
 ROUNDED, LAYERS, LOGITS = "afterwards", "afterwards, scales distilled", "afterwards, distilled through the logits"
 NEAREST, STARTED = "annealed", "annealed, beginning on rounded codes"
+FILE = "annealing_start.json"
+COLUMNS = {"loss": "loss", "rare": "rare", "kl": "KL"}
 HEADER = """# Tables of annealing and quantizing afterwards
 
 Printed by `python -m benchmarks.studies.anneal_start --report`. Loss is the increase over the finished float model,
@@ -85,38 +85,15 @@ class AnnealStart(AnnealStudy):
 
 def measure(study: Setting, name: str, seed: int, root: Path) -> str:
     """Do everything for one model and seed, unless its result exists; return what was done."""
-    result = folder_of(name, seed, root) / "annealing_start.json"
-    if result.is_file():
-        return f"{name} {seed}: found"
-    found = AnnealStart(study, name, seed, root).measure()
-    with replaced_when_done(result) as temporary:
-        temporary.write_text(json.dumps(found), encoding="utf-8")
-    return f"{name} {seed}: done"
+    return kept(name, seed, root, FILE, lambda: AnnealStart(study, name, seed, root).measure())
 
 
 def report(study: Setting, root: Path) -> str:
     """All tables as Markdown."""
-    parts = [HEADER]
-    for name in study["annealing"]["models"]:
-        paths = sorted((root / name).glob("seed_*/annealing_start.json"))
-        runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        if not runs:
-            continue
-        rows = []
-        for budget in study["annealing"]["budgets"]:
-            for way in (ROUNDED, LAYERS, LOGITS, NEAREST, STARTED):
-                found = [one for run in runs for one in run if (one["way"], one["budget"]) == (way, budget)]
-                cells = [[one[key] for one in found] for key in ("loss", "rare", "kl")]
-                rows.append(
-                    [
-                        f"{budget:g}",
-                        way,
-                        *(of_runs(of, 4) if len(of) > 2 else f"{sum(of) / len(of):.4f}" for of in cells),
-                    ]
-                )
-        title = f"{study['models'][name]['title']} ({'one seed' if len(runs) == 1 else f'{len(runs)} seeds'})"
-        parts.append(markdown_table(title, ["bits", "how", "loss", "rare", "KL"], rows))
-    return "\n".join(parts) if len(parts) > 1 else f"no result in {root}: run the study first"
+    ways = [
+        (budget, way) for budget in study["annealing"]["budgets"] for way in (ROUNDED, LAYERS, LOGITS, NEAREST, STARTED)
+    ]
+    return tables(study, root, FILE, HEADER, ways, COLUMNS)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

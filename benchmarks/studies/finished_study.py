@@ -8,7 +8,6 @@ is the finished model itself. Plans are of levels 1 to 4 by expert and projectio
 """
 
 import copy
-import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,11 +17,10 @@ import pytorch_lightning as pl
 import torch
 
 from benchmarks.studies.study_models import Setting, data_of, folder_of, merged, run, train, trainer_of
-from benchmarks.studies.study_report import markdown_table, of_runs
+from benchmarks.studies.ways import kept, tables
 from moe_precision import allocate, collect_statistics, distill_scales, quantize_model, recipes, replan
 from moe_precision.callbacks import PrecisionAnneal
 from moe_precision.checkpoints.checkpoint import load_model
-from moe_precision.files import replaced_when_done
 from moe_precision.judging.evaluation import BANDS, frequency_bands
 from moe_precision.judging.reference import Reference
 from moe_precision.layers.moe_layers import find_moe_layers
@@ -45,7 +43,8 @@ nats per token, *rare* that on the rarest tenth of the target tokens, KL the div
 how often its most likely token stays, and *same experts* the share of tokens that go to the same experts in all layers.
 Entries are means over seeds ± half of the 95 % interval; of one or two seeds, means alone.
 """
-COLUMNS = ("loss", "rare", "kl", "top1", "same_experts")
+FILE = "finished.results.json"
+COLUMNS = {"loss": "loss", "rare": "rare", "kl": "KL", "top1": "top-1", "same_experts": "same experts"}
 
 
 class FinishedStudy:
@@ -74,7 +73,11 @@ class FinishedStudy:
         found = self.reference.measure(model.eval())
         rise, far = (found.losses - found.float_losses).double(), found.divergence
         rare = float(rise[self.bands == BANDS.index("rare")].mean())
-        return {"loss": float(rise.mean()), "rare": rare, **{key: getattr(far, key) for key in COLUMNS[2:]}}
+        return {
+            "loss": float(rise.mean()),
+            "rare": rare,
+            **{key: getattr(far, key) for key in ("kl", "top1", "same_experts")},
+        }
 
     def trained(self, plan: Path | None, **settings: Any) -> Any:
         """The finished model after more steps, on a plan or in float."""
@@ -119,33 +122,13 @@ class FinishedStudy:
 
 def measure(study: Setting, name: str, seed: int, root: Path) -> str:
     """Do everything for one model and seed, unless its result exists; return what was done."""
-    result = folder_of(name, seed, root) / "finished.results.json"
-    if result.is_file():
-        return f"{name} {seed}: found"
-    found = FinishedStudy(study, name, seed, root).measure()
-    with replaced_when_done(result) as temporary:
-        temporary.write_text(json.dumps(found), encoding="utf-8")
-    return f"{name} {seed}: done"
+    return kept(name, seed, root, FILE, lambda: FinishedStudy(study, name, seed, root).measure())
 
 
 def report(study: Setting, root: Path) -> str:
     """All tables as Markdown."""
-    parts = [HEADER]
     ways = [(budget, way) for budget in study["annealing"]["budgets"] for way in (ROUNDED, LOGITS, *WAYS)]
-    for name in study["annealing"]["models"]:
-        paths = sorted((root / name).glob("seed_*/finished.results.json"))
-        runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        if not runs:
-            continue
-        rows = []
-        for budget, way in (*ways, (16, FLOAT)):
-            found = [one for run in runs for one in run if (one["way"], one["budget"]) == (way, budget)]
-            cells = [[one[key] for one in found] for key in COLUMNS]
-            means = [of_runs(of, 4) if len(of) > 2 else f"{sum(of) / len(of):.4f}" for of in cells]
-            rows.append([f"{budget:g}", way, *means])
-        title = f"{study['models'][name]['title']} ({'one seed' if len(runs) == 1 else f'{len(runs)} seeds'})"
-        parts.append(markdown_table(title, ["bits", "how", "loss", "rare", "KL", "top-1", "same experts"], rows))
-    return "\n".join(parts) if len(parts) > 1 else f"no result in {root}: run the study first"
+    return tables(study, root, FILE, HEADER, [*ways, (16, FLOAT)], COLUMNS)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
