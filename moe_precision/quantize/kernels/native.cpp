@@ -421,6 +421,7 @@ template <int BITS, int TOKENS, typename Pair>
 void multiply_rounded(const Matrices& m, int64_t block, const RoundedTile& tile, typename Pair::Element* y) {
   typedef Unit<BITS> Of;
   constexpr int QUADS = Of::PAIRS / 2, AT_ONCE = Sums<BITS>::QUADS / QUADS;  // units between two calls of `widen`
+  constexpr int AHEAD = 512;  // words that are prefetched early enough
   const int64_t units = m.units<BITS>();
   const int32_t* word = m.words + block * m.groups * units * Of::WORDS * LANES;
   const int32_t* x = tile.quads.data();
@@ -430,6 +431,8 @@ void multiply_rounded(const Matrices& m, int64_t block, const RoundedTile& tile,
     for (int64_t left = units; left > 0; left -= AT_ONCE) {
       for (int64_t i = left < AT_ONCE ? left : AT_ONCE; i > 0; i--, word += Of::WORDS * LANES) {
         const Of unit(word);
+        if (TOKENS <= 4)  // reading words takes the time then; a CPU's own prefetching ends with each page
+          for (int i = 0; i < Of::WORDS; i++) __builtin_prefetch(word + AHEAD + i * LANES);
 #pragma GCC unroll 8
         for (int q = 0; q < QUADS; q++, x += TOKENS) {
           const Ints codes = unit.quad(q);
