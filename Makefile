@@ -61,6 +61,7 @@ benchmarks: .venv/installed
 	$(BIN)/python -m benchmarks.annealing
 	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.layers
+	$(BIN)/python -m benchmarks.llama_cpp
 	$(BIN)/python -m benchmarks.products
 	$(BIN)/python -m benchmarks.activations --run runs/demo
 	$(BIN)/python -m pytest -m thorough

@@ -98,7 +98,7 @@ class PackedProjection(nn.Module):
             raise ValueError(f"starts goes from {int(starts[0])} to {int(starts[-1])}, but there are {len(x)} rows")
         y = x.new_zeros(len(x), self.out)
         for bucket, experts in self._experts.items():
-            self.get_submodule(bucket).grouped(x, starts, _indices(tuple(experts), x.device), y)  # type: ignore[operator]
+            self._modules[bucket].grouped(x, starts, _indices(tuple(experts), x.device), y)  # type: ignore[union-attr, operator]
         if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
             y = y + x[:0].sum()  # 0: no row belongs to an expert, and the result has a graph all the same
         return y

@@ -45,8 +45,8 @@ def test_without_a_compiler_one_is_told(compiler_is, reason, no_library, monkeyp
 def test_a_kernel_that_miscalculates_is_not_taken(no_library, unoptimized, monkeypatch, tmp_path):
     wrong = tmp_path / "native.cpp"
     text = native._SOURCE.read_text()
-    assert text.count("(112 << 23)") == 1
-    wrong.write_text(text.replace("(112 << 23)", "(113 << 23)"))
+    assert text.count("return pair * BITS;") == 1
+    wrong.write_text(text.replace("return pair * BITS;", "return pair * BITS + 1;"))
     monkeypatch.setattr(native, "_SOURCE", wrong)
     with pytest.warns(UserWarning, match="wrong products at 1 bits"):
         assert native.library() is None

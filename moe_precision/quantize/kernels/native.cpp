@@ -2,8 +2,9 @@
 //
 // Rows of a matrix stand side by side, one in each lane of a vector, so that no sum across lanes is needed. A lane's
 // 32-bit word holds codes of neighbouring columns in pairs, the first of a pair in its low half and the second in its
-// high half; 16 / bits pairs to a word, the first in the lowest bits. Tokens are taken in tiles, whose activations are
-// laid out pair by pair. Each token's product is summed in the same order, whatever the tile and the threads.
+// high half; 16 / bits pairs to a word, the first in the lowest bits, and at 3 bits 16 pairs to three words (`Unit`).
+// Tokens are taken in tiles, whose activations are laid out pair by pair. Each token's product is summed in the same
+// order, whatever the tile and the threads.
 //
 // Long because activations in float32, in bfloat16 and rounded to int8 share the words and the dispatch.
 
@@ -13,7 +14,7 @@
 #if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
 #define INT8 1
 #endif
-#if defined(__AVX512BF16__) || defined(INT8)
+#if defined(__AVX512BF16__) || defined(INT8) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -41,13 +42,61 @@ inline Vector load(const void* from) {
 
 // float16 to float32, right for subnormal numbers even where the CPU is told to flush them.
 inline Floats widened(Halves half) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps((__m256i)half);
+#elif defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps((__m128i)half);
+#else
   const Ints bits = __builtin_convertvector(half, Ints);
   const Ints magnitude = bits & 0x7fff;
   const Ints normal = (magnitude << 13) + (112 << 23);
   const Ints subnormal = (Ints)(__builtin_convertvector(magnitude, Floats) * 0x1p-24f);
   const Ints finite = magnitude < 0x400 ? subnormal : normal;
   return (Floats)((magnitude < 0x7c00 ? finite : (magnitude << 13) | 0x7f800000) | ((bits & 0x8000) << 16));
+#endif
 }
+
+// Words that belong together, and the pairs of columns that they hold.
+template <int BITS>
+struct Unit {
+  static constexpr int WORDS = 1, PAIRS = 16 / BITS;
+  Ints word;
+
+  explicit Unit(const int32_t* from) : word(load<Ints>(from)) {}
+
+  // A word in which the codes of a pair stand at the same bit of each half, and that bit.
+  Ints holding(int pair) const { return word; }
+  static int bit(int pair) { return pair * BITS; }
+
+  // Codes of two pairs, in bytes: of pair q in the first and third, of pair q + PAIRS / 2 in the second and fourth.
+  Ints quad(int q) const { return (word >> (q * BITS)) & (0x01010101 * ((1 << BITS) - 1)); }
+};
+
+// At 3 bits each byte of three words holds two codes, and in its upper two bits a part of a third one: in the first word
+// and in the second the low bits of one, in the third the high bits of both.
+template <>
+struct Unit<3> {
+  static constexpr int WORDS = 3, PAIRS = 16;
+  Ints words[3];
+
+  explicit Unit(const int32_t* from) {
+    for (int i = 0; i < 3; i++) words[i] = load<Ints>(from + i * LANES);
+  }
+
+  Ints holding(int pair) const {
+    const int q = pair % 8, byte = pair / 8 * 8;
+    return q < 6 ? words[q / 2] : third(q - 6, byte, 0x00010001);
+  }
+  static int bit(int pair) { return pair % 8 < 6 ? pair % 2 * 3 + pair / 8 * 8 : 0; }
+
+  Ints quad(int q) const {
+    return q < 6 ? (words[q / 2] >> (q % 2 * 3)) & 0x07070707 : third(q - 6, 0, 0x01010101);
+  }
+
+  Ints third(int of, int byte, int ones) const {
+    return ((words[of] >> (6 + byte)) & (3 * ones)) | ((words[2] >> (4 + of + byte)) & (4 * ones));
+  }
+};
 
 // Activations of two neighbouring columns, for any CPU.
 struct FloatPair {
@@ -58,10 +107,10 @@ struct FloatPair {
   static void store(Element* y, Floats sums) { std::memcpy(y, &sums, sizeof sums); }
   static constexpr float zero(int) { return 0; }  // what code 0 is taken for
 
-  // Adds the products with the pair of codes at one place of a word.
+  // Adds the products with the pair of codes at one bit of each half of a word.
   template <int BITS, int TOKENS>
-  static inline void add(Floats (&sums)[TOKENS], Ints word, int place, const FloatPair* pairs) {
-    const Ints codes = (word >> (place * BITS)) & (0x10001 * ((1 << BITS) - 1));
+  static inline void add(Floats (&sums)[TOKENS], Ints word, int bit, const FloatPair* pairs) {
+    const Ints codes = (word >> bit) & (0x10001 * ((1 << BITS) - 1));
     const Floats first = __builtin_convertvector(codes & 0xffff, Floats);
     const Floats second = __builtin_convertvector(codes >> 16, Floats);
 #pragma GCC unroll 16
@@ -69,12 +118,8 @@ struct FloatPair {
   }
 };
 
-#ifdef __AVX512BF16__
-// The same in bfloat16. A code of up to seven bits becomes the first bits of the mantissa of a float between 2^bits and
-// twice as much, which is the code and 2^bits.
-struct Bfloat16Pair {
+struct Bfloat16 {
   typedef uint16_t Element;
-  uint16_t x[2];
 
   static float value(Element element) {
     const uint32_t bits = (uint32_t)element << 16;
@@ -82,6 +127,20 @@ struct Bfloat16Pair {
     std::memcpy(&value, &bits, sizeof value);
     return value;
   }
+  static void store(Element* y, Floats sums) {  // to the nearest, ties to even
+    typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+    const Bits bits = (Bits)sums, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Halves halves = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 + Bits{} : rounded, Halves);
+    std::memcpy(y, &halves, sizeof halves);
+  }
+};
+
+#ifdef __AVX512BF16__
+// `FloatPair` in bfloat16. A code of up to seven bits becomes the first bits of the mantissa of a float between 2^bits and
+// twice as much, which is the code and 2^bits.
+struct Bfloat16Pair : Bfloat16 {
+  uint16_t x[2];
+
   static void store(Element* y, Floats sums) {
     const __m256bh rounded = _mm512_cvtneps_pbh((__m512)sums);
     std::memcpy(y, &rounded, sizeof rounded);
@@ -89,13 +148,13 @@ struct Bfloat16Pair {
   static constexpr float zero(int bits) { return bits < 8 ? 1 << bits : 0; }
 
   template <int BITS, int TOKENS>
-  static inline void add(Floats (&sums)[TOKENS], Ints word, int place, const Bfloat16Pair* pairs) {
+  static inline void add(Floats (&sums)[TOKENS], Ints word, int bit, const Bfloat16Pair* pairs) {
     if constexpr (BITS < 8) {
-      const int shift = place * BITS - (7 - BITS);  // neither way does a half reach the other's code
+      const int shift = bit - (7 - BITS);  // neither way does a half reach the other's code
       const Ints codes = (shift < 0 ? word << -shift : word >> shift) & (0x10001 * (0x80 - (1 << (7 - BITS))));
       dot<TOKENS>(sums, codes | (0x10001 * ((127 + BITS) << 7)), pairs);
     } else {
-      const Ints codes = (word >> (place * BITS)) & 0x00ff00ff;
+      const Ints codes = (word >> bit) & 0x00ff00ff;
       const Ints first = (Ints)__builtin_convertvector(codes & 0xffff, Floats);
       const Ints second = (Ints)__builtin_convertvector(codes >> 16, Floats);
       dot<TOKENS>(sums, (first >> 16) | (second & ~0xffff), pairs);
@@ -119,6 +178,9 @@ struct Matrices {
   const uint16_t* scale;   // (count, out / LANES, groups, LANES) float16
   const uint16_t* offset;  // the same
   int64_t out, groups, pairs;  // pairs of columns in a group
+
+  template <int BITS>
+  int64_t units() const { return (pairs + Unit<BITS>::PAIRS - 1) / Unit<BITS>::PAIRS; }  // in a group
 };
 
 // The activations of some tokens of one expert: (in / 2, width) pairs, and the sums of each group (groups, width).
@@ -149,24 +211,23 @@ struct Tile {
 // As many rows as there are lanes times the tokens of a tile.
 template <int BITS, int TOKENS, typename Pair>
 void multiply_block(const Matrices& m, int64_t block, const Tile<Pair>& tile, typename Pair::Element* y) {
-  constexpr int IN_WORD = 16 / BITS;
-  const int64_t words_of_group = (m.pairs + IN_WORD - 1) / IN_WORD;
-  const int32_t* word = m.words + block * m.groups * words_of_group * LANES;
+  typedef Unit<BITS> Of;
+  const int32_t* word = m.words + block * m.groups * m.units<BITS>() * Of::WORDS * LANES;
   const Pair* x = tile.pairs.data();
   Floats totals[TOKENS] = {};
   for (int64_t group = 0; group < m.groups; group++) {
     Floats sums[TOKENS] = {};
-    for (int64_t left = m.pairs; left > 0; left -= IN_WORD, word += LANES) {
-      const Ints codes = load<Ints>(word);
-      const auto add = [&](int place) __attribute__((always_inline)) {
-        Pair::template add<BITS, TOKENS>(sums, codes, place, x);
+    for (int64_t left = m.pairs; left > 0; left -= Of::PAIRS, word += Of::WORDS * LANES) {
+      const Of unit(word);
+      const auto add = [&](int pair) __attribute__((always_inline)) {
+        Pair::template add<BITS, TOKENS>(sums, unit.holding(pair), Of::bit(pair), x);
         x += TOKENS;
       };
-      if (left >= IN_WORD) {
+      if (left >= Of::PAIRS) {
 #pragma GCC unroll 16
-        for (int place = 0; place < IN_WORD; place++) add(place);
+        for (int pair = 0; pair < Of::PAIRS; pair++) add(pair);
       } else {
-        for (int place = 0; place < left; place++) add(place);
+        for (int pair = 0; pair < left; pair++) add(pair);
       }
     }
     const Floats scale = widened(load<Halves>(m.scale + (block * m.groups + group) * LANES));
@@ -247,23 +308,56 @@ void multiply(int bits, const Matrices& m, const void* x, void* y, const int64_t
 
 #ifdef INT8
 // The same with activations that are rounded to int8, for codes of up to four bits: signed steps from -127 to 127 of each
-// token and group. Four products are added in one go, a quad: two neighbouring pairs of columns, whose codes are put
-// into bytes, the first codes of both pairs into the low half of a lane and the second ones into its high half.
+// token and group. Four products are added in one go, those of a quad: four columns whose codes are in the bytes of a
+// lane (`Unit::quad`).
 
-// Four products of unsigned codes with signed steps, added to each lane; no sum of two comes near 2^15.
-inline Ints dot4(Ints sums, Ints codes, Ints steps) {
-#if defined(__AVX512VNNI__)
-  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)steps);
-#elif defined(__AVX512BW__)
-  const __m512i both = _mm512_maddubs_epi16((__m512i)codes, (__m512i)steps);
-  return sums + (Ints)_mm512_madd_epi16(both, _mm512_set1_epi16(1));
-#elif defined(__AVXVNNI__)
-  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, (__m256i)steps);
+typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
+
+// Keeps a compiler from putting off additions, for which it would need more registers than there are.
+inline void in_order(Shorts& sums) { __asm__("" : "+v"(sums)); }
+
+// Sums of products of unsigned codes with signed steps, of one lane and token. Without an instruction for four products,
+// sums of two are added in 16 bits, as many as never come near 2^15, before they are widened.
+template <int BITS>
+struct Sums {
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+  static constexpr int QUADS = 1 << 30;  // between calls of `widen`
+  Ints all = {};
+
+  inline void add(Ints codes, Ints steps) {
+#ifdef __AVX512VNNI__
+    all = (Ints)_mm512_dpbusd_epi32((__m512i)all, (__m512i)codes, (__m512i)steps);
 #else
-  const __m256i both = _mm256_maddubs_epi16((__m256i)codes, (__m256i)steps);
-  return sums + (Ints)_mm256_madd_epi16(both, _mm256_set1_epi16(1));
+    all = (Ints)_mm256_dpbusd_avx_epi32((__m256i)all, (__m256i)codes, (__m256i)steps);
 #endif
-}
+  }
+  inline void widen() {}
+#else
+  static constexpr int QUADS = 32767 / (2 * 127 * ((1 << BITS) - 1));
+  Ints all = {};
+  Shorts some = {};
+
+#ifdef __AVX512BW__
+  inline void add(Ints codes, Ints steps) {
+    some += (Shorts)_mm512_maddubs_epi16((__m512i)codes, (__m512i)steps);
+    in_order(some);
+  }
+  inline void widen() {
+    all += (Ints)_mm512_madd_epi16((__m512i)some, _mm512_set1_epi16(1));
+    some = Shorts{};
+  }
+#else
+  inline void add(Ints codes, Ints steps) {
+    some += (Shorts)_mm256_maddubs_epi16((__m256i)codes, (__m256i)steps);
+    in_order(some);
+  }
+  inline void widen() {
+    all += (Ints)_mm256_madd_epi16((__m256i)some, _mm256_set1_epi16(1));
+    some = Shorts{};
+  }
+#endif
+#endif
+};
 
 inline int32_t bits_of(float value) {
   int32_t bits;
@@ -277,51 +371,25 @@ inline float float_of(int32_t bits) {
   return value;
 }
 
-// The codes of two pairs, each of a word and at a place of it.
-template <int BITS>
-inline Ints quad(Ints one, int place, Ints other, int next) {
-  constexpr int CODES = 0x10001 * ((1 << BITS) - 1);
-  const int shift = next * BITS - 8;
-  return ((one >> (place * BITS)) & CODES) | ((shift < 0 ? other << -shift : other >> shift) & (CODES << 8));
-}
-
-// Calls `add` with one quad after the other of the group that begins at `word`; returns where the next group begins.
-// With an odd number of pairs in a word, the last of one word goes with the first of the next.
-template <int BITS, typename Add>
-inline const int32_t* each_quad(const int32_t* word, int64_t pairs, Add add) {
-  constexpr int IN_WORD = 16 / BITS, WORDS = 1 + IN_WORD % 2, STEP = WORDS * IN_WORD;
-  int64_t left = pairs;
-  for (; left >= STEP; left -= STEP, word += WORDS * LANES) {
-    const Ints codes[2] = {load<Ints>(word), load<Ints>(word + (WORDS - 1) * LANES)};
-#pragma GCC unroll 8
-    for (int pair = 0; pair < STEP; pair += 2)
-      add(quad<BITS>(codes[pair / IN_WORD], pair % IN_WORD, codes[(pair + 1) / IN_WORD], (pair + 1) % IN_WORD));
-  }
-  if (left == 0) return word;
-  const int64_t words = (left + IN_WORD - 1) / IN_WORD;
-  const Ints codes[2] = {load<Ints>(word), load<Ints>(word + (words - 1) * LANES)};
-  for (int pair = 0; pair < left; pair += 2)
-    add(quad<BITS>(codes[pair / IN_WORD], pair % IN_WORD, codes[(pair + 1) / IN_WORD], (pair + 1) % IN_WORD));
-  return word + words * LANES;
-}
-
 // The rounded activations of some tokens of one expert.
 struct RoundedTile {
   int64_t first, tokens, width;
-  std::vector<int32_t> quads;  // (in / 4, width)
+  std::vector<int32_t> quads;  // (groups, units of a group, quads of a unit, width)
   std::vector<float> sizes, sums;  // (groups, width): of one step, and of all activations of a group
 
-  template <typename Pair>
-  void fill(const typename Pair::Element* x, int64_t groups, int64_t pairs) {
-    const int64_t columns = 2 * pairs;
-    quads.assign(groups * pairs / 2 * width, 0);
-    sizes.assign(groups * width, 0);
-    sums.assign(groups * width, 0);
+  template <int BITS, typename Pair>
+  void fill(const typename Pair::Element* x, const Matrices& m) {
+    constexpr int QUADS = Unit<BITS>::PAIRS / 2;
+    const int64_t columns = 2 * m.pairs, units = m.units<BITS>();
+    quads.assign(m.groups * units * QUADS * width, 0);
+    sizes.assign(m.groups * width, 0);
+    sums.assign(m.groups * width, 0);
     std::vector<float> values(columns);
-    std::vector<int8_t> steps(columns);
+    std::vector<int8_t> steps(units * 4 * QUADS);  // zeros after the last column
     for (int64_t t = 0; t < tokens; t++) {
-      const typename Pair::Element* row = x + (first + t) * groups * columns;
-      for (int64_t group = 0; group < groups; group++, row += columns) {
+      const typename Pair::Element* row = x + (first + t) * m.groups * columns;
+      int32_t* to = quads.data() + t;
+      for (int64_t group = 0; group < m.groups; group++, row += columns) {
         for (int64_t i = 0; i < columns; i++) values[i] = Pair::value(row[i]);
         int32_t largest = 0, sum = 0;  // magnitudes compare as whole numbers do, NaN above all
         for (int64_t i = 0; i < columns; i++) {
@@ -336,52 +404,52 @@ struct RoundedTile {
         }
         sizes[group * width + t] = size;
         sums[group * width + t] = size * sum;
-        int32_t* to = quads.data() + group * pairs / 2 * width + t;
-        for (int64_t i = 0; i < columns; i += 4, to += width) {
-          const int8_t four[4] = {steps[i], steps[i + 2], steps[i + 1], steps[i + 3]};
-          std::memcpy(to, four, 4);
-        }
+        const int8_t* from = steps.data();
+        for (int64_t unit = 0; unit < units; unit++, from += 4 * QUADS)
+          for (int q = 0; q < QUADS; q++, to += width) {
+            const int8_t* other = from + 2 * QUADS;
+            const int8_t four[4] = {from[2 * q], other[2 * q], from[2 * q + 1], other[2 * q + 1]};
+            std::memcpy(to, four, 4);
+          }
       }
     }
   }
 };
 
-// The quads of as many rows as there are lanes, as `quad` gives them.
-template <int BITS>
-void unpack_block(const Matrices& m, const int32_t* word, int32_t* to) {
-  for (int64_t group = 0; group < m.groups; group++)
-    word = each_quad<BITS>(word, m.pairs, [&](Ints codes) __attribute__((always_inline)) {
-      std::memcpy(to, &codes, sizeof codes);
-      to += LANES;
-    });
-}
-
-// As `multiply_block`; `unpacked` is what `unpack_block` gives, or null where a block has one tile only.
+// As `multiply_block`.
 template <int BITS, int TOKENS, typename Pair>
-void multiply_rounded(const Matrices& m, int64_t block, const int32_t* unpacked, const RoundedTile& tile,
-                      typename Pair::Element* y) {
-  constexpr int IN_WORD = 16 / BITS;
-  const int64_t words_of_group = (m.pairs + IN_WORD - 1) / IN_WORD;
-  const int32_t* word = m.words + block * m.groups * words_of_group * LANES;
+void multiply_rounded(const Matrices& m, int64_t block, const RoundedTile& tile, typename Pair::Element* y) {
+  typedef Unit<BITS> Of;
+  constexpr int QUADS = Of::PAIRS / 2, AT_ONCE = Sums<BITS>::QUADS / QUADS;  // units between two calls of `widen`
+  constexpr int AHEAD = 512;  // words that are prefetched early enough
+  const int64_t units = m.units<BITS>();
+  const int32_t* word = m.words + block * m.groups * units * Of::WORDS * LANES;
   const int32_t* x = tile.quads.data();
   Floats totals[TOKENS] = {};
   for (int64_t group = 0; group < m.groups; group++) {
-    Ints sums[TOKENS] = {};
-    const auto add = [&](Ints codes) __attribute__((always_inline)) {
+    Sums<BITS> sums[TOKENS];
+    for (int64_t left = units; left > 0; left -= AT_ONCE) {
+      for (int64_t i = left < AT_ONCE ? left : AT_ONCE; i > 0; i--, word += Of::WORDS * LANES) {
+        const Of unit(word);
+        if (TOKENS <= 4)  // reading words takes the time then; a CPU's own prefetching ends with each page
+          for (int i = 0; i < Of::WORDS; i++) __builtin_prefetch(word + AHEAD + i * LANES);
+#pragma GCC unroll 8
+        for (int q = 0; q < QUADS; q++, x += TOKENS) {
+          const Ints codes = unit.quad(q);
 #pragma GCC unroll 16
-      for (int t = 0; t < TOKENS; t++) sums[t] = dot4(sums[t], codes, x[t] - (Ints){});
-      x += TOKENS;
-    };
-    if (unpacked != nullptr)
-      for (int64_t i = 0; i < m.pairs; i += 2, unpacked += LANES) add(load<Ints>(unpacked));
-    else
-      word = each_quad<BITS>(word, m.pairs, add);
+          for (int t = 0; t < TOKENS; t++) sums[t].add(codes, x[t] - (Ints){});
+        }
+      }
+#pragma GCC unroll 16
+      for (int t = 0; t < TOKENS; t++) sums[t].widen();
+    }
     const Floats scale = widened(load<Halves>(m.scale + (block * m.groups + group) * LANES));
     const Floats offset = widened(load<Halves>(m.offset + (block * m.groups + group) * LANES));
 #pragma GCC unroll 16
     for (int t = 0; t < TOKENS; t++) {
       const int64_t place = group * TOKENS + t;
-      totals[t] += (scale * tile.sizes[place]) * __builtin_convertvector(sums[t], Floats) + offset * tile.sums[place];
+      totals[t] +=
+          (scale * tile.sizes[place]) * __builtin_convertvector(sums[t].all, Floats) + offset * tile.sums[place];
     }
   }
   const int64_t column = block % (m.out / LANES) * LANES;
@@ -389,15 +457,14 @@ void multiply_rounded(const Matrices& m, int64_t block, const int32_t* unpacked,
 }
 
 template <int BITS, typename Pair>
-void multiply_rounded_tile(const Matrices& m, int64_t block, const int32_t* unpacked, const RoundedTile& tile,
-                           typename Pair::Element* y) {
+void multiply_rounded_tile(const Matrices& m, int64_t block, const RoundedTile& tile, typename Pair::Element* y) {
   switch (tile.width) {
-    case 1: return multiply_rounded<BITS, 1, Pair>(m, block, unpacked, tile, y);
-    case 2: return multiply_rounded<BITS, 2, Pair>(m, block, unpacked, tile, y);
-    case 4: return multiply_rounded<BITS, 4, Pair>(m, block, unpacked, tile, y);
-    case 8: return multiply_rounded<BITS, 8, Pair>(m, block, unpacked, tile, y);
+    case 1: return multiply_rounded<BITS, 1, Pair>(m, block, tile, y);
+    case 2: return multiply_rounded<BITS, 2, Pair>(m, block, tile, y);
+    case 4: return multiply_rounded<BITS, 4, Pair>(m, block, tile, y);
+    case 8: return multiply_rounded<BITS, 8, Pair>(m, block, tile, y);
 #ifdef __AVX512F__
-    case 16: return multiply_rounded<BITS, 16, Pair>(m, block, unpacked, tile, y);
+    case 16: return multiply_rounded<BITS, 16, Pair>(m, block, tile, y);
 #endif
   }
 }
@@ -406,26 +473,15 @@ template <int BITS, typename Pair>
 void multiply_all_rounded(const Matrices& m, const typename Pair::Element* x, typename Pair::Element* y,
                           const int64_t* starts, const int64_t* experts, int64_t count) {
   Work<RoundedTile> work(starts, experts, count);
-  constexpr int IN_WORD = 16 / BITS;
-  const int64_t blocks = m.out / LANES, words_of_block = m.groups * ((m.pairs + IN_WORD - 1) / IN_WORD) * LANES;
+  const int64_t blocks = m.out / LANES;
 #pragma omp parallel
   {
-    std::vector<int32_t> unpacked;
 #pragma omp for schedule(dynamic)
-    for (size_t i = 0; i < work.tiles.size(); i++) work.tiles[i].template fill<Pair>(x, m.groups, m.pairs);
+    for (size_t i = 0; i < work.tiles.size(); i++) work.tiles[i].template fill<BITS, Pair>(x, m);
 #pragma omp for schedule(dynamic, 4)
-    for (int64_t i = 0; i < (int64_t)work.used.size() * blocks; i++) {
-      const int64_t block = work.used[i / blocks] * blocks + i % blocks;
-      const int64_t first = work.ends[i / blocks], last = work.ends[i / blocks + 1];
-      const int32_t* given = nullptr;
-      if (last - first > 1) {
-        unpacked.resize(m.groups * m.pairs / 2 * LANES);
-        unpack_block<BITS>(m, m.words + block * words_of_block, unpacked.data());
-        given = unpacked.data();
-      }
-      for (int64_t tile = first; tile < last; tile++)
-        multiply_rounded_tile<BITS, Pair>(m, block, given, work.tiles[tile], y);
-    }
+    for (int64_t i = 0; i < (int64_t)work.used.size() * blocks; i++)
+      for (int64_t tile = work.ends[i / blocks]; tile < work.ends[i / blocks + 1]; tile++)
+        multiply_rounded_tile<BITS, Pair>(m, work.used[i / blocks] * blocks + i % blocks, work.tiles[tile], y);
   }
 }
 
@@ -450,7 +506,7 @@ extern "C" {
 // Rows that stand side by side.
 int lanes() { return LANES; }
 
-// Whether activations and products may be bfloat16 here; float32 they may always be.
+// Whether activations and products may be bfloat16 here without int8; float32 they may always be, and both with int8.
 int knows_bfloat16() {
 #ifdef __AVX512BF16__
   return 1;
@@ -474,10 +530,12 @@ void multiply_packed(int bits, const int32_t* words, const uint16_t* scale, cons
                      int64_t groups, int64_t pairs, int is_bfloat16, int in_int8, const void* x, void* y,
                      const int64_t* starts, const int64_t* experts, int64_t count) {
   const Matrices m = {words, scale, offset, out, groups, pairs};
-#if defined(INT8) && defined(__AVX512BF16__)
-  if (in_int8 && is_bfloat16) return multiply_with_int8<Bfloat16Pair>(bits, m, x, y, starts, experts, count);
-#endif
 #ifdef INT8
+#ifdef __AVX512BF16__
+  if (in_int8 && is_bfloat16) return multiply_with_int8<Bfloat16Pair>(bits, m, x, y, starts, experts, count);
+#else
+  if (in_int8 && is_bfloat16) return multiply_with_int8<Bfloat16>(bits, m, x, y, starts, experts, count);
+#endif
   if (in_int8) return multiply_with_int8<FloatPair>(bits, m, x, y, starts, experts, count);
 #endif
 #ifdef __AVX512BF16__

@@ -44,7 +44,8 @@ class Native(Kernel):
     def __init__(self, matrices: Matrices, bits: int, group_size: int) -> None:
         super().__init__(matrices, bits, group_size)
         lanes = _built().lanes()
-        in_group = -(-group_size // len(_shifts(bits)))
+        in_word, places = _unit(bits)
+        in_group = -(-group_size // len(places)) * in_word
         words = torch.empty(
             self.count, self.out // lanes, self.inp // group_size, in_group, lanes, dtype=torch.int32, device="cpu"
         )
@@ -76,10 +77,13 @@ class Native(Kernel):
         return scaled(self.codes(index), _rows(self.scales[index]), _rows(self.offsets[index]))
 
     def codes(self, index: int) -> Tensor:
-        words = _rows(self.words[index])  # (out, in / group, words)
-        shifts = torch.tensor(_shifts(self.bits), dtype=torch.int32, device="cpu")
-        codes = (words.unsqueeze(-1) >> shifts) & (2**self.bits - 1)
-        found: Tensor = codes.flatten(-2)[..., : self.group_size].to(torch.uint8).reshape(self.out, self.inp)
+        count, places = _unit(self.bits)
+        words = _rows(self.words[index]).unflatten(-1, (-1, count))  # (out, in / group, units of a group, words)
+        codes = torch.zeros(*words.shape[:-1], len(places), dtype=torch.uint8, device="cpu")
+        for column, parts in enumerate(places):
+            for word, mask, shift in parts:
+                codes[..., column] |= ((words[..., word] >> shift) & mask).to(torch.uint8)
+        found: Tensor = codes.flatten(-2)[..., : self.group_size].reshape(self.out, self.inp)
         return found
 
 
@@ -111,13 +115,13 @@ def to_words(codes: Tensor, bits: int, group_size: int, lanes: int) -> Tensor:
     Returns:
         ``(out / lanes, in / group, words of a group, lanes)`` int32.
     """
-    shifts = _shifts(bits)
-    groups = F.pad(codes.unflatten(1, (-1, group_size)), (0, -group_size % len(shifts))).unflatten(
-        -1, (-1, len(shifts))
-    )
-    words = torch.zeros(groups.shape[:-1], dtype=torch.int32, device="cpu")
-    for place, shift in enumerate(shifts):
-        words |= groups[..., place].int() << shift
+    count, places = _unit(bits)
+    units = F.pad(codes.unflatten(1, (-1, group_size)), (0, -group_size % len(places))).unflatten(-1, (-1, len(places)))
+    words = torch.zeros(*units.shape[:-1], count, dtype=torch.int32, device="cpu")
+    for column, parts in enumerate(places):
+        for word, mask, shift in parts:
+            words[..., word] |= (units[..., column].int() & mask) << shift
+    words = words.flatten(-2)
     return _lanes(words, lanes)
 
 
@@ -146,7 +150,8 @@ def multiply(
         y: ``(rows, out)`` of the dtype of ``x``.
         in_int8: Activations are rounded first, as `rounded` does; for codes of up to four bits.
     """
-    as_it_is = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and bool(library.knows_bfloat16()))
+    in_bfloat16 = x.dtype == torch.bfloat16 and (in_int8 or bool(library.knows_bfloat16()))
+    as_it_is = x.dtype == torch.float32 or in_bfloat16
     given, result = (x, y) if as_it_is else (x.float(), y.float())
     _, blocks, groups, _, lanes = form[0].shape
     sizes = blocks * lanes, groups, group_size // 2
@@ -232,9 +237,24 @@ def rounded(x: Tensor, group_size: int) -> Tensor:
     return found
 
 
-def _shifts(bits: int) -> list[int]:
-    """Where the codes of neighboring columns lie in a word: pairs, one in each half."""
-    return [bits * pair + half for pair in range(16 // bits) for half in (0, 16)]
+def _unit(bits: int) -> tuple[int, list[list[tuple[int, int, int]]]]:
+    """How words hold codes, as `Unit` in native.cpp has it.
+
+    Returns:
+        How many words belong together, and where each column's code is: ``(word, mask, shift)`` of each of its parts.
+    """
+    mask = 2**bits - 1
+    if bits != 3:  # pairs, one in each half of a word
+        return 1, [[(0, mask, bits * pair + half)] for pair in range(16 // bits) for half in (0, 16)]
+    places = []
+    for pair in range(16):
+        for half in (0, 16):
+            q, byte = pair % 8, pair // 8 * 8 + half
+            if q < 6:
+                places.append([(q // 2, mask, q % 2 * 3 + byte)])
+            else:  # in the upper two bits of bytes
+                places.append([(q - 6, 3, 6 + byte), (2, 4, q - 2 + byte)])
+    return 3, places
 
 
 def _lanes(rows: Tensor, lanes: int) -> Tensor:
