@@ -22,6 +22,7 @@ from . import stored_forms as forms
 from .mlx_names import mlx_module
 from .names import Place, places
 from .stored_forms import Stored
+from .torchao_tensors import metadata_of, parts_of, torchao
 
 
 def plan_of_checkpoint(folder: Checkpoint | str | os.PathLike[str]) -> PrecisionPlan:
@@ -29,7 +30,8 @@ def plan_of_checkpoint(folder: Checkpoint | str | os.PathLike[str]) -> Precision
 
     Args:
         folder: What AutoRound (GPTQ or AWQ packing), GPTQModel, AutoAWQ, llm-compressor (``pack-quantized``, int8),
-            mlx-lm (``affine``) or ``save_pretrained`` of a model packed here wrote; or an open `Checkpoint`.
+            mlx-lm (``affine``), transformers with torchao, or ``save_pretrained`` of a model packed here wrote; or an
+            open `Checkpoint`.
 
     Returns:
         A plan whose ``method`` is the checkpoint's ``quant_method`` and whose ``notes`` hold ``read_from``, the
@@ -58,11 +60,12 @@ def _plan_of(checkpoint: Checkpoint) -> PrecisionPlan:
     form = forms.form_of(quantization, name)
     layers, model_type = checkpoint.layers(), checkpoint.model_type
     named = forms.widths_of(quantization)
+    metadata = metadata_of(checkpoint.files) if form == forms.TORCHAO else {}
     found: list[tuple[dict[str, LayerPlan], set[int]]] = []
     problems: list[CheckpointError] = []
     for words in (forms.dense, forms.loose):
         try:
-            found.append(_read_layers(layers, _Stores(checkpoint.tensors, model_type, form, named, words)))
+            found.append(_read_layers(layers, _Stores(checkpoint.tensors, model_type, form, named, words, metadata)))
         except CheckpointError as error:
             problems.append(error)
     if not found:
@@ -79,13 +82,16 @@ def _plan_of(checkpoint: Checkpoint) -> PrecisionPlan:
 
 @dataclass(frozen=True)
 class _Stores:
-    """What a checkpoint stores: its tensors, their form, the widths that its config names, and the words of a row."""
+    """What a checkpoint stores: its tensors, their form, the widths that its config names, the words of a row, and what
+    its files say of torchao's tensors.
+    """
 
     tensors: dict[str, StoredTensor]
     model_type: str
     form: str
     named: list[int]
     words: Callable[[int, int], int]
+    metadata: dict[str, str]
 
 
 def _read_layers(layers: list[MoELayer], stores: _Stores) -> tuple[dict[str, LayerPlan], set[int]]:
@@ -123,12 +129,19 @@ def _stored(place: Place, expert: int, shape: LayerShape, stores: _Stores) -> St
             raise CheckpointError(f"layer {place.layer!r} has no {name!r} in the checkpoint")
         return forms.mlx(name, tensors, shape.num_experts, out, inp)
     for name in names:
+        if parts_of(f"{name}.weight") in tensors:
+            described_as = [f"{one}.weight" for one in names]
+            return torchao(f"{name}.weight", described_as, stores.metadata, tensors, (out, inp))
         if f"{name}.qweight" in tensors:
             return (forms.awq if stores.form == forms.AWQ else forms.gptq)(name, tensors, out, inp)
         if f"{name}.weight_packed" in tensors:
             return forms.compressed(name, tensors, out, inp, stores.named, stores.words)
         if f"{name}.weight" in tensors:
             return forms.in_bytes(name, tensors, out, inp, stores.named)
+    for whole in {place.fused, place.hub} - {""}:
+        if parts_of(whole) in tensors:
+            shape_of_all = (shape.num_experts, *shape.projections[place.projection])
+            return torchao(whole, (place.fused, whole), stores.metadata, tensors, shape_of_all)
     for whole in {place.fused, place.hub} & tensors.keys():
         slices, *matrix = tensors[whole].shape
         expected = sorted(shape.projections[place.projection])

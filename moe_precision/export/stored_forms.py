@@ -13,7 +13,7 @@ from typing import Any
 from ..checkpoints.headers import CheckpointError, StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
-GPTQ, AWQ, COMPRESSED_TENSORS, MLX = "gptq", "awq", "compressed-tensors", "mlx"
+GPTQ, AWQ, COMPRESSED_TENSORS, MLX, TORCHAO = "gptq", "awq", "compressed-tensors", "mlx", "torchao"
 _FORMS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {  # quant_method -> keys of the config, their value -> form
     "gptq": (("checkpoint_format",), dict.fromkeys(("gptq", "gptq_v2", "gptq_p"), GPTQ)),
     "auto-round": (
@@ -38,6 +38,7 @@ _FORMS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {  # quant_method ->
         ),
     ),
     "mlx": (("mode",), {"affine": MLX}),
+    "torchao": ((), {"": TORCHAO}),  # the files say it of each tensor
 }
 METHODS = tuple(_FORMS)
 PACKED = (
@@ -46,6 +47,7 @@ PACKED = (
     "_blocks",
     ".weight_scale",
     ".weight_scale_inv",
+    "_qdata",
 )  # names that no float model has
 
 
