@@ -6,9 +6,12 @@ that were never quantized.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint, opened
 from ..checkpoints.headers import CheckpointError, StoredTensor
@@ -30,8 +33,8 @@ def plan_of_checkpoint(folder: Checkpoint | str | os.PathLike[str]) -> Precision
 
     Args:
         folder: What AutoRound (GPTQ or AWQ packing), GPTQModel, AutoAWQ, llm-compressor (``pack-quantized``, int8),
-            mlx-lm (``affine``), transformers with torchao, or ``save_pretrained`` of a model packed here wrote; or an
-            open `Checkpoint`.
+            mlx-lm (``affine``), transformers with torchao, ModelOpt (NVFP4, FP8), or ``save_pretrained`` of a model
+            packed here wrote; or an open `Checkpoint`.
 
     Returns:
         A plan whose ``method`` is the checkpoint's ``quant_method`` and whose ``notes`` hold ``read_from``, the
@@ -47,7 +50,8 @@ def plan_of_checkpoint(folder: Checkpoint | str | os.PathLike[str]) -> Precision
 
 
 def _plan_of(checkpoint: Checkpoint) -> PrecisionPlan:
-    name, quantization = repr(str(checkpoint.folder)), checkpoint.quantization
+    name = repr(str(checkpoint.folder))
+    quantization = checkpoint.quantization or _of_modelopt(checkpoint.folder)
     if quantization is None:
         packed = next((tensor for tensor in checkpoint.tensors if tensor.endswith(forms.PACKED)), None)
         if packed is not None:
@@ -78,6 +82,17 @@ def _plan_of(checkpoint: Checkpoint) -> PrecisionPlan:
     widths, groups = found[0]
     notes = _read_from(checkpoint, groups)
     return PrecisionPlan(model_type, widths, min(groups, default=128), method, notes=notes)
+
+
+def _of_modelopt(folder: Path) -> dict[str, Any] | None:
+    """What ModelOpt says in a file of its own, beside a config.json that names no quantizer."""
+    path = folder / "hf_quant_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return {**json.loads(path.read_text(encoding="utf-8"))["quantization"], "quant_method": "modelopt"}
+    except (ValueError, KeyError, TypeError) as error:  # not UTF-8, not JSON, or without that key
+        raise CheckpointError(f"{str(path)!r} is damaged: {type(error).__name__}: {error}; copy it again") from error
 
 
 @dataclass(frozen=True)
@@ -136,6 +151,8 @@ def _stored(place: Place, expert: int, shape: LayerShape, stores: _Stores) -> St
             return (forms.awq if stores.form == forms.AWQ else forms.gptq)(name, tensors, out, inp)
         if f"{name}.weight_packed" in tensors:
             return forms.compressed(name, tensors, out, inp, stores.named, stores.words)
+        if f"{name}.weight" in tensors and stores.form == forms.MODELOPT:
+            return forms.modelopt(name, tensors, out, inp)
         if f"{name}.weight" in tensors:
             return forms.in_bytes(name, tensors, out, inp, stores.named)
     for whole in {place.fused, place.hub} - {""}:
