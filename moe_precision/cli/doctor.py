@@ -24,6 +24,7 @@ EXTRAS = {
     "cpu": "ARK kernels, which run packed experts on Intel CPUs",
     "auto-round": "`quantize --backend auto-round`",
     "report": "`report`, a run as an HTML page",
+    "gguf": "`show FILE.gguf`",
     "vllm": "`serve`, packed checkpoints behind OpenAI's API by vLLM on a CPU",
     "workspace": "`workspace`, a saved view in Weights & Biases",
     "peers": "optimizers and shards of torchao, bitsandbytes and DeepSpeed, for their tests",

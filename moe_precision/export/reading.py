@@ -6,9 +6,12 @@ that were never quantized.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint, opened
 from ..checkpoints.headers import CheckpointError, StoredTensor
@@ -22,6 +25,7 @@ from . import stored_forms as forms
 from .mlx_names import mlx_module
 from .names import Place, places
 from .stored_forms import Stored
+from .torchao_tensors import metadata_of, parts_of, torchao
 
 
 def plan_of_checkpoint(folder: Checkpoint | str | os.PathLike[str]) -> PrecisionPlan:
@@ -29,7 +33,8 @@ def plan_of_checkpoint(folder: Checkpoint | str | os.PathLike[str]) -> Precision
 
     Args:
         folder: What AutoRound (GPTQ or AWQ packing), GPTQModel, AutoAWQ, llm-compressor (``pack-quantized``, int8),
-            mlx-lm (``affine``) or ``save_pretrained`` of a model packed here wrote; or an open `Checkpoint`.
+            mlx-lm (``affine``), transformers with torchao, ModelOpt (NVFP4, FP8), or ``save_pretrained`` of a model
+            packed here wrote; or an open `Checkpoint`.
 
     Returns:
         A plan whose ``method`` is the checkpoint's ``quant_method`` and whose ``notes`` hold ``read_from``, the
@@ -45,7 +50,8 @@ def plan_of_checkpoint(folder: Checkpoint | str | os.PathLike[str]) -> Precision
 
 
 def _plan_of(checkpoint: Checkpoint) -> PrecisionPlan:
-    name, quantization = repr(str(checkpoint.folder)), checkpoint.quantization
+    name = repr(str(checkpoint.folder))
+    quantization = checkpoint.quantization or _of_modelopt(checkpoint.folder)
     if quantization is None:
         packed = next((tensor for tensor in checkpoint.tensors if tensor.endswith(forms.PACKED)), None)
         if packed is not None:
@@ -58,11 +64,12 @@ def _plan_of(checkpoint: Checkpoint) -> PrecisionPlan:
     form = forms.form_of(quantization, name)
     layers, model_type = checkpoint.layers(), checkpoint.model_type
     named = forms.widths_of(quantization)
+    metadata = metadata_of(checkpoint.files) if form == forms.TORCHAO else {}
     found: list[tuple[dict[str, LayerPlan], set[int]]] = []
     problems: list[CheckpointError] = []
     for words in (forms.dense, forms.loose):
         try:
-            found.append(_read_layers(layers, _Stores(checkpoint.tensors, model_type, form, named, words)))
+            found.append(_read_layers(layers, _Stores(checkpoint.tensors, model_type, form, named, words, metadata)))
         except CheckpointError as error:
             problems.append(error)
     if not found:
@@ -77,15 +84,29 @@ def _plan_of(checkpoint: Checkpoint) -> PrecisionPlan:
     return PrecisionPlan(model_type, widths, min(groups, default=128), method, notes=notes)
 
 
+def _of_modelopt(folder: Path) -> dict[str, Any] | None:
+    """What ModelOpt says in a file of its own, beside a config.json that names no quantizer."""
+    path = folder / "hf_quant_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return {**json.loads(path.read_text(encoding="utf-8"))["quantization"], "quant_method": "modelopt"}
+    except (ValueError, KeyError, TypeError) as error:  # not UTF-8, not JSON, or without that key
+        raise CheckpointError(f"{str(path)!r} is damaged: {type(error).__name__}: {error}; copy it again") from error
+
+
 @dataclass(frozen=True)
 class _Stores:
-    """What a checkpoint stores: its tensors, their form, the widths that its config names, and the words of a row."""
+    """What a checkpoint stores: its tensors, their form, the widths that its config names, the words of a row, and what
+    its files say of torchao's tensors.
+    """
 
     tensors: dict[str, StoredTensor]
     model_type: str
     form: str
     named: list[int]
     words: Callable[[int, int], int]
+    metadata: dict[str, str]
 
 
 def _read_layers(layers: list[MoELayer], stores: _Stores) -> tuple[dict[str, LayerPlan], set[int]]:
@@ -123,12 +144,21 @@ def _stored(place: Place, expert: int, shape: LayerShape, stores: _Stores) -> St
             raise CheckpointError(f"layer {place.layer!r} has no {name!r} in the checkpoint")
         return forms.mlx(name, tensors, shape.num_experts, out, inp)
     for name in names:
+        if parts_of(f"{name}.weight") in tensors:
+            described_as = [f"{one}.weight" for one in names]
+            return torchao(f"{name}.weight", described_as, stores.metadata, tensors, (out, inp))
         if f"{name}.qweight" in tensors:
             return (forms.awq if stores.form == forms.AWQ else forms.gptq)(name, tensors, out, inp)
         if f"{name}.weight_packed" in tensors:
             return forms.compressed(name, tensors, out, inp, stores.named, stores.words)
+        if f"{name}.weight" in tensors and stores.form == forms.MODELOPT:
+            return forms.modelopt(name, tensors, out, inp)
         if f"{name}.weight" in tensors:
             return forms.in_bytes(name, tensors, out, inp, stores.named)
+    for whole in {place.fused, place.hub} - {""}:
+        if parts_of(whole) in tensors:
+            shape_of_all = (shape.num_experts, *shape.projections[place.projection])
+            return torchao(whole, (place.fused, whole), stores.metadata, tensors, shape_of_all)
     for whole in {place.fused, place.hub} & tensors.keys():
         slices, *matrix = tensors[whole].shape
         expected = sorted(shape.projections[place.projection])

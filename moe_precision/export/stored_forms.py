@@ -14,6 +14,7 @@ from ..checkpoints.headers import CheckpointError, StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
 GPTQ, AWQ, COMPRESSED_TENSORS, MLX = "gptq", "awq", "compressed-tensors", "mlx"
+TORCHAO, MODELOPT = "torchao", "modelopt"
 _FORMS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {  # quant_method -> keys of the config, their value -> form
     "gptq": (("checkpoint_format",), dict.fromkeys(("gptq", "gptq_v2", "gptq_p"), GPTQ)),
     "auto-round": (
@@ -38,6 +39,11 @@ _FORMS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {  # quant_method ->
         ),
     ),
     "mlx": (("mode",), {"affine": MLX}),
+    "modelopt": (
+        ("quant_algo",),
+        dict.fromkeys(("nvfp4", "nvfp4_awq", "fp8", "mixed_precision"), MODELOPT),
+    ),
+    "torchao": ((), {"": TORCHAO}),  # the files say it of each tensor
 }
 METHODS = tuple(_FORMS)
 PACKED = (
@@ -46,6 +52,7 @@ PACKED = (
     "_blocks",
     ".weight_scale",
     ".weight_scale_inv",
+    "_qdata",
 )  # names that no float model has
 
 
@@ -76,6 +83,11 @@ def form_of(quantization: Mapping[str, Any], name: str) -> str:
     stated = [(key, quantization.get(key)) for key in keys]
     if method == "compressed-tensors":  # a group may have a format of its own
         stated += [("format", group.get("format")) for group in (quantization.get("config_groups") or {}).values()]
+    if method == "modelopt":  # and so may a module, where they differ
+        modules = (quantization.get("quantized_layers") or {}).values()
+        stated += [("quant_algo", module.get("quant_algo")) for module in modules]
+        if quantization.get("quant_algo") is None:
+            raise CheckpointError(f"{name} was quantized by 'modelopt', but does not state its quant_algo")
     said = [(key, one) for key, one in stated if one is not None]
     for key, one in said:
         if str(one).lower() not in forms:
@@ -146,6 +158,26 @@ def compressed(
     fits = packed.dtype == "I32" and rows == out and len(fitting) > 0
     check(fits, f"{name}.weight_packed", packed, (out, f"words for one of {named} bits"))
     return Stored(fitting[0], _group_size(name, f"{name}.weight_scale", 1, tensors, inp))
+
+
+def modelopt(name: str, tensors: Tensors, out: int, inp: int) -> Stored:
+    """``weight`` is NVFP4 as ``(out, in / 2)`` bytes, FP8 as ``(out, in)``, or float.
+
+    NVFP4 has a scale for 16 weights, ``(out, in / 16)`` in FP8; FP8 one for the matrix, or one for each row.
+    """
+    weight, scale = tensors[f"{name}.weight"], tensors.get(f"{name}.weight_scale")
+    if weight.dtype == "U8":
+        stored = Stored(4, _group_size(name, f"{name}.weight_scale", 1, tensors, inp))
+        scale_dtype = tensors[f"{name}.weight_scale"].dtype
+        fits = weight.shape == (out, inp // 2) and stored.group_size == 16 and scale_dtype == "F8_E4M3"
+        check(fits, f"{name}.weight", weight, (out, "in / 2, with FP8 scales for 16 weights"))
+        return stored
+    if weight.dtype == "F8_E4M3":
+        fits = weight.shape == (out, inp) and scale is not None and math.prod(scale.shape) in (1, out)
+        check(fits, f"{name}.weight", weight, (out, "in, with one scale, or one for each row"))
+        return Stored(8, inp)
+    check(weight.is_float and weight.shape == (out, inp) and scale is None, f"{name}.weight", weight, (out, inp))
+    return Stored(16, None)
 
 
 def mlx(name: str, tensors: Tensors, experts: int, out: int, inp: int) -> Stored:

@@ -133,7 +133,8 @@ def _origin(plan: PrecisionPlan) -> str:
 def _budget(plan: PrecisionPlan) -> str:
     if "read_from" in plan.notes:
         groups = " and ".join(map(str, plan.notes["group_sizes"])) or "none"
-        return f"{plan.average_bits:.4g} bits on average, groups: {groups}"
+        what = "blocks" if plan.method == "gguf" else "groups"
+        return f"{plan.average_bits:.4g} bits on average, {what}: {groups}"
     asked = "" if plan.settings is None else f"asked for {plan.settings.budget}, "
     left = plan.notes.get("left_over", 0.0)
     unused = f"{left:.2g} bits per weight left unused" if left else "nothing left unused"

@@ -429,7 +429,8 @@ def _other(tensors, config):
         (_float, "qweight', but its config.json does not say how it was quantized"),
         (
             _other,
-            "was quantized by 'hqq'; supported are gptq, auto-round, awq, compressed-tensors, mlx and moe_precision",
+            "was quantized by 'hqq'; supported are gptq, auto-round, awq, compressed-tensors, mlx, modelopt, "
+            "torchao and moe_precision",
         ),
     ],
 )

@@ -1,11 +1,16 @@
-"""ModelOpt accepts a plan and every expert's fake-quantized weight has that many values."""
+"""ModelOpt accepts a plan, every expert's fake-quantized weight has that many values, and checkpoints are read back."""
+
+import copy
+import json
 
 import modelopt.torch.quantization as mtq
 import pytest
+import torch
 import yaml
+from modelopt.torch.export import export_hf_checkpoint
 
 from moe_precision import allocate
-from moe_precision.export import export
+from moe_precision.export import export, plan_of_checkpoint
 from tests.support.models import build, logits, with_bits
 
 
@@ -28,3 +33,18 @@ def test_every_expert_is_simulated_at_its_bits(family):
                     assert (quantizer.num_bits, quantizer.block_sizes[-1]) == (bits[expert], 32)
     enabled = [name for name, one in quantizers.items() if one.is_enabled]
     assert all("experts" in name for name in enabled)
+
+
+@pytest.mark.parametrize(("algorithm", "bits"), [("NVFP4", 4), ("FP8", 8)])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_the_bits_of_an_exported_checkpoint_are_read(family, algorithm, bits, tmp_path):
+    model = build(family).to(torch.bfloat16)
+    model.config.architectures = [type(model).__name__]  # ModelOpt asks for it
+    mtq.quantize(model, copy.deepcopy(getattr(mtq, f"{algorithm}_DEFAULT_CFG")), logits)
+    export_hf_checkpoint(model, export_dir=tmp_path)
+    read = plan_of_checkpoint(tmp_path)
+    assert {width for layer in read.layers.values() for width in layer.bits} == {bits}
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))  # then hf_quant_config.json says it
+    assert plan_of_checkpoint(tmp_path).diff(read) == []
