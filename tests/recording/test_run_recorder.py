@@ -72,7 +72,12 @@ def test_files_are_those_of_a_run(model, tmp_path):
     assert plan.method == "statistics"
     files = recorder.save(tmp_path / "plan.json", plan, curvature, statistics)
     assert files == PlanFiles(tmp_path / "plan.json")
-    assert [path.name for path in files.all if path.is_file()] == [path.name for path in files.all[:-1]]  # but a grid
+    assert [path for path in files.all if path.is_file()] == [
+        files.plan,
+        files.history,
+        files.curvature,
+        files.statistics,
+    ]
     assert PrecisionPlan.load(files.plan).diff(plan) == []
 
 
