@@ -3,7 +3,7 @@
     python -m benchmarks.llama_cpp [--rounds 3] [--threads 1 2] [--only experts | models]
 
 llama.cpp is that of llama-cpp-python 0.3.36, which the command builds for this CPU in an environment of its own (once;
-it needs a C++ compiler, and takes a quarter of an hour).
+it needs a C++ compiler, and takes many minutes).
 
 *experts*: the products of one layer (8 experts of 2048 x 4096, top 2; gate and up in one), from the router's choice on:
 ours by `PackedProjection`, as in a model, and ggml's `mul_mat_id`. *models*: two such layers with attention and head in
@@ -193,7 +193,7 @@ def installed() -> str:
     """The Python of the environment with llama.cpp, which is made if it is not there."""
     python = ENVIRONMENT / "bin" / "python"
     if not (ENVIRONMENT / "installed").exists():
-        print(f"building llama.cpp in {ENVIRONMENT}: a quarter of an hour", file=sys.stderr, flush=True)
+        print(f"building llama.cpp in {ENVIRONMENT}, which takes many minutes", file=sys.stderr, flush=True)
         venv.create(ENVIRONMENT, with_pip=True)
         settings = os.environ | {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}
         command = [str(python), "-m", "pip", "install", "-q", "-c", "constraints.txt"]

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.llama_tools import TYPES, quantized
+from benchmarks.llama_tools import ROWS, TYPES, quantized
 
 STEPS = 16  # of decoding
 PROMPT = 8  # tokens before them
-_ROWS = 64  # of each expert that are quantized; the others repeat them, since values do not change the speed
 
 
 def tensors(checkpoint: Path) -> dict[str, np.ndarray]:
@@ -83,7 +82,7 @@ def write_gguf(checkpoint: Path, kind: str, path: Path) -> None:
         if kind == "bf16":
             writer.add_tensor(name, np.stack(matrices).view(np.uint8), raw_dtype=bf16)
             return
-        rows = [np.tile(quantized(kind, floats(one[:_ROWS])), (len(one) // _ROWS, 1)) for one in matrices]
+        rows = [np.tile(quantized(kind, floats(one[:ROWS])), (len(one) // ROWS, 1)) for one in matrices]
         writer.add_tensor(name, np.stack(rows), raw_dtype=gguf.GGMLQuantizationType(TYPES[kind]))
 
     add("token_embd.weight", weights["model.embed_tokens.weight"])

@@ -19,7 +19,7 @@ import numpy as np
 TYPES = {"q4_0": 2, "q2_K": 10, "q3_K": 11, "iq2_xs": 17, "bf16": 30}  # ggml.h
 STORED = {"q4_0": 4.5, "q2_K": 2.625, "q3_K": 3.4375, "iq2_xs": 2.3125, "bf16": 16}  # bits of a weight: ggml-common.h
 _F32, _I32 = 0, 26
-_ROWS = 64  # that are quantized; the others repeat them, since values do not change the speed
+ROWS = 64  # that are quantized; the others repeat them, since values do not change the speed
 
 
 class Layer(NamedTuple):
@@ -135,13 +135,13 @@ class Experts:
                 break
             g.ggml_backend_buffer_free(c_void_p(buffer))
         for weight, (inp, out) in zip(self.weights, self.shapes, strict=True):
-            data = np.tile(quantized(kind, self._rows(inp)), (out * layer.experts // _ROWS, 1))
+            data = np.tile(quantized(kind, self._rows(inp)), (out * layer.experts // ROWS, 1))
             g.ggml_backend_tensor_set(weight, c_void_p(data.ctypes.data), c_size_t(0), c_size_t(data.nbytes))
         self._check()
 
     @staticmethod
     def _rows(inp: int) -> np.ndarray:
-        return np.random.default_rng(0).standard_normal((_ROWS, inp), np.float32)
+        return np.random.default_rng(0).standard_normal((ROWS, inp), np.float32)
 
     def _check(self) -> None:
         """Both products are those of the rows that were quantized, up to what that costs."""
@@ -149,8 +149,8 @@ class Experts:
         self.prepare(given, 1)
         self.run(routes(9, 0, self.layer)[0])
         for x, y, (inp, _) in zip((given[0][:, None], given[1]), self.results(9), self.shapes, strict=True):
-            expected = np.broadcast_to(x @ self._rows(inp).T, (9, self.layer.top, _ROWS))
-            error = np.linalg.norm(y[..., :_ROWS] - expected) / np.linalg.norm(expected)
+            expected = np.broadcast_to(x @ self._rows(inp).T, (9, self.layer.top, ROWS))
+            error = np.linalg.norm(y[..., :ROWS] - expected) / np.linalg.norm(expected)
             assert error < 0.4, f"{self.kind} in ggml is off by {error:.2f}"
 
     def _buffer_types(self) -> list[int]:

@@ -40,7 +40,6 @@ class TaughtSteps:
             raise ValueError(f"teacher_weight must be above 0 and at most 1, got {weight}: teacher=None leaves it out")
         self._owner, self._asked, self._weight = owner, teacher, weight
         self._weights: dict[str, Tensor] = {}
-        self._used = False
         self.teacher: Teacher | None = None
 
     def check(self, model: nn.Module, grid: Grid | None, files: RunFiles) -> None:
@@ -62,7 +61,7 @@ class TaughtSteps:
         taught(model)
         if self._asked != START:
             self._weights = teacher_weights(self._asked, model)
-        elif grid is not None and files.written:
+        elif grid is not None:
             self._weights = load_teacher(files.paths.teacher, model, grid)
 
     def take(self, model: nn.Module) -> None:
@@ -84,8 +83,8 @@ class TaughtSteps:
 
     def begin(self, model: nn.Module, hooks: GridHooks) -> None:
         """Once the experts are on the grid."""
-        if self._weights:
-            self.teacher, self._weights, self._used = Teacher(model, self._weights, self._weight, hooks), {}, False
+        if self._asked is not None:
+            self.teacher, self._weights = Teacher(model, self._weights, self._weight, hooks), {}
             what = "the model as it was when annealing began" if self._asked == START else repr(self._asked)
             rank_zero_info(
                 f"{self._owner}: {what} is the teacher, in the place of {self._weight:g} of the labels' loss; it takes "
@@ -101,11 +100,10 @@ class TaughtSteps:
         """After an annealed step.
 
         Raises:
-            AnnealError: It was the first one, and the model has learned nothing from its teacher.
+            AnnealError: The model has learned nothing from its teacher.
         """
-        if self.teacher is not None and not self._used:
+        if self.teacher is not None:
             self.teacher.check_used()
-            self._used = True
 
     def metrics(self) -> dict[str, float]:
         """What to log for a step."""

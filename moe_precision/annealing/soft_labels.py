@@ -61,7 +61,7 @@ class _SoftLabels(torch.autograd.Function):
             p = (t - normalizers[rows].unsqueeze(-1)).exp_()
             values[rows] = z.gather(-1, labels[rows]).squeeze(-1) - (p * (z - t)).sum(-1) - normalizers[rows]
             kept[rows] = p
-        if not bool(normalizers[counts].isfinite().all()):
+        if not bool(normalizers.where(counts, 0.0).isfinite().all()):
             raise AnnealError("the teacher's logits are not finite: is its checkpoint intact, its dtype wide enough?")
         kept[~counts] = 0  # whatever their logits are, they get no gradient
         ctx.save_for_backward(kept, counts, labels)

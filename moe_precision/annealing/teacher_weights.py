@@ -56,7 +56,7 @@ def teacher_weights(checkpoint: str | os.PathLike[str], model: nn.Module) -> dic
         Name in the transformers model -> tensor on the CPU, in the dtype of the model's own.
 
     Raises:
-        AnnealError: The checkpoint is quantized, or of another class, vocabulary or shape.
+        AnnealError: The checkpoint is quantized or incomplete, or of another class, vocabulary, shape or config.
         CheckpointError: The folder is missing or damaged.
     """
     root, teacher = taught(model), f"the teacher {str(checkpoint)!r}"

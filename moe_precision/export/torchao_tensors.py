@@ -7,6 +7,7 @@ class under ``wi.weight``. torchao quantizes modules alone unless it is told oth
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,7 @@ def torchao(
             f"{parameter!r} is a tensor of torchao, but the file's metadata says {said!r} of it, which cannot be read. "
             + _WAY_OUT
         ) from error
-    weights = 1
-    for dimension in shape:
-        weights *= dimension
+    weights = math.prod(shape)
     if kind == _UNPACKED:
         target = str((data.get("target_dtype") or {}).get("_data"))
         bits = int(target[3:]) if target in {f"int{width}" for width in range(1, 9)} else 0
