@@ -38,8 +38,11 @@ class NoMatrices(nn.Module):
         zero = x.new_zeros(*x.shape[:-1], self.shape[1])
         return zero + x[..., :0].sum() if x.requires_grad and torch.is_grad_enabled() else zero
 
+    def kernel_for(self, x: Tensor) -> None:
+        """None: there is nothing to multiply."""
+
     def grouped(self, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor) -> None:
-        """Leaves ``y`` as it is: see `Kernel.grouped`."""
+        """Leaves ``y`` as it is: see `PackedMatrices.grouped`."""
 
 
 Bucket = PackedMatrices | DenseMatrices | NoMatrices

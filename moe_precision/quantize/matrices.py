@@ -100,19 +100,27 @@ class PackedMatrices(nn.Module):
             return grouped.linear(x, one, self.bits, self.group_size)
         return F.linear(x, self.weight(index, x.dtype))
 
-    def grouped(self, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor) -> None:
-        """See `Kernel.grouped`; gradients flow from ``y`` to ``x``."""
+    def kernel_for(self, x: Tensor) -> Kernel | None:
+        """The kernel that multiplies rows ``x`` ``(rows, in)``; None if `grouped` does."""
         self._check(x)
+        if x.is_cuda or (x.requires_grad and torch.is_grad_enabled()):
+            return None
+        self._enter_kernel(self.request(x.device, x.dtype))
+        return self.kernel
+
+    def grouped(self, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor) -> None:
+        """Writes the products of rows that no kernel multiplies: see `Kernel.grouped`.
+
+        Args:
+            x: ``(rows, in)``; gradients flow to it from ``y``.
+            starts: ``(experts of the layer + 1,)`` int64.
+            experts: ``(count,)`` int64: whose matrices these are.
+            y: ``(rows, out)``.
+        """
         if grouped.fits(x, self.held()):
             grouped.multiply(x, starts, experts, self.held(), self.bits, self.group_size, y)
-            return
-        differentiated = x.requires_grad and torch.is_grad_enabled()
-        if not differentiated:
-            self._enter_kernel(self.request(x.device, x.dtype))
-        if self.kernel is None or differentiated:
-            multiply_rows(self, x, starts, experts, y, together=x.device.type != "cpu")
         else:
-            self.kernel.grouped(x, starts, experts, y)
+            multiply_rows(self, x, starts, experts, y, together=x.device.type != "cpu")
 
     def described(self, dtype: torch.dtype) -> str:
         """Kernel, width, number and shape, for activations of ``dtype`` if no kernel has been chosen yet."""
@@ -252,8 +260,11 @@ class DenseMatrices(nn.Module):
         """``x @ W.T`` for ``x`` ``(..., in)``."""
         return F.linear(x, self.matrices[index])
 
+    def kernel_for(self, x: Tensor) -> None:
+        """None: `grouped` multiplies."""
+
     def grouped(self, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor) -> None:
-        """See `Kernel.grouped`; gradients flow from ``y`` to ``x``."""
+        """See `PackedMatrices.grouped`."""
         multiply_rows(self, x, starts, experts, y, together=x.device.type != "cpu")
 
 

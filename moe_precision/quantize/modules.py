@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..compat import apply_gate, experts_implementation
 from .buckets import Bucket, bucket_of
 from .codec.fitting import Fit, quantize_matrix
+from .kernels import Kernel
 from .matrices import PackedMatrices, check_plain
 
 Activations = Literal["int8", "bfloat16"]
@@ -36,12 +37,12 @@ class PackedProjection(nn.Module):
     ) -> None:
         super().__init__()
         self.out = shape[0]
-        self._place: list[tuple[str, int]] = []  # expert -> (bucket, index in it)
-        self._experts: dict[str, list[int]] = {f"bits_{width}": [] for width in sorted(set(bits))}  # and back
-        for expert, width in enumerate(bits):
-            experts = self._experts[f"bits_{width}"]
-            self._place.append((f"bits_{width}", len(experts)))
-            experts.append(expert)
+        self._experts = {
+            f"bits_{width}": tuple(expert for expert, other in enumerate(bits) if other == width)
+            for width in sorted(set(bits))
+        }
+        places = [(expert, name, index) for name, held in self._experts.items() for index, expert in enumerate(held)]
+        self._place = [(name, index) for _, name, index in sorted(places)]  # of each expert: bucket, index in it
         for width in sorted(set(bits)):
             count = len(self._experts[f"bits_{width}"])
             self.add_module(f"bits_{width}", bucket_of(width, count, *shape, group_size, dtype, device))
@@ -94,11 +95,21 @@ class PackedProjection(nn.Module):
             raise ValueError(
                 f"starts is {tuple(starts.shape)} of {starts.dtype}, expected ({len(self._place) + 1},) of torch.int64"
             )
-        if x.device.type == "cpu" and not 0 <= int(starts[0]) <= int(starts[-1]) <= len(x):
-            raise ValueError(f"starts goes from {int(starts[0])} to {int(starts[-1])}, but there are {len(x)} rows")
+        if x.device.type == "cpu":
+            first, *_, last = starts.tolist()
+            if not 0 <= first <= last <= len(x):
+                raise ValueError(f"starts goes from {first} to {last}, but there are {len(x)} rows")
         y = x.new_zeros(len(x), self.out)
-        for bucket, experts in self._experts.items():
-            self._modules[bucket].grouped(x, starts, _indices(tuple(experts), x.device), y)  # type: ignore[union-attr, operator]
+        by_kernel: dict[type[Kernel], list[tuple[Kernel, Tensor]]] = {}
+        for name, experts in self._experts.items():
+            bucket, indices = self._modules[name], _indices(experts, x.device)
+            kernel = bucket.kernel_for(x)  # type: ignore[union-attr, operator]
+            if kernel is None:
+                bucket.grouped(x, starts, indices, y)  # type: ignore[union-attr, operator]
+            else:
+                by_kernel.setdefault(type(kernel), []).append((kernel, indices))
+        for kind, buckets in by_kernel.items():
+            kind.grouped(buckets, x, starts, y)
         if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
             y = y + x[:0].sum()  # 0: no row belongs to an expert, and the result has a graph all the same
         return y

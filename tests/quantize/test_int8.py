@@ -39,8 +39,10 @@ def test_a_product_is_that_of_the_rounded_activations(bits, group_size, monkeypa
         assert type(matrices.kernel) is NativeInt8
         y = torch.empty(tokens, 48)
         starts = torch.tensor([0, tokens])
-        form = tuple(tensor[1:] for tensor in matrices.kernel.form)
-        native.multiply(native.library(), form, bits, group_size, x, starts, starts[:1], y, in_int8=True)
+        _, *parts = matrices.kernel.form
+        form = native.Words(bits, *(part[1:] for part in parts))
+        experts = starts[:1]
+        native.multiply(native.library(), [(form, experts)], group_size, x, starts, y, in_int8=True)
         expected = rounded(x, group_size) @ weight.T
         assert (y - expected).norm() <= 1e-5 * expected.norm()
 

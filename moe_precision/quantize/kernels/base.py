@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -104,17 +105,20 @@ class Kernel(nn.Module):
         """Does `linear` for contiguous ``x`` ``(tokens, in)``."""
         raise NotImplementedError
 
-    def grouped(self, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor) -> None:
+    @classmethod
+    def grouped(cls, buckets: Sequence[tuple[Kernel, Tensor]], x: Tensor, starts: Tensor, y: Tensor) -> None:
         """Writes each row's product with the matrix of its expert; rows of other experts are left as they are.
 
         Args:
+            buckets: Kernels of this class, at least one, each with the experts whose matrices it holds: ``(count,)``
+                int64. All matrices have one shape and one group size; widths differ.
             x: ``(rows, in)``, those of expert 0 first.
             starts: ``(experts of the layer + 1,)`` int64: where the rows of each expert begin, and where all end.
-            experts: ``(count,)`` int64: whose matrices these are.
             y: ``(rows, out)`` of the dtype of ``x``, contiguous.
         """
-        for index, rows in spans(starts, experts):
-            y[rows] = self.linear(index, x[rows])
+        for kernel, experts in buckets:
+            for index, rows in spans(starts, experts):
+                y[rows] = kernel.linear(index, x[rows])
 
     def matrix(self, index: int) -> Matrices:
         """One matrix as the checkpoint holds it, bit for bit: a bucket of one."""

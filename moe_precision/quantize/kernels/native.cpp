@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
 #define INT8 1
@@ -173,7 +174,10 @@ struct Bfloat16Pair : Bfloat16 {
 };
 #endif
 
+// Matrices of one width and one shape.
 struct Matrices {
+  int64_t bits, count;
+  const int64_t* experts;  // (count), whose matrices they are
   const int32_t* words;    // (count, out / LANES, groups, words of a group, LANES)
   const uint16_t* scale;   // (count, out / LANES, groups, LANES) float16
   const uint16_t* offset;  // the same
@@ -183,14 +187,38 @@ struct Matrices {
   int64_t units() const { return (pairs + Unit<BITS>::PAIRS - 1) / Unit<BITS>::PAIRS; }  // in a group
 };
 
-// The activations of some tokens of one expert: (in / 2, width) pairs, and the sums of each group (groups, width).
-template <typename Pair>
-struct Tile {
-  int64_t first, tokens, width;
+// Calls `go` with a number that is known when this is compiled: a width up to MOST, or a power of two up to MOST.
+template <int MOST, typename Go>
+inline void with_bits(int64_t bits, const Go& go) {
+  if (bits == MOST) return go(std::integral_constant<int, MOST>());
+  if constexpr (MOST > 1) with_bits<MOST - 1>(bits, go);
+}
+
+template <int MOST, typename Go>
+inline void with_tokens(int64_t tokens, const Go& go) {
+  if (tokens == MOST) return go(std::integral_constant<int, MOST>());
+  if constexpr (MOST > 1) with_tokens<MOST / 2>(tokens, go);
+}
+
+// Some tokens of one expert.
+struct Tokens {
+  const Matrices* of;
+  int64_t first, tokens, width;  // width: tokens at a time, the last of which may be none
+};
+
+// Their activations: (in / 2, width) pairs, and the sums of each group (groups, width).
+template <typename OfPair>
+struct Tile : Tokens {
+  typedef OfPair Pair;
+  static constexpr int MOST_BITS = 8;
   std::vector<Pair> pairs;
   std::vector<float> sums;
 
-  void fill(const typename Pair::Element* x, int64_t groups, int64_t pairs_of_group) {
+  explicit Tile(const Tokens& which) : Tokens(which) {}
+
+  template <int>
+  void fill(const typename Pair::Element* x) {
+    const int64_t groups = of->groups, pairs_of_group = of->pairs;
     pairs.resize(groups * pairs_of_group * width);
     sums.resize(groups * width);
     for (int64_t t = 0; t < tokens; t++) {
@@ -210,8 +238,9 @@ struct Tile {
 
 // As many rows as there are lanes times the tokens of a tile.
 template <int BITS, int TOKENS, typename Pair>
-void multiply_block(const Matrices& m, int64_t block, const Tile<Pair>& tile, typename Pair::Element* y) {
+void multiply_block(const Tile<Pair>& tile, int64_t block, typename Pair::Element* y) {
   typedef Unit<BITS> Of;
+  const Matrices& m = *tile.of;
   const int32_t* word = m.words + block * m.groups * m.units<BITS>() * Of::WORDS * LANES;
   const Pair* x = tile.pairs.data();
   Floats totals[TOKENS] = {};
@@ -237,73 +266,6 @@ void multiply_block(const Matrices& m, int64_t block, const Tile<Pair>& tile, ty
   }
   const int64_t column = block % (m.out / LANES) * LANES;
   for (int64_t t = 0; t < tile.tokens; t++) Pair::store(y + (tile.first + t) * m.out + column, totals[t]);
-}
-
-template <int BITS, typename Pair>
-void multiply_tile(const Matrices& m, int64_t block, const Tile<Pair>& tile, typename Pair::Element* y) {
-  switch (tile.width) {
-    case 1: return multiply_block<BITS, 1>(m, block, tile, y);
-    case 2: return multiply_block<BITS, 2>(m, block, tile, y);
-    case 4: return multiply_block<BITS, 4>(m, block, tile, y);
-    case 8: return multiply_block<BITS, 8>(m, block, tile, y);
-#ifdef __AVX512F__
-    case 16: return multiply_block<BITS, 16>(m, block, tile, y);
-#endif
-  }
-}
-
-// Tiles of the rows of all matrices; which matrices have rows, and where the tiles of each end.
-template <typename Of>
-struct Work {
-  std::vector<Of> tiles;
-  std::vector<int64_t> used, ends = {0};
-
-  Work(const int64_t* starts, const int64_t* experts, int64_t count) {
-    for (int64_t matrix = 0; matrix < count; matrix++) {
-      const int64_t last = starts[experts[matrix] + 1];
-      for (int64_t first = starts[experts[matrix]], width; first < last; first += width) {
-        width = TILE;
-        while (width / 2 >= last - first) width /= 2;
-        tiles.push_back({first, width < last - first ? width : last - first, width, {}, {}});
-      }
-      if ((int64_t)tiles.size() == ends.back()) continue;
-      used.push_back(matrix);
-      ends.push_back(tiles.size());
-    }
-  }
-};
-
-template <int BITS, typename Pair>
-void multiply_all(const Matrices& m, const typename Pair::Element* x, typename Pair::Element* y, const int64_t* starts,
-                  const int64_t* experts, int64_t count) {
-  Work<Tile<Pair>> work(starts, experts, count);
-  const int64_t blocks = m.out / LANES;
-#pragma omp parallel
-  {
-#pragma omp for schedule(dynamic)
-    for (size_t i = 0; i < work.tiles.size(); i++) work.tiles[i].fill(x, m.groups, m.pairs);
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t i = 0; i < (int64_t)work.used.size() * blocks; i++)
-      for (int64_t tile = work.ends[i / blocks]; tile < work.ends[i / blocks + 1]; tile++)
-        multiply_tile<BITS, Pair>(m, work.used[i / blocks] * blocks + i % blocks, work.tiles[tile], y);
-  }
-}
-
-template <typename Pair>
-void multiply(int bits, const Matrices& m, const void* x, void* y, const int64_t* starts, const int64_t* experts,
-              int64_t count) {
-  const auto from = (const typename Pair::Element*)x;
-  const auto to = (typename Pair::Element*)y;
-  switch (bits) {
-    case 1: return multiply_all<1, Pair>(m, from, to, starts, experts, count);
-    case 2: return multiply_all<2, Pair>(m, from, to, starts, experts, count);
-    case 3: return multiply_all<3, Pair>(m, from, to, starts, experts, count);
-    case 4: return multiply_all<4, Pair>(m, from, to, starts, experts, count);
-    case 5: return multiply_all<5, Pair>(m, from, to, starts, experts, count);
-    case 6: return multiply_all<6, Pair>(m, from, to, starts, experts, count);
-    case 7: return multiply_all<7, Pair>(m, from, to, starts, experts, count);
-    case 8: return multiply_all<8, Pair>(m, from, to, starts, experts, count);
-  }
 }
 
 #ifdef INT8
@@ -372,14 +334,19 @@ inline float float_of(int32_t bits) {
 }
 
 // The rounded activations of some tokens of one expert.
-struct RoundedTile {
-  int64_t first, tokens, width;
+template <typename OfPair>
+struct RoundedTile : Tokens {
+  typedef OfPair Pair;
+  static constexpr int MOST_BITS = 4;
   std::vector<int32_t> quads;  // (groups, units of a group, quads of a unit, width)
   std::vector<float> sizes, sums;  // (groups, width): of one step, and of all activations of a group
 
-  template <int BITS, typename Pair>
-  void fill(const typename Pair::Element* x, const Matrices& m) {
+  explicit RoundedTile(const Tokens& which) : Tokens(which) {}
+
+  template <int BITS>
+  void fill(const typename Pair::Element* x) {
     constexpr int QUADS = Unit<BITS>::PAIRS / 2;
+    const Matrices& m = *of;
     const int64_t columns = 2 * m.pairs, units = m.units<BITS>();
     quads.assign(m.groups * units * QUADS * width, 0);
     sizes.assign(m.groups * width, 0);
@@ -416,10 +383,10 @@ struct RoundedTile {
   }
 };
 
-// As `multiply_block`.
 template <int BITS, int TOKENS, typename Pair>
-void multiply_rounded(const Matrices& m, int64_t block, const RoundedTile& tile, typename Pair::Element* y) {
+void multiply_block(const RoundedTile<Pair>& tile, int64_t block, typename Pair::Element* y) {
   typedef Unit<BITS> Of;
+  const Matrices& m = *tile.of;
   constexpr int QUADS = Of::PAIRS / 2, AT_ONCE = Sums<BITS>::QUADS / QUADS;  // units between two calls of `widen`
   constexpr int AHEAD = 512;  // words that are prefetched early enough
   const int64_t units = m.units<BITS>();
@@ -456,48 +423,51 @@ void multiply_rounded(const Matrices& m, int64_t block, const RoundedTile& tile,
   for (int64_t t = 0; t < tile.tokens; t++) Pair::store(y + (tile.first + t) * m.out + column, totals[t]);
 }
 
-template <int BITS, typename Pair>
-void multiply_rounded_tile(const Matrices& m, int64_t block, const RoundedTile& tile, typename Pair::Element* y) {
-  switch (tile.width) {
-    case 1: return multiply_rounded<BITS, 1, Pair>(m, block, tile, y);
-    case 2: return multiply_rounded<BITS, 2, Pair>(m, block, tile, y);
-    case 4: return multiply_rounded<BITS, 4, Pair>(m, block, tile, y);
-    case 8: return multiply_rounded<BITS, 8, Pair>(m, block, tile, y);
-#ifdef __AVX512F__
-    case 16: return multiply_rounded<BITS, 16, Pair>(m, block, tile, y);
 #endif
-  }
-}
 
-template <int BITS, typename Pair>
-void multiply_all_rounded(const Matrices& m, const typename Pair::Element* x, typename Pair::Element* y,
-                          const int64_t* starts, const int64_t* experts, int64_t count) {
-  Work<RoundedTile> work(starts, experts, count);
-  const int64_t blocks = m.out / LANES;
+// Rows of `y` become those of `x` times the transposes of their experts' matrices, whatever the width of each.
+template <typename Tile>
+void multiply_all(const Matrices* widths, int64_t count, const void* x, void* y, const int64_t* starts) {
+  typedef typename Tile::Pair::Element Element;
+  std::vector<Tile> tiles;
+  struct Used {
+    int64_t matrix;
+    size_t first, last;  // tiles
+  };
+  std::vector<Used> used;
+  for (const Matrices* m = widths; m < widths + count; m++) {
+    for (int64_t matrix = 0; matrix < m->count; matrix++) {
+      const size_t before = tiles.size();
+      const int64_t last = starts[m->experts[matrix] + 1];
+      for (int64_t first = starts[m->experts[matrix]], width; first < last; first += width) {
+        width = TILE;
+        while (width / 2 >= last - first) width /= 2;
+        tiles.emplace_back(Tokens{m, first, width < last - first ? width : last - first, width});
+      }
+      if (tiles.size() > before) used.push_back({matrix, before, tiles.size()});
+    }
+  }
+  const int64_t blocks = widths->out / LANES;
 #pragma omp parallel
   {
 #pragma omp for schedule(dynamic)
-    for (size_t i = 0; i < work.tiles.size(); i++) work.tiles[i].template fill<BITS, Pair>(x, m);
+    for (size_t i = 0; i < tiles.size(); i++)
+      with_bits<Tile::MOST_BITS>(tiles[i].of->bits, [&](auto bits) {
+        tiles[i].template fill<decltype(bits)::value>((const Element*)x);
+      });
 #pragma omp for schedule(dynamic, 4)
-    for (int64_t i = 0; i < (int64_t)work.used.size() * blocks; i++)
-      for (int64_t tile = work.ends[i / blocks]; tile < work.ends[i / blocks + 1]; tile++)
-        multiply_rounded_tile<BITS, Pair>(m, work.used[i / blocks] * blocks + i % blocks, work.tiles[tile], y);
+    for (int64_t i = 0; i < (int64_t)used.size() * blocks; i++) {
+      const Used& now = used[i / blocks];
+      const int64_t block = now.matrix * blocks + i % blocks;
+      with_bits<Tile::MOST_BITS>(tiles[now.first].of->bits, [&](auto bits) {
+        for (size_t tile = now.first; tile < now.last; tile++)
+          with_tokens<TILE>(tiles[tile].width, [&](auto tokens) {
+            multiply_block<decltype(bits)::value, decltype(tokens)::value>(tiles[tile], block, (Element*)y);
+          });
+      });
+    }
   }
 }
-
-template <typename Pair>
-void multiply_with_int8(int bits, const Matrices& m, const void* x, void* y, const int64_t* starts,
-                        const int64_t* experts, int64_t count) {
-  const auto from = (const typename Pair::Element*)x;
-  const auto to = (typename Pair::Element*)y;
-  switch (bits) {
-    case 1: return multiply_all_rounded<1, Pair>(m, from, to, starts, experts, count);
-    case 2: return multiply_all_rounded<2, Pair>(m, from, to, starts, experts, count);
-    case 3: return multiply_all_rounded<3, Pair>(m, from, to, starts, experts, count);
-    case 4: return multiply_all_rounded<4, Pair>(m, from, to, starts, experts, count);
-  }
-}
-#endif
 
 }  // namespace
 
@@ -524,24 +494,22 @@ int most_bits_with_int8() {
 #endif
 }
 
-// Rows starts[e] to starts[e + 1] of y (rows, out) become those of x (rows, 2 * groups * pairs) times the transpose of
-// matrix i, for each i below count, whose expert is e = experts[i].
-void multiply_packed(int bits, const int32_t* words, const uint16_t* scale, const uint16_t* offset, int64_t out,
-                     int64_t groups, int64_t pairs, int is_bfloat16, int in_int8, const void* x, void* y,
-                     const int64_t* starts, const int64_t* experts, int64_t count) {
-  const Matrices m = {words, scale, offset, out, groups, pairs};
+// For each of `count` widths and each of their matrices i, whose expert is e = experts[i]: rows starts[e] to starts[e + 1]
+// of y (rows, out) become those of x (rows, 2 * groups * pairs) times its transpose. All matrices have one shape.
+void multiply_packed(const Matrices* widths, int64_t count, int is_bfloat16, int in_int8, const void* x, void* y,
+                     const int64_t* starts) {
 #ifdef INT8
 #ifdef __AVX512BF16__
-  if (in_int8 && is_bfloat16) return multiply_with_int8<Bfloat16Pair>(bits, m, x, y, starts, experts, count);
+  if (in_int8 && is_bfloat16) return multiply_all<RoundedTile<Bfloat16Pair>>(widths, count, x, y, starts);
 #else
-  if (in_int8 && is_bfloat16) return multiply_with_int8<Bfloat16>(bits, m, x, y, starts, experts, count);
+  if (in_int8 && is_bfloat16) return multiply_all<RoundedTile<Bfloat16>>(widths, count, x, y, starts);
 #endif
-  if (in_int8) return multiply_with_int8<FloatPair>(bits, m, x, y, starts, experts, count);
+  if (in_int8) return multiply_all<RoundedTile<FloatPair>>(widths, count, x, y, starts);
 #endif
 #ifdef __AVX512BF16__
-  if (is_bfloat16) return multiply<Bfloat16Pair>(bits, m, x, y, starts, experts, count);
+  if (is_bfloat16) return multiply_all<Tile<Bfloat16Pair>>(widths, count, x, y, starts);
 #endif
-  multiply<FloatPair>(bits, m, x, y, starts, experts, count);
+  multiply_all<Tile<FloatPair>>(widths, count, x, y, starts);
 }
 
 }

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,32 @@ from .base import Kernel, Matrices, Request, scaled
 from .compiler import compiled
 
 _SOURCE = Path(__file__).with_name("native.cpp")
+
+
+class Words(NamedTuple):
+    """Matrices of one width as the kernel reads them, all contiguous.
+
+    Attributes:
+        bits: Width of a code.
+        words: ``(count, out / lanes, in / group, words of a group, lanes)`` int32.
+        scales: ``(count, out / lanes, in / group, lanes)`` float16.
+        offsets: The same.
+    """
+
+    bits: int
+    words: Tensor
+    scales: Tensor
+    offsets: Tensor
+
+
+class _Matrices(ctypes.Structure):
+    """`Matrices` in native.cpp."""
+
+    _fields_ = tuple(
+        [(name, ctypes.c_int64) for name in ("bits", "count")]
+        + [(name, ctypes.c_void_p) for name in ("experts", "words", "scale", "offset")]
+        + [(name, ctypes.c_int64) for name in ("out", "groups", "pairs")]
+    )
 
 
 class Native(Kernel):
@@ -53,21 +80,19 @@ class Native(Kernel):
             words[index] = to_words(unpack(codes, bits), bits, group_size, lanes)
         scales, offsets = (torch.stack([_lanes(one, lanes) for one in tensor]) for tensor in matrices.floats())
         self.keep(words=words, scales=scales, offsets=offsets)
+        self.form = Words(bits, words, scales, offsets)  # the same tensors: reading buffers takes time
 
     def multiply(self, index: int, x: Tensor) -> Tensor:
         y = x.new_empty(len(x), self.out)
-        form = tuple(tensor[index : index + 1] for tensor in self.form)
+        one = Words(self.bits, *(tensor[index : index + 1] for tensor in self.form[1:]))
         starts = torch.tensor([0, len(x)], device="cpu")
-        multiply(_built(), form, self.bits, self.group_size, x, starts, starts[:1], y, self.in_int8)
+        multiply(_built(), [(one, starts[:1])], self.group_size, x, starts, y, self.in_int8)
         return y
 
-    def grouped(self, x: Tensor, starts: Tensor, experts: Tensor, y: Tensor) -> None:
-        multiply(_built(), self.form, self.bits, self.group_size, x.contiguous(), starts, experts, y, self.in_int8)
-
-    @property
-    def form(self) -> tuple[Tensor, ...]:
-        """The arguments of `multiply`."""
-        return self.words, self.scales, self.offsets
+    @classmethod
+    def grouped(cls, buckets: Sequence[tuple[Kernel, Tensor]], x: Tensor, starts: Tensor, y: Tensor) -> None:
+        forms = [(kernel.form, experts) for kernel, experts in buckets if isinstance(kernel, Native)]
+        multiply(_built(), forms, buckets[0][0].group_size, x.contiguous(), starts, y, cls.in_int8)
 
     def matrix(self, index: int) -> Matrices:
         scale, offset = (_rows(tensor[index]).unsqueeze(0) for tensor in (self.scales, self.offsets))
@@ -127,12 +152,10 @@ def to_words(codes: Tensor, bits: int, group_size: int, lanes: int) -> Tensor:
 
 def multiply(
     library: ctypes.CDLL,
-    form: tuple[Tensor, ...],
-    bits: int,
+    buckets: Sequence[tuple[Words, Tensor]],
     group_size: int,
     x: Tensor,
     starts: Tensor,
-    experts: Tensor,
     y: Tensor,
     in_int8: bool = False,
 ) -> None:
@@ -140,24 +163,23 @@ def multiply(
 
     Args:
         library: The compiled kernel.
-        form: Words ``(count, out / lanes, in / group, words of a group, lanes)`` int32; scales
-            ``(count, out / lanes, in / group, lanes)`` float16; offsets, the same.
-        bits: Width of a code.
+        buckets: Matrices of one shape, at least one width, and the experts of each, ``(count,)`` int64.
         group_size: Weights that share a scale and an offset.
         x: ``(rows, in)`` of any float dtype.
         starts: ``(experts of the layer + 1,)`` int64.
-        experts: ``(count,)`` int64.
         y: ``(rows, out)`` of the dtype of ``x``.
         in_int8: Activations are rounded first, as `rounded` does; for codes of up to four bits.
     """
     in_bfloat16 = x.dtype == torch.bfloat16 and (in_int8 or bool(library.knows_bfloat16()))
     as_it_is = x.dtype == torch.float32 or in_bfloat16
     given, result = (x, y) if as_it_is else (x.float(), y.float())
-    _, blocks, groups, _, lanes = form[0].shape
-    sizes = blocks * lanes, groups, group_size // 2
-    matrices = (tensor.data_ptr() for tensor in form)
-    rows = (tensor.data_ptr() for tensor in (given, result, starts, experts))
-    library.multiply_packed(bits, *matrices, *sizes, given.dtype == torch.bfloat16, in_int8, *rows, len(experts))
+    widths = (_Matrices * len(buckets))()
+    for width, (form, experts) in zip(widths, buckets, strict=True):
+        _, blocks, groups, _, lanes = form.words.shape
+        addresses = (tensor.data_ptr() for tensor in (experts, *form[1:]))
+        width.__init__(form.bits, len(experts), *addresses, blocks * lanes, groups, group_size // 2)
+    rows = given.data_ptr(), result.data_ptr(), starts.data_ptr()
+    library.multiply_packed(widths, len(buckets), given.dtype == torch.bfloat16, in_int8, *rows)
     if result is not y:
         y.copy_(result)
 
@@ -190,18 +212,20 @@ def _checked(built: ctypes.CDLL) -> ctypes.CDLL:
         OSError: A product is not that of the dequantized weight.
     """
     number, address = ctypes.c_int64, ctypes.c_void_p
-    arguments: list[Any] = [ctypes.c_int, *[address] * 3, *[number] * 3, *[ctypes.c_int] * 2, *[address] * 4, number]
-    built.multiply_packed.argtypes = arguments
+    built.multiply_packed.argtypes = [address, number, *[ctypes.c_int] * 2, *[address] * 3]
     built.multiply_packed.restype = None
     lanes, group_size = built.lanes(), 24  # with words that are not full
     random = torch.Generator().manual_seed(0)
     starts, experts = torch.tensor([0, 1, 5, 24]), torch.tensor([2, 0])  # expert 1 has no matrix here
+    before = None
     for bits in range(1, 9):
-        codes = torch.randint(0, 2**bits, (2, 2 * lanes, 2 * group_size), generator=random, dtype=torch.uint8)
-        scale, offset = torch.randn(2, 2, 2 * lanes, 2, generator=random, dtype=torch.float32).half()
-        weights = scaled(codes, scale, offset)
-        words = torch.stack([to_words(one, bits, group_size, lanes) for one in codes])
-        form = words, *(torch.stack([_lanes(one, lanes) for one in of_all]) for of_all in (scale, offset))
+        codes = torch.randint(0, 2**bits, (2 * lanes, 2 * group_size), generator=random, dtype=torch.uint8)
+        scale, offset = torch.randn(2, 2 * lanes, 2, generator=random, dtype=torch.float32).half()
+        parts = to_words(codes, bits, group_size, lanes), *(_lanes(one, lanes) for one in (scale, offset))
+        now = Words(bits, *(part.unsqueeze(0) for part in parts)), scaled(codes, scale, offset)
+        (form, weight), (other_form, other) = now, before or now  # two widths in one call
+        buckets = [(form, experts[:1]), (other_form, experts[1:])]
+        before = now
         x = torch.randn(24, 2 * group_size, generator=random, dtype=torch.float32)
         ways = [(torch.float32, 1e-5, False), (torch.bfloat16, 1e-2, False)]
         if bits <= built.most_bits_with_int8():
@@ -209,11 +233,10 @@ def _checked(built: ctypes.CDLL) -> ctypes.CDLL:
         for dtype, tolerance, in_int8 in ways:
             got = torch.zeros(24, 2 * lanes, dtype=dtype)
             given = x.to(dtype)
-            multiply(built, form, bits, group_size, given, starts, experts, got, in_int8)
+            multiply(built, buckets, group_size, given, starts, got, in_int8)
             exact = torch.zeros(24, 2 * lanes, dtype=torch.float32)
             seen = rounded(given, group_size) if in_int8 else given.float()
-            for weight, rows in zip(weights, (slice(5, 24), slice(0, 1)), strict=True):
-                exact[rows] = seen[rows] @ weight.T
+            exact[5:], exact[:1] = seen[5:] @ weight.T, seen[:1] @ other.T
             if not (got - exact).norm() <= tolerance * exact.norm():
                 by = " and activations in int8" if in_int8 else ""
                 raise OSError(f"compiled, it gives wrong products at {bits} bits with {dtype}{by}: please report this")
