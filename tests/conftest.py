@@ -40,6 +40,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_calibration_tokens() -> None:
+    """Costs are calibrated on few tokens: batches are so small here that the usual number takes hundreds of passes."""
+    from tests.support.processes import calibrate_on_few_tokens
+
+    calibrate_on_few_tokens()
+
+
 @pytest.fixture
 def mixtral() -> PreTrainedModel:
     from tests.support.models import build

@@ -6,7 +6,6 @@ import pytest
 from datasets import DatasetDict
 
 from moe_precision import PrecisionPlan, RouterNormHistory
-from moe_precision.allocation import calibration
 from moe_precision.checkpoints import Checkpoint, load_model
 from moe_precision.cli import demo as demo_command
 from moe_precision.cli.main import main
@@ -24,7 +23,6 @@ def run_on_little_text(folder):
     little = DatasetDict({name: rows.select(range(0, len(rows), 50)) for name, rows in whole.items()})
     corpus.python_stdlib = lambda: little
     demo_command._SMALLER = (1.5,)  # one of the two smaller budgets takes all paths
-    calibration.TOKENS = 256
     assert main(["demo", "--output", str(folder), "--max-steps", str(STEPS)]) == 0
 
 

@@ -42,7 +42,7 @@ def test_one_bit_by_hand():
     groups = torch.tensor([[0.0, 1.0, 4.0, 5.0]])
     codes = least_squares_codes(groups, 1)
     assert codes.tolist() == [[0, 0, 1, 1]]
-    scale, offset = least_squares_scale(groups, codes)
+    scale, offset = least_squares_scale(groups, groups.mean(1, keepdim=True), codes)
     assert (scale.item(), offset.item()) == (4.0, 0.5)  # means of the two halves: 0.5 and 4.5
     scale, offset = unbiased_scale(groups, codes)
     # variance of the weights 4.25, covariance with the codes 1: scale 4.25, around the mean 2.5
@@ -60,9 +60,9 @@ def test_gain_is_unbiased_and_plain_least_squares_shrinks(bits):
         return ((centred * fitted).sum(1) / centred.square().sum(1)).mean().item()
 
     assert gain(*unbiased_scale(groups, codes)) == pytest.approx(1, abs=1e-5)
-    assert gain(*least_squares_scale(groups, codes)) < 0.995
+    assert gain(*least_squares_scale(groups, groups.mean(1, keepdim=True), codes)) < 0.995
     # the formula of the least-squares fit q: q' = mu + (q - mu) * sum((w-mu)^2) / sum((q-mu)(w-mu))
-    scale, offset = least_squares_scale(groups, codes)
+    scale, offset = least_squares_scale(groups, groups.mean(1, keepdim=True), codes)
     q = scale * codes + offset
     mu = q.mean(1, keepdim=True)
     factor = (groups - mu).square().sum(1, keepdim=True) / ((q - mu) * (groups - mu)).sum(1, keepdim=True)
@@ -81,7 +81,7 @@ def test_weight_error_on_gaussian_weights(bits, limit):
     # the limits: alternating least squares as measured on Gaussian weights in groups of 64, and 0.1 percent
     groups = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
     codes = least_squares_codes(groups, bits)
-    scale, offset = least_squares_scale(groups, codes)
+    scale, offset = least_squares_scale(groups, groups.mean(1, keepdim=True), codes)
     error = (scale * codes + offset - groups).norm()
     assert error / groups.norm() < limit
     assert error < (round_to_nearest(groups, bits) - groups).norm()

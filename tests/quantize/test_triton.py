@@ -34,7 +34,7 @@ def test_buckets_through_triton(monkeypatch):
     projection, x, starts, expected = mixed_projection()
     asked = []
     monkeypatch.setattr(grouped, "fits", lambda x, matrices: asked.append(len(matrices.codes)) or True)
-    monkeypatch.setattr(PackedMatrices, "_enter_kernel", lambda *_: pytest.fail("by another kernel"))
+    monkeypatch.setattr(PackedMatrices, "kernel_for", lambda *_: None)  # as on a GPU
     torch.testing.assert_close(projection(x, starts), expected, atol=1e-4, rtol=1e-4)
     assert asked == [2, 1, 1]  # 2, 3 and 8 bits; the bucket of 16 bits is float
 

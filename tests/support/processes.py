@@ -33,7 +33,15 @@ def _call(function: Callable[..., None], arguments: tuple, log: Path, environmen
     import torch
 
     torch.set_num_threads(1)
+    calibrate_on_few_tokens()
     function(*arguments)
+
+
+def calibrate_on_few_tokens() -> None:
+    """Of this process: see conftest.py."""
+    from moe_precision.allocation import calibration
+
+    calibration.TOKENS = 256
 
 
 def finish(*processes: BaseProcess, logs: list[Path], seconds: float = 300) -> None:

@@ -42,14 +42,31 @@ def least_squares_codes(groups: Tensor, bits: int, weights: Tensor | None = None
     top = 2**bits - 1
     low, high = groups.aminmax(dim=1, keepdim=True)  # (N, 1)
     codes = _round(groups, (high - low) / top, low, top)
+    weighted = groups if weights is None else groups * weights
+    mean_w = weighted.mean(dim=1, keepdim=True)
     for _ in range(_ITERATIONS):
-        codes = _round(groups, *least_squares_scale(groups, codes, weights), top)
+        scale, offset = least_squares_scale(weighted, mean_w, codes, weights)
+        before, codes = codes, _round(groups, scale, offset, top)
+        if torch.equal(codes, before):  # and so it would stay
+            break
     return codes
 
 
-def least_squares_scale(groups: Tensor, codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scale and offset, each ``(N, 1)``, with the least squared error for given codes; scale 0 for constant groups."""
-    mean_w, mean_q, _, covariance, variance_q = _moments(groups, codes, weights)
+def least_squares_scale(
+    weighted: Tensor, mean_w: Tensor, codes: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scale and offset, each ``(N, 1)``, with the least squared error for given codes; scale 0 for constant groups.
+
+    Args:
+        weighted: The groups times their weights, if there are any, ``(N, group)`` float32.
+        mean_w: Their mean, ``(N, 1)``.
+        codes: ``(N, group)`` float32.
+        weights: ``(N, group)``, or None.
+    """
+    by_q = codes if weights is None else codes * weights
+    mean_q = by_q.mean(dim=1, keepdim=True)
+    covariance = _mean_product(weighted, codes) - mean_w * mean_q
+    variance_q = _mean_product(by_q, codes) - mean_q * mean_q
     scale = torch.where(variance_q > 0, covariance / variance_q, 0.0)
     return scale, mean_w - scale * mean_q
 
@@ -61,18 +78,12 @@ def unbiased_scale(groups: Tensor, codes: Tensor, weights: Tensor | None = None)
     ``q' = mu + (q - mu) * sum h (w - mu)**2 / sum h (q - mu) (w - mu)``, h the weights, which comes down to a scale of
     ``Var(w) / Cov(codes, w)``.
     """
-    mean_w, mean_q, variance_w, covariance, _ = _moments(groups, codes, weights)
-    scale = torch.where(covariance > 0, variance_w / covariance, 0.0)
-    return scale, mean_w - scale * mean_q
-
-
-def _moments(groups: Tensor, codes: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Means of groups and codes, variance of groups, covariance, and variance of codes, each ``(N, 1)``."""
     by_w, by_q = (groups, codes) if weights is None else (groups * weights, codes * weights)
     mean_w, mean_q = by_w.mean(dim=1, keepdim=True), by_q.mean(dim=1, keepdim=True)
     variance_w = _mean_product(by_w, groups) - mean_w * mean_w
     covariance = _mean_product(by_w, codes) - mean_w * mean_q
-    return mean_w, mean_q, variance_w, covariance, _mean_product(by_q, codes) - mean_q * mean_q
+    scale = torch.where(covariance > 0, variance_w / covariance, 0.0)
+    return scale, mean_w - scale * mean_q
 
 
 def quantize_matrix(

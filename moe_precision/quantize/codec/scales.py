@@ -36,11 +36,11 @@ def compress(values: Tensor, rounded: Callable[[Tensor], Tensor] = torch.round) 
     span = torch.where(high > low, _TOP / (high - low), 0.0)
     steps = rounded((blocks - low) * span).clamp_(0, _TOP)
     steps = torch.where(blocks == least, 0, torch.where(blocks == greatest, _TOP, steps))  # whatever the rounding
+    right = _between(steps, low, high) == blocks
     for other in (steps - 1, steps + 1):  # a float16 value half way between two steps was one of them
         other = other.clamp(0, _TOP)
-        steps = torch.where(
-            (_between(steps, low, high) != blocks) & (_between(other, low, high) == blocks), other, steps
-        )
+        better = ~right & (_between(other, low, high) == blocks)
+        steps, right = torch.where(better, other, steps), right | better
     return _values(steps, values.shape).to(torch.uint8), ends
 
 
