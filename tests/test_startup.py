@@ -82,7 +82,10 @@ def packed(tmp_path_factory):
     "imports",
     [
         "import moe_precision\nfrom transformers import AutoModelForCausalLM",
-        "import transformers.modeling_utils\nimport moe_precision\nfrom transformers import AutoModelForCausalLM",
+        pytest.param(
+            "import transformers.modeling_utils\nimport moe_precision\nfrom transformers import AutoModelForCausalLM",
+            marks=pytest.mark.thorough,
+        ),
     ],
     ids=["before", "models first"],
 )

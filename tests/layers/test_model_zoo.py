@@ -72,8 +72,13 @@ NOT_RUN = {"dots3_note_vision_encoder"}  # it takes pictures
 LOUD = {"switch_transformers": 0.02}  # a random one turns noise of 0.005 in its experts into 0.17
 
 
+SLOW = {"kimi_linear"}  # its attention loops in Python
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", SPREAD)
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(name, marks=[pytest.mark.thorough] * (name in SLOW)) for name in SPREAD]
+)
 def test_packed_at_eight_bits(model_type):
     """Every layout either gives the float model's output, or is refused by the layer's name."""
     model = build_tiny(model_type)

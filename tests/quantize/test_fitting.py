@@ -29,10 +29,6 @@ def test_packing_is_little_endian():
     assert pack(torch.tensor([1, 0, 0, 0, 0, 0, 0, 1]), 1).tolist() == [0b10000001]
 
 
-def least_squares(groups, codes):
-    return least_squares_scale(groups, groups.mean(1, keepdim=True), codes)
-
-
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_a_weight_on_the_grid_is_kept(bits):
     codes = torch.randint(0, 2**bits, (16, 64))
@@ -46,7 +42,7 @@ def test_one_bit_by_hand():
     groups = torch.tensor([[0.0, 1.0, 4.0, 5.0]])
     codes = least_squares_codes(groups, 1)
     assert codes.tolist() == [[0, 0, 1, 1]]
-    scale, offset = least_squares(groups, codes)
+    scale, offset = least_squares_scale(groups, codes)
     assert (scale.item(), offset.item()) == (4.0, 0.5)  # means of the two halves: 0.5 and 4.5
     scale, offset = unbiased_scale(groups, codes)
     # variance of the weights 4.25, covariance with the codes 1: scale 4.25, around the mean 2.5
@@ -64,9 +60,9 @@ def test_gain_is_unbiased_and_plain_least_squares_shrinks(bits):
         return ((centred * fitted).sum(1) / centred.square().sum(1)).mean().item()
 
     assert gain(*unbiased_scale(groups, codes)) == pytest.approx(1, abs=1e-5)
-    assert gain(*least_squares(groups, codes)) < 0.995
+    assert gain(*least_squares_scale(groups, codes)) < 0.995
     # the formula of the least-squares fit q: q' = mu + (q - mu) * sum((w-mu)^2) / sum((q-mu)(w-mu))
-    scale, offset = least_squares(groups, codes)
+    scale, offset = least_squares_scale(groups, codes)
     q = scale * codes + offset
     mu = q.mean(1, keepdim=True)
     factor = (groups - mu).square().sum(1, keepdim=True) / ((q - mu) * (groups - mu)).sum(1, keepdim=True)
@@ -85,7 +81,7 @@ def test_weight_error_on_gaussian_weights(bits, limit):
     # the limits: alternating least squares as measured on Gaussian weights in groups of 64, and 0.1 percent
     groups = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
     codes = least_squares_codes(groups, bits)
-    scale, offset = least_squares(groups, codes)
+    scale, offset = least_squares_scale(groups, codes)
     error = (scale * codes + offset - groups).norm()
     assert error / groups.norm() < limit
     assert error < (round_to_nearest(groups, bits) - groups).norm()
@@ -150,11 +146,11 @@ def test_order_of_the_quantizers_by_loss(trained, bits):
     groups = torch.cat([original.reshape(-1, 64) for original in originals])
     error = [
         (fit - groups).norm()
-        for fit in (fitted(groups, least_squares), fitted(groups, unbiased_scale), round_to_nearest(groups, bits))
+        for fit in (fitted(groups, least_squares_scale), fitted(groups, unbiased_scale), round_to_nearest(groups, bits))
     ]
     assert error == sorted(error)
     rtn = increase(lambda groups: round_to_nearest(groups, bits))
-    plain = increase(lambda groups: fitted(groups, least_squares))
+    least_squares = increase(lambda groups: fitted(groups, least_squares_scale))
     unbiased = increase(lambda groups: fitted(groups, unbiased_scale))
     assert unbiased < rtn
-    assert unbiased < plain
+    assert unbiased < least_squares

@@ -140,11 +140,11 @@ class PlainMoE(nn.Module):
 
 
 def train_on_stdlib(model: PreTrainedModel, steps: int) -> Tensor:
-    """Trains a byte-level model on the standard library's source; returns held-out blocks ``(256, 128)`` int64."""
+    """Trains a byte-level model on the standard library's source; returns held-out blocks ``(128, 128)`` int64."""
     text = b"".join(path.read_bytes() for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")))
     blocks = torch.frombuffer(bytearray(text[: len(text) // 128 * 128]), dtype=torch.uint8).long().view(-1, 128)
     blocks = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(1))]
-    train, held_out = blocks[256:], blocks[:256]
+    train, held_out = blocks[256:], blocks[:128]
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(0)

@@ -45,24 +45,21 @@ def least_squares_codes(groups: Tensor, bits: int, weights: Tensor | None = None
     weighted = groups if weights is None else groups * weights
     mean_w = weighted.mean(dim=1, keepdim=True)
     for _ in range(_ITERATIONS):
-        scale, offset = least_squares_scale(weighted, mean_w, codes, weights)
+        scale, offset = _regressed(weighted, mean_w, codes, weights)
         before, codes = codes, _round(groups, scale, offset, top)
         if torch.equal(codes, before):  # and so it would stay
             break
     return codes
 
 
-def least_squares_scale(
-    weighted: Tensor, mean_w: Tensor, codes: Tensor, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Scale and offset, each ``(N, 1)``, with the least squared error for given codes; scale 0 for constant groups.
+def least_squares_scale(groups: Tensor, codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scale and offset, each ``(N, 1)``, with the least squared error for given codes; scale 0 for constant groups."""
+    weighted = groups if weights is None else groups * weights
+    return _regressed(weighted, weighted.mean(dim=1, keepdim=True), codes, weights)
 
-    Args:
-        weighted: The groups times their weights, if there are any, ``(N, group)`` float32.
-        mean_w: Their mean, ``(N, 1)``.
-        codes: ``(N, group)`` float32.
-        weights: ``(N, group)``, or None.
-    """
+
+def _regressed(weighted: Tensor, mean_w: Tensor, codes: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`least_squares_scale` of groups that are weighted already, and whose mean is known."""
     by_q = codes if weights is None else codes * weights
     mean_q = by_q.mean(dim=1, keepdim=True)
     covariance = _mean_product(weighted, codes) - mean_w * mean_q
