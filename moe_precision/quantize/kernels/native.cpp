@@ -18,6 +18,9 @@
 #if defined(__AVX512BF16__) || defined(INT8) || defined(__F16C__)
 #include <immintrin.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace {
 
@@ -491,6 +494,15 @@ int most_bits_with_int8() {
   return 4;
 #else
   return 0;
+#endif
+}
+
+// Asks for huge pages under memory that is not written yet: a CPU's own prefetching ends with each page.
+void want_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t PAGE = 1 << 21;
+  const uintptr_t first = ((uintptr_t)memory + PAGE - 1) / PAGE * PAGE, last = ((uintptr_t)memory + bytes) / PAGE * PAGE;
+  if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
 #endif
 }
 

@@ -76,6 +76,7 @@ class Native(Kernel):
         words = torch.empty(
             self.count, self.out // lanes, self.inp // group_size, in_group, lanes, dtype=torch.int32, device="cpu"
         )
+        _built().want_huge_pages(words.data_ptr(), words.numel() * words.element_size())
         for index, codes in enumerate(matrices.codes):
             words[index] = to_words(unpack(codes, bits), bits, group_size, lanes)
         scales, offsets = (torch.stack([_lanes(one, lanes) for one in tensor]) for tensor in matrices.floats())
@@ -214,6 +215,8 @@ def _checked(built: ctypes.CDLL) -> ctypes.CDLL:
     number, address = ctypes.c_int64, ctypes.c_void_p
     built.multiply_packed.argtypes = [address, number, *[ctypes.c_int] * 2, *[address] * 3]
     built.multiply_packed.restype = None
+    built.want_huge_pages.argtypes = [address, number]
+    built.want_huge_pages.restype = None
     lanes, group_size = built.lanes(), 24  # with words that are not full
     random = torch.Generator().manual_seed(0)
     starts, experts = torch.tensor([0, 1, 5, 24]), torch.tensor([2, 0])  # expert 1 has no matrix here
