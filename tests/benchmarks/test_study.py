@@ -75,7 +75,7 @@ def test_the_report_has_every_table(small):
     assert "no result" in study_report.report(settings, root / "nothing")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_annealing_is_measured_and_reported(small):
     settings, root = small
     settings["models"]["mixtral"]["max_steps"] = 8
@@ -131,7 +131,7 @@ def test_other_quantizers():
     assert torch.equal(scaled(*fitted), scaled(*fitted))  # reading the values does not change them
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_theorems_set_up_shows_them_and_fades(monkeypatch):
     monkeypatch.setattr(theory, "LONGER", 4)
     run = theory.run(0, 0.1)

@@ -70,7 +70,8 @@ def stored_scales(scale: Tensor, offset: Tensor, bits: int) -> tuple[Tensor, Ten
         Both on steps of `compress`, float16.
     """
     if bits < _WIDENED:
-        return expand(*compress(scale)), expand(*compress(offset))
+        narrow = expand(*compress(torch.stack([scale, offset])))
+        return narrow[0], narrow[1]
     lower = expand(*compress(offset, torch.floor))
     needed = scale + (offset - lower) / (2**bits - 1)
     return expand(*compress(needed, torch.ceil)), lower

@@ -34,9 +34,10 @@ class Matrices(NamedTuple):
         Raises:
             ValueError: They are not.
         """
-        (steps, ends), (offset_steps, offset_ends) = compress(scale), compress(offset)
-        matrices = cls(codes, steps, offset_steps, torch.cat([ends, offset_ends], dim=-1))
-        if not all(torch.equal(*pair) for pair in zip(matrices.floats(), (scale, offset), strict=True)):
+        both = torch.stack([scale, offset])
+        steps, ends = compress(both)
+        matrices = cls(codes, *steps, torch.cat([*ends], dim=-1))
+        if not torch.equal(expand(steps, ends), both):
             raise ValueError("scales and offsets are not on steps that can be stored: take `scales.stored_scales`")
         return matrices
 
