@@ -65,10 +65,10 @@ def make(folder: Path) -> None:
 # -- each way: quantize `source` into `folder`, and load what is there ------------------------------------------------
 
 
-def quantize_ours(source: Path, folder: Path, widths: str) -> None:
+def quantize_ours(source: Path, folder: Path, widths: str, non_expert_bits: int | None = None) -> None:
     from moe_precision.quantize.writer import quantize_checkpoint
 
-    quantize_checkpoint(source, source / f"{widths}.plan", folder)
+    quantize_checkpoint(source, source / f"{widths}.plan", folder, non_expert_bits=non_expert_bits)
 
 
 def load_ours(folder: Path, widths: str, only: str = "") -> Any:

@@ -7,7 +7,7 @@ it needs a C++ compiler, and takes many minutes).
 
 *experts*: the products of one layer (8 experts of 2048 x 4096, top 2; gate and up in one), from the router's choice on:
 ours by `PackedProjection`, as in a model, and ggml's `mul_mat_id`. *models*: two such layers with attention and head in
-bfloat16, ours in transformers, and a GGUF of the same sizes in llama.cpp.
+bfloat16, or attention in 4 bits too, ours in transformers, and a GGUF of the same sizes in llama.cpp.
 
 Each side is a process of its own; they take turns. Seconds are the processes' CPU time over all threads, so that what
 else runs on the machine counts little; threads that wait for each other sleep. A ratio is of one round, with a routing
@@ -59,7 +59,8 @@ class Pair(NamedTuple):
 
 PAIRS = [Pair((2,), "iq2_xs"), Pair((2, 3), "q2_K"), Pair((3,), "q3_K"), Pair((4,), "q4_0")]
 TOKENS = {"decode, batch 1": 1, "decode, batch 8": 8, "prefill, 32": 32, "prefill, 512": 512}
-MODELS = [None, PAIRS[1], PAIRS[3]]  # None: both in bfloat16
+BF16 = Pair((16,), "bf16")
+MODELS = [(BF16, BF16), (PAIRS[1], BF16), (PAIRS[3], BF16), (PAIRS[1], PAIRS[3])]  # of experts, and of attention
 
 
 class Side:
@@ -154,15 +155,17 @@ def compare_models(python: str, rounds: int, threads: list[int]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         source, packed, gguf = (Path(temporary, name) for name in ("source", "packed", "model.gguf"))
         make(source)
-        for pair in MODELS:
-            if pair is None:
+        for pair, attention in MODELS:
+            if pair is BF16:
                 names, checked = ("bf16", "bf16"), [save_logits(source)]
             else:
                 names, checked = (f"{pair.name}, {pair.stored:.2f}", f"{pair.kind}, {STORED[pair.kind]:.2f}"), []
-                quantize_ours(source, packed, pair.name)
-            write = [python, "-m", "benchmarks.llama_models", str(source), pair.kind if pair else "bf16", str(gguf)]
+                quantize_ours(source, packed, pair.name, None if attention is BF16 else attention.widths[0])
+            if attention is not BF16:
+                names = names[0] + f"; attention {attention.name}", names[1] + f"; {attention.kind}"
+            write = [python, "-m", "benchmarks.llama_models", str(source), pair.kind, attention.kind, str(gguf)]
             subprocess.run(write, check=True)
-            ours = [sys.executable, "our_model", str(packed if pair else source)]
+            ours = [sys.executable, "our_model", str(source if pair is BF16 else packed)]
             with sides(ours, [python, "their_model", str(gguf), *checked]) as both:
                 for number in threads:
                     print_row(*names, number, [model_cell(*both, what, number, rounds) for what in TOKENS])

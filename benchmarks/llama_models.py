@@ -1,6 +1,7 @@
 """A small Mixtral in llama.cpp, for benchmarks/llama_cpp.py: run in the environment that holds it, without torch.
 
-A checkpoint of transformers becomes a GGUF, with experts in one of ggml's types and everything else in bfloat16.
+A checkpoint of transformers becomes a GGUF, with experts in one of ggml's types, attention in the same or another one,
+and everything else in bfloat16.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ def floats(bfloat16: np.ndarray) -> np.ndarray:
     return (bfloat16.astype(np.uint32) << 16).view(np.float32)
 
 
-def write_gguf(checkpoint: Path, kind: str, path: Path) -> None:
+def write_gguf(checkpoint: Path, kind: str, attention: str, path: Path) -> None:
     """Writes the GGUF of a Mixtral.
 
     Args:
         checkpoint: In bfloat16, under the names of the Hub.
         kind: Of the experts, one of `TYPES`. Except in bf16, the rows of an expert repeat its first ones.
+        attention: Of the matrices of attention, likewise.
         path: Of the file.
     """
     import gguf
@@ -71,6 +73,9 @@ def write_gguf(checkpoint: Path, kind: str, path: Path) -> None:
     def add(name: str, tensor: np.ndarray) -> None:
         if tensor.ndim == 1 or "gate_inp" in name:  # norms and routers are in float32 there
             writer.add_tensor(name, floats(tensor))
+        elif "attn" in name and attention != "bf16":
+            of_type = gguf.GGMLQuantizationType(TYPES[attention])
+            writer.add_tensor(name, quantized(attention, floats(tensor)), raw_dtype=of_type)
         else:
             writer.add_tensor(name, np.ascontiguousarray(tensor).view(np.uint8), raw_dtype=bf16)
 
@@ -173,4 +178,4 @@ class Model:
 
 
 if __name__ == "__main__":
-    write_gguf(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    write_gguf(Path(sys.argv[1]), *sys.argv[2:4], Path(sys.argv[4]))

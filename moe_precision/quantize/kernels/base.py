@@ -36,7 +36,7 @@ class Matrices(NamedTuple):
         """
         both = torch.stack([scale, offset])
         steps, ends = compress(both)
-        matrices = cls(codes, *steps, torch.cat([*ends], dim=-1))
+        matrices = cls(codes, steps[0], steps[1], torch.cat([ends[0], ends[1]], dim=-1))
         if not torch.equal(expand(steps, ends), both):
             raise ValueError("scales and offsets are not on steps that can be stored: take `scales.stored_scales`")
         return matrices
