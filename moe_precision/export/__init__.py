@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..plans.plan import PrecisionPlan, as_plan
-from . import autoround, by_expert, gguf, gptqmodel, llm_compressor, mlx, modelopt, torchao
+from . import autoround, by_expert, dynquant, gguf, gptqmodel, llm_compressor, mlx, modelopt, torchao
 from .exported import ENGINES, Exported, ExportError
 from .reading import plan_of_checkpoint
 
@@ -23,6 +23,7 @@ TARGETS: dict[str, Callable[..., Exported]] = _SERVED | {
     "mlx": mlx.export,
     "torchao": torchao.export,
     "modelopt": modelopt.export,
+    "dynquant": dynquant.export,
     "exl3": by_expert.exl3,
     "fq-policy": by_expert.fq_policy,
     "hybrid-bit-map": by_expert.hybrid_bit_map,

@@ -69,7 +69,8 @@ def curvature_of(layers: list[MoELayer], optimizers: Iterable[Any]) -> Curvature
 def _cannot(weight: Weight, problem: str) -> CurvatureError:
     return CurvatureError(
         f"no second moment of shape {weight.shape} for {weight.name!r} can be read: {problem}. curvature_batches=N "
-        "takes squared gradients of N more batches instead, whatever the optimizer"
+        "of the callbacks takes squared gradients of N more batches instead, whatever the optimizer; in a loop of your "
+        "own recording.gradients.curvature_of_losses does"
     )
 
 

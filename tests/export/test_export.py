@@ -59,6 +59,7 @@ def by_layer(family: str = "mixtral") -> PrecisionPlan:
         ("exl3", by_expert, None),
         ("fq-policy", lambda: by_expert_alone((2, 3, 4, 8)), None),
         ("hybrid-bit-map", lambda: by_expert_alone((2, 3, 4, 3)), None),
+        ("dynquant", by_layer, None),
         ("gptqmodel", lambda: plan_of("mixtral"), "vllm"),
         ("llm-compressor", lambda: plan_of("mixtral"), "sglang"),
     ],
@@ -92,9 +93,21 @@ def test_a_recipe_names_the_matrices_of_the_hub_and_leaves_others():
     assert not any("at one bitrate" in note for note in export(by_layer(), "exl3").notes)
 
 
+def test_dynquants_map_names_parameters_and_modules():
+    (bits,) = (one["bits"] for one in export(by_layer(), "dynquant").config["maps"].values())
+    experts = [f"model.layers.{number}.mlp.experts" for number in (0, 1)]
+    assert bits == {f"{experts[0]}.gate_up_proj": 8, f"{experts[0]}.down_proj": 2, f"{experts[1]}.gate_up_proj": 4}
+    modules = export(by_expert("switch_transformers"), "dynquant")
+    (bits,) = (one["bits"] for one in modules.config["maps"].values())
+    assert [bits.get(f"encoder.block.1.layer.1.mlp.experts.expert_{e}.wi") for e in range(4)] == [2, 3, 4, None]
+    rounded = export(plan_of("mixtral", lambda layer, one, count: [1 + 4 * layer] * count), "dynquant")
+    assert {layer.bits[0] for layer in rounded.plan.layers.values()} == {2, 8}
+
+
 @pytest.mark.parametrize(
     ("to", "make", "message"),
     [
+        ("dynquant", lambda: replace(by_layer(), group_size=16), "groups of a multiple of 32, the plan has 16"),
         ("fq-policy", by_expert, "leaves some at 16"),
         (
             "fq-policy",
@@ -196,7 +209,7 @@ def test_gguf_type_is_the_smallest_that_fits(bits, width, expected):
     assert stored >= nominal
 
 
-@pytest.mark.parametrize("to", ["gguf", "mlx"])
+@pytest.mark.parametrize("to", ["gguf", "mlx", "dynquant"])
 def test_a_plan_by_expert_is_refused_with_the_command_that_makes_another(to):
     with pytest.raises(ExportError, match=r"granularity 'expert\+projection'.* --granularity layer\+projection "):
         export(by_expert(), to)

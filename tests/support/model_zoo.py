@@ -50,12 +50,14 @@ SIZES: dict[str, Any] = {  # whatever config has the key gets the value
     **dict.fromkeys(("num_experts_per_tok", "n_group", "num_key_value_heads", "depth"), 2),
     **dict.fromkeys(("topk_group", "first_k_dense_replace", "bos_token_id"), 1),
     "vocab_size": 256,
+    "unpadded_vocab_size": 250,
     "pad_token_id": 0,
     "eos_token_id": 2,
     "zero_expert_num": 4,
 }
 _TEXT_WIDTH = dict.fromkeys(("text_hidden_size", "out_hidden_size", "adapter_input_size", "adapter_output_size"), 64)
-_LATENT_ATTENTION = (*("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_k25"),)
+_LATENT_ATTENTION = ("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_k25")
+_LATENT_ATTENTION += ("sarvam_mla",)
 OVERRIDES: dict[str, dict[str, Any]] = {  # model_type of a config or sub-config -> what SIZES does not get right
     "dbrx": {"attn_config": {"rope_theta": 10000.0}, "n_layers": 2},
     **{name: {"num_key_value_heads": 4} for name in _LATENT_ATTENTION},
@@ -88,6 +90,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {  # model_type of a config or sub-config
     "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}},
     "glm5_next_text": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "head_dim": 0},
     "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2},
+    "hy_v4_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}},
     "inkling2_vision": _TEXT_WIDTH,
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
     "mistral4": {"num_key_value_heads": 4, "head_dim": 32},
@@ -293,6 +296,7 @@ def main() -> None:
     print("| config type | layers | router | experts | router is | packs |\n|---|---|---|---|---|---|")
     for model_type in tqdm(config_types(), unit="model", file=sys.stderr):
         print("| " + " | ".join(describe(model_type)) + " |", flush=True)
+    print(_NLLB)
     built, taken = others()
     print(f"\nOf {built} other config types that build, {taken or 'none'} is taken for a Mixture of Experts.")
 
@@ -320,6 +324,12 @@ terms in the DeepSeek-V3 line. They are recorded by the row alone, as in the met
 alone does not reveal are named with `router_pattern` and `expert_pattern`
 ([recording.md](recording.md#what-can-be-recorded)).
 """.replace("{{experts}}", str(EXPERTS))
+
+_NLLB = """
+**nllb-moe**: in transformers 5.23 and 5.24 only its experts 0 and 1 run, each token through both kinds of weights,
+because the router's mask is read as indices
+([findings/nllb-moe-two-experts-run.sh](../findings/nllb-moe-two-experts-run.sh)). Its norms and curvature can be
+recorded; statistics show what really runs, with routing weights of 1."""
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ declare -A needs=(
   [mlx]="mlx[cpu]==0.32.4 mlx-lm==0.32.2"
   [torchao]="torchao==0.18.0"
   [modelopt]="nvidia-modelopt==0.47.0 requests"
+  [dynquant]="dynquant-core==0.5.3 accelerate"
   [lm_eval]="lm-eval==0.4.13 accelerate"
 )
-order=(autoround gptqmodel llm_compressor gguf mlx torchao modelopt lm_eval)
+order=(autoround gptqmodel llm_compressor gguf mlx torchao modelopt dynquant lm_eval)
 
 install() {
   local name=$1 bin=.venv-exports/$1/bin constraints=constraints.txt
