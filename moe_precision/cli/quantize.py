@@ -18,7 +18,6 @@ from ..quantize.codec.grid import Grid
 from ..quantize.replace import check_packable, non_expert_linears
 from ..quantize.sizes import ModelSizes
 from ..quantize.writer import distill_checkpoint, distill_streamed, quantize_checkpoint
-from ..quantize.writer.ranks import environment
 from ..recording.collecting import MEMORY_GIB, bytes_of, collect_statistics, linear_widths, passes
 from ..recording.statistics import ExpertStatistics, file_bytes
 from .auto_round import quantize_with_auto_round
@@ -64,10 +63,10 @@ def run(options: argparse.Namespace) -> None:
         if options.distill_steps:
             _distill(options, plan, known, how)
         else:
-            quantize_checkpoint(options.checkpoint, plan, options.out, grid=grid, all_ranks=True, **known, **how)
+            quantize_checkpoint(options.checkpoint, plan, options.out, grid=grid, ranks=options.ranks, **known, **how)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_kept(Path(options.out))) from None
-    if environment()[0] > 0:  # the first rank says the rest
+    if not options.ranks.first:  # which may not see OUT yet
         return
     after = Checkpoint(options.out)
     sizes = f"{source.nbytes / 1e6:.2f} MB -> {after.nbytes / 1e6:.2f} MB"

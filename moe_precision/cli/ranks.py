@@ -7,31 +7,30 @@ import io
 import signal
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 
-from ..quantize.writer.ranks import RankError, environment
+from ..quantize.writer.ranks import RankError, all_ranks, environment
 
 
 def by_ranks(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
     """``quantize`` as one of several ranks, if the environment says so.
 
     Args:
-        run: Does the work of a rank, and prints what the first one says.
+        run: Does the work of one of ``options.ranks``, and prints what the first one says.
 
     Returns:
         The same, which refuses options that cannot be divided, and prints nothing on other ranks than the first.
     """
 
     def run_as_rank(options: argparse.Namespace) -> None:
-        rank, ranks = environment()
-        if ranks == 1:
-            run(options)
-            return
-        _check_divisible(options)
-        with _one_of_several(first=rank == 0):
-            run(options)
-        if rank:
-            options.document = None
+        if environment()[1] > 1:
+            _check_divisible(options)
+        with all_ranks() as ranks:
+            options.ranks = ranks
+            with _one_of_several(ranks.first) if ranks.size > 1 else nullcontext():
+                run(options)
+            if not ranks.first:
+                options.document = None
 
     return run_as_rank
 

@@ -9,7 +9,7 @@ divide the shards (`ranks`).
 
 from .distilled import distill_checkpoint
 from .job import quantize_checkpoint
-from .ranks import RankError
+from .ranks import RankError, all_ranks
 from .streamed import distill_streamed
 
-__all__ = ["RankError", "distill_checkpoint", "distill_streamed", "quantize_checkpoint"]
+__all__ = ["RankError", "all_ranks", "distill_checkpoint", "distill_streamed", "quantize_checkpoint"]

@@ -27,7 +27,7 @@ from ..card import write_card
 from ..codec.grid import Grid
 from ..config import PlanQuantizationConfig
 from .packer import Packer
-from .ranks import RankError, Ranks, joined, seen
+from .ranks import RankError, Ranks, seen
 from .resume import fingerprint, is_finished, parts
 from .shards import Shard, divided, shards_of
 from .workers import Settings, written
@@ -45,7 +45,7 @@ def quantize_checkpoint(
     statistics: ExpertStatistics | str | os.PathLike[str] | None = None,
     workers: int = 1,
     max_shard_size: int | str = "250MB",
-    all_ranks: bool = False,
+    ranks: Ranks | None = None,
 ) -> None:
     """Quantizes a float checkpoint by a plan, layer by layer, and copies its tokenizer and whatever else belongs to it.
 
@@ -64,9 +64,8 @@ def quantize_checkpoint(
             reads the second moment of one matrix at a time.
         workers: Processes that pack layers side by side, with the cores shared among them.
         max_shard_size: Largest packed file, in bytes or as ``"5GB"``; a larger layer gets a file of its own.
-        all_ranks: Whether the files are divided among all processes that torchrun, or a scheduler, has started with
-            RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; each makes this call, into a folder that all see. Each
-            returns when ``out`` is complete.
+        ranks: `all_ranks`, to divide the files among the processes that torchrun has started, on one machine or
+            several: each makes this call, into a folder that all see, and returns when ``out`` is complete.
 
     Raises:
         CheckpointError: The checkpoint is incomplete, or packed already, or a weight cannot be converted or packed.
@@ -89,7 +88,8 @@ def quantize_checkpoint(
     if workers < 1:
         raise ValueError(f"workers={workers}: expected at least 1")
     max_bytes = _bytes(max_shard_size)
-    with joined(all_ranks) as ranks, opened(checkpoint) as source:
+    ranks = ranks or Ranks()
+    with opened(checkpoint) as source:
         check_quantizing(source, out, plan, curvature, grid, statistics)
         packer = Packer(source, quantization)
         packer.check_weights()

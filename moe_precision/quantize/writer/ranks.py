@@ -67,7 +67,8 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None) -> None:
         self.rank, self.size, self._store = rank, size, store
-        self._heard = {other: (0, time.monotonic()) for other in range(size) if other != rank}
+        self._looked = time.monotonic()
+        self._heard = {other: (0, self._looked) for other in range(size) if other != rank}
 
     @property
     def first(self) -> bool:
@@ -103,7 +104,9 @@ class Ranks:
         with _reaching_the_store():
             if self._store.check(["failed"]):
                 raise RankError(f"{self._store.get('failed').decode()}; {_KEPT}")
-            now = time.monotonic()
+            if (now := time.monotonic()) < self._looked + _BEAT:
+                return
+            self._looked = now
             for rank, (beats, since) in self._heard.items():
                 if (heard := self._store.add(f"alive/{rank}", 0)) != beats:
                     self._heard[rank] = heard, now
@@ -157,11 +160,13 @@ class Ranks:
 
     def fail(self, error: BaseException) -> None:
         """Tells the others why this rank ends, unless one of them was first."""
+        text = (
+            f"rank {self.rank} of {self.size} on {socket.gethostname()!r} has ended ({type(error).__name__}: {error})"
+        )
         if isinstance(error, RankError):  # says who
             text = str(error).removesuffix(f"; {_KEPT}")
-        else:
-            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            text = f"rank {self.rank} of {self.size} on {socket.gethostname()!r} has ended ({reason})"
+        elif isinstance(error, KeyboardInterrupt):
+            text = f"rank {self.rank} of {self.size} on {socket.gethostname()!r} was interrupted"
         if self._store is not None:
             with suppress(RuntimeError):
                 self._store.compare_set("failed", "", text)
@@ -204,16 +209,21 @@ class Ranks:
 
 
 @contextmanager
-def joined(all_ranks: bool) -> Iterator[Ranks]:
-    """Yields the ranks that this process is one of, once all have come.
+def all_ranks() -> Iterator[Ranks]:
+    """Yields the ranks that this process is one of by the variables of torchrun, once all have come.
 
-    Args:
-        all_ranks: Whether there are more than this process, by `environment`.
+    Inside, a rank that ends with an exception tells the others. Without the variables a process is alone.
 
     Raises:
-        RankError: The environment is not one of ranks, or they do not find each other.
+        RankError: The variables do not go together, or the ranks do not find each other.
+
+    Example:
+        >>> with all_ranks() as ranks:
+        ...     quantize_checkpoint("checkpoint", "precision_plan.json", "packed", ranks=ranks)
+        >>> ranks.size  # started by hand, not by torchrun
+        1
     """
-    rank, size = environment() if all_ranks else (0, 1)
+    rank, size = environment()
     if size == 1:
         yield Ranks()
         return
