@@ -160,7 +160,7 @@ def test_a_rank_that_is_killed_loses_its_file_alone(number, saved, tmp_path, cap
     said, other = log.read_text(), (tmp_path / "rank_1.txt").read_text()
     assert "Traceback" not in said + other
     if number == signal.SIGKILL:
-        assert "rank 1 of 2 has not been heard of for 2 seconds: it or its machine has died" in said
+        assert "rank 1 of 2 has not been heard of for 1 seconds: it or its machine has died" in said
     else:
         assert "error: rank 1 of 2 on" in said
         assert "was interrupted; what is packed is kept" in said

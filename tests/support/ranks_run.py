@@ -41,12 +41,14 @@ def several(folder: Path) -> None:
     from moe_precision.quantize.writer.packer import Packer
 
     ranks.VISIBLE = 0.5
+    begin = time.time()
     rank, said = int(os.environ["RANK"]), {}
 
     def run(name: str, arguments: list[str]) -> None:
         out, err = io.StringIO(), io.StringIO()
         with redirect_stdout(out), redirect_stderr(err):
             status = main(arguments)
+        print(name, rank, time.time() - begin)
         said[name] = status, out.getvalue(), err.getvalue()
 
     run("whole", command(folder, "--json"))
@@ -77,7 +79,7 @@ def until_killed(folder: Path) -> None:
     from moe_precision.quantize.writer import ranks
     from moe_precision.quantize.writer.packer import Packer
 
-    ranks.SILENCE, ranks._BEAT = 2.0, 0.2
+    ranks.SILENCE, ranks._BEAT, ranks._SHORT_FAREWELL = 1.0, 0.1, 0.5
     signal.signal(signal.SIGINT, signal.default_int_handler)
     write, written = Packer.write, []
 

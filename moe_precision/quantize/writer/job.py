@@ -95,7 +95,7 @@ def quantize_checkpoint(
         packer.check_weights()
         shards = shards_of(source, packer.model, packer.quantizer.waiting, quantization.plan.group_size, max_bytes)
         of_job = parts(source, quantization, shards)
-        ranks.check_same({**of_job, "torch or transformers": f"{torch.__version__} {transformers.__version__}"})
+        ranks.check_same({"torch or transformers": f"{torch.__version__} {transformers.__version__}", **of_job})
         job = fingerprint(of_job)
         with _folder(out, job, ranks) as folder:
             _write_shards(shards, packer, folder, job, workers, settings, ranks)

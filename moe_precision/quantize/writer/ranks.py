@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from datetime import timedelta
 from functools import cache
 from itertools import count
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, current_thread, main_thread
 
 import torch.distributed as dist
 
@@ -28,6 +29,7 @@ JOIN = 600.0  # seconds until all have come
 SILENCE = 120.0  # seconds after which a rank that says nothing is taken for dead
 VISIBLE = 90.0  # seconds until a network file system shows what another machine has written; NFS keeps lists for 60
 _BEAT, _LOOK = 5.0, 0.2  # seconds
+_FAREWELL, _SHORT_FAREWELL = 30.0, 5.0  # seconds that rank 0 waits for the others, who may be in the middle of a shard
 _KEPT = "what is packed is kept, and the same command goes on from it with any number of ranks"
 _calls = count()
 
@@ -120,7 +122,7 @@ class Ranks:
         """Checks that all ranks do the same job.
 
         Args:
-            parts: What it depends on -> a hash of it.
+            parts: What it depends on -> a hash of it; causes come before what follows from them.
 
         Raises:
             RankError: A rank has another one; the message says of what.
@@ -129,9 +131,8 @@ class Ranks:
         for rank, one in enumerate(said):
             if differing := [part for part in parts if one.get(part) != said[0].get(part)]:
                 raise RankError(
-                    f"rank {rank} on {one['host']!r} has another {', another '.join(differing)} than rank 0 on "
-                    f"{said[0]['host']!r}: start all ranks with the same command, on the same files (copies need the "
-                    "same times: rsync -a) and releases"
+                    f"rank {rank} on {one['host']!r} has another {differing[0]} than rank 0 on {said[0]['host']!r}: "
+                    "start all ranks with the same command, releases and files (copies need the same times: rsync -a)"
                 )
 
     def check_shared(self, folder: Path) -> None:
@@ -189,12 +190,12 @@ class Ranks:
                 raise RankError(f"rank {self.rank} has joined before: end all ranks, and start them together")
         thread = Thread(target=beat, daemon=True)
         thread.start()
-        patience = 30.0  # seconds, for the others to see that all is done
+        patience = _FAREWELL
         try:
             yield
         except BaseException as error:
             self.fail(error)
-            patience = 5.0  # they may be in the middle of a shard
+            patience = _SHORT_FAREWELL
             raise
         finally:
             ended.set()
@@ -234,11 +235,13 @@ def all_ranks() -> Iterator[Ranks]:
         )
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        store = _store()
+        with _interruptible():
+            store = _store()
     except (RuntimeError, ValueError, OSError) as error:
         raise RankError(
-            f"rank {rank} of {size} has not met the others at {where} (MASTER_ADDR and MASTER_PORT) within {JOIN:g} "
-            f"seconds: {str(error).splitlines()[0]}"
+            f"rank {rank} of {size} has not met the others at {where} (MASTER_ADDR and MASTER_PORT): "
+            f"{str(error).splitlines()[0]}. Start all ranks within {JOIN / 60:g} minutes, with the address of rank 0 "
+            "and a free port"
         ) from error
     ranks = Ranks(rank, size, dist.PrefixStore(f"moe-precision/{next(_calls)}", store))
     with ranks.living():
@@ -250,6 +253,19 @@ def _store() -> dist.Store:
     """One for all calls of a process: a second one would meet the first, which is about to go."""
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN)))
     return store
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Inside, Ctrl-C ends the process at once, also where torch would not look at it for minutes."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

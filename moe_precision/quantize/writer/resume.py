@@ -24,9 +24,9 @@ def parts(checkpoint: Checkpoint, quantization: PlanQuantizationConfig, shards: 
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     said = {
         "release of moe-precision": __version__,
+        "checkpoint": stats,
         "plan or width of other layers": quantization.to_dict(),
         "curvature, grid or statistics": [checksums(tensors) for tensors in _tensors_of(quantization)],
-        "checkpoint": stats,
         "division into files": [asdict(shard) for shard in shards],
     }
     return {part: _hash(value) for part, value in said.items()}
