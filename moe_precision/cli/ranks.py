@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 
-from ..quantize.writer.ranks import RankError, all_ranks, environment
+from ..quantize.writer.meeting import all_ranks, environment
+from ..quantize.writer.ranks import RankError
 
 
 def by_ranks(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:

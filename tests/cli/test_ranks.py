@@ -13,7 +13,8 @@ import torch
 
 from moe_precision import allocate
 from moe_precision.cli.main import main
-from moe_precision.quantize.writer.ranks import RankError, Ranks, environment
+from moe_precision.quantize.writer.meeting import environment
+from moe_precision.quantize.writer.ranks import RankError, Ranks
 from moe_precision.quantize.writer.shards import Shard, divided
 from moe_precision.recording.collecting import collect_statistics
 from tests.support.checkpoints import contents, save_float

@@ -9,7 +9,8 @@ divide the shards (`ranks`).
 
 from .distilled import distill_checkpoint
 from .job import quantize_checkpoint
-from .ranks import RankError, all_ranks
+from .meeting import all_ranks
+from .ranks import RankError
 from .streamed import distill_streamed
 
 __all__ = ["RankError", "all_ranks", "distill_checkpoint", "distill_streamed", "quantize_checkpoint"]

@@ -8,18 +8,13 @@ that waits looks whether the others do.
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import timedelta
-from functools import cache
-from itertools import count
 from pathlib import Path
-from threading import Event, Thread, current_thread, main_thread
+from threading import Event, Thread
 
 import torch.distributed as dist
 
@@ -28,34 +23,13 @@ from ...errors import MoEPrecisionError
 JOIN = 600.0  # seconds until all have come
 SILENCE = 120.0  # seconds after which a rank that says nothing is taken for dead
 VISIBLE = 90.0  # seconds until a network file system shows what another machine has written; NFS keeps lists for 60
-_BEAT, _LOOK = 5.0, 0.2  # seconds
+_BEAT, LOOK = 5.0, 0.2  # seconds
 _FAREWELL, _SHORT_FAREWELL = 30.0, 5.0  # seconds that rank 0 waits for the others, who may be in the middle of a shard
 _KEPT = "what is packed is kept, and the same command goes on from it with any number of ranks"
-_calls = count()
 
 
 class RankError(MoEPrecisionError, ValueError):
     """Ranks that do not belong together, or one that has ended before all were done."""
-
-
-def environment() -> tuple[int, int]:
-    """The rank of this process and how many there are, by the variables that torchrun sets; (0, 1) without them.
-
-    Raises:
-        RankError: Some variables are missing, or are no numbers that go together.
-    """
-    if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
-        return 0, 1
-    needed = ("RANK", "WORLD_SIZE")
-    if os.environ.get("WORLD_SIZE") != "1":
-        needed += ("MASTER_ADDR", "MASTER_PORT")
-    otherwise = "start it with torchrun, set all four, or unset WORLD_SIZE and RANK for a process that works alone"
-    if missing := [name for name in needed if not os.environ.get(name)]:
-        raise RankError(f"{', '.join(missing)} of torchrun's variables are not set, others are: {otherwise}")
-    said = {name: os.environ[name] for name in needed if name != "MASTER_ADDR"}
-    if not all(value.isdecimal() for value in said.values()) or int(said["RANK"]) >= int(said["WORLD_SIZE"]):
-        raise RankError(f"expected numbers, with RANK below WORLD_SIZE, got {said}: {otherwise}")
-    return int(said["RANK"]), int(said["WORLD_SIZE"])
 
 
 class Ranks:
@@ -96,7 +70,7 @@ class Ranks:
             while not self._store.check(keys):
                 watch()
                 self.check()
-                time.sleep(_LOOK)
+                time.sleep(LOOK)
             return [said.decode() for said in self._store.multi_get(keys)]
 
     def check(self) -> None:
@@ -186,8 +160,7 @@ class Ranks:
                     store.add(f"alive/{self.rank}", 1)
 
         with _reaching_the_store():
-            if store.add(f"alive/{self.rank}", 1) > 1:
-                raise RankError(f"rank {self.rank} has joined before: end all ranks, and start them together")
+            store.add(f"alive/{self.rank}", 1)
         thread = Thread(target=beat, daemon=True)
         thread.start()
         patience = _FAREWELL
@@ -206,66 +179,7 @@ class Ranks:
                 while self.first and time.monotonic() < until:
                     if store.check([f"left/{rank}" for rank in range(self.size)]):
                         break
-                    time.sleep(_LOOK)
-
-
-@contextmanager
-def all_ranks() -> Iterator[Ranks]:
-    """Yields the ranks that this process is one of by the variables of torchrun, once all have come.
-
-    Inside, a rank that ends with an exception tells the others. Without the variables a process is alone.
-
-    Raises:
-        RankError: The variables do not go together, or the ranks do not find each other.
-
-    Example:
-        >>> with all_ranks() as ranks:
-        ...     quantize_checkpoint("checkpoint", "precision_plan.json", "packed", ranks=ranks)
-        >>> ranks.size  # started by hand, not by torchrun
-        1
-    """
-    rank, size = environment()
-    if size == 1:
-        yield Ranks()
-        return
-    if dist.is_available() and dist.is_initialized():
-        raise RankError(
-            "torch.distributed is in use in this process already: start ranks of their own, with torchrun and "
-            "`moe-precision quantize`"
-        )
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    try:
-        with _interruptible():
-            store = _store()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise RankError(
-            f"rank {rank} of {size} has not met the others at {where} (MASTER_ADDR and MASTER_PORT): "
-            f"{str(error).splitlines()[0]}. Start all ranks within {JOIN / 60:g} minutes, with the address of rank 0 "
-            "and a free port"
-        ) from error
-    ranks = Ranks(rank, size, dist.PrefixStore(f"moe-precision/{next(_calls)}", store))
-    with ranks.living():
-        yield ranks
-
-
-@cache
-def _store() -> dist.Store:
-    """One for all calls of a process: a second one would meet the first, which is about to go."""
-    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN)))
-    return store
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Inside, Ctrl-C ends the process at once, also where torch would not look at it for minutes."""
-    if current_thread() is not main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+                    time.sleep(LOOK)
 
 
 @contextmanager
@@ -283,5 +197,5 @@ def seen(*files: Path) -> bool:
     while not all(file.exists() for file in files):
         if time.monotonic() > until:
             return False
-        time.sleep(_LOOK)
+        time.sleep(LOOK)
     return True
