@@ -41,19 +41,16 @@ def several(folder: Path) -> None:
     from moe_precision.quantize.writer.packer import Packer
 
     ranks.VISIBLE = 0.5
-    begin = time.time()
     rank, said = int(os.environ["RANK"]), {}
 
     def run(name: str, arguments: list[str]) -> None:
         out, err = io.StringIO(), io.StringIO()
         with redirect_stdout(out), redirect_stderr(err):
             status = main(arguments)
-        print(name, rank, time.time() - begin)
         said[name] = status, out.getvalue(), err.getvalue()
 
     run("whole", command(folder, "--json"))
     run("resumed", command(folder, out="resumed"))
-    run("statistics", command(folder, out="rounded", plan="beside.json"))
     run("plan", command(folder, out="other", plan=("plan.json", "other.json")[rank]))
     run("folder", command(folder, out=("here/out", "there/out")[rank]))
 

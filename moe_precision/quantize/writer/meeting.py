@@ -25,9 +25,9 @@ def environment() -> tuple[int, int]:
     """
     if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
         return 0, 1
-    needed = ("RANK", "WORLD_SIZE")
+    needed = ["RANK", "WORLD_SIZE"]
     if os.environ.get("WORLD_SIZE") != "1":
-        needed += ("MASTER_ADDR", "MASTER_PORT")
+        needed += ["MASTER_ADDR", "MASTER_PORT"]
     otherwise = "start it with torchrun, set all four, or unset WORLD_SIZE and RANK for a process that works alone"
     if missing := [name for name in needed if not os.environ.get(name)]:
         raise RankError(f"{', '.join(missing)} of torchrun's variables are not set, others are: {otherwise}")
@@ -103,8 +103,8 @@ def _met(rank: int, size: int, store: dist.Store) -> dist.Store:
 @cache
 def _store() -> dist.Store:
     """One for all calls of a process: a second one would meet the first, which is about to go."""
-    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN)))
-    return store
+    found: tuple[dist.Store, int, int] = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN)))
+    return found[0]
 
 
 @contextmanager
