@@ -155,10 +155,9 @@ def compare(bits: int, shapes: tuple[tuple[int, int], ...], clock: Clock, torch_
 
 def hours(bits: int, cores: int, clock: Clock) -> None:
     """Prints what all experts of DeepSeek-V3 take, in core hours and on several machines that get whole layers."""
-    print(
-        f"DeepSeek-V3: {LAYERS} layers of {EXPERTS} experts, {3 * LAYERS * EXPERTS:,} matrices, {bits} bits, ", end=""
-    )
-    print(f"group {GROUP}; CPU seconds of one thread, and hours on machines with {cores} cores\n")
+    print(f"DeepSeek-V3: {LAYERS} layers of {EXPERTS} experts, {3 * LAYERS * EXPERTS:,} matrices, {bits} bits;")
+    print(f"group {GROUP}, CPU seconds of one thread, and hours on machines with {cores} cores\n")
+    quantize_matrix(matrix(64, 128), bits, GROUP, second_moment=second_moment(128))  # warms up
     heads = ["statistics", *(f"{out} x {inp}" for out, inp in DEEPSEEK_V3), "core hours"]
     heads += [f"{count} machine{'s' * (count > 1)}" for count in MACHINES]
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
@@ -189,9 +188,8 @@ if __name__ == "__main__":
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    clock = Clock(
-        options.cpu or options.deepseek_v3, options.rounds or (1 if options.full or options.deepseek_v3 else 3)
-    )
+    long = options.full or options.deepseek_v3
+    clock = Clock(options.cpu or options.deepseek_v3, options.rounds or (1 if long else 3))
     if options.peer:
         out, inp = map(int, options.peer.split("x"))
         print(*gptqmodel(out, inp, options.bits, clock))
