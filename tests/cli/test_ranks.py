@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from moe_precision import allocate
 from moe_precision.cli.main import main
-from moe_precision.quantize.writer.meeting import environment
+from moe_precision.quantize.writer.meeting import _met, environment
 from moe_precision.quantize.writer.ranks import RankError, Ranks
 from moe_precision.quantize.writer.shards import Shard, divided
 from moe_precision.recording.collecting import collect_statistics
@@ -75,9 +77,37 @@ def test_shards_are_divided_by_their_bytes():
 
 
 def test_one_process_waits_for_nobody():
-    assert Ranks().gathered("anything", "said") == ["said"]
+    assert Ranks().gathered("said") == ["said"]
     Ranks().check()
     Ranks().check_same({"plan": "1"})
+
+
+def test_what_ranks_say_is_of_the_same_call():
+    """Also in the second run of a process, and from one that is far ahead."""
+    store = dist.HashStore()
+
+    def said(rank):
+        ranks = Ranks(rank, 2, store)
+        return [ranks.gathered(f"{call} of {rank}") for call in range(5)]
+
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(said, range(2)))
+    assert both == [[[f"{call} of 0", f"{call} of 1"] for call in range(5)]] * 2
+
+
+def test_ranks_meet_under_a_new_name_in_a_store_that_was_used():
+    store = dist.HashStore()
+    for key in ("hello/1", "hello/2"):  # of ranks that torchrun has killed
+        store.set(key, "dead")
+
+    def found(rank):
+        part = _met(rank, 3, store)
+        with Ranks(rank, 3, part).living():
+            return part.get("from 0").decode() if rank else part.set("from 0", "met") or "met"
+
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            assert list(pool.map(found, range(3))) == ["met"] * 3
 
 
 def finished(folder, out="out"):

@@ -105,7 +105,7 @@ def quantize_checkpoint(
                 _write_index(folder, shards)
                 write_card(source, folder, sum(shard.packed_bytes for shard in shards), quantization)
                 copy_other_files(source.folder, folder)  # but for the card, which is there
-        ranks.gathered("complete")
+        ranks.gathered()  # once all is in its place
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def _write_shards(
     ]
     for file in unfinished:  # a damaged one is none that is there
         (folder / file).unlink(missing_ok=True)
-    of_all = {file for said in ranks.gathered("unfinished", json.dumps(unfinished)) for file in json.loads(said)}
+    of_all = {file for said in ranks.gathered(json.dumps(unfinished)) for file in json.loads(said)}
     missing = [shard for shard in shards if shard.file in of_all]
     done = {shard.file for shard in shards} - of_all
     if ranks.first and done:
@@ -157,7 +157,7 @@ def _write_shards(
         for _ in writing:
             look()
             ranks.check()
-        ranks.gathered("packed", watch=look)
+        ranks.gathered(watch=look)  # once all have packed theirs
         look()
 
 

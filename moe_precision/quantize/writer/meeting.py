@@ -56,7 +56,9 @@ def all_ranks() -> Iterator[Ranks]:
     if size == 1:
         yield Ranks()
         return
-    if dist.is_available() and dist.is_initialized():
+    if not dist.is_available():
+        raise RankError("this build of torch has no torch.distributed: install another, or start one process")
+    if dist.is_initialized():
         raise RankError(
             "torch.distributed is in use in this process already: start ranks of their own, with torchrun and "
             "`moe-precision quantize`"

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from threading import Event, Thread
 
@@ -43,6 +44,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None) -> None:
         self.rank, self.size, self._store = rank, size, store
+        self._exchanges = count()
         self._looked = time.monotonic()
         self._heard = {other: (0, self._looked) for other in range(size) if other != rank}
 
@@ -51,11 +53,10 @@ class Ranks:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def gathered(self, name: str, value: str = "", watch: Callable[[], None] = lambda: None) -> list[str]:
-        """What all ranks say, by rank; waits for all of them.
+    def gathered(self, value: str = "", watch: Callable[[], None] = lambda: None) -> list[str]:
+        """What all ranks say, by rank; waits for all of them, which make the same calls in the same order.
 
         Args:
-            name: Of what is said; another one each time.
             value: What this rank says.
             watch: Called again and again while waiting.
 
@@ -64,7 +65,8 @@ class Ranks:
         """
         if self._store is None:
             return [value]
-        keys = [f"{name}/{rank}" for rank in range(self.size)]
+        exchange = next(self._exchanges)
+        keys = [f"said/{exchange}/{rank}" for rank in range(self.size)]
         with _reaching_the_store():
             self._store.set(keys[self.rank], value)
             while not self._store.check(keys):
@@ -101,7 +103,7 @@ class Ranks:
         Raises:
             RankError: A rank has another one; the message says of what.
         """
-        said = [json.loads(one) for one in self.gathered("parts", json.dumps({**parts, "host": socket.gethostname()}))]
+        said = [json.loads(one) for one in self.gathered(json.dumps({**parts, "host": socket.gethostname()}))]
         for rank, one in enumerate(said):
             if differing := [part for part in parts if one.get(part) != said[0].get(part)]:
                 raise RankError(
@@ -121,9 +123,9 @@ class Ranks:
         try:
             if self.first:
                 (folder / name).touch()
-            name = self.gathered("folder", name)[0]
+            name = self.gathered(name)[0]
             sees = self.first or seen(folder / name)
-            blind = [said for said in self.gathered("sees", "" if sees else f"rank {self.rank} on {host!r}") if said]
+            blind = [said for said in self.gathered("" if sees else f"rank {self.rank} on {host!r}") if said]
         finally:
             if self.first:
                 (folder / name).unlink(missing_ok=True)
