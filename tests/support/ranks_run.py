@@ -28,7 +28,7 @@ def start_ranks(function: Callable[..., None], folder: Path, *arguments: object)
 
 
 def command(folder: Path, *more: str, out: str = "out", plan: str = "plan.json") -> list[str]:
-    """``quantize`` with seven files to write."""
+    """``quantize`` with a file for each layer, and for what is in none."""
     names = [str(folder / "float"), str(folder / plan), str(folder / out)]
     return ["quantize", *names, "--max-shard-size", "1KB", *more]
 
@@ -58,7 +58,7 @@ def several(folder: Path) -> None:
 
     def failing(self, shard, *rest):
         if rank == 1 and len(written) == 1:
-            raise CheckpointError("a weight of layer 3 is not finite")
+            raise CheckpointError("a weight of layer 1 is not finite")
         write(self, shard, *rest)
         written.append(shard.file)
 
