@@ -2,11 +2,15 @@
 
     INSTALL_ONLY=1 tests/export/real_tools/run.sh gptqmodel   # the peer, in an environment of its own
     python -m benchmarks.rounding [--full] [--bits 2] [--cpu] [--no-torch]
+    python -m benchmarks.rounding --deepseek-v3 [--bits 2] [--cores 32]   # hours for all of its experts
 
 Two shapes: one of gate and up, and one of down, whose second moment is the larger. By default they are a quarter of
 Mixtral's each way, which takes minutes; ``--full`` takes Mixtral's own. ``--cpu`` measures the CPU time of one thread,
 which tells more than wall time while others use the machine. Without the peer its columns are empty. Every
 one gets the same weight and the same second moment, which is not collected here.
+
+``--deepseek-v3`` measures one expert of DeepSeek-V3 in CPU time of one thread, with and without a second moment, and
+multiplies. Not in it: reading, packing and writing, and what threads lose that share a matrix.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from moe_precision.quantize.codec.fitting import quantize_matrix
 
 SHAPES = (3584, 1024), (1024, 3584)
 FULL = (14336, 4096), (4096, 14336)
+DEEPSEEK_V3 = (4096, 7168), (7168, 2048)  # gate and up, which have the same inputs, and down
+LAYERS, EXPERTS, MACHINES = 58, 256, (1, 4, 16, 58)
 GROUP = 64
 T = TypeVar("T")
 PEER = Path(".venv-exports/gptqmodel/bin/python")
@@ -147,6 +153,26 @@ def compare(bits: int, shapes: tuple[tuple[int, int], ...], clock: Clock, torch_
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
+def hours(bits: int, cores: int, clock: Clock) -> None:
+    """Prints what all experts of DeepSeek-V3 take, in core hours and on several machines that get whole layers."""
+    print(f"DeepSeek-V3: {LAYERS} layers of {EXPERTS} experts, {3 * LAYERS * EXPERTS:,} matrices, {bits} bits;")
+    print(f"group {GROUP}, CPU seconds of one thread, and hours on machines with {cores} cores\n")
+    quantize_matrix(matrix(64, 128), bits, GROUP, second_moment=second_moment(128))  # warms up
+    heads = ["statistics", *(f"{out} x {inp}" for out, inp in DEEPSEEK_V3), "core hours"]
+    heads += [f"{count} machine{'s' * (count > 1)}" for count in MACHINES]
+    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    for name in ("without", "with"):
+        seconds = []
+        for out, inp in DEEPSEEK_V3:
+            moment = second_moment(inp) if name == "with" else None
+            fit = partial(quantize_matrix, matrix(out, inp), bits, GROUP, second_moment=moment)
+            seconds.append(clock.least(partial(_given, fit))[0])
+        layer = EXPERTS * sum(seconds) / 3600
+        cells = [name, *(f"{one:.1f}" for one in seconds), f"{LAYERS * layer:,.0f}"]
+        cells += [f"{-(-LAYERS // count) * layer / cores:.1f}" for count in MACHINES]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
 def _given(value: T) -> T:
     return value
 
@@ -157,12 +183,17 @@ if __name__ == "__main__":
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--cpu", action="store_true", help="CPU time of one thread")
     parser.add_argument("--no-torch", action="store_true", help="leave out torch, which takes the longest")
+    parser.add_argument("--deepseek-v3", action="store_true", help="hours for all experts of DeepSeek-V3 instead")
+    parser.add_argument("--cores", type=int, default=32, help="of each machine, for --deepseek-v3 (default 32)")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    clock = Clock(options.cpu, options.rounds or (1 if options.full else 3))
+    long = options.full or options.deepseek_v3
+    clock = Clock(options.cpu or options.deepseek_v3, options.rounds or (1 if long else 3))
     if options.peer:
         out, inp = map(int, options.peer.split("x"))
         print(*gptqmodel(out, inp, options.bits, clock))
+    elif options.deepseek_v3:
+        hours(options.bits, options.cores, clock)
     else:
         compare(options.bits, FULL if options.full else SHAPES, clock, not options.no_torch)

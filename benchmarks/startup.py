@@ -21,7 +21,7 @@ from moe_precision.layers import LayerShape
 from moe_precision.plans.layer_plan import LayerPlan
 from moe_precision.plans.plan import PrecisionPlan
 
-_OURS = [sys.executable, "-m", "moe_precision.cli"]
+_OURS = [sys.executable, "-m", "moe_precision"]
 COMMANDS = {
     "`python -c pass`": [sys.executable, "-c", "pass"],
     "`import torch`": [sys.executable, "-c", "import torch"],

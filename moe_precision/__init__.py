@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .quantize.modules import set_activations
     from .quantize.pruning import prune_checkpoint
     from .quantize.trainable import DistillError
-    from .quantize.writer import distill_checkpoint, distill_streamed, quantize_checkpoint
+    from .quantize.writer import RankError, all_ranks, distill_checkpoint, distill_streamed, quantize_checkpoint
     from .recording.collecting import collect_statistics
     from .recording.curvature import Curvature, CurvatureError
     from .recording.history import HistoryError, RouterNormHistory
@@ -65,12 +65,14 @@ __all__ = [
     "PlanSettings",
     "PrecisionPlan",
     "QuantizationError",
+    "RankError",
     "RouterNormHistory",
     "RunRecorder",
     "StatisticsError",
     "StreamingError",
     "UnsupportedLayoutError",
     "__version__",
+    "all_ranks",
     "allocate",
     "bits_from_order",
     "collect_statistics",
@@ -114,7 +116,7 @@ _DEFINED_IN = {
     ".quantize.pruning": ("prune_checkpoint",),
     ".quantize.distilling": ("Distilled", "distill_scales"),
     ".quantize.trainable": ("DistillError",),
-    ".quantize.writer": ("distill_checkpoint", "distill_streamed", "quantize_checkpoint"),
+    ".quantize.writer": ("RankError", "all_ranks", "distill_checkpoint", "distill_streamed", "quantize_checkpoint"),
     ".recording.collecting": ("collect_statistics",),
     ".recording.curvature": ("Curvature", "CurvatureError"),
     ".recording.history": ("HistoryError", "RouterNormHistory"),

@@ -34,6 +34,7 @@ ORDER = (
     "callbacks",
     "recipes",
     "cli",
+    "__main__",
     "__init__",  # the public names: it may import everything, and nothing imports it
 )
 FORBIDDEN = {

@@ -41,7 +41,7 @@ def commands(page):
         if block.language in ("", "sh", "bash", "console") and not block.comment.startswith("not run:"):
             for line in block.code.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
-                for name in ("moe-precision", "moe_precision.cli"):
+                for name in ("moe-precision", "moe_precision"):
                     if name in words:
                         words = words[words.index(name) + 1 :]
                         found.append(words[: next((i for i, w in enumerate(words) if w[0] in ">|&;"), None)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from ..files import umask
 from .config import released
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 _LOCK = ".lock"
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 def check_quantizing(checkpoint: Checkpoint, out: str | os.PathLike[str], *sources: Any) -> None:
@@ -68,7 +70,8 @@ def resumable_folder(path: str | os.PathLike[str], job: str) -> Iterator[Path]:
 
     However the block ends early, finished files stay, and the next call for this job yields them again; only an empty
     folder is removed. So check all input before entering: an error that would recur every time is best raised while
-    there is nothing to keep. Entering removes what other jobs for ``path`` left behind.
+    there is nothing to keep. Entering removes what other jobs for ``path`` left behind, where a lock shows that they
+    have ended; a file system without locks is enough, but leaves that, and two writers, to the user.
 
     Args:
         path: Where the folder goes when it is complete.
@@ -80,11 +83,12 @@ def resumable_folder(path: str | os.PathLike[str], job: str) -> Iterator[Path]:
     """
     path = Path(path).resolve()
     check_replaceable(path)
-    partial = path.parent / f".{path.name}.{job[:12]}.partial"
+    partial = folder_of_job(path, job)
     for other in path.parent.glob(f".{path.name}.*.partial"):
         if other != partial:
-            with suppress(BlockingIOError), _locked(other):  # of a job that has been given up
-                shutil.rmtree(other, ignore_errors=True)
+            with suppress(BlockingIOError), _locked(other) as locked:
+                if locked:  # of a job that has been given up
+                    shutil.rmtree(other, ignore_errors=True)
     partial.mkdir(exist_ok=True)
     with _locked(partial):
         for rest in partial.glob(".*.tmp"):  # of a file that was being written
@@ -96,7 +100,13 @@ def resumable_folder(path: str | os.PathLike[str], job: str) -> Iterator[Path]:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         _take_place(partial, path)
-        (path / _LOCK).unlink()
+        (path / _LOCK).unlink(missing_ok=True)
+
+
+def folder_of_job(path: str | os.PathLike[str], job: str) -> Path:
+    """The hidden folder that `resumable_folder` yields."""
+    path = Path(path).resolve()
+    return path.parent / f".{path.name}.{job[:12]}.partial"
 
 
 def kept_folder(path: str | os.PathLike[str]) -> Path | None:
@@ -107,14 +117,22 @@ def kept_folder(path: str | os.PathLike[str]) -> Path | None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds the lock of a folder, and yields whether there is one: some network file systems have no locks."""
     lock = FileLock(folder / _LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise BlockingIOError(f"another process is writing into {str(folder)!r}; wait for it, or stop it") from None
+        if not isinstance(lock, SoftFileLock):
+            raise BlockingIOError(f"another process is writing into {str(folder)!r}; wait for it, or stop it") from None
+    except NotImplementedError:  # how filelock says ENOSYS
+        pass
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
     try:
-        yield
+        # newer versions of filelock go on with a file that a killed process leaves for ever: not a lock
+        yield lock.is_locked and not isinstance(lock, SoftFileLock)
     finally:
         lock.release()
 

@@ -31,7 +31,7 @@ SUMMARIES = {
     "quantize": (
         "Quantize a float checkpoint by a plan, one shard at a time, so that the model may be larger than memory; OUT"
         " loads with from_pretrained after `import moe_precision`. An interrupted run resumes when it is started "
-        "again."
+        "again. Under torchrun, on one machine or several, each process packs its part of the files."
     ),
     "prune": (
         "Write a float checkpoint without the experts that a plan drops (0 bits), rows of the router cut: stock "

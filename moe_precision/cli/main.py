@@ -44,7 +44,7 @@ def _run(options: argparse.Namespace) -> int:
     as_json, quiet = getattr(options, "json", False), getattr(options, "quiet", False)
     with redirect_stdout(io.StringIO()) if as_json or quiet else nullcontext():
         status: int | None = options.run(options)
-    if as_json:
+    if as_json and options.document is not None:  # None: another process prints it
         print(json.dumps(options.document, indent=2, allow_nan=False))
     return status or 0
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint, load_model
 from ..checkpoints.folders import check_quantizing, kept_folder
-from ..checkpoints.tokenizer import load_tokenizer
 from ..files import check_writable
 from ..layers.moe_layers import find_moe_layers
 from ..plans.beside import existing
@@ -22,8 +20,10 @@ from ..quantize.sizes import ModelSizes
 from ..quantize.writer import distill_checkpoint, distill_streamed, quantize_checkpoint
 from ..recording.collecting import MEMORY_GIB, bytes_of, collect_statistics, linear_widths, passes
 from ..recording.statistics import ExpertStatistics, file_bytes
+from .auto_round import quantize_with_auto_round
 from .estimate import print_sizes
 from .options import Commands, add_command, add_dataset, add_output, data_of, dataset_name, positive
+from .ranks import by_ranks
 
 
 def run(options: argparse.Namespace) -> None:
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     if options.backend == "auto-round":
         if options.dry_run:
             raise ValueError("--dry-run tells what our own format takes; --backend auto-round writes another")
-        _quantize_with_auto_round(options)
+        quantize_with_auto_round(options)
         return
     curvature = options.curvature or existing("curvature", options.plan)
     grid = _grid(options)
@@ -63,9 +63,11 @@ def run(options: argparse.Namespace) -> None:
         if options.distill_steps:
             _distill(options, plan, known, how)
         else:
-            quantize_checkpoint(options.checkpoint, plan, options.out, grid=grid, **known, **how)
+            quantize_checkpoint(options.checkpoint, plan, options.out, grid=grid, ranks=options.ranks, **known, **how)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_kept(Path(options.out))) from None
+    if not options.ranks.first:  # which may not see OUT yet
+        return
     after = Checkpoint(options.out)
     sizes = f"{source.nbytes / 1e6:.2f} MB -> {after.nbytes / 1e6:.2f} MB"
     bits = after.stored_bits_per_expert_weight(plan)
@@ -122,7 +124,7 @@ def _statistics(
         return _collected(options, plan)
     if given is None:
         return None
-    statistics = ExpertStatistics.load(given)
+    statistics = ExpertStatistics.load(given, check_moments=False)  # `quantize_checkpoint` does
     print(f"rounds under the statistics of {given} (from {statistics.text or 'text that it does not name'})")
     print(statistics.described())
     return given
@@ -172,43 +174,12 @@ def _distill(options: argparse.Namespace, plan: PrecisionPlan, known: dict[str, 
     print(found.described())
 
 
-def _quantize_with_auto_round(options: argparse.Namespace) -> None:
-    from ..export.auto_round_backend import check_installed, quantize_with_auto_round
-
-    ours = {
-        "--curvature": options.curvature,
-        "--grid": options.grid,
-        "--statistics": options.statistics,
-        "--statistics-batches": options.statistics_batches,
-        "--distill-steps": options.distill_steps,
-        "--non-expert-bits": options.non_expert_bits,
-    }
-    given = [name for name, value in ours.items() if value is not None]
-    if given:
-        raise ValueError(f"{', '.join(given)} cannot be used with --backend auto-round, which fits the weights itself")
-    if options.tokenizer is not None:
-        raise ValueError("--backend auto-round takes the checkpoint's own tokenizer: save --tokenizer's there instead")
-    check_installed()
-    load_tokenizer(options.checkpoint)  # which AutoRound writes into OUT
-    blocks: list[Any] = []
-    if options.iterations:
-        batches = data_of(options, options.checkpoint).train_dataloader()
-        whole = (row for batch in batches for row in batch["input_ids"][(batch["labels"] != -100).all(dim=1)])
-        blocks = list(islice(whole, options.samples))
-    if blocks:
-        print(f"tunes the rounding on {len(blocks)} blocks of training text of {dataset_name(options)}")
-    for note in quantize_with_auto_round(options.checkpoint, options.plan, options.out, blocks, options.iterations):
-        print(note, file=sys.stderr)
-    options.document = {"out": options.out, "format": "auto-round", "bytes_after": Checkpoint(options.out).nbytes}
-    print(f"wrote {options.out} in AutoRound's format; load it in a process that loads no float model afterwards")
-
-
 def add_to(commands: Commands) -> None:
     """Declares the command."""
     command = add_command(
         commands,
         "quantize",
-        run,
+        by_ranks(run),
         "moe-precision quantize runs/demo/checkpoint runs/demo/precision_plan.json runs/demo/quantized",
     )
     command.add_argument("checkpoint", help="folder of a float checkpoint, as save_pretrained writes it")

@@ -1,5 +1,6 @@
 """Folders appear in one step, or not at all; the finished files of an interrupted job stay."""
 
+import errno
 import os
 from contextlib import suppress
 
@@ -81,3 +82,32 @@ def test_one_writer_at_a_job(old):
             pass
         with resumable_folder(old, "b job"):  # leaves a job that is being written alone
             assert (folder / "first").exists()
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(number, old, tmp_path, monkeypatch):
+    """A killed process leaves its lock file, which blocks nobody; what another job has left may be in use."""
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with suppress(ValueError), resumable_folder(old, "a job") as folder:
+        write(folder, "first")
+        raise ValueError
+    (folder / ".lock").write_text("12345\nanother-machine\n")
+    with suppress(ValueError), resumable_folder(old, "b job") as other:
+        write(other, "other")
+        raise ValueError
+    with resumable_folder(old, "a job") as folder:
+        assert (folder / "first").exists()
+        write(folder, "last")
+    assert sorted(os.listdir(old)) == ["first", "last"]
+    assert (other / "other").exists()
+
+
+def test_an_error_of_a_file_system_with_locks_is_raised(old, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk")))
+    with pytest.raises(OSError, match="bad disk"), resumable_folder(old, "a job"):
+        pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import xxhash
 from safetensors import safe_open
@@ -17,13 +18,27 @@ from ..config import PlanQuantizationConfig
 from .shards import Shard
 
 
-def fingerprint(checkpoint: Checkpoint, quantization: PlanQuantizationConfig, shards: list[Shard]) -> str:
-    """A hash that two runs share if they would write the same shards."""
+def parts(checkpoint: Checkpoint, quantization: PlanQuantizationConfig, shards: list[Shard]) -> dict[str, str]:
+    """All that decides on the shards -> a hash of it."""
     files = [checkpoint.folder / "config.json", *checkpoint.files]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    fit = [checksums(tensors) for tensors in _tensors_of(quantization)]
-    job = [__version__, quantization.to_dict(), [asdict(shard) for shard in shards], stats, fit]
-    return xxhash.xxh3_128(json.dumps(job, sort_keys=True).encode()).hexdigest()
+    said = {
+        "release of moe-precision": __version__,
+        "checkpoint": stats,
+        "plan or width of other layers": quantization.to_dict(),
+        "curvature, grid or statistics": [checksums(tensors) for tensors in _tensors_of(quantization)],
+        "division into files": [asdict(shard) for shard in shards],
+    }
+    return {part: _hash(value) for part, value in said.items()}
+
+
+def fingerprint(parts: dict[str, str]) -> str:
+    """A hash that two runs share if they would write the same shards, from their `parts`."""
+    return _hash(parts)
+
+
+def _hash(value: Any) -> str:
+    return xxhash.xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def is_finished(file: Path, shard: Shard, config: str) -> bool:

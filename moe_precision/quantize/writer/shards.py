@@ -79,6 +79,20 @@ def shards_of(
     ]
 
 
+def divided(shards: list[Shard], among: int) -> list[list[Shard]]:
+    """Gives each of several ranks about as many bytes: the largest shards first, each to the one that has least.
+
+    Every shard is in one of the lists, which keep the order of ``shards``; the same input is always divided alike.
+    """
+    owned: list[list[int]] = [[] for _ in range(among)]
+    nbytes = [0] * among
+    for number in sorted(range(len(shards)), key=lambda number: -shards[number].nbytes):
+        least = nbytes.index(min(nbytes))
+        owned[least].append(number)
+        nbytes[least] += shards[number].nbytes
+    return [[shards[number] for number in sorted(numbers)] for numbers in owned]
+
+
 def _grouped(sizes: dict[str, int], max_bytes: int) -> list[tuple[list[str], int]]:
     """Layers in their order, as many together as fit, with the bytes of each group."""
     groups: list[tuple[list[str], int]] = []

@@ -163,7 +163,7 @@ def server(tmp_path):
     port, folder = 8123, str(MODELS / "mixtral" / "packed")
     options = ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
     options += ["--max-model-len", "64", "--gpu-memory-utilization", "0.2", "--served-model-name", "packed"]
-    command = [sys.executable, "-m", "moe_precision.cli", "serve", "--engine", "vllm", folder, *options]
+    command = [sys.executable, "-m", "moe_precision", "serve", "--engine", "vllm", folder, *options]
     environment = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
