@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -77,7 +79,9 @@ class AnnealStart:
                 "of known length says it: set Trainer(max_steps=...), or give the step to begin at"
             )
         self._tokens, self._from, self._begun, self._counts = 0, step, False, False
-        if self.asked == AUTO and plan is None and not self.found:
+        if self.asked != AUTO:
+            self.found = {}  # of a run that was begun with auto
+        elif plan is None and not self.found:
             self._counts = not self._whole
             if self._whole:
                 self.found = {"share": 1.0}
@@ -164,6 +168,21 @@ class AnnealStart:
     def restore(self, found: Mapping[str, Any]) -> None:
         """Takes over what a checkpoint holds of `found`."""
         self.found = cast(AnnealingNote, {key: found[key] for key in ("share", "tokens_per_byte") if key in found})
+
+    def save(self, path: Path) -> None:
+        """Writes `found` as JSON, for a Trainer whose checkpoints are folders."""
+        path.write_text(json.dumps(self.found), encoding="utf-8")
+
+    def load(self, path: Path) -> None:
+        """Takes over what `save` wrote.
+
+        Raises:
+            AnnealError: It is damaged.
+        """
+        try:
+            self.restore(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise AnnealError(f"{str(path)!r} is damaged: {error}. Without it, the start is found anew") from error
 
     def begin(self, plan: PrecisionPlan, step: int, teacher: str | None) -> PrecisionPlan:
         """When annealing begins: the plan with a note of it, from which a resumed run has what it needs.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
                 )
             rank_zero_info(f"PrecisionAnnealTrainerCallback: continues with the grid of {saved}")
         if (found := saved_file(args, state, _START)) is not None:
-            self._start.restore(json.loads(found.read_text(encoding="utf-8")))
+            self._start.load(found)
         history = None if self._history_of is None else self._history_of.history
         schedulers = [kwargs["lr_scheduler"]] if kwargs.get("lr_scheduler") is not None else []
         part = self._part(model)
@@ -141,8 +140,7 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if self._start.found and state.is_world_process_zero:
-            text = json.dumps(self._start.found)
-            save_state(lambda path: path.write_text(text, encoding="utf-8"), args, state, _START)
+            save_state(self._start.save, args, state, _START)
         if self.grid is None or self._hooks is None:
             return
         self.grid.router_norms = self._norms(self._part(model))

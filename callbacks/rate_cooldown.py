@@ -54,7 +54,8 @@ class RateCooldown:
             return
         if total == float("inf"):
             raise AnnealError(
-                "cooldown=True ends with the run, and nobody knows when that is: set Trainer(max_steps=...)"
+                "cooldown=True falls to 0 at the end of the run, and nobody knows when that is: set "
+                "Trainer(max_steps=...), or leave it out"
             )
         for optimizer in optimizers:
             _lowerable(optimizer)

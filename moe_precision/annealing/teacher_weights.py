@@ -152,7 +152,7 @@ def digest_of(weights: Mapping[str, Tensor]) -> str:
     for name, weight in sorted(weights.items()):
         values = weight.detach().to(torch.bfloat16) if weight.is_floating_point() else weight.detach()
         total.update(name.encode() + str(tuple(weight.shape)).encode())
-        total.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        total.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 

@@ -67,7 +67,7 @@ def test_auto_follows_from_the_tokens_of_the_first_steps(total, size, first, due
     """exp(-6.7297 / ln 80) = 0.2153."""
     start, after = found(total, size, step=5 if total == 1000 else 0)
     assert (start.first, after) == (first, due)
-    assert start.found["tokens_per_byte"] == pytest.approx(size, rel=1e-3)
+    assert start.found["tokens_per_byte"] == pytest.approx(size, rel=0.01)
     again = AnnealStart("Test", "auto", False)
     again.restore({**start.found, "plan": "of a grid"})
     again.check(total, 20, None)
