@@ -85,7 +85,8 @@ class AnnealStart(AnnealStudy):
         rows = list(islice(self.data.train_dataloader(), max(ROWS // self.data.hparams["batch_size"], STEPS + 8)))
         statistics = collect_statistics(finished, rows[: ROWS // self.data.hparams["batch_size"]])
         known = {"curvature": monitor.curvature, "statistics": statistics}
-        priced = allocate(finished, method="statistics", calibration=rows, **self.asked, **known)
+        asked = {"average_bits": self.settings["budgets"][0], **self.asked}
+        priced = allocate(finished, method="statistics", calibration=rows, **asked, **known)
         for budget in self.settings["budgets"]:
             plan = replan(priced, average_bits=budget)
             packed = quantize_model(copy.deepcopy(finished), plan, **known)
