@@ -72,7 +72,8 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
             must use the ``loss`` of a transformers model; where FSDP2 shards it, the model must be a unit of its own.
         teacher_weight: Share of the cross-entropy that KL(teacher || model) takes the place of: above 0, at most 1.
         cooldown: Whether learning rates fall to 0 in the annealed steps, as a factor over what the run's own schedule
-            sets. For runs at a constant rate; a schedule that falls to its end needs none.
+            sets. For runs at a constant rate; a schedule that falls to its end needs none. Cooling down in float and
+            quantizing afterwards was better in docs/evidence.md.
         router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by
             structure; see `find_moe_layers`.
         expert_pattern: Regular expression that names the experts' weights.
