@@ -167,7 +167,8 @@ class AnnealStart:
 
     def restore(self, found: Mapping[str, Any]) -> None:
         """Takes over what a checkpoint holds of `found`."""
-        self.found = cast(AnnealingNote, {key: float(found[key]) for key in ("share", "tokens_per_byte") if key in found})
+        known = {key: float(found[key]) for key in ("share", "tokens_per_byte") if key in found}
+        self.found = cast(AnnealingNote, known)
 
     def save(self, path: Path) -> None:
         """Writes `found` as JSON, for a Trainer whose checkpoints are folders."""

@@ -82,6 +82,22 @@ def test_auto_where_nothing_is_known_of_the_batches_or_all_of_the_model():
     assert [started(1000, asked).first for asked in (0, 0.25, 7)] == [0, 250, 7]
 
 
+def test_what_auto_has_found_in_a_file(tmp_path):
+    path = tmp_path / "annealing_start.json"
+    start, _ = found(1000, 80)
+    start.save(path)
+    again, numeric = AnnealStart("Test", "auto", False), AnnealStart("Test", 0.5, False)
+    for one in (again, numeric):
+        one.load(path)
+        one.check(1000, 20, None)
+    assert (again.found, again.first) == (start.found, start.first)
+    assert (numeric.found, numeric.first) == ({}, 500)
+    for text in ("[", "5", '{"share": "half"}'):
+        path.write_text(text)
+        with pytest.raises(AnnealError, match=r"is damaged: .* Without it, the start is found anew"):
+            again.load(path)
+
+
 def test_a_start_that_cannot_be():
     for asked in ("auto", 0.9):
         with pytest.raises(AnnealError, match=rf"start='?{asked}'? depends on the number of steps"):
