@@ -81,6 +81,8 @@ evidence: .venv/installed
 	$(BIN)/python -m benchmarks.studies.anneal_study --output runs/anneal --report > docs/annealing-tables.md
 	$(BIN)/python -m benchmarks.studies.anneal_start --output runs/anneal --seeds 0
 	$(BIN)/python -m benchmarks.studies.anneal_start --output runs/anneal --report > docs/annealing-start-tables.md
+	$(BIN)/python -m benchmarks.studies.constant_rate --output runs/constant_rate --seeds 0
+	$(BIN)/python -m benchmarks.studies.constant_rate --output runs/constant_rate --report > docs/constant-rate-tables.md
 	$(BIN)/python -m benchmarks.studies.theory --output runs/theory
 
 .venv/installed: pyproject.toml constraints.txt

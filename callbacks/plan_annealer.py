@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -12,15 +12,17 @@ from moe_precision.allocation.allocator import make_plan
 from moe_precision.allocation.whole_model import with_rest
 from moe_precision.annealing.covers import AnnealError, put_bank
 from moe_precision.annealing.hooks import GridHooks, check_trainable, uncover
+from moe_precision.callbacks.anneal_start import AnnealStart
 from moe_precision.callbacks.code_flips import CodeFlips
 from moe_precision.callbacks.files_beside import FilesBeside
 from moe_precision.callbacks.grid_losses import GridLosses
 from moe_precision.callbacks.plan_to_come import PlanToCome
+from moe_precision.callbacks.rate_cooldown import RateCooldown
 from moe_precision.callbacks.run_files import RunFiles
+from moe_precision.callbacks.settled_weights import SettledWeights
 from moe_precision.callbacks.statistics_before import StatisticsBefore
 from moe_precision.callbacks.taught_steps import TaughtSteps
 from moe_precision.callbacks.trained_part import TrainedPart
-from moe_precision.callbacks.weights_seen import WeightsSeen
 from moe_precision.layers.moe_layers import MoELayer, find_moe_layers
 from moe_precision.layers.patterns import Patterns
 from moe_precision.plans.methods import AUTO, MethodName, reads
@@ -53,7 +55,7 @@ class PlanAnnealer:
     def __init__(
         self,
         *,
-        start: float = 0.9,
+        start: float | Literal["auto"] = 0.9,
         plan: Any = None,  # with PrecisionPlan here, jsonargparse would read the file and lose its path
         method: MethodName = "curvature",
         average_bits: float | None = None,
@@ -71,6 +73,7 @@ class PlanAnnealer:
         statistics_steps: int = 0,
         teacher: str | None = None,
         teacher_weight: float = 1.0,
+        cooldown: bool = False,
         router_pattern: str | None = None,
         expert_pattern: str | None = None,
         layout: str | None = None,
@@ -79,13 +82,13 @@ class PlanAnnealer:
     ) -> None:
         self.settings = PlanSettings.among(locals())
         self.settings.check_plannable()
-        if not 0 <= start < float("inf") or (start >= 1 and start != int(start)):
-            raise ValueError(f"start must be a share of max_steps below 1 or a whole step, got {start}")
+        self._start = AnnealStart(type(self).__name__, start, whole=teacher is not None)
         if plan is None and not statistics_steps and (reads(method, "statistics") or self.settings.may_drop):
             needing = "0 among the levels" if self.settings.may_drop else f"method {method!r}"
             raise ValueError(f"{needing} needs expert statistics: give statistics_steps=32, the steps that record them")
         self._statistics = StatisticsBefore(type(self).__name__, statistics_steps)
         self._taught = TaughtSteps(type(self).__name__, teacher, teacher_weight)
+        self._cooldown = RateCooldown(type(self).__name__, cooldown)
         self._files = RunFiles(export_to, type(self).__name__, _RESCUE)
         self.start, self.export_to, self._trained = start, export_to, TrainedPart(module)
         self._given = None if plan is None else as_plan(plan)
@@ -93,12 +96,10 @@ class PlanAnnealer:
         self.plan = self._given
         self.grid: Grid | None = None
         self._hooks: GridHooks | None = None
-        self._first_step = 0  # of annealing; below steps of this run, which a checkpoint may have brought forward
-        self._began_at = self._started_at = 0
+        self._began_at = self._started_at = 0  # steps of this process, which a checkpoint may have brought forward
         self._checked = self._used = False  # the optimizer keeps second moments; every layer has gone through the grid
         self._flips = CodeFlips()
-        self._seen = WeightsSeen()  # at the end
-        self._settled: list[MoELayer] = []  # once their weights are on the grid
+        self._seen = SettledWeights(type(self).__name__)  # at the end
         self._losses = GridLosses()  # of the validation run
 
     def _prepare(self, folder: str | None, anew: bool) -> None:
@@ -109,6 +110,7 @@ class PlanAnnealer:
         self.close()
         if anew:
             self.grid, self.plan = None, self._given
+            self._start.restore({})
         self._files.prepare(folder)
 
     def _check(
@@ -118,6 +120,7 @@ class PlanAnnealer:
         total: float,
         history: RouterNormHistory | None,
         optimizers: Sequence[Any],
+        schedulers: Sequence[Any],
         obstacle: str = "",
     ) -> None:
         """Checks everything before the first step; continues with the grid if a checkpoint brought one.
@@ -128,6 +131,7 @@ class PlanAnnealer:
             total: Where it ends.
             history: Of the callback that records router norms, if there is one.
             optimizers: Those that train it.
+            schedulers: Of their learning rates.
             obstacle: Why the steps before annealing cannot be recorded, if they cannot.
         """
         layers = find_moe_layers(model, **self._patterns())
@@ -141,21 +145,20 @@ class PlanAnnealer:
         else:
             self.settings = with_rest(self.settings, model)
             self.settings.check_fits(shapes)
-        if self.start < 1 and total == float("inf"):
-            raise AnnealError(f"start={self.start} is a share of max_steps, which is not set: set it, or give a step")
-        self._set_first_step(total)
-        if self._first_step >= total:
-            raise AnnealError(f"start={self.start} is step {self._first_step} of {total}: nothing is left to anneal")
+        self._start.check(total, step, None if self.grid is None else self.grid.plan)
+        self._cooldown.check(total, optimizers, schedulers)
+        if self._start.first >= total:
+            raise AnnealError(f"start={self.start} is step {self._start.first} of {total}: nothing is left to anneal")
         if self.plan is None:
             self._to_come(history).check(layers, optimizers)
-        if self._first_step == 0 and self.grid is None:
+        if self._start.first == 0 and self.grid is None:
             self._beside.check(layers, self._statistics.asked)
-        if self.grid is None and not (self._first_step == 0 and self._beside.has_statistics):
-            self._statistics.start(model, layers, step, self._first_step, obstacle)
+        if self.grid is None and not (self._start.first == 0 and self._beside.has_statistics):
+            self._statistics.start(model, layers, step, self._start.first, obstacle)
         self._started_at, self._checked, self._used = step, False, False
-        if self.grid is None and step - max(1, len(optimizers)) >= self._first_step:  # a batch has a step of each
+        if self.grid is None and step - max(1, len(optimizers)) >= self._start.first:  # a batch has a step of each
             raise AnnealError(
-                f"training resumes at step {step}, annealing began at {self._first_step}, and the checkpoint has no "
+                f"training resumes at step {step}, annealing began at {self._start.first}, and the checkpoint has no "
                 f"grid of a callback with export_to={self.export_to!r}: resume with the callback that the run had"
             )
         if self.grid is not None:  # resumed in the middle
@@ -167,17 +170,13 @@ class PlanAnnealer:
         assert self.grid is not None
         self._hooks, self._began_at = GridHooks(layers, self.grid), step
         self._taught.begin(model, self._hooks)
+        self._cooldown.begin(self._start.total - step)
 
     def _to_come(self, history: RouterNormHistory | None) -> PlanToCome:
-        return PlanToCome(self.settings, self._first_step, history, self._recorder)
+        return PlanToCome(self.settings, self._start.first, history, self._recorder)
 
     def _part(self, whole: nn.Module) -> nn.Module:
         return self._trained.of(whole, self._patterns())  # what is annealed of what a Trainer has
-
-    def _set_first_step(self, total: float) -> None:
-        """When annealing begins, in the unit of ``total``, unless it has begun."""
-        if self._hooks is None:
-            self._first_step = int(self.start * total) if self.start < 1 else int(self.start)
 
     def _patterns(self) -> Patterns:
         return self.settings.patterns if self.plan is None else self.plan.patterns
@@ -190,7 +189,7 @@ class PlanAnnealer:
         """
         layers = find_moe_layers(model, **self._patterns())
         self._taught.take(model)
-        begins_with_it = self._first_step == 0  # with the weights that files beside the plan are of
+        begins_with_it = self._start.first == 0  # with the weights that files beside the plan are of
         statistics = self._statistics.finish()
         if begins_with_it and self._statistics.asked:
             statistics = self._beside.statistics(layers)
@@ -203,6 +202,7 @@ class PlanAnnealer:
         if self.plan is None:
             prices = self.settings.method == AUTO or reads(self.settings.method, "curvature")
             self.plan = make_plan(self.settings, model, history, curvature, statistics if prices else None)
+        self.plan = self._start.begin(self.plan, step, self._taught.digest)
         self.grid = Grid.fit(layers, self.plan, curvature, statistics, place=put_bank if statistics else None)
         self._taught.keep(self.grid, self._files)
         self._put_on_grid(model, layers, step)
@@ -221,8 +221,14 @@ class PlanAnnealer:
 
         Called again before the other micro-batches of a step.
         """
-        if self._hooks is None and step >= self._first_step:
+        if self._start.is_due(step):
+            layers = find_moe_layers(model, **self._patterns())
+            self._start.find(model, layers, step, self.plan or self.settings)
+            self._statistics.move(step, self._start.first)
+        if self._hooks is None and step >= self._start.first:
             self._begin(model, optimizers, history, step)
+        if self._hooks is not None:
+            self._cooldown.before_step(optimizers, step - self._start.first, self._start.total - self._start.first)
         self._statistics.before_batch(step)
         self._taught.before_step(logged)
         if self._hooks is None and not self._checked and step > self._started_at:
@@ -238,13 +244,15 @@ class PlanAnnealer:
         if self._hooks is not None and not self._used and step > self._began_at:
             self._used = self._hooks.check_used(step - self._began_at)
             self._taught.after_step()
+        if self._hooks is not None:
+            self._cooldown.check_used(step - self._began_at)
 
     def _metrics(self) -> dict[str, float]:
         """What to log for a step."""
         metrics = {"anneal/active": float(self._hooks is not None)}
         if self._hooks is not None and (share := self._flips.share(self._hooks)) is not None:
             metrics["anneal/flips"] = share
-        return metrics | self._taught.metrics()
+        return metrics | self._taught.metrics() | self._cooldown.metrics()
 
     def _finish(self, writes: bool, step: int) -> None:
         """Moves the weights onto the grid; writes plan and grid.
@@ -254,18 +262,11 @@ class PlanAnnealer:
         if self._hooks is None or self.grid is None or self.plan is None:
             self.close()  # it may have ended among the recorded steps
             rank_zero_warn(
-                f"{type(self).__name__}: training ended at step {step}, before annealing began at {self._first_step}: "
+                f"{type(self).__name__}: training ended at step {step}, before annealing began at {self._start.first}: "
                 "the weights are not on a grid, and no plan is written"
             )
             return
-        if self._seen.changed(layers := self._hooks.layers):
-            rank_zero_warn(
-                f"{type(self).__name__}: the experts' weights were changed after the last step, by another callback "
-                "(weight averaging, the best checkpoint): what is moved onto the grid is not what training ended on"
-            )
-        self._hooks.settle()
-        self._seen.look(layers)
-        self._settled = layers
+        self._seen.settle(self._hooks)
         self.close()
         if not writes or not self._files.written:
             return
@@ -281,20 +282,12 @@ class PlanAnnealer:
         self._hooks = GridHooks(find_moe_layers(model, **self._patterns()), self.grid)
         self._finish(writes, step)
 
-    def _check_left(self) -> None:
-        """After all callbacks are done: warns if the weights have left the grid."""
-        if self._settled and self._seen.changed(self._settled):
-            rank_zero_warn(
-                f"{type(self).__name__}: the weights were changed after they had been moved onto the grid, by a later "
-                "callback (weight averaging) or the module's on_train_end: quantizing them does not give what training "
-                "ended on"
-            )
-        self._settled = []
-
     def close(self) -> None:
         """Gives the model its float weights back after an interruption; a second call does nothing."""
+        self._start.close()
         self._statistics.close()
         self._taught.close()
+        self._cooldown.close()
         if self._hooks is not None:
             self._hooks.close()
             self._hooks = None

@@ -30,6 +30,7 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
     |---|---|
     | ``anneal/active`` | 1 from ``start`` on, 0 before |
     | ``anneal/flips`` | share of codes that the step changed, in a sample of each matrix |
+    | ``anneal/rate_factor`` | with ``cooldown``: what the step's learning rates were multiplied by |
     | ``anneal/kl`` | KL divergence from the teacher on the step's last training batch, in nats per token |
     | ``anneal/val_loss`` | loss of the transformers model on the validation batches, on the grid |
     | ``anneal/val_loss_float`` | the same with the float weights that the optimizer keeps, same step |
@@ -39,7 +40,9 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
     third. They are logged if a batch holds the keyword arguments of a transformers model, labels included.
 
     Args:
-        start: When to begin: a share of training below 1, or a step.
+        start: When to begin: a share of training below 1, a step, or ``auto``: the last tenth, or more where the run
+            has many tokens per byte of the quantized experts (`annealed_share`), which the first ten steps show; with
+            a ``teacher`` the whole run.
         plan: A `PrecisionPlan` or its path; None makes one at ``start``. The curvature file beside a path
             weights the fit of the grid where the optimizer has no second moments yet (``start=0``).
         method: How widths are chosen, if no plan is given; a method that reads router norms needs
@@ -68,6 +71,9 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
             the Hub's cache). It takes the memory of its weights and one more forward pass per batch. The training step
             must use the ``loss`` of a transformers model; where FSDP2 shards it, the model must be a unit of its own.
         teacher_weight: Share of the cross-entropy that KL(teacher || model) takes the place of: above 0, at most 1.
+        cooldown: Whether learning rates fall to 0 in the annealed steps, as a factor over what the run's own schedule
+            sets. For runs at a constant rate; a schedule that falls to its end needs none. Cooling down in float and
+            quantizing afterwards was better in docs/evidence.md.
         router_pattern: Regular expression that names the routers' weights, for models whose routers cannot be found by
             structure; see `find_moe_layers`.
         expert_pattern: Regular expression that names the experts' weights.
@@ -125,16 +131,18 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
             total = total_steps(trainer, pl_module)
             obstacle = "" if pl_module.automatic_optimization else "the module steps its own optimizers"
             model, step = self._part(pl_module), trainer.global_step
-            self._check(model, step, total, _history(trainer), trainer.optimizers, obstacle)
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            self._check(model, step, total, _history(trainer), trainer.optimizers, schedulers, obstacle)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         step = trainer.global_step
         if not pl_module.automatic_optimization:  # how many steps a batch takes shows as it goes
-            self._set_first_step(total_steps(trainer, pl_module))
+            self._start.set(total_steps(trainer, pl_module))
         logged = self._crosses(trainer, step + len(trainer.optimizers))  # each optimizer's step counts
         self._before_step(self._part(pl_module), trainer.optimizers, _history(trainer), step, logged)
+        self._start.see(batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -190,21 +198,24 @@ class PrecisionAnneal(PlanAnnealer, LightningCallback):
             else:
                 self._finish_late(self._part(pl_module), trainer.is_global_zero, trainer.global_step)
         self._started = False
-        self._check_left()
+        self._seen.check_left()
         self._files.raise_error()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.grid is None else self.grid.state_dict()
+        grid = {} if self.grid is None else self.grid.state_dict()
+        return {**grid, "found": dict(self._start.found)} if self._start.found else grid
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":  # one of before annealing has no grid, and brings no state to load
             self.grid, self.plan = None, self._given
+            self._start.restore({})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict:
+        self._start.restore(state_dict.get("found", {}))
+        if "plan" in state_dict:
             self.grid = Grid.from_state_dict(state_dict)
             self.plan = self.grid.plan
 

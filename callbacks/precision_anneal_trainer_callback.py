@@ -22,6 +22,7 @@ from moe_precision.quantize.codec.grid import Grid, GridError
 from moe_precision.recording.router_norms import norms_by_layer
 
 _STATE = "annealing.safetensors"
+_START = "annealing_start.json"  # of start="auto", before there is a grid
 
 
 class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
@@ -88,8 +89,13 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
                     f"first. {NOT_RESTORED}"
                 )
             rank_zero_info(f"PrecisionAnnealTrainerCallback: continues with the grid of {saved}")
+        if (found := saved_file(args, state, _START)) is not None:
+            self._start.load(found)
         history = None if self._history_of is None else self._history_of.history
-        self._check(self._part(model), state.global_step, state.max_steps, history, optimizers_of(kwargs))
+        schedulers = [kwargs["lr_scheduler"]] if kwargs.get("lr_scheduler") is not None else []
+        part = self._part(model)
+        self._check(part, state.global_step, state.max_steps, history, optimizers_of(kwargs), schedulers)
+        self._start.watch(part)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -133,6 +139,8 @@ class PrecisionAnnealTrainerCallback(PlanAnnealer, TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        if self._start.found and state.is_world_process_zero:
+            save_state(self._start.save, args, state, _START)
         if self.grid is None or self._hooks is None:
             return
         self.grid.router_norms = self._norms(self._part(model))

@@ -52,11 +52,18 @@ class StatisticsBefore:
         first = max(step, first_step - self._asked)
         if reason := _why_not(layers, first, first_step, obstacle):
             raise StatisticsError(f"statistics_steps={self._asked} records the steps before annealing, and {reason}")
+        self._of = model, layers, obstacle
         self._turns = StatisticsInTurn(model, layers, first, first_step)
         rank_zero_info(
             f"{self._owner}: steps {first:,} to {first_step:,} are recorded for the experts' statistics, a few layers "
             f"at a time; they take up to {file_bytes(layers) / 1e6:,.1f} MB of memory"
         )
+
+    def move(self, step: int, first_step: int) -> None:
+        """Annealing will begin at another step than `start` was told, which has been called."""
+        if self._turns is not None:
+            model, layers, obstacle = self._of
+            self.start(model, layers, step, first_step, obstacle)
 
     def before_batch(self, step: int) -> None:
         """Before a forward pass of training, after ``step`` optimizer steps."""

@@ -7,9 +7,16 @@ from contextlib import suppress
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from moe_precision.annealing.covers import AnnealError
 from moe_precision.annealing.hooks import GridHooks
 from moe_precision.annealing.teacher import Teacher, dismiss_left, taught
-from moe_precision.annealing.teacher_weights import load_teacher, save_teacher, teacher_weights, weights_now
+from moe_precision.annealing.teacher_weights import (
+    digest_of,
+    load_teacher,
+    save_teacher,
+    teacher_weights,
+    weights_now,
+)
 from moe_precision.callbacks.run_files import RunFiles
 from moe_precision.quantize.codec.grid import Grid
 from moe_precision.recording.processes import is_first
@@ -30,6 +37,7 @@ class TaughtSteps:
 
     Attributes:
         teacher: Once annealing has begun, if there is one.
+        digest: What identifies its weights, once they are known; it goes into the plan's notes.
 
     Raises:
         ValueError: ``weight`` is not above 0 and at most 1.
@@ -41,6 +49,7 @@ class TaughtSteps:
         self._owner, self._asked, self._weight = owner, teacher, weight
         self._weights: dict[str, Tensor] = {}
         self.teacher: Teacher | None = None
+        self.digest: str | None = None
 
     def check(self, model: nn.Module, grid: Grid | None, files: RunFiles) -> None:
         """Before the first step: reads the teacher's weights, if there are any yet.
@@ -56,18 +65,28 @@ class TaughtSteps:
         """
         self.close()
         dismiss_left(model)
-        if self._asked is None:
-            return
-        taught(model)
-        if self._asked != START:
-            self._weights = teacher_weights(self._asked, model)
-        elif grid is not None:
-            self._weights = load_teacher(files.paths.teacher, model, grid)
+        self.digest = None
+        if self._asked is not None:
+            taught(model)
+            if self._asked != START:
+                self._weights = teacher_weights(self._asked, model)
+            elif grid is not None:
+                self._weights = load_teacher(files.paths.teacher, model, grid)
+            self.digest = digest_of(self._weights) if self._weights else None
+        note = {} if grid is None else grid.plan.notes.get("annealing", {})
+        if "start" in note and note.get("teacher") != self.digest:  # a run of an earlier release has no note
+            had = "a teacher of other weights" if "teacher" in note else "no teacher"
+            raise AnnealError(
+                f"teacher={self._asked!r}, and the run that is resumed has learned from "
+                f"{had if self.digest else 'a teacher'}: resume with what it had, or from a checkpoint of before "
+                "annealing began"
+            )
 
     def take(self, model: nn.Module) -> None:
         """When annealing begins, before weights are moved: keeps the model as it is; a collective under FSDP2."""
         if self._asked == START:
             self._weights = weights_now(model)
+            self.digest = digest_of(self._weights)
 
     def keep(self, grid: Grid, files: RunFiles) -> None:
         """Writes what was taken, for a run that is resumed; this one does without where a disk is full."""

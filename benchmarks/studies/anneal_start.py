@@ -9,7 +9,7 @@ finished model has had as many, all in float, and is what losses and KL are comp
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from benchmarks.studies.anneal_study import BEST, AnnealStudy
 from benchmarks.studies.study_models import Setting, run
 from benchmarks.studies.ways import kept, tables
 from moe_precision import allocate, collect_statistics, distill_scales, quantize_model, replan
-from moe_precision.callbacks import PrecisionAnneal
+from moe_precision.callbacks import PrecisionAnneal, RouterNormMonitor
 from moe_precision.judging.evaluation import BANDS, frequency_bands
 from moe_precision.judging.reference import Reference
 from moe_precision.layers.moe_layers import find_moe_layers
@@ -49,38 +49,60 @@ class AnnealStart(AnnealStudy):
         """Every way at every budget."""
         monitor = self.monitor()
         finished = self.finish(BEFORE, monitor).eval()
-        reference = Reference(finished, self.batches, find_moe_layers(finished))
-        bands = frequency_bands(reference.targets, self.data.token_counts)
-        results: list[dict[str, Any]] = []
+        self.compare_with(finished)
+        self.quantized(finished, monitor, {ROUNDED: "", LAYERS: "layers", LOGITS: "logits"})
+        for way, steps in ((NEAREST, 0), (STARTED, max(32, self.starts[SHARE] // 20))):
+            self.annealing(way, PrecisionAnneal, statistics_steps=steps)
+        return self.found
 
-        def add(way: str, budget: float, model: Any, stored: float) -> None:
-            measured = reference.measure(model.eval())
-            rise = (measured.losses - measured.float_losses).double()
-            rare = float(rise[bands == BANDS.index("rare")].mean())
-            found = {"loss": float(rise.mean()), "rare": rare, "kl": measured.divergence.kl}
-            results.append({"way": way, "budget": budget, "stored_bits": stored, **found})
+    def compare_with(self, finished: Any) -> None:
+        """Sets the float model that all others are compared with."""
+        self.reference = Reference(finished, self.batches, find_moe_layers(finished))
+        self.bands = frequency_bands(self.reference.targets, self.data.token_counts)
+        self.found: list[dict[str, Any]] = []
 
+    def add(self, way: str, budget: float, model: Any, stored: float) -> None:
+        """Measures a model."""
+        measured = self.reference.measure(model.eval())
+        rise = (measured.losses - measured.float_losses).double()
+        rare = float(rise[self.bands == BANDS.index("rare")].mean())
+        result = {"loss": float(rise.mean()), "rare": rare, "kl": measured.divergence.kl}
+        self.found.append({"way": way, "budget": budget, "stored_bits": stored, **result})
+
+    @property
+    def asked(self) -> Setting:
+        """Levels and group size of all plans."""
+        return {"bits": self.settings["bits"], "group_size": self.model["group_size"]}
+
+    def quantized(self, finished: Any, monitor: RouterNormMonitor, ways: Mapping[str, str]) -> None:
+        """Measures a finished model that is rounded under statistics, as it is or with distilled scales.
+
+        Args:
+            finished: The float model.
+            monitor: Of its training.
+            ways: Name of each way -> what its scales are distilled through; empty for none.
+        """
         rows = list(islice(self.data.train_dataloader(), max(ROWS // self.data.hparams["batch_size"], STEPS + 8)))
         statistics = collect_statistics(finished, rows[: ROWS // self.data.hparams["batch_size"]])
         known = {"curvature": monitor.curvature, "statistics": statistics}
-        asked = {"bits": self.settings["bits"], "group_size": self.model["group_size"]}
+        asked = {"average_bits": self.settings["budgets"][0], **self.asked}
         priced = allocate(finished, method="statistics", calibration=rows, **asked, **known)
         for budget in self.settings["budgets"]:
             plan = replan(priced, average_bits=budget)
             packed = quantize_model(copy.deepcopy(finished), plan, **known)
-            add(ROUNDED, budget, packed, plan.stored_bits)
-            for way, through in ((LAYERS, "layers"), (LOGITS, "logits")):
-                distilled = copy.deepcopy(packed)
-                distill_scales(distilled, finished, rows, steps=STEPS, through=through)
-                add(way, budget, distilled, plan.stored_bits)
-            for way, steps in ((NEAREST, 0), (STARTED, max(32, self.starts[SHARE] // 20))):
-                anneal = PrecisionAnneal(
-                    start=self.starts[SHARE], average_bits=budget, statistics_steps=steps, **asked, **BEST
-                )
-                model = self.finish(BEFORE, self.monitor(), anneal)
-                assert anneal.plan is not None
-                add(way, budget, model, anneal.plan.stored_bits)
-        return results
+            for way, through in ways.items():
+                model = copy.deepcopy(packed)
+                if through:
+                    distill_scales(model, finished, rows, steps=STEPS, through=through)
+                self.add(way, budget, model, plan.stored_bits)
+
+    def annealing(self, way: str, callback: type[PrecisionAnneal], **settings: Any) -> None:
+        """Measures the last share of the steps on the grid."""
+        for budget in self.settings["budgets"]:
+            anneal = callback(start=self.starts[SHARE], average_bits=budget, **self.asked, **BEST, **settings)
+            model = self.finish(BEFORE, self.monitor(), anneal)
+            assert anneal.plan is not None
+            self.add(way, budget, model, anneal.plan.stored_bits)
 
 
 def measure(study: Setting, name: str, seed: int, root: Path) -> str:

@@ -97,13 +97,22 @@ def trainer_of(
     )
 
 
+class ConstantRateLM(recipes.CausalLM):
+    """A causal language model that is trained at one learning rate from the first step to the last."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW alone."""
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams["learning_rate"], betas=self.hparams["betas"])
+
+
 def module_of(study: Setting, name: str, seed: int, root: Path) -> Any:
     """A model's LightningModule, which starts from random weights or from those of another model."""
     model = study["models"][name]
     arguments = copy.deepcopy(model["module_args"])
     if "from" in model:
         arguments["checkpoint"] = str(folder_of(model["from"], seed, root) / "checkpoint")
-    return getattr(recipes, model["module"])(**arguments)
+    kind = ConstantRateLM if model["module"] == "ConstantRateLM" else getattr(recipes, model["module"])
+    return kind(**arguments)
 
 
 def monitor_of(study: Setting, name: str) -> RouterNormMonitor:

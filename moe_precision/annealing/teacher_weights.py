@@ -144,6 +144,18 @@ def load_teacher(path: str | os.PathLike[str], model: nn.Module, grid: Grid) -> 
     return {key: found.tensor(key, tuple(one.shape)) for key, one in saved_tensors(root).items()}
 
 
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    """What identifies a teacher: a hash of its weights' names and values, in bfloat16, so that a copy of another float
+    dtype is the same teacher.
+    """
+    total = xxhash.xxh3_64()
+    for name, weight in sorted(weights.items()):
+        values = weight.detach().to(torch.bfloat16) if weight.is_floating_point() else weight.detach()
+        total.update(name.encode() + str(tuple(weight.shape)).encode())
+        total.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
 def _digest(grid: Grid) -> str:
     """Of its scales, which are fitted to the weights of one run."""
     total = xxhash.xxh3_64()

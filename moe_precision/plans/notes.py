@@ -28,6 +28,24 @@ class StatisticsUsed(StatisticsNote, total=False):
     indefinite: int
 
 
+class AnnealingNote(TypedDict, total=False):
+    """How training ended on the plan.
+
+    Attributes:
+        start: The first annealed step.
+        steps: How many there were to be, where the run's length was known.
+        share: With ``start="auto"``, that of all steps.
+        tokens_per_byte: From which the share follows, where batches showed their tokens.
+        teacher: Digest of the teacher's weights.
+    """
+
+    start: int
+    steps: int
+    share: float
+    tokens_per_byte: float
+    teacher: str
+
+
 class PlanNotes(TypedDict, total=False):
     """Each key is present only where it applies.
 
@@ -47,6 +65,7 @@ class PlanNotes(TypedDict, total=False):
         layers_without_change: Layers whose routers did not move at all.
         max_variance: The order rests on the change alone.
         router_caveats: Layer -> key of `CAVEATS`: there a row's norm does not mean what it means elsewhere.
+        annealing: Training ended on it.
         edited: Widths were changed by hand, with `PrecisionPlan.with_bits`.
         read_from: Name of the folder of another tool's checkpoint whose widths these are.
         group_sizes: Group sizes found there.
@@ -66,6 +85,7 @@ class PlanNotes(TypedDict, total=False):
     layers_without_change: list[str]
     max_variance: Literal["not measured"]
     router_caveats: dict[str, str]
+    annealing: AnnealingNote
     edited: bool
     read_from: str
     group_sizes: list[int]
