@@ -303,7 +303,10 @@ def under_hub_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> di
 
 
 def was_dequantized_on_loading(model: PreTrainedModel) -> bool:
-    """Whether `from_pretrained` made a float model of another tool's packed weights, which saving cannot undo."""
+    """Whether `from_pretrained` made a float model of another tool's packed weights, which saving would try to undo.
+
+    From transformers 5.24 on it is never so: such a model forgets how it was read, and is saved as it is.
+    """
     conversions = getattr(model, "_weight_conversions", None) or []
     operations = [operation for one in conversions for operation in getattr(one, "operations", ())]
     return any(getattr(operation, "hf_quantizer", None) is not None for operation in operations)
