@@ -89,9 +89,8 @@ def run_demo(output: Path, max_steps: int | None = None) -> list[Row]:
     """
     disable_progress_bar()  # transformers' own, one for each of many small loads and saves
     output.mkdir(parents=True, exist_ok=True)
-    recipe = files("moe_precision.recipes").joinpath("pretrain_mixtral.yaml").read_text(encoding="utf-8")
     config = output / "recipe.yaml"
-    config.write_text(yaml.safe_dump(_moved(yaml.safe_load(recipe), str(output))), encoding="utf-8")
+    config.write_text(yaml.safe_dump(_moved(yaml.safe_load(_recipe()), str(output))), encoding="utf-8")
     data = train(["--config", str(config), *([] if max_steps is None else ["--trainer.max_steps", str(max_steps)])])
 
     run = PlanFiles.of(output / "precision_plan.json")
@@ -168,6 +167,10 @@ def _variants(plan: PrecisionPlan, history: RouterNormHistory) -> dict[str, _Var
         found[f"plan, {bits:g} bits"] = _Variant(smaller)
         found[f"plan, {bits:g} bits, distilled"] = _Variant(smaller, distilled=True)
     return found
+
+
+def _recipe() -> str:
+    return files("moe_precision.recipes").joinpath("pretrain_mixtral.yaml").read_text(encoding="utf-8")
 
 
 def _moved(node: Any, folder: str) -> Any:

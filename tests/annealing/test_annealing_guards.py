@@ -270,7 +270,7 @@ def test_validation_counts_tokens_once_and_passes_over_empty_batches(tmp_path):
         def validation_step(self, batch, batch_idx):
             self.model(input_ids=batch["input_ids"])
 
-    logger, monitor = MemoryLogger(), RouterNormMonitor(group_size=64)
+    logger, monitor = MemoryLogger(), RouterNormMonitor(group_size=64, method="router_norm")
     fit(tmp_path, monitor, anneal(), module=Empty(), logger=logger, val_check_interval=5)
     losses = [metrics["anneal/val_loss"] for _, metrics in logger.calls if "anneal/val_loss" in metrics]
     assert losses

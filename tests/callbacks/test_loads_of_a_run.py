@@ -118,7 +118,7 @@ def test_the_same_under_transformers_trainer(tmp_path):
                 model.generate(inputs["input_ids"], min_new_tokens=4, max_new_tokens=4, do_sample=False)
             return super().training_step(model, inputs, num_items_in_batch)
 
-    plain, rolls_out = (RouterNormTrainerCallback(group_size=64) for _ in range(2))
+    plain, rolls_out = (RouterNormTrainerCallback(group_size=64, method="router_norm") for _ in range(2))
     settings = {"eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True}
     train(tmp_path, plain, Samples(), **settings)
     train(tmp_path, rolls_out, trainer_class=RollsOut, **settings)

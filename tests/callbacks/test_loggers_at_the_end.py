@@ -118,7 +118,7 @@ def test_transformers_trainer_reaches_save_model(tmp_path, monkeypatch):
         report_to=[],
         save_strategy="no",
     )
-    callbacks = [FinishesEarly(), RouterNormTrainerCallback(group_size=64)]
+    callbacks = [FinishesEarly(), RouterNormTrainerCallback(group_size=64, method="router_norm")]
     made = Trainer(build("mixtral"), arguments, train_dataset=rows, callbacks=callbacks)
     with pytest.warns(UserWarning, match=r"could not log the last router norms \(.*the summary to wandb"):
         made.train()

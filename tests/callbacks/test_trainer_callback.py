@@ -90,16 +90,16 @@ def test_the_same_plan_as_lightnings(tmp_path):
 
 @pytest.mark.slow
 def test_resume_keeps_the_baseline(tmp_path):
-    whole = RouterNormTrainerCallback(group_size=64, every_n_steps=1)
+    whole = RouterNormTrainerCallback(group_size=64, method="router_norm", every_n_steps=1)
     train(tmp_path / "whole", whole)
     train(
         tmp_path / "part",
-        RouterNormTrainerCallback(group_size=64, every_n_steps=1),
+        RouterNormTrainerCallback(group_size=64, method="router_norm", every_n_steps=1),
         3,
         save_strategy="steps",
         save_steps=3,
     )
-    resumed = RouterNormTrainerCallback(group_size=64, every_n_steps=1)
+    resumed = RouterNormTrainerCallback(group_size=64, method="router_norm", every_n_steps=1)
     train(tmp_path / "part", resumed, resume=str(tmp_path / "part" / "checkpoint-3"))
     assert resumed.history.steps == whole.history.steps == list(range(7))
     for name, norms in whole.history.norms.items():
@@ -108,25 +108,32 @@ def test_resume_keeps_the_baseline(tmp_path):
 
 
 def test_routers_that_a_resume_did_not_restore_are_an_error(tmp_path):
-    train(tmp_path, RouterNormTrainerCallback(group_size=64), 3, save_strategy="steps", save_steps=3)
+    train(
+        tmp_path, RouterNormTrainerCallback(group_size=64, method="router_norm"), 3, save_strategy="steps", save_steps=3
+    )
     with pytest.raises(
         HistoryError, match=r"not those whose norms were recorded at step 3 .*from_pretrained\(checkpoint\)"
     ):
-        train(tmp_path, RouterNormTrainerCallback(group_size=64), resume=str(tmp_path / "checkpoint-3"), restored=False)
+        train(
+            tmp_path,
+            RouterNormTrainerCallback(group_size=64, method="router_norm"),
+            resume=str(tmp_path / "checkpoint-3"),
+            restored=False,
+        )
 
 
 def test_resume_without_our_state_is_said(tmp_path):
-    callback = RouterNormTrainerCallback(group_size=64)
+    callback = RouterNormTrainerCallback(group_size=64, method="router_norm")
     train(tmp_path, callback, 3, save_strategy="steps", save_steps=3)
     (tmp_path / "checkpoint-3" / "router_norms.safetensors").unlink()
-    later = RouterNormTrainerCallback(group_size=64)
+    later = RouterNormTrainerCallback(group_size=64, method="router_norm")
     with pytest.warns(UserWarning, match="resumes at step 3 from a checkpoint without router norms"):
         train(tmp_path, later, resume=str(tmp_path / "checkpoint-3"))
     assert later.plan.baseline_step == 3
 
 
 def test_accumulation_counts_optimizer_steps(tmp_path):
-    callback = RouterNormTrainerCallback(group_size=64)
+    callback = RouterNormTrainerCallback(group_size=64, method="router_norm")
     train(tmp_path, callback, 3, gradient_accumulation_steps=4)
     assert callback.history.steps == [0, 2, 3]
     for load in callback.history.loads["training"].values():
@@ -193,7 +200,7 @@ def test_the_best_checkpoint_loaded_at_the_end(tmp_path):
 
 
 def test_an_interval_as_a_share_of_all_steps(tmp_path):
-    callback = RouterNormTrainerCallback(group_size=64)
+    callback = RouterNormTrainerCallback(group_size=64, method="router_norm")
     train(tmp_path, callback, 6, logging_steps=0.34)  # every third
     assert callback.history.steps == [0, 3, 6]
 
@@ -201,7 +208,9 @@ def test_an_interval_as_a_share_of_all_steps(tmp_path):
 @pytest.mark.slow
 def test_records_go_to_a_function(tmp_path):
     calls = []
-    callback = RouterNormTrainerCallback(group_size=64).log_to(lambda metrics, step: calls.append((step, metrics)))
+    callback = RouterNormTrainerCallback(group_size=64, method="router_norm").log_to(
+        lambda metrics, step: calls.append((step, metrics))
+    )
     train(tmp_path, callback)
     assert [step for step, _ in calls] == callback.history.steps == [0, 2, 4, 6]
     norms = [metrics["router_norm/layer_00/expert_003"] for _, metrics in calls]

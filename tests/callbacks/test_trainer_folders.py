@@ -47,7 +47,7 @@ def trainer(folder, *callbacks, steps=4, trainer_class=Trainer, **changes):
 
 
 def recorder(**changes):
-    return RouterNormTrainerCallback(group_size=64, statistics_batches=0, **changes)
+    return RouterNormTrainerCallback(group_size=64, method="router_norm", statistics_batches=0, **changes)
 
 
 RATES = (1e-3, 5e-2)

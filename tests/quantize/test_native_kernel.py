@@ -138,12 +138,11 @@ def test_a_damaged_library_is_made_anew(no_library, unoptimized):
     assert native.library() is not None
     (made,) = no_library.glob("*.so")
     content = made.read_bytes()
-    for damaged in (b"", content[: len(content) // 2]):
-        made.unlink()  # the one in use stays as it is
-        made.write_bytes(damaged)
-        native.library.cache_clear()
-        assert native.library() is not None
-        assert made.read_bytes() == content
+    made.unlink()  # the one in use stays as it is
+    made.write_bytes(content[: len(content) // 2])
+    native.library.cache_clear()
+    assert native.library() is not None
+    assert made.read_bytes() == content
 
 
 def test_without_a_home(monkeypatch):

@@ -54,6 +54,7 @@ def test_shards_hold_whole_layers_up_to_a_size(saved):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_workers_write_the_same_bytes(saved):
     _, plan, source, out = saved
     quantize_checkpoint(source, plan, out, max_shard_size="100KB")
