@@ -83,10 +83,9 @@ def test_of_several_processes_one_compiles(no_library, unoptimized, monkeypatch)
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other names of CPUs")
 @pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3", "x86-64-v4"])
-def test_older_cpus(cpu, no_library, monkeypatch):
+def test_older_cpus(cpu, no_library, unoptimized, monkeypatch):
     """SSE2, AVX2, and AVX-512 without bfloat16: the check after compiling is of every width and both dtypes."""
     compile_for(cpu, monkeypatch)
-    monkeypatch.setattr(compiler, "_FLAGS", ["-O1" if flag == "-O3" else flag for flag in compiler._FLAGS])
     library = native.library()
     assert library.lanes() == {"x86-64": 4, "x86-64-v3": 8, "x86-64-v4": 16}[cpu]
     assert not library.knows_bfloat16()
