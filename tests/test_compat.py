@@ -124,6 +124,7 @@ def test_is_convolution():
     assert not compat.is_convolution(nn.Linear(2, 2))
 
 
+@pytest.mark.slow
 def test_forget_compiled_code():
     linear = nn.Linear(2, 2, bias=False)
     compiled, x = torch.compile(linear, backend="eager"), torch.ones(1, 2)

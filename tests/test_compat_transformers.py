@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import peft
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -236,6 +237,7 @@ def test_conversion_ops(tmp_path):
     assert seen == dict.fromkeys((f"model.layers.{i}.mlp.experts.gate_up_proj" for i in (0, 1)), MixtralForCausalLM)
 
 
+@pytest.mark.slow
 def test_trainer_run(tmp_path):
     """Neither is among what a callback is given."""
     seen = []

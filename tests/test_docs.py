@@ -17,6 +17,7 @@ def test_the_format_pages_example_is_a_valid_plan():
     assert plan.to_dict() == json.loads(example.code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     """The file is there, and so is the heading after ``#``."""

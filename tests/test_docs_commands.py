@@ -48,12 +48,14 @@ def commands(page):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [a for page in PAGES for a in commands(page)], ids=" ".join)
 def test_commands_in_blocks_are_parsed(arguments, only_parsed):
     with pytest.raises(Parsed):
         main(arguments)
 
 
+@pytest.mark.slow
 def test_a_wrong_command_is_seen(only_parsed, capsys):
     for wrong in ("plan x --average-bit two", "plant x", "fit --trainer.max_step_s 1"):
         with pytest.raises(SystemExit):
@@ -69,6 +71,7 @@ def test_commands_are_found(tmp_path):
     assert commands(page) == [["plan", "x", "-o", "y"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_in_sentences_exist(page, capsys):
     for code in inline_code(page.read_text(encoding="utf-8")):

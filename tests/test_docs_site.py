@@ -34,6 +34,7 @@ def quoted() -> list[str]:
     return re.findall(r"`([^`]*…[^`]*)`", page) + re.findall(r"^### `([^`…]*)`$", page, re.M)
 
 
+@pytest.mark.slow
 def test_quoted_messages_occur_in_the_source():
     folders = (ROOT / name for name in ("moe_precision", "callbacks", "recipes"))
     source = list(chain(*(texts(path.read_text(encoding="utf-8")) for at in folders for path in at.rglob("*.py"))))
@@ -42,6 +43,7 @@ def test_quoted_messages_occur_in_the_source():
     assert not [message for message in messages if not any(message.strip("… ") in text for text in source)]
 
 
+@pytest.mark.slow
 def test_the_page_of_all_messages_has_each_in_one_section():
     hooks: dict = {"__file__": str(DOCS / "message_list.py")}
     exec((DOCS / "message_list.py").read_text(encoding="utf-8"), hooks)

@@ -96,6 +96,7 @@ def imported(tree: ast.AST, lazy: bool) -> Iterator[tuple[str, bool]]:
         yield from imported(node, lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
+@pytest.mark.slow
 def test_every_import_is_declared():
     project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 

@@ -36,6 +36,7 @@ def printed(code):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [

@@ -12,6 +12,7 @@ from moe_precision.layers.shape import LayerShape
 from moe_precision.recording.router_norms import router_norms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["router_norm", "load", "weight_error"])
 def test_budgets_in_stored_bits_and_in_gib(method, mixtral):
     layers = find_moe_layers(mixtral)

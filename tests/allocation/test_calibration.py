@@ -18,6 +18,7 @@ def batches(count=3, seed=0):
     return [{"input_ids": rows, "labels": rows} for rows in ids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])
 def test_the_costs_of_a_projection_add_up_to_its_divergence(family):
     model = build(family)
@@ -79,6 +80,7 @@ def test_no_more_batches_than_needed(monkeypatch):
     assert calibration_on(model, batches(5)).tokens == 12
 
 
+@pytest.mark.slow
 def test_a_plan_of_calibrated_costs():
     model = build("mixtral")
     asked = {"method": "weight_error", "bits": (1, 2, 3, 4), "group_size": 64}
@@ -114,6 +116,7 @@ def test_weights_come_back_when_it_fails():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_what_cannot_be_calibrated(tmp_path):
     model = build("mixtral", num_hidden_layers=1)
     model.save_pretrained(tmp_path / "float")

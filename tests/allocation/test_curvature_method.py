@@ -41,6 +41,7 @@ def test_curvature_lowers_the_loss(trained):
     assert increase(chosen, curvature) < min(random)
 
 
+@pytest.mark.slow
 def test_a_plan_by_curvature_without_its_weights_warns():
     model = build("mixtral")
     curvature = curvature_of(find_moe_layers(model), [trained_with(torch.optim.AdamW, model)])

@@ -83,6 +83,7 @@ def test_an_expert_without_gradient_is_kept():
     assert found.indifferent == 1
 
 
+@pytest.mark.slow
 def test_the_cost_of_absence_by_hand(known):
     model, given, _ = known
     curvature, statistics = given["curvature"], given["statistics"]
@@ -113,6 +114,7 @@ def test_calibrated_absence_is_that_of_the_cheaper_half(known):
         assert float(absent[cheaper].sum()) == pytest.approx(calibration.divergence(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_plan_and_another_budget(known):
     model, given, _ = known
     plan = allocate(model, bits=(0, 1, 2), average_bits=0.8, **given)
@@ -178,6 +180,7 @@ def test_absence_is_scaled_to_what_was_felt(known, absent, measured, gone, scale
     assert all(torch.equal(tensor, weights[name]) for name, tensor in known[0].state_dict().items())
 
 
+@pytest.mark.slow
 def test_another_budget_leaves_something_else_over(known):
     model, given, _ = known
     plan = allocate(model, bits=(0, 1, 2), average_bits=0.8, **given)

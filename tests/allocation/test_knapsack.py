@@ -42,6 +42,7 @@ def test_a_budget_that_is_too_small():
         choose(np.ones((2, 2)), np.array([[3, 4], [3, 4]]), 5)
 
 
+@pytest.mark.slow
 def test_a_large_problem_is_close_to_its_bound():
     generator = np.random.default_rng(0)
     costs = generator.random((2048, 1)) * 4.0 ** -np.arange(1, 6) * generator.uniform(0.5, 1.5, (2048, 5))

@@ -58,6 +58,7 @@ def test_costs_of_a_model(known):
     assert costs[LAYER]["down_proj"][3].tolist() == pytest.approx([float(expected), 0.0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_expert_without_tokens_is_priced_by_curvature(known):
     model, curvature, statistics = known
     statistics.tokens[LAYER][3] = 0

@@ -32,6 +32,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_what_is_left_for_the_experts(folder):
     plan = allocate(build("mixtral"), **HOW, total_gib=total(2.5 + 18 / 64))
     assert plan.stored_bits == pytest.approx(2.5 + 18 / 64, abs=1e-3)
@@ -45,6 +46,7 @@ def test_what_is_left_for_the_experts(folder):
     assert replan(plan, average_bits=3).average_bits == 3
 
 
+@pytest.mark.slow
 def test_the_command_and_the_files_that_it_leads_to(folder, tmp_path, capsys):
     bits = [2.25 + 18 / 64, 8 + 18 / 64]  # of experts, and of attention
     gib = (EXPERTS * bits[0] / 8 + 2 * ATTENTION * bits[1] / 8 + 2 * (REST - 2 * ATTENTION)) / 2**30

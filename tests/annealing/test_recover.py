@@ -161,6 +161,7 @@ def find(model, layer, projection, expert):
     return found.banks[projection].read(expert)
 
 
+@pytest.mark.slow
 def test_transformers_trainer_takes_a_packed_model(tmp_path):
     model = build("mixtral")
     plan = allocate(copy.deepcopy(model), method="uniform", average_bits=2, group_size=64)

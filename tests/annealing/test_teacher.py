@@ -67,6 +67,7 @@ def test_a_row_that_does_not_count_may_hold_anything():
     assert logits.grad.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "switch_transformers"])
 @pytest.mark.parametrize("share", [0.25, 1.0])
 def test_the_loss_and_its_gradient_are_those_of_kl_in_the_place_of_labels(family, share):
@@ -94,6 +95,7 @@ def test_the_loss_and_its_gradient_are_those_of_kl_in_the_place_of_labels(family
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-3, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 def test_nothing_of_the_teacher_is_left_after_its_pass(autocast):
     model, hooks, other = on_grid()

@@ -101,6 +101,7 @@ def test_a_checkpoint_saved_in_the_middle_of_the_teachers_pass_is_the_models():
     teacher.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "switch_transformers"])
 def test_a_share_of_the_loss_is_that_of_what_the_model_makes_of_its_arguments(family):
     """Encoder-decoder models take ``num_items_in_batch`` and ignore it; others take labels that are shifted already."""

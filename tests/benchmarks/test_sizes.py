@@ -8,6 +8,7 @@ from tests.support.markdown import ROOT
 OTHERWISE_COUNTED = {"GLM-4.5-Air", "Kimi K2"}  # with a further layer, and as "1 trillion"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sizes.MODELS)
 def test_the_parameters_are_those_that_were_published(name):
     published = sizes.MODELS[name]
@@ -15,6 +16,7 @@ def test_the_parameters_are_those_that_were_published(name):
     assert found == pytest.approx(published.billions, rel=0.03 if name in OTHERWISE_COUNTED else 0.002)
 
 
+@pytest.mark.slow
 def test_docs_show_what_the_command_prints(capsys):
     sizes.main()
     rows = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]

@@ -242,6 +242,7 @@ def test_what_stands_in_the_place_of_a_switch_transformers_expert():
     assert float(seen[layer].tokens.sum()) == 2 * 4 * 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "switch_transformers"])
 def test_attribution_of_channels_is_activation_times_gradient(family):
     changes = {"experts_implementation": "eager"} if family == "mixtral" else {}  # grouped products take no float64

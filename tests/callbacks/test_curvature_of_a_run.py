@@ -12,6 +12,7 @@ from moe_precision.recording.gradients import curvature_of_losses
 from tests.support.trainers import Module, TwoOptimizers, data, monitor, trainer
 
 
+@pytest.mark.slow
 def test_the_callback_writes_it_and_its_plan_is_that_of_the_file(tmp_path):
     callback = monitor(method="curvature", bits=(1, 2, 3), granularity="expert+projection")
     module = Module()
@@ -47,6 +48,7 @@ def test_an_optimizer_without_second_moments_still_makes_the_papers_plan(tmp_pat
         trainer(tmp_path, monitor(method="curvature")).fit(Plain(), data())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_callback_takes_gradients_where_the_optimizer_keeps_none(accumulate, tmp_path):
     class Plain(Module):

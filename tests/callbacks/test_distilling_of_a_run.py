@@ -250,6 +250,7 @@ def test_what_cannot_be_is_refused_before_training(tmp_path, monkeypatch):
     assert not (tmp_path / PLAN).exists()
 
 
+@pytest.mark.slow
 def test_a_failure_stops_nobody_and_leaves_no_file_of_an_earlier_run(tmp_path, monkeypatch):
     """Neither one that distilling meets, nor a disk that is full in the middle of its file."""
     (tmp_path / GRID).write_bytes(b"of an earlier run")

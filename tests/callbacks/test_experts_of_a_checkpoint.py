@@ -38,6 +38,7 @@ def recorder():
     return RouterNormTrainerCallback(group_size=64, statistics_batches=0, method="router_norm")
 
 
+@pytest.mark.slow
 def test_a_resume_that_restores_routers_without_experts_is_an_error(tmp_path):
     train(tmp_path, recorder())
     checkpoint = str(tmp_path / "checkpoint-2")
@@ -50,6 +51,7 @@ def test_a_resume_that_restores_routers_without_experts_is_an_error(tmp_path):
     assert resumed.history.steps == [0, 2, 4]
 
 
+@pytest.mark.slow
 def test_annealing_is_not_resumed_on_other_experts(tmp_path):
     settings = {"start": 1, "average_bits": 2.0, "group_size": 64, "method": "weight_error"}
     train(tmp_path, PrecisionAnnealTrainerCallback(**settings))

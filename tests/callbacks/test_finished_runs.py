@@ -44,6 +44,7 @@ def killed(folder, *callbacks):
     return folder / "last.ckpt"
 
 
+@pytest.mark.slow
 def test_norms_plan_and_model(tmp_path):
     whole = monitor(group_size=64, statistics_batches=0)
     fit(tmp_path / "whole", whole, SavePretrained())
@@ -64,6 +65,7 @@ def test_norms_plan_and_model(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_has_its_files_keeps_them(tmp_path):
     """Resumed once more, it has no statistics, and a plan that was made with them is the better one."""
     checkpoint = ModelCheckpoint(tmp_path, save_last=True)
@@ -91,6 +93,7 @@ def test_a_run_that_ended_on_a_grid(tmp_path):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.slow
 def test_averaged_weights_that_were_not_put_in_place(tmp_path):
     last = killed(tmp_path, WeightAveraging(), monitor(group_size=64), SavePretrained())
     with pytest.warns(UserWarning, match="no plan is written: WeightAveraging has not put the averaged weights in"):

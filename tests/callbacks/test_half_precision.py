@@ -3,6 +3,7 @@
 import copy
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch.utils.data import DataLoader
 
@@ -39,6 +40,7 @@ def test_counts_are_in_float32():
     assert weights.tolist() == [0.0, 450.0]
 
 
+@pytest.mark.slow
 def test_statistics_and_scales_are_those_of_float32(tmp_path):
     model, batches = build("mixtral"), text(6)
     model.save_pretrained(tmp_path)

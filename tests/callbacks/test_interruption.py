@@ -170,6 +170,7 @@ def test_an_error_in_the_making_of_the_plan_costs_no_model(tmp_path, monkeypatch
     assert RouterNormHistory.load(tmp_path / "precision_plan.history.safetensors").steps == [0, 2]
 
 
+@pytest.mark.slow
 def test_a_rerun_that_is_stopped_leaves_no_old_plan_beside_its_history(tmp_path):
     """Nor does one that is stopped at once: it leaves what was there."""
 

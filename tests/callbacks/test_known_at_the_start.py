@@ -57,6 +57,7 @@ def anneal(**changes):
     return PrecisionAnneal(**{"start": 0.5, "average_bits": 2.0, "group_size": 64, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "named"),
     [
@@ -167,6 +168,7 @@ class WithSGD(Module):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["curvature", "statistics"])
 def test_a_method_that_reads_moments_and_an_optimizer_without(method, tmp_path):
     module = WithSGD()
@@ -197,6 +199,7 @@ def test_auto_takes_gradients_of_its_own_where_an_optimizer_keeps_none(tmp_path,
     assert large.plan.method == "router_norm"
 
 
+@pytest.mark.slow
 def test_what_the_papers_rule_cannot_do_instead_of_auto(tmp_path, monkeypatch):
     """Whole layers share a width only by costs, which SGD and steps of the module's own leave no way to know."""
     module, asked = TwoOptimizers(), {"method": "auto", "granularity": "layer", "bits": (1, 2, 3)}
@@ -282,6 +285,7 @@ def test_a_schedule_free_optimizer_is_told_at_the_start(tmp_path):
 # -- folders ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("others", "message"),
     [
@@ -308,6 +312,7 @@ def test_two_callbacks_in_the_folder_of_the_model(others, message, tmp_path):
     assert (tmp_path / "precision_plan.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_something_else(tmp_path):
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "notes.txt").write_text("mine")

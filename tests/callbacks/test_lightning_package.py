@@ -66,6 +66,7 @@ def test_they_are_callbacks_of_both(package):
     assert all(issubclass(ours, package.Callback) for ours in OURS)
 
 
+@pytest.mark.slow
 def test_a_run_of_either(package, tmp_path):
     recorded = monitor(group_size=64)
     module = fit(package, tmp_path, recorded, SavePretrained())
@@ -75,6 +76,7 @@ def test_a_run_of_either(package, tmp_path):
     torch.testing.assert_close(recorded.history.last["model.layers.1.mlp"], router.norm(dim=1))
 
 
+@pytest.mark.slow
 def test_an_accumulation_that_changes_between_epochs(package, tmp_path):
     """Four batches in two steps, then in four: half of the six steps is three."""
     scheduler = package.callbacks.GradientAccumulationScheduler({0: 2, 1: 1})
@@ -84,6 +86,7 @@ def test_an_accumulation_that_changes_between_epochs(package, tmp_path):
     assert anneal._began_at == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"])
 def test_weight_averaging_of_either(package, name, tmp_path):
     if not hasattr(package.callbacks, name):
@@ -95,6 +98,7 @@ def test_weight_averaging_of_either(package, name, tmp_path):
         fit(package, tmp_path, PrecisionAnneal(group_size=64), getattr(package.callbacks, name)(**arguments))
 
 
+@pytest.mark.slow
 def test_the_cli_of_either_takes_ours_by_name(package, tmp_path, monkeypatch):
     cli = pytest.importorskip(f"{package.__name__}.cli")
     monkeypatch.chdir(tmp_path)
@@ -147,6 +151,7 @@ def test_an_averaged_model_is_seen_when_training_starts(tmp_path):
         fit(pytorch_lightning, tmp_path, KeepsAverage(), PrecisionAnneal(start=0.5, group_size=64))
 
 
+@pytest.mark.slow
 def test_weights_that_change_behind_our_back_are_said(tmp_path):
     recorded = monitor()
     with pytest.warns(UserWarning, match="changed after training had ended and the last norms were read"):

@@ -60,6 +60,7 @@ def test_a_model_in_evaluation_mode_is_trained(tmp_path):
     assert callback.plan.layers["model.layers.0.mlp"].signals["expert_load"] == tokens.tolist()
 
 
+@pytest.mark.slow
 def test_rollouts_are_training(tmp_path):
     callback = monitor(group_size=64)
     trainer(tmp_path, callback).fit(Rollouts(), loader())
@@ -148,6 +149,7 @@ class _Experts(nn.Module):
         return sum(expert(x) for expert in self.children())
 
 
+@pytest.mark.slow
 def test_loads_that_cannot_be_seen_are_said_after_the_first_step(tmp_path):
     module = Module(nn.Sequential(Unseen(), Unseen()))
     with pytest.raises(AllocationError, match=r"method 'load' needs the tokens.*'model\.0'"):

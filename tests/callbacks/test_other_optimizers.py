@@ -36,6 +36,7 @@ def loss_of(model, batch):
     return model(input_ids=batch, labels=batch).loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "switch_transformers"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_none_is_read_before_or_after(name, family):
@@ -66,6 +67,7 @@ class WithSOAP(Language):
         return other.SOAP(self.parameters(), lr=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "switch_transformers"])
 def test_auto_takes_gradients_of_its_own(family, tmp_path, monkeypatch):
     said = []

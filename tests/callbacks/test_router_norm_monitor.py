@@ -83,6 +83,7 @@ def test_diverged_training_writes_no_plan_and_stops_nobody(tmp_path):
     assert (tmp_path / "precision_plan.history.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
@@ -113,12 +114,14 @@ def test_two_optimizers(tmp_path):
     assert callback.history.steps == [0, 4, 6, 10, 12]
 
 
+@pytest.mark.slow
 def test_early_stopping_still_exports(tmp_path):
     stop = EarlyStopping("loss", patience=0, check_on_train_epoch_end=True, mode="max")
     trainer(tmp_path, monitor(), stop, max_epochs=20).fit(Module(), data())
     assert PrecisionPlan.load(tmp_path / "precision_plan.json").last_step < 120
 
 
+@pytest.mark.slow
 def test_resume_keeps_the_baseline_and_gives_the_same_plan(tmp_path):
     whole = monitor(every_n_steps=1)
     trainer(tmp_path / "whole", whole, max_epochs=2).fit(Module(), data())
@@ -139,6 +142,7 @@ def test_resume_keeps_the_baseline_and_gives_the_same_plan(tmp_path):
     assert second.plan.baseline_step == 0
 
 
+@pytest.mark.slow
 def test_resume_without_our_state_is_said(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
     trainer(tmp_path, checkpoint, enable_checkpointing=True).fit(Module(), data())
@@ -163,6 +167,7 @@ def test_a_restored_run_with_other_routers_is_an_error(tmp_path):
             trainer(tmp_path, monitor(), max_epochs=2).fit(Module(), data(), ckpt_path=path)
 
 
+@pytest.mark.slow
 def test_a_history_of_another_run_is_not_gone_on_with(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
     trainer(tmp_path, checkpoint, enable_checkpointing=True).fit(Module(), data(4))  # no norms in it
@@ -173,6 +178,7 @@ def test_a_history_of_another_run_is_not_gone_on_with(tmp_path):
     assert callback.history.steps == [4, 6, 8]
 
 
+@pytest.mark.slow
 def test_resume_with_another_model_is_an_error(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
     trainer(tmp_path, monitor(), checkpoint, enable_checkpointing=True).fit(Module(), data(2))
@@ -185,6 +191,7 @@ def test_resume_with_another_model_is_an_error(tmp_path):
         trainer(tmp_path, monitor(), max_epochs=2).fit(Module(), data(2), ckpt_path=path)
 
 
+@pytest.mark.slow
 def test_a_second_fit_starts_anew(tmp_path):
     callback = monitor()
     for _ in range(2):
@@ -216,6 +223,7 @@ def test_a_frozen_router_is_said(tmp_path):
         trainer(tmp_path, monitor()).fit(module, data(4))
 
 
+@pytest.mark.slow
 def test_weight_averaging_behind_the_monitor_is_said(tmp_path):
     for averaging in (WeightAveraging(), StochasticWeightAveraging(swa_lrs=1e-2)):
         with pytest.warns(UserWarning, match="WeightAveraging comes later.*Put RouterNormMonitor after it"):

@@ -77,6 +77,7 @@ def annealer():
     return PrecisionAnnealTrainerCallback(method="uniform", average_bits=4, bits=(4,), group_size=32, start=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("callback", [recorder, annealer])
 @pytest.mark.parametrize("release", [gpt_oss, block_fp8])
 def test_transformers_trainer_beside_our_callback(release, callback, tmp_path):
@@ -91,6 +92,7 @@ def test_transformers_trainer_beside_our_callback(release, callback, tmp_path):
     assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_release_that_cannot_be_quantized_says_how_to_make_it_float(tmp_path):
     gpt_oss(tmp_path / "release")
     advice = r"Mxfp4Config\(dequantize=True\)\), then save_pretrained\(another folder, save_original_format=False"

@@ -60,6 +60,7 @@ def test_tensors_are_read_whole_and_in_part(saved):
             read("lm_head.bias")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts open files in /proc")
 def test_files_are_opened_when_they_are_read_and_once(saved):
     _, folder = saved
@@ -82,6 +83,7 @@ def test_files_are_opened_when_they_are_read_and_once(saved):
     assert open_files(folder) == []
 
 
+@pytest.mark.slow
 def test_one_open_checkpoint_serves_signals_and_costs(saved):
     _, folder = saved
     with Checkpoint(folder) as checkpoint:
@@ -92,6 +94,7 @@ def test_one_open_checkpoint_serves_signals_and_costs(saved):
     torch.testing.assert_close(signals.router_norms, other.snapshot(variance=False).router_norms, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_routers_and_matrices_are_those_of_the_model(family, tmp_path):
     model = build_tiny(family)
@@ -163,6 +166,7 @@ def test_a_quantizer_in_the_config_of_either_place(inner, saved):
     assert Checkpoint(folder).quantization == {"quant_method": "gptq"}
 
 
+@pytest.mark.slow
 def test_the_float_model_of_a_packed_checkpoint(tmp_path):
     model = build("mixtral")
     names = list(model.state_dict())
@@ -226,6 +230,7 @@ def test_the_working_directory_may_change(saved, monkeypatch, tmp_path):
         assert checkpoint.name == folder.name
 
 
+@pytest.mark.slow
 def test_an_open_checkpoint_serves_everywhere(saved):
     _, folder = saved
     how = {"method": "weight_error", "group_size": 64}

@@ -70,6 +70,7 @@ def test_costs_are_those_of_the_model(family, tmp_path):
             torch.testing.assert_close(found[name][projection], costs, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_a_plan_by_cost_from_a_folder_is_that_of_the_model(tmp_path, monkeypatch):
     model = build("mixtral")
     model.save_pretrained(tmp_path)
@@ -158,6 +159,7 @@ def truncate_shard(folder):
     file.write_bytes(file.read_bytes()[:-7])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -216,6 +218,7 @@ def test_checkpoints_of_different_shapes(two_checkpoints):
         allocate(folder / "tuned", folder / "other", group_size=64)
 
 
+@pytest.mark.slow
 def test_conversions_that_cannot_be_followed(tmp_path, capsys):
     """inkling2 stores gate and up interleaved: the error names it, and the command loads the model instead."""
     model = build_tiny("inkling2_text")

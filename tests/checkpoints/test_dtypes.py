@@ -113,6 +113,7 @@ def test_packed_models_keep_what_the_float_one_keeps(family, dtype, tmp_path):
     assert all(half.state_dict()[name].dtype == other[name].dtype for name in same)
 
 
+@pytest.mark.slow
 def test_what_auto_round_has_rounded_is_restored(tmp_path):
     close_scores().save_pretrained(tmp_path / "float")
     load_model(tmp_path / "float", dtype=torch.bfloat16).save_pretrained(tmp_path / "out")

@@ -25,6 +25,7 @@ def cache(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_what_is_in_the_cache_is_taken(cache, tmp_path, capsys):
     assert Checkpoint("some/model").name == "model"
     output = tmp_path / "plan.json"

@@ -75,6 +75,7 @@ def saved(tmp_path):
     return model, plan, source, out, own
 
 
+@pytest.mark.slow
 def test_quantizing_takes_along_what_belongs_to_the_model(saved):
     _, plan, source, out, _ = saved
     with pytest.warns(
@@ -86,6 +87,7 @@ def test_quantizing_takes_along_what_belongs_to_the_model(saved):
     assert load_model(out).is_quantized
 
 
+@pytest.mark.slow
 def test_an_adapter_stays_behind_and_is_named(saved):
     _, plan, source, out, _ = saved
     put(source, {name: text for name, text in WRONG.items() if name.startswith("adapter_")})
@@ -95,6 +97,7 @@ def test_an_adapter_stays_behind_and_is_named(saved):
     assert logits(load_model(out)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_distilling_takes_along_the_same(saved, tmp_path):
     model, plan, source, out, _ = saved
     with pytest.warns(UserWarning, match="left out"):

@@ -97,6 +97,7 @@ def test_show_and_diff(run, capsys):
     assert "model.layers.1.mlp expert 7 down_proj: 2 -> 3 bits" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_quantize_and_evaluate(run, capsys):
     out = run / "packed"
     assert main(["quantize", str(run / "checkpoint"), str(run / "plan.json"), str(out)]) == 0
@@ -110,6 +111,7 @@ def test_quantize_and_evaluate(run, capsys):
     assert any(line.startswith("| packed") for line in row)
 
 
+@pytest.mark.slow
 def test_evaluate_against_the_float_checkpoint(run, capsys):
     out, data = run / "packed", ["--dataset", str(run / "text.txt"), "--max-batches", "2"]
     model = load_model(run / "checkpoint")
@@ -136,6 +138,7 @@ def test_evaluate_against_the_float_checkpoint(run, capsys):
     assert [cell.strip() for cell in last.split("|")[-6:-1]] == ["0.00000", "0.0000", "0.0000", "100.0%", "100.0%"]
 
 
+@pytest.mark.slow
 def test_evaluate_refuses_a_reference_that_the_model_was_not_made_of(run, capsys):
     checkpoint, data = str(run / "checkpoint"), ["--dataset", str(run / "text.txt")]
     main(["quantize", checkpoint, str(run / "plan.json"), str(run / "packed")])
@@ -157,6 +160,7 @@ def test_evaluate_refuses_a_reference_that_the_model_was_not_made_of(run, capsys
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_in_a_refusal_makes_a_plan_that_is_taken(run, capsys, monkeypatch):
     assert main(["export", str(run / "plan.json"), "--to", "llm-compressor", "--engine", "vllm"]) == 2
     command = capsys.readouterr().err.split("moe-precision plan ")[1].split()
@@ -167,6 +171,7 @@ def test_the_command_in_a_refusal_makes_a_plan_that_is_taken(run, capsys, monkey
     assert main(["export", command[-1], "--to", "llm-compressor", "--engine", "vllm"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

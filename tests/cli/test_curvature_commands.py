@@ -16,6 +16,7 @@ from tests.support.models import build, logits
 from tests.support.optimizers import trained_with
 
 
+@pytest.mark.slow
 def test_the_plan_command_finds_the_curvature_beside_the_history(tmp_path, capsys):
     model = build("mixtral")
     layers = find_moe_layers(model)
@@ -86,6 +87,7 @@ def test_the_plan_command_takes_gradients_of_a_checkpoint(tmp_path, capsys):
     assert (tmp_path / "kept.curvature.safetensors").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_every_file_that_is_not_beside_the_plan_is_named(tmp_path, capsys):
     model = build("mixtral")
     optimizer = trained_with(torch.optim.AdamW, model)

@@ -19,6 +19,7 @@ def by_name():
     return {check.name: check for check in selfcheck.check_kernels()}
 
 
+@pytest.mark.slow
 def test_every_kernel_is_tried(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
@@ -30,6 +31,7 @@ def test_every_kernel_is_tried(capsys):
     assert tuple(by_name()) == doctor.KERNELS
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_reason_is_given_and_required_kernels_fail(monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     found = by_name()
@@ -72,6 +74,7 @@ def any_cpu_int4():
         pytest.skip("torch has no int4 kernel here")
 
 
+@pytest.mark.slow
 def test_why_ark_and_triton_are_not_there(monkeypatch, capsys):
     monkeypatch.setattr(selfcheck, "is_intel", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -79,6 +79,7 @@ def test_the_plan_of_a_budget_takes_what_was_estimated():
     assert ModelSizes(model, group_size=64).stored_bits_of(plan) == pytest.approx(plan.stored_bits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss", "switch_transformers"])
 @pytest.mark.parametrize("non_expert_bits", [None, 8])
 def test_sizes_are_those_of_the_packed_model(family, non_expert_bits):
@@ -128,6 +129,7 @@ def test_the_command_prints_the_table(mixtral, capsys):
     assert "6.625 GiB of them for one layer, which is more than --statistics-memory 4" in of_file
 
 
+@pytest.mark.slow
 def test_a_plan_has_its_row_and_a_dry_run_is_the_same(tmp_path, capsys):
     model = build("mixtral")
     model.save_pretrained(tmp_path / "model")

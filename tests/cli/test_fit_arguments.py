@@ -27,6 +27,7 @@ def test_help_lists_recipes_and_options(capsys):
     assert "--train {all,routers}" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -48,6 +49,7 @@ def test_a_wrong_argument_is_one_line(arguments, message, capsys, monkeypatch):
     assert line == f"moe-precision fit: error: {message}; `moe-precision fit --help` lists the options"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -89,6 +91,7 @@ def test_the_error_of_a_run_comes_after_what_wandb_prints(monkeypatch):
     assert finished == [1]
 
 
+@pytest.mark.slow
 def test_a_refused_value_gives_its_own_reason_and_no_list_of_types(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["pytest"])
     assert main([*RECIPE, "--trainer.logger=false", "--model.checkpoint", "x"]) == 2

@@ -39,6 +39,7 @@ KEYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_one_json_object_and_nothing_else(command, run, capsys):  # noqa: F811
     assert main([*arguments(command, run), "--json"]) == 0
@@ -46,6 +47,7 @@ def test_one_json_object_and_nothing_else(command, run, capsys):  # noqa: F811
     assert document.keys() >= KEYS[command]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["show", "estimate", "quantize"])
 def test_quiet_prints_nothing(command, run, capsys):  # noqa: F811
     assert main([*arguments(command, run), "--quiet"]) == 0

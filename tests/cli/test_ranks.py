@@ -83,6 +83,7 @@ def test_one_process_waits_for_nobody():
     Ranks().check_same({"plan": "1"})
 
 
+@pytest.mark.slow
 def test_what_ranks_say_is_of_the_same_call():
     """Also in the second run of a process, and from one that is far ahead."""
     store = dist.HashStore()
@@ -96,6 +97,7 @@ def test_what_ranks_say_is_of_the_same_call():
     assert both == [[[f"{call} of 0", f"{call} of 1"] for call in range(5)]] * 2
 
 
+@pytest.mark.slow
 def test_ranks_meet_under_a_new_name_in_a_store_that_was_used():
     store = dist.HashStore()
     for key in ("hello/1", "hello/2"):  # of ranks that torchrun has killed

@@ -51,6 +51,7 @@ def test_evaluate_says_that_it_fell_back_on_the_standard_library(held, tmp_path,
     assert "by the counts of python-stdlib, training part" in title
 
 
+@pytest.mark.slow
 def test_compare_names_its_text_and_calibrates_on_no_heldout_text(held, tmp_path, capsys):
     folder, tokens, predicted = held
     command = ["compare", str(tmp_path / "model"), "--heldout", str(folder), "--group-size", "64"]

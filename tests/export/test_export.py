@@ -432,6 +432,7 @@ def _other(tensors, config):
     config["quantization_config"]["quant_method"] = "hqq"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -32,6 +32,7 @@ def mixed():
     return plan_of("mixtral", lambda layer, one, count: [(4, 8, 16)[(e + layer) % 3] for e in range(count)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stated",
     [
@@ -84,6 +85,7 @@ def test_algorithms_that_are_not_known_are_refused_by_name(tmp_path, stated, mes
         plan_of_checkpoint(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

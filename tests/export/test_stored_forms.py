@@ -21,6 +21,7 @@ def awq(out: int, inp: int, bits: int) -> dict:
     return {"qweight": ((inp, out * bits // 32), torch.int32), "scales": ((inp // 32, out), torch.float16)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantization", "suffixes"),
     [
@@ -83,6 +84,7 @@ def test_one_form_is_not_read_as_another(tmp_path):
 GROUP = {"weights": {"num_bits": 4, "type": "int"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [

@@ -76,6 +76,7 @@ def test_fused_experts_that_torchao_skipped_are_float_whatever_the_config_says(t
     assert "100.0% as they are" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("of_expert", "message"),
     [

@@ -367,6 +367,7 @@ def test_the_command(tmp_path, capsys):
     assert "give one budget" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_summaries_are_judged_by_rouge(tmp_path, capsys):
     source = "\n\n".join(
         f'def add_{i}(a, b):\n    """Return the sum of a and b plus {i}."""\n    return a + b + {i}\n'

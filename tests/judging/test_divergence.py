@@ -113,6 +113,7 @@ def test_a_quantized_causal_model_by_an_independent_formula():
         assert found.documents.equal(documents)
 
 
+@pytest.mark.slow
 def test_a_quantized_encoder_decoder_model_by_an_independent_formula():
     model = build("switch_transformers", expert_capacity=64)
     labels = ids(2, 5, 2)

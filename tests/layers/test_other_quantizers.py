@@ -142,6 +142,7 @@ def test_our_own_packed_experts_beside_float_ones():
         find_moe_layers(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["experts.3.w2", "gate.weight", "q_proj"])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
 def test_codes_in_files_that_no_config_speaks_of(victim, dtype, tmp_path):

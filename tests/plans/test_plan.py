@@ -116,6 +116,7 @@ def set_bits(data, value, projection="down_proj"):
     data["layers"][LAYER]["projections"][projection]["bits"][2] = value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

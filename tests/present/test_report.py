@@ -139,6 +139,7 @@ def test_every_figure_is_one_that_plotly_takes(run):
         )  # raises at a wrong key or value
 
 
+@pytest.mark.slow
 def test_a_large_model_stays_below_five_megabytes(tmp_path):
     layers = shapes(64, 256)
     history = RouterNormHistory(layers, "large")
@@ -331,6 +332,7 @@ def test_widths_differ_in_lightness_and_stand_out(theme, ground):
     assert on_ground == sorted(on_ground)  # more bits, more contrast
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine: apt-get install chromium")
 def test_a_browser_draws_the_page_and_it_works_by_mouse_and_keyboard(run):
     path = write_report(run)

@@ -56,6 +56,7 @@ def distilled(model, folder, statistics, plan):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [packed, loaded, written, distilled])
 def test_packed_weights_are_the_same(make, recorded):
     model, folder, statistics, _, plan = recorded
@@ -68,6 +69,7 @@ def test_packed_weights_are_the_same(make, recorded):
         assert torch.equal(tensor, states[1][name]), name
 
 
+@pytest.mark.slow
 def test_plans_are_the_same_and_statistics_can_be_collected(recorded):
     model, _, statistics, curvature, _ = recorded
     settings = {"method": "statistics", "group_size": 64, "curvature": curvature, "statistics": statistics}

@@ -85,6 +85,7 @@ def test_the_bases_card_is_kept_below_and_comes_back(made, tmp_path):
     assert (tmp_path / "again" / "README.md").read_text() == BASE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "base", ["no front matter\n", "---\n: [\n---\ndamaged\n", "---\nlicense: [mit\n", "\ufeff---\n---\n"]
 )
@@ -98,6 +99,7 @@ def test_any_card_of_the_base_is_kept(base, made, tmp_path):
     assert (tmp_path / "again" / "README.md").read_text(encoding="utf-8") == base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "base",
     [

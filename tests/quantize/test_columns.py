@@ -85,6 +85,7 @@ def test_a_code_half_way_is_the_even_one():
     assert codes.tolist() == [[0, 2, 2, 3, 0, 0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("group", [32, 192])
 def test_a_matrix_has_the_same_codes_with_and_without(bits, group, monkeypatch):

@@ -69,6 +69,7 @@ def mutate(data: bytes, random_: random.Random) -> bytes:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutations", [200, pytest.param(2000, marks=pytest.mark.thorough)])
 def test_random_damage(mutations, packed):
     """Header, index and tensors; what loads is bit-identical."""

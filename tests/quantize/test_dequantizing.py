@@ -12,6 +12,7 @@ from tests.quantize.test_quantize import mixed_plan
 from tests.support.models import PlainMoE, build, logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])
 @pytest.mark.parametrize("non_expert_bits", [None, 8])
 def test_a_float_model_of_the_same_values(family, non_expert_bits, tmp_path):
@@ -46,6 +47,7 @@ def test_a_float_model_of_the_same_values(family, non_expert_bits, tmp_path):
     quantize_model(again, mixed_plan(again))
 
 
+@pytest.mark.slow
 def test_transformers_own_method_and_another_dtype(mixtral, tmp_path):
     quantize_model(mixtral, mixed_plan(mixtral)).save_pretrained(tmp_path / "packed")
     model = load_model(tmp_path / "packed")

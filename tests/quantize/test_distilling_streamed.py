@@ -98,6 +98,7 @@ def test_with_statistics_padding_and_a_layer_at_16_bits(tmp_path, monkeypatch):
         distill_streamed(tmp_path / "moved", uniform(moved), padded, statistics=statistics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
 def test_modes_of_the_caller_change_nothing(mode, tmp_path):
     model, batches = build("mixtral"), text(4)
@@ -109,6 +110,7 @@ def test_modes_of_the_caller_change_nothing(mode, tmp_path):
         assert all(torch.equal(found.scales[name][key], scale) for key, scale in scales.items())
 
 
+@pytest.mark.slow
 def test_errors(tmp_path, monkeypatch):
     model = build("mixtral")
     model.save_pretrained(tmp_path / "float")

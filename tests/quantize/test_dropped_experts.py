@@ -43,6 +43,7 @@ def without(model, dropped):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "switch_transformers", "nllb-moe", "gpt_oss"])
 def test_a_packed_model_is_that_with_zeros(family, tmp_path):
     model = build(family)
@@ -85,6 +86,7 @@ def test_tokens_of_dropped_experts_alone():
     torch.testing.assert_close(both - some, experts(hidden, torch.tensor([[7, 0]] * 5), weights))
 
 
+@pytest.mark.slow
 def test_distilled_scales_know_that_experts_are_gone():
     model, given, data = observed("mixtral")
     plan = plan_for(model, bits=2)

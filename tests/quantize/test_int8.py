@@ -23,6 +23,7 @@ def test_rounding_by_hand():
     assert rounded(x, 4).tolist() == [expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("group_size", [8, 24, 64, 96])
 def test_a_product_is_that_of_the_rounded_activations(bits, group_size, monkeypatch):
@@ -72,6 +73,7 @@ def test_what_is_not_finite_stays_so(bad, monkeypatch):
     assert torch.equal(found[[0, 2]], expected[[0, 2]])
 
 
+@pytest.mark.slow
 def test_activations_as_they_are(monkeypatch):
     use(monkeypatch, NativeInt8, Native)
     model = build("mixtral").bfloat16()

@@ -22,6 +22,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "bits", "group_size", "dtype"), EVERY)
 def test_products_and_the_way_back(kernel, bits, group_size, dtype, monkeypatch, any_cpu):
     if kernel is Ark:
@@ -45,6 +46,7 @@ def test_products_and_the_way_back(kernel, bits, group_size, dtype, monkeypatch,
     assert matrices.kernel is None
 
 
+@pytest.mark.slow
 def test_the_form_takes_little_more_memory_than_the_codes(monkeypatch, any_cpu):
     for kernel, bits in ((Int4, 4), *((Native, bits) for bits in (1, 2, 3, 4, 5, 7, 8)), (Ark, 2), (Ark, 3)):
         if kernel is Ark:

@@ -12,6 +12,7 @@ from tests.support.models import build, logits
 from tests.support.packed import mixed_projection
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_another_experts_implementation_is_refused_by_name(mixtral, implementation):
     quantize_model(mixtral, mixed_plan(mixtral))
@@ -23,12 +24,14 @@ def test_another_experts_implementation_is_refused_by_name(mixtral, implementati
     assert torch.equal(logits(mixtral), expected)
 
 
+@pytest.mark.slow
 def test_a_packed_checkpoint_runs_whatever_implementation_is_asked_for(mixtral, tmp_path):
     quantize_model(mixtral, mixed_plan(mixtral)).save_pretrained(tmp_path / "packed")
     again = type(mixtral).from_pretrained(tmp_path / "packed", experts_implementation="eager")
     assert torch.equal(logits(again), logits(mixtral))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device_map", [{"": "disk"}, {"": "cpu", "model.layers.1": "disk"}])
 def test_disk_is_refused_before_anything_is_read(mixtral, tmp_path, device_map):
     plan = mixed_plan(mixtral)
@@ -46,6 +49,7 @@ def test_disk_is_refused_before_anything_is_read(mixtral, tmp_path, device_map):
             )
 
 
+@pytest.mark.slow
 def test_a_device_map_that_turns_out_to_need_the_disk(mixtral, tmp_path):
     quantize_model(mixtral, mixed_plan(mixtral)).save_pretrained(tmp_path / "packed")
     with pytest.raises(QuantizationError, match="puts parts of the model on 'disk'"):
@@ -54,6 +58,7 @@ def test_a_device_map_that_turns_out_to_need_the_disk(mixtral, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_weights_that_are_pickled_or_without_an_index(mixtral, tmp_path):
     plan = allocate(mixtral, method="uniform", average_bits=2, bits=(2,), group_size=64)
     folder = tmp_path / "float"
@@ -86,6 +91,7 @@ def test_rows_of_no_expert_leave_gradients_whole(rows):
     assert torch.equal(x.grad, torch.zeros(rows, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 4])
 def test_no_rows_through_a_packed_linear(bits):
     model = build("switch_transformers")
@@ -103,6 +109,7 @@ def find_moe_expert(model):
     return next(module for name, module in model.named_modules() if name.endswith("experts.expert_0"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_no_tokens_through_packed_experts(family):
     model = build(family)

@@ -63,6 +63,7 @@ def test_other_shapes_or_routers_are_another_model():
     assert prefixes_of(here, {"layers.0.mlp": replace(shape, router="layers.0.router.weight")}) is None
 
 
+@pytest.mark.slow
 def test_a_packed_checkpoint_as_its_body_and_with_another_head(mixtral, tmp_path):
     quantize_model(mixtral, mixed_plan(mixtral)).save_pretrained(tmp_path / "packed")
     body = AutoModel.from_pretrained(tmp_path / "packed")
@@ -91,6 +92,7 @@ def test_a_packed_checkpoint_as_its_body_and_with_another_head(mixtral, tmp_path
         assert torch.equal(whole.model(IDS).last_hidden_state, expected)
 
 
+@pytest.mark.slow
 def test_a_plan_for_the_whole_model_on_its_body_and_back(mixtral, tmp_path):
     mixtral.save_pretrained(tmp_path / "float")
     plan = mixed_plan(mixtral)
@@ -114,6 +116,7 @@ def test_a_plan_for_the_whole_model_on_its_body_and_back(mixtral, tmp_path):
     assert torch.equal(logits(load_model(tmp_path / "out")), logits(packed))
 
 
+@pytest.mark.slow
 def test_what_lies_beside_a_plan_takes_on_the_names_too(mixtral, tmp_path):
     mixtral.save_pretrained(tmp_path / "float")
     body = AutoModel.from_pretrained(tmp_path / "float")
@@ -146,6 +149,7 @@ def of_4_bits(model):
     return PrecisionPlan(model.config.model_type, layers, 32, "by hand")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma4", "qwen3_vl_moe", "glm4v_moe", "aria"])
 def test_names_of_a_text_model_and_of_the_model_that_contains_it(family):
     text, both = build_tiny(f"{family}_text", device="meta"), build_tiny(family, device="meta")
@@ -172,6 +176,7 @@ def with_pictures(family):
     return AutoModelForImageTextToText.from_config(config(**small)).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5_moe"])
 def test_a_text_models_plan_packs_the_model_that_contains_it(family, tmp_path):
     torch.manual_seed(0)
@@ -201,6 +206,7 @@ def test_what_only_looks_alike_is_refused(mixtral):
         plan.check(build("mixtral", num_local_experts=4).model)
 
 
+@pytest.mark.slow
 def test_a_tensor_of_the_body_that_is_missing_is_still_an_error(mixtral, tmp_path):
     from tests.quantize.test_refusals import drop
 

@@ -44,6 +44,7 @@ def test_the_model_says_what_runs_where(packed):
     assert {type(m.kernel) for m in packed.modules() if isinstance(m, PackedMatrices)} == {Native, Int4}
 
 
+@pytest.mark.slow
 def test_a_second_save_after_a_forward(packed, tmp_path):
     packed.save_pretrained(tmp_path / "first")
     expected = logits(packed)
@@ -54,6 +55,7 @@ def test_a_second_save_after_a_forward(packed, tmp_path):
     assert torch.equal(logits(type(packed).from_pretrained(tmp_path / "second")), expected)
 
 
+@pytest.mark.slow
 def test_what_is_given_to_a_save_is_written(packed, tmp_path):
     """transformers drops ``state_dict=`` of a quantized model; trainers gather it under FSDP and hand it over."""
     name = "model.norm.weight"
@@ -72,6 +74,7 @@ def test_a_copy_saves_its_own_weights(packed, tmp_path):
     assert not (packed.model.norm.weight == 2).any()
 
 
+@pytest.mark.slow
 def test_copies_pickles_and_moves(packed):
     expected = logits(packed)
     for again in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):

@@ -86,6 +86,7 @@ def test_a_router_network_with_equal_layers_inside():
     assert (layer.experts, layer.router) == ("parts", "decide.out.weight")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("non_expert_bits", [None, 8])
 def test_saved_and_read_again(non_expert_bits, device, tmp_path):
@@ -103,6 +104,7 @@ def test_saved_and_read_again(non_expert_bits, device, tmp_path):
     assert not again.training
 
 
+@pytest.mark.slow
 def test_states_that_do_not_belong_to_the_module():
     plan = allocate(Net(), method="weight_error", average_bits=2.5, group_size=32, **ROUTER)
     packed = quantize_model(Net(), plan).state_dict()

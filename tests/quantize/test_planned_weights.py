@@ -56,6 +56,7 @@ def ways(folder, plan):
     )
 
 
+@pytest.mark.slow
 def test_a_plan_is_for_its_own_weights(steps, capsys):
     plan = steps / "plan.json"
     for way in ways(steps / "best", plan):
@@ -68,6 +69,7 @@ def test_a_plan_is_for_its_own_weights(steps, capsys):
     assert not (steps / "no").exists()
 
 
+@pytest.mark.slow
 def test_the_ways_out_of_the_message_work(steps):
     history, best = str(steps / "plan.history.safetensors"), str(steps / "best")
     assert main(["plan", history, "--final", best, "--group-size", "64", "-o", str(steps / "of_best.json")]) == 0
@@ -97,6 +99,7 @@ def test_files_of_the_last_step_are_left_out_of_a_plan_for_another(steps, capsys
     assert "the curvature belongs to other weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_compare_leaves_them_out_too(steps, tmp_path, capsys):
     text = "some words and some more\n" * 200
     (tmp_path / "text.txt").write_text(text)
@@ -111,6 +114,7 @@ def test_compare_leaves_them_out_too(steps, tmp_path, capsys):
     assert "leaves out " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_python_takes_the_same_files_beside_a_plan_as_the_command(steps):
     model = load_model(steps / "last", dtype="float32")

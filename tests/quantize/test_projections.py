@@ -14,6 +14,7 @@ from moe_precision.quantize.matrices import DenseMatrices, PackedMatrices
 from tests.support.packed import bucket, mixed_projection, use
 
 
+@pytest.mark.slow
 def test_what_is_no_tensor_in_memory(monkeypatch):
     use(monkeypatch, Native)
     matrices, x = bucket(2, 64), torch.randn(3, 192)

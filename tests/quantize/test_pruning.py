@@ -45,6 +45,7 @@ def gone_of(plan, keep):
     return found
 
 
+@pytest.mark.slow
 def test_the_experts_left_serve_all_tokens(run, tmp_path):
     folder, model, plan = run
     assert main(["prune", str(folder / "float"), str(folder / "plan.json"), str(tmp_path / "out"), "--keep", "6"]) == 0
@@ -88,6 +89,7 @@ def test_what_cannot_be_pruned(run, tmp_path):
     assert prune_checkpoint(folder / "float", even, out).average_bits == 2
 
 
+@pytest.mark.slow
 def test_another_model_and_groups_of_experts(tmp_path):
     model, given, _ = observed("deepseek_v3")
     model.save_pretrained(tmp_path / "float")
@@ -104,6 +106,7 @@ def even_plan(model):
     return plan.with_bits({name: [0, 2, 2, 2, 2, 2, 2, 0] for name in plan.layers})
 
 
+@pytest.mark.slow
 def test_only_the_number_of_experts_changes(tmp_path):
     model = build("switch_transformers", expert_capacity=8)  # as many tokens for an expert as there are experts
     model.save_pretrained(tmp_path / "float")

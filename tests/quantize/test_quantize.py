@@ -118,6 +118,7 @@ def test_generate(mixtral):
     assert out.shape[1] > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "switch_transformers"])
 def test_file_bytes_are_what_the_plan_says(family, tmp_path):
     model = build(family)
@@ -135,6 +136,7 @@ def test_file_bytes_are_what_the_plan_says(family, tmp_path):
     assert packed.get_memory_footprint() < model.get_memory_footprint() / 2
 
 
+@pytest.mark.slow
 def test_non_expert_bits(tmp_path, mixtral):
     mixtral.save_pretrained(tmp_path / "float")
     plan = allocate(mixtral, group_size=32)

@@ -69,6 +69,7 @@ def test_a_packed_tensor_that_is_not_there(suffix, tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_packed_tensor_outside_of_the_experts_that_is_not_there(tmp_path, mixtral):
     quantize_model(mixtral, allocate(mixtral, group_size=64), non_expert_bits=8).save_pretrained(tmp_path)
     drop(tmp_path / "model.safetensors", "model.layers.1.self_attn.k_proj.packed.codes")
@@ -106,6 +107,7 @@ def test_misspelt_options_are_errors(mixtral):
         PlanQuantizationConfig(allocate(mixtral, group_size=64), non_expert_bit=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["experts.7.w2.weight", "experts", "gate.weight"])
 def test_a_float_checkpoint_that_lacks_weights(victim, tmp_path, mixtral):
     mixtral.save_pretrained(tmp_path)
@@ -179,6 +181,7 @@ def test_folders_that_are_not_replaced(tmp_path, mixtral):
     assert (tmp_path / "notes" / "diary.txt").read_text() == "keep me"
 
 
+@pytest.mark.slow
 def test_an_interrupted_quantization_leaves_the_old_folder(tmp_path, mixtral, monkeypatch):
     mixtral.save_pretrained(tmp_path / "float")
     quantize_checkpoint(tmp_path / "float", allocate(mixtral, group_size=64), tmp_path / "out")

@@ -155,6 +155,7 @@ def test_no_space_midway(saved, tmp_path):
     assert torch.equal(logits(load_model(out)), logits(quantize_model(saved[0], other)))
 
 
+@pytest.mark.slow
 def test_one_writer_at_a_time(saved, tmp_path, monkeypatch):
     _, plan, source, out = saved
 
@@ -171,6 +172,7 @@ def test_one_writer_at_a_time(saved, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["float", "out"]
 
 
+@pytest.mark.slow
 def test_a_changed_source_does_not_go_on(saved, tmp_path, monkeypatch):
     _, plan, source, out = saved
     monkeypatch.setattr("shutil.copy2", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))

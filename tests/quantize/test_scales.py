@@ -28,6 +28,7 @@ def test_a_group_costs_18_bits():
     assert blocks_of(11, 7) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [1e-4, 1e-2, 0.3, 3.0])
 def test_storing_again_changes_nothing(spread):
     """This holds even where a step of the block is as small as float16's own."""

@@ -40,6 +40,7 @@ def test_many_shards_are_what_the_live_model_is(family, tmp_path):
     assert torch.equal(logits(again), logits(quantize_model(model, plan)))
 
 
+@pytest.mark.slow
 def test_shards_hold_whole_layers_up_to_a_size(saved):
     _, plan, source, out = saved
     quantize_checkpoint(source, plan, out, max_shard_size="1MB")
@@ -66,6 +67,7 @@ def test_workers_write_the_same_bytes(saved):
         quantize_checkpoint(source, plan, out, workers=0)
 
 
+@pytest.mark.slow
 def test_source_files_are_opened_once_and_not_once_per_shard(saved, monkeypatch):
     _, plan, source, out = saved
     opens: dict[str, Counter] = {"checkpoint": Counter(), "headers": Counter()}
@@ -83,6 +85,7 @@ def test_source_files_are_opened_once_and_not_once_per_shard(saved, monkeypatch)
     assert opens == {"checkpoint": once, "headers": once}
 
 
+@pytest.mark.slow
 def test_live_sharded_save(saved, tmp_path):
     model, plan, *_ = saved
     quantize_model(model, plan).save_pretrained(tmp_path / "live", max_shard_size="50KB")
@@ -124,6 +127,7 @@ def test_wrong_shapes_are_found_before_any_packing(saved, tmp_path, monkeypatch)
     assert sorted(os.listdir(tmp_path)) == ["float", "one"]
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite(saved, tmp_path):
     model, plan, source, out = saved
     with torch.no_grad():
@@ -134,6 +138,7 @@ def test_weights_that_are_not_finite(saved, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["float"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_older_or_newer_format(saved):
     _, plan, source, out = saved
     quantize_checkpoint(source, plan, out)
@@ -169,6 +174,7 @@ def test_a_destination_that_holds_the_source(tmp_path):
         quantize_checkpoint(tmp_path / "float", tmp_path / "run" / "plan.json", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_through_a_link(saved, tmp_path):
     _, plan, source, out = saved
     out.mkdir()
@@ -178,6 +184,7 @@ def test_through_a_link(saved, tmp_path):
     assert (tmp_path / "link").is_symlink()
 
 
+@pytest.mark.slow
 def test_a_config_without_a_dtype(tmp_path):
     model = build("mixtral").bfloat16()
     model.save_pretrained(tmp_path / "float")

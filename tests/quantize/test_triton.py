@@ -52,6 +52,7 @@ def test_one_matrix_through_triton():
     torch.testing.assert_close(grouped.linear(x, one, 3, 64), x @ matrices.weight(1).T, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_triton_that_does_not_work_is_not_taken(monkeypatch):
     device = torch.device("cpu")
     grouped.works.cache_clear()

@@ -63,6 +63,7 @@ def write_table(file: Path, rows: dict[str, list]) -> None:
         file.write_text(json.dumps(whole) if file.suffix == ".json" else "\n".join(map(json.dumps, whole)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".tsv", ".parquet"])
 def test_tables_are_not_read_as_prose(suffix: str, tmp_path: Path):
     words = [f'row {i}, with a "quote"' for i in range(20)]

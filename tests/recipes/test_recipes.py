@@ -254,6 +254,7 @@ def test_exactly_one_of_config_and_checkpoint(module: type[pl.LightningModule]):
         module(config={"hidden_size": 8})
 
 
+@pytest.mark.slow
 def test_causal_lm_trains_and_goes_on_from_its_checkpoint(folder: Path, tmp_path: Path):
     data = TextDataModule(str(folder), vocab_size=300, sequence_length=32, batch_size=4)
     module = CausalLM(config=MIXTRAL, warmup_steps=1)
@@ -281,6 +282,7 @@ def test_causal_lm_without_a_data_module_says_so(tmp_path: Path):
         quiet_trainer(tmp_path, max_steps=1).fit(CausalLM(config=MIXTRAL), train_dataloaders=[0])
 
 
+@pytest.mark.slow
 def test_seq2seq_pretrains_once_then_summarizes(folder: Path, tmp_path: Path):
     def fit(pretrain_steps: int) -> tuple[pl.Trainer, float]:
         data = SummarizationDataModule(str(folder), vocab_size=400, max_source_length=48, max_target_length=8)
@@ -331,6 +333,7 @@ def test_recipes_are_shipped():
     assert {file.name for file in YAML_FILES} >= {"pretrain_mixtral.yaml", "finetune_switch.yaml"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", YAML_FILES, ids=lambda file: file.name)
 def test_shipped_yaml_builds(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)

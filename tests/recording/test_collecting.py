@@ -77,6 +77,7 @@ def by_hand(model, model_type, layer, batches, keep=None):
     return {name: of_all / tokens.clamp(min=1).view(-1, 1, 1) for name, of_all in sums.items()}, tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "qwen3_moe", "switch_transformers"])
 def test_against_experts_run_by_hand(model_type):
     model = build(model_type).train()

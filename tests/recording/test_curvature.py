@@ -42,6 +42,7 @@ def test_curvature_of_another_model_is_refused(curvature):
         quantize_model(other, allocate(other, method="uniform", average_bits=2, group_size=64), curvature=curvature)
 
 
+@pytest.mark.slow
 def test_curvature_of_other_weights_is_refused(tmp_path):
     model = build("mixtral")
     curvature = curvature_of(find_moe_layers(model), [trained_with(torch.optim.AdamW, model)])

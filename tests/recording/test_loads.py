@@ -119,6 +119,7 @@ def test_gradient_checkpointing_counts_once(reentrant):
     assert {load[0].sum().item() for load in counter.take(training=True).values()} == {18 * 2}
 
 
+@pytest.mark.slow
 def test_a_compiled_model_counts_too():
     model = nn.Sequential(build("mixtral").model.layers[0].mlp).eval()
     counter = LoadCounter(find_moe_layers(model), model)
@@ -236,6 +237,7 @@ def test_a_family_whose_experts_are_not_called_with_indices_has_no_load():
     assert counter.take(training=True) == {}
 
 
+@pytest.mark.slow
 def test_hooks_count_in_code_that_was_compiled_before_them():
     """As in Lightning: the sanity check compiles the model before training begins, and validation runs it again."""
     model = build("mixtral").eval()

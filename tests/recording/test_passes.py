@@ -66,6 +66,7 @@ def test_sums_are_in_float32_under_autocast():
         torch.testing.assert_close(sums[expert].double(), x.T @ x, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["mixtral", "switch_transformers"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_forward_pass_that_checkpointing_repeats_counts_once(model_type, reentrant):

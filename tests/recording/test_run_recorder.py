@@ -62,6 +62,7 @@ def test_a_validation_is_counted_apart(model):
     assert (validation[0].sum(), training[0].sum()) == (2 * 16 * 2, 16 * 2)
 
 
+@pytest.mark.slow
 def test_files_are_those_of_a_run(model, tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     with RunRecorder(model) as recorder:
@@ -129,6 +130,7 @@ def test_a_loop_goes_on_from_a_history(model, tmp_path):
         RunRecorder(model, every_n_steps=0)
 
 
+@pytest.mark.slow
 def test_fabric_and_a_module_of_ones_own(tmp_path):
     """Experts in a plain list: each token goes to one, and no routing weight is seen."""
     torch.manual_seed(0)

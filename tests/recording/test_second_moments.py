@@ -14,6 +14,7 @@ from tests.support.models import build
 from tests.support.optimizers import trained_with
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])
 def test_means_of_the_second_moment(family):
     model = build(family)
@@ -55,6 +56,7 @@ class Normalizing(torch.optim.AdamW):
         return super().step(closure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer_class", "settings", "problem"),
     [
@@ -149,6 +151,7 @@ def test_experts_unfrozen_late_cost_what_others_do():
     torch.testing.assert_close(early, torch.full_like(early, 0.01), rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])
 @pytest.mark.parametrize("optimizer_class", [torch.optim.Adafactor, Adafactor])
 def test_adafactor_keeps_these_means_itself(optimizer_class, family):
@@ -170,6 +173,7 @@ def test_adafactor_keeps_these_means_itself(optimizer_class, family):
                 torch.testing.assert_close(found, other, rtol=1e-3, atol=1e-20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["torchao.optim", "bitsandbytes.optim"])
 def test_states_in_eight_bits_are_read(module):
     optimizer_class = pytest.importorskip(module).AdamW8bit
@@ -182,6 +186,7 @@ def test_states_in_eight_bits_are_read(module):
         assert 0.95 < ratio < 1.05
 
 
+@pytest.mark.slow
 def test_rarely_used_experts_are_on_the_same_scale():
     """Adam skips the parameters of an expert without a token, but not a gradient of zero."""
     found = []

@@ -71,6 +71,7 @@ def routed(hidden=32):
     return torch.randn(9, hidden), ids.int(), torch.rand(9, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shares", [[range(8)], [[0, 1, 2], [3, 4, 5, 6, 7]], [[1], [0, *range(2, 8)]], [[1, 3, 5, 7], [0, 2, 4, 6]]]
 )
@@ -114,6 +115,7 @@ def test_an_engine_may_register_a_config_of_its_own(served, monkeypatch):
     assert list(packed.layers) == ["model.layers.0.mlp", "model.layers.1.mlp"]
 
 
+@pytest.mark.slow
 def test_activations_of_16_bits_choose_the_kernel_that_transformers_chooses(served):
     (experts,) = filled(served[1], [range(8)], torch.bfloat16)
     theirs = load_model(served[1], dtype="bfloat16").moe_precision_kernels()
@@ -123,6 +125,7 @@ def test_activations_of_16_bits_choose_the_kernel_that_transformers_chooses(serv
             assert bucket.described(torch.bfloat16) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["packed.down_proj.bits_2.ends", "packed.gate_up_proj.bits_16.matrices", "down_proj"])
 def test_a_missing_tensor_is_an_error(served, name):
     tensors = [(key, value) for key, value in tensors_of(served[1]) if key != f"model.layers.1.mlp.experts.{name}"]
@@ -130,6 +133,7 @@ def test_a_missing_tensor_is_an_error(served, name):
         filled(served[1], [range(8)], tensors=tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
@@ -247,6 +251,7 @@ def test_a_name_of_the_hub_that_is_not_here_is_an_error():
         PackedModel("nobody/absent", torch.float32)
 
 
+@pytest.mark.slow
 def test_experts_in_modules_are_an_error(tmp_path):
     model = build("switch_transformers")
     plan = allocate(model, method="uniform", average_bits=2, group_size=32)
