@@ -193,7 +193,7 @@ class AnnealStart:
             step: The first annealed step.
             teacher: What identifies the teacher, if there is one.
         """
-        self._begun, self.first = True, step
+        self._begun, self._counts, self.first = True, False, step
         note: AnnealingNote = {"start": step, **self.found}
         if self.total < math.inf:
             note["steps"] = int(self.total) - step

@@ -94,7 +94,7 @@ class RateCooldown:
             if id(optimizer) not in self._handles:
                 self._handles[id(optimizer)] = [
                     optimizer.register_step_pre_hook(self._lower),
-                    optimizer.register_step_post_hook(self._give_back),
+                    optimizer.register_step_post_hook(self._after_step),
                 ]
 
     def check_used(self, done: int) -> None:
@@ -123,23 +123,38 @@ class RateCooldown:
     def _lower(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._give_back()  # of a step that was interrupted
         assert self.factor is not None
+        tensors: set[int] = set()
         for group in optimizer.param_groups:
             rate = group["lr"]
-            if isinstance(rate, Tensor):  # which captured graphs read
-                self._given.append((group, rate.clone(), rate))
-                rate.mul_(self.factor)
-            else:
+            if not isinstance(rate, Tensor):
                 group["lr"] = rate * self.factor
                 self._given.append((group, rate, group["lr"]))
+            elif id(rate) not in tensors:  # torch puts one into all groups
+                tensors.add(id(rate))
+                self._given.append((group, rate.clone(), rate))
+                rate.mul_(self.factor)  # in place, since captured graphs read it
         self._applied = True
 
-    def _give_back(self, *_: Any) -> None:
+    def _after_step(self, *_: Any) -> None:
+        if self._give_back():
+            raise AnnealError(
+                "cooldown=True, and the learning rate was changed while the optimizer took a step: training_step steps "
+                "a scheduler, or the optimizer sets its own rate. Step the scheduler after the optimizer, or leave the "
+                "cooldown out"
+            )
+
+    def _give_back(self) -> bool:
+        """Whether a rate is another one than was set; all get what the schedule had set."""
         given, self._given = self._given, []
+        changed = False
         for group, rate, lowered in given:
             if isinstance(rate, Tensor):
+                changed |= not torch.equal(lowered, rate * self.factor if self.factor is not None else lowered)
                 lowered.copy_(rate)
-            elif group["lr"] is lowered:  # else the step itself has set another
+            else:
+                changed |= group["lr"] is not lowered
                 group["lr"] = rate
+        return changed
 
 
 def constant_rate(schedulers: Iterable[Any], steps: int) -> bool:

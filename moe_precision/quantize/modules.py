@@ -96,9 +96,12 @@ class PackedProjection(nn.Module):
                 f"starts is {tuple(starts.shape)} of {starts.dtype}, expected ({len(self._place) + 1},) of torch.int64"
             )
         if x.device.type == "cpu":
-            first, *_, last = starts.tolist()
-            if not 0 <= first <= last <= len(x):
-                raise ValueError(f"starts goes from {first} to {last}, but there are {len(x)} rows")
+            starts, known = starts.contiguous(), starts.tolist()
+            if known[0] < 0 or known[-1] > len(x) or known != sorted(known):
+                raise ValueError(
+                    f"starts goes from {known[0]} to {known[-1]}, but there are {len(x)} rows; expected no value below "
+                    "the one before it"
+                )
         y = x.new_zeros(len(x), self.out)
         by_kernel: dict[type[Kernel], list[tuple[Kernel, Tensor]]] = {}
         for name, experts in self._experts.items():

@@ -163,6 +163,35 @@ def test_a_step_that_was_interrupted_leaves_no_lowered_rate():
     assert optimizer.param_groups[0]["lr"] == 1.0
 
 
+def test_a_rate_that_all_groups_share_is_lowered_once():
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=torch.tensor(0.5))
+    assert optimizer.param_groups[0]["lr"] is optimizer.param_groups[2]["lr"]
+    cooldown = RateCooldown("Test", True)
+    for done in range(3):
+        before = weights[0][0].item()
+        for weight in weights:
+            weight.grad = torch.ones(2)
+        cooldown.before_step([optimizer], done, 4)
+        optimizer.step()
+        for weight in weights:
+            assert before - weight[0].item() == pytest.approx(0.5 * cooldown_factor(done, 4))
+        assert optimizer.param_groups[1]["lr"].item() == 0.5
+
+
+@pytest.mark.parametrize("rate", [0.5, torch.tensor(0.5)])
+def test_a_rate_that_changes_inside_a_step_is_an_error(rate):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=rate)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    weight.grad = torch.ones(2)
+    cooldown = RateCooldown("Test", True)
+    cooldown.before_step([optimizer], 1, 4)
+    with pytest.raises(AnnealError, match="changed while the optimizer took a step"):
+        optimizer.step(lambda: schedule.step())
+    assert float(optimizer.param_groups[0]["lr"]) == 0.5
+
+
 def test_a_cooldown_that_cannot_be():
     with pytest.raises(AnnealError, match="nobody knows when that is"):
         RateCooldown("Test", True).check(math.inf, [], [])

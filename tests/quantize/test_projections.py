@@ -40,6 +40,8 @@ def test_a_projection(only, monkeypatch):
     }
     strided = torch.stack([x, x], dim=-1)[..., 0]
     torch.testing.assert_close(projection(strided, starts), expected, atol=1e-5, rtol=1e-5)
+    beside = torch.stack([starts, starts * 0 + 5], dim=1)[:, 0]
+    torch.testing.assert_close(projection(x, beside), expected, atol=1e-5, rtol=1e-5)
     assert projection(x[:0], torch.zeros(6, dtype=torch.int64)).shape == (0, 48)
 
 
@@ -55,6 +57,8 @@ def test_rows_that_do_not_fit(monkeypatch):
             projection(x, wrong)
     with pytest.raises(ValueError, match="starts goes from 0 to 9, but there are 8 rows"):
         projection(x[:8], starts)
+    with pytest.raises(ValueError, match="expected no value below the one before it"):
+        projection(x, torch.tensor([0, 100, 3, 5, 6, 9]))
 
 
 @pytest.mark.parametrize("only", [(), (Native,)])

@@ -85,19 +85,25 @@ def _met(rank: int, size: int, store: dist.Store) -> dist.Store:
     """
     own, until = secrets.token_hex(8), time.monotonic() + JOIN
     if rank:
-        store.set(f"hello/{rank}", own)
+        store.set(f"hello/{rank}", f"{own} {size}")
         while not store.check([f"welcome/{own}"]):
             if time.monotonic() > until:
                 raise TimeoutError("rank 0 has not come")
             time.sleep(LOOK)
-        return dist.PrefixStore(store.get(f"welcome/{own}").decode(), store)
+        part = dist.PrefixStore(store.get(f"welcome/{own}").decode(), store)
+        if part.compare_set(f"joined/{rank}", "", own).decode() != own:
+            raise RankError(f"two processes have RANK={rank}: give each its own, from 0 to {size - 1}")
+        return part
     part = dist.PrefixStore(own, store)
     while missing := [other for other in range(1, size) if not part.check([f"alive/{other}"])]:
         if time.monotonic() > until:
             raise TimeoutError(f"ranks {missing} have not come")
         for other in missing:
             if store.check([f"hello/{other}"]):
-                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)
+                name, its_size = store.get(f"hello/{other}").decode().split()
+                if int(its_size) != size:
+                    raise RankError(f"rank {other} has WORLD_SIZE={its_size}, rank 0 has {size}: give all the same")
+                store.set(f"welcome/{name}", own)
         time.sleep(LOOK)
     return part
 
