@@ -100,8 +100,8 @@ def test_what_ranks_say_is_of_the_same_call():
 @pytest.mark.slow
 def test_ranks_meet_under_a_new_name_in_a_store_that_was_used():
     store = dist.HashStore()
-    for key in ("hello/1", "hello/2"):  # of ranks that torchrun has killed
-        store.set(key, "dead")
+    for key, said in (("hello/1", "dead 3"), ("hello/2", "dead 2")):  # of ranks that torchrun has killed
+        store.set(key, said)
 
     def found(rank):
         part = _met(rank, 3, store)
