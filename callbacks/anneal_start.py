@@ -33,7 +33,8 @@ _FEW = 100  # annealed steps, below which docs/annealing.md advises against it
 class AnnealStart:
     """The first annealed step, as it is asked for, or as ``auto`` finds it in the first steps of a run.
 
-    `found` is in the checkpoints and in the plan's notes: a resumed run begins where the first one would have.
+    `found` is in the checkpoints and in the plan's notes: once it is known, a resumed run begins where the first one
+    would have. One that is resumed before counts its own first steps.
 
     Args:
         owner: Name of the callback, for messages.

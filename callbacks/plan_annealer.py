@@ -90,7 +90,7 @@ class PlanAnnealer:
         self._taught = TaughtSteps(type(self).__name__, teacher, teacher_weight)
         self._cooldown = RateCooldown(type(self).__name__, cooldown)
         self._files = RunFiles(export_to, type(self).__name__, _RESCUE)
-        self.start, self.export_to, self._trained = start, export_to, TrainedPart(module)
+        self.export_to, self._trained = export_to, TrainedPart(module)
         self._given = None if plan is None else as_plan(plan)
         self._beside = FilesBeside(type(self).__name__, plan)
         self.plan = self._given
@@ -148,7 +148,9 @@ class PlanAnnealer:
         self._start.check(total, step, None if self.grid is None else self.grid.plan)
         self._cooldown.check(total, optimizers, schedulers)
         if self._start.first >= total:
-            raise AnnealError(f"start={self.start} is step {self._start.first} of {total}: nothing is left to anneal")
+            raise AnnealError(
+                f"start={self._start.asked} is step {self._start.first} of {total}: nothing is left to anneal"
+            )
         if self.plan is None:
             self._to_come(history).check(layers, optimizers)
         if self._start.first == 0 and self.grid is None:

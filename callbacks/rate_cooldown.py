@@ -131,8 +131,9 @@ class RateCooldown:
                 self._given.append((group, rate, group["lr"]))
             elif id(rate) not in tensors:  # torch puts one into all groups
                 tensors.add(id(rate))
-                self._given.append((group, rate.clone(), rate))
+                before = rate.clone()
                 rate.mul_(self.factor)  # in place, since captured graphs read it
+                self._given.append((group, before, rate.clone()))
         self._applied = True
 
     def _after_step(self, *_: Any) -> None:
@@ -144,15 +145,15 @@ class RateCooldown:
             )
 
     def _give_back(self) -> bool:
-        """Whether a rate is another one than was set; all get what the schedule had set."""
+        """Gives rates back what the schedule had set, and returns whether somebody has set another, which stays."""
         given, self._given = self._given, []
         changed = False
         for group, rate, lowered in given:
-            if isinstance(rate, Tensor):
-                changed |= not torch.equal(lowered, rate * self.factor if self.factor is not None else lowered)
-                lowered.copy_(rate)
+            if bool(group["lr"] != lowered):
+                changed = True
+            elif isinstance(rate, Tensor):
+                group["lr"].copy_(rate)
             else:
-                changed |= group["lr"] is not lowered
                 group["lr"] = rate
         return changed
 

@@ -116,10 +116,8 @@ def _same_random_numbers() -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices):
-        # not torch.manual_seed: for each kind of device that is not in use it formats the stack, for milliseconds
-        torch.default_generator.manual_seed(0)
-        if devices:
-            torch.cuda.manual_seed_all(0)
+        # torch.manual_seed formats the stack for each kind of device that is not there, which takes milliseconds
+        (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(0)
         np.random.seed(0)
         random.seed(0)
         try:

@@ -189,7 +189,6 @@ def test_a_rate_that_changes_inside_a_step_is_an_error(rate):
     cooldown.before_step([optimizer], 1, 4)
     with pytest.raises(AnnealError, match="changed while the optimizer took a step"):
         optimizer.step(lambda: schedule.step())
-    assert float(optimizer.param_groups[0]["lr"]) == 0.5
 
 
 def test_a_cooldown_that_cannot_be():

@@ -113,6 +113,21 @@ def test_ranks_meet_under_a_new_name_in_a_store_that_was_used():
             assert list(pool.map(found, range(3))) == ["met"] * 3
 
 
+def test_two_processes_of_one_rank():
+    store, answered = dist.HashStore(), set()
+    with ThreadPoolExecutor(2) as pool:
+        both = []
+        for _ in range(2):
+            both.append(pool.submit(_met, 1, 2, store))
+            while not (new := {store.get("hello/1").decode().split()[0]} - answered):
+                time.sleep(0.01)
+            answered |= new
+            store.set(f"welcome/{new.pop()}", "part")  # as rank 0 does
+        assert both[0].exception() is None
+        with pytest.raises(RankError, match="two processes have RANK=1: give each its own, from 0 to 1"):
+            both[1].result()
+
+
 def finished(folder, out="out"):
     (partial,) = folder.glob(f".{out}.*.partial")
     return {file.name: file.stat().st_mtime_ns for file in partial.glob("model*.safetensors")}

@@ -10,11 +10,12 @@ import time
 import pytest
 import torch
 
-from moe_precision import allocate, quantize_model
-from moe_precision.checkpoints import CheckpointError, load_model
+from moe_precision import PlanQuantizationConfig, allocate, quantize_model
+from moe_precision.checkpoints import Checkpoint, CheckpointError, load_model
 from moe_precision.quantize import PlanHfQuantizer
 from moe_precision.quantize.writer import quantize_checkpoint
 from moe_precision.quantize.writer.packer import Packer
+from moe_precision.quantize.writer.resume import parts
 from tests.support.checkpoints import contents, save_float
 from tests.support.models import build, logits
 from tests.support.processes import start
@@ -183,6 +184,24 @@ def test_a_changed_source_does_not_go_on(saved, tmp_path, monkeypatch):
     (source / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
     quantize_checkpoint(source, plan, out)
     assert {t.dtype for n, t in load_model(out).state_dict().items() if n.endswith("proj.weight")} == {torch.float16}
+
+
+def test_a_copy_of_one_size_and_time_is_another_source(saved):
+    _, plan, source, _ = saved
+    file = next(source.glob("*.safetensors"))
+    quantization = PlanQuantizationConfig(plan)
+
+    def hashes():
+        with Checkpoint(source) as checkpoint:
+            return parts(checkpoint, quantization, [])
+
+    before, times = hashes(), file.stat()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    assert {part for part, value in hashes().items() if value != before[part]} == {"checkpoint"}
 
 
 KILLED_WORKER = """

@@ -42,11 +42,8 @@ def least_squares_codes(groups: Tensor, bits: int, weights: Tensor | None = None
     top = 2**bits - 1
     low, high = groups.aminmax(dim=1, keepdim=True)  # (N, 1)
     codes = _round(groups, (high - low) / top, low, top)
-    weighted = groups if weights is None else groups * weights
-    mean_w = weighted.mean(dim=1, keepdim=True)
     for _ in range(_ITERATIONS):
-        scale, offset = _regressed(weighted, mean_w, codes, weights)
-        before, codes = codes, _round(groups, scale, offset, top)
+        before, codes = codes, _round(groups, *least_squares_scale(groups, codes, weights), top)
         if torch.equal(codes, before):  # and so it would stay
             break
     return codes
@@ -54,15 +51,9 @@ def least_squares_codes(groups: Tensor, bits: int, weights: Tensor | None = None
 
 def least_squares_scale(groups: Tensor, codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale and offset, each ``(N, 1)``, with the least squared error for given codes; scale 0 for constant groups."""
-    weighted = groups if weights is None else groups * weights
-    return _regressed(weighted, weighted.mean(dim=1, keepdim=True), codes, weights)
-
-
-def _regressed(weighted: Tensor, mean_w: Tensor, codes: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`least_squares_scale` of groups that are weighted already, and whose mean is known."""
-    by_q = codes if weights is None else codes * weights
-    mean_q = by_q.mean(dim=1, keepdim=True)
-    covariance = _mean_product(weighted, codes) - mean_w * mean_q
+    by_w, by_q = (groups, codes) if weights is None else (groups * weights, codes * weights)
+    mean_w, mean_q = by_w.mean(dim=1, keepdim=True), by_q.mean(dim=1, keepdim=True)
+    covariance = _mean_product(by_w, codes) - mean_w * mean_q
     variance_q = _mean_product(by_q, codes) - mean_q * mean_q
     scale = torch.where(variance_q > 0, covariance / variance_q, 0.0)
     return scale, mean_w - scale * mean_q

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,7 @@ class Native(Kernel):
 
     @classmethod
     def grouped(cls, buckets: Sequence[tuple[Kernel, Tensor]], x: Tensor, starts: Tensor, y: Tensor) -> None:
-        forms = [(kernel.form, experts) for kernel, experts in buckets if isinstance(kernel, Native)]
+        forms = [(cast(Native, kernel).form, experts) for kernel, experts in buckets]
         multiply(_built(), forms, buckets[0][0].group_size, x.contiguous(), starts, y, cls.in_int8)
 
     def matrix(self, index: int) -> Matrices:
@@ -174,11 +174,13 @@ def multiply(
     in_bfloat16 = x.dtype == torch.bfloat16 and (in_int8 or bool(library.knows_bfloat16()))
     as_it_is = x.dtype == torch.float32 or in_bfloat16
     given, result = (x, y) if as_it_is else (x.float(), y.float())
-    widths = (_Matrices * len(buckets))()
-    for width, (form, experts) in zip(widths, buckets, strict=True):
-        _, blocks, groups, _, lanes = form.words.shape
-        addresses = (tensor.data_ptr() for tensor in (experts, *form[1:]))
-        width.__init__(form.bits, len(experts), *addresses, blocks * lanes, groups, group_size // 2)
+    _, blocks, groups, _, lanes = buckets[0][0].words.shape
+    shape = blocks * lanes, groups, group_size // 2
+    of_widths = [
+        _Matrices(form.bits, len(experts), *(tensor.data_ptr() for tensor in (experts, *form[1:])), *shape)
+        for form, experts in buckets
+    ]
+    widths = (_Matrices * len(buckets))(*of_widths)
     rows = given.data_ptr(), result.data_ptr(), starts.data_ptr()
     library.multiply_packed(widths, len(buckets), given.dtype == torch.bfloat16, in_int8, *rows)
     if result is not y:
