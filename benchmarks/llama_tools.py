@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-TYPES = {"q4_0": 2, "q2_K": 10, "q3_K": 11, "iq2_xs": 17, "bf16": 30}  # ggml.h
+TYPES = {"q4_0": 2, "q2_K": 10, "q3_K": 11, "iq2_xs": 17, "iq3_xxs": 18, "iq2_s": 22, "bf16": 30}  # ggml.h
 STORED = {"q4_0": 4.5, "q2_K": 2.625, "q3_K": 3.4375, "iq2_xs": 2.3125, "bf16": 16}  # bits of a weight: ggml-common.h
 _F32, _I32 = 0, 26
 ROWS = 64  # that are quantized; the others repeat them, since values do not change the speed
@@ -93,16 +93,25 @@ def ggml() -> Any:
     return Functions()
 
 
-def quantized(kind: str, rows: np.ndarray) -> np.ndarray:
-    """Rows ``(count, in)`` float32 in one of ggml's types, ``(count, bytes of a row)`` uint8."""
+def quantized(kind: str, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+    """Rows in one of ggml's types.
+
+    Args:
+        kind: Of `TYPES`.
+        rows: ``(count, in)`` float32.
+        importance: ``(in,)`` float32, mean squares of the inputs; None for equal ones where the type needs any.
+
+    Returns:
+        ``(count, bytes of a row)`` uint8.
+    """
     g, (count, inp) = ggml(), rows.shape
     rows = np.ascontiguousarray(rows, np.float32)
     out = np.empty((count, g.ggml_row_size(c_int(TYPES[kind]), c_int64(inp))), np.uint8)
-    needs_weights = g.ggml_quantize_requires_imatrix(c_int(TYPES[kind])) & 1
-    importance = np.ones(inp, np.float32)
+    weighted = importance is not None or g.ggml_quantize_requires_imatrix(c_int(TYPES[kind])) & 1
+    importance = np.ascontiguousarray(np.ones(inp) if importance is None else importance, np.float32)
     source, target, weights = (c_void_p(one.ctypes.data) for one in (rows, out, importance))
     sizes = c_int64(0), c_int64(count), c_int64(inp)
-    g.ggml_quantize_chunk(c_int(TYPES[kind]), source, target, *sizes, weights if needs_weights else c_void_p(None))
+    g.ggml_quantize_chunk(c_int(TYPES[kind]), source, target, *sizes, weights if weighted else c_void_p(None))
     return out
 
 

@@ -4,6 +4,9 @@ Every function writes a folder whose files are the tool's own, so that stored bi
 transformers cannot load it, what the tool's codes stand for is written below it too, in float32 (`DEQUANTIZED`).
 """
 
+import sys
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,72 @@ def hqq(checkpoint: Path, plan: PrecisionPlan, out: Path, blocks: list[Tensor]) 
     model.config.save_pretrained(out)
     save_file(stored, out / "model.safetensors")
     _save_dequantized(out, _experts(model))
+
+
+def llama_cpp(kind: str, checkpoint: Path, plan: PrecisionPlan, out: Path, blocks: list[Tensor]) -> None:
+    """All experts in one of llama.cpp's types, under the importance matrix of llama-imatrix.
+
+    That is the mean square of each input of each expert's matrices over the tokens that reach the expert. ggml's own
+    quantizer is called, and gguf's own reader reads what it has written.
+
+    Args:
+        kind: Of `llama_tools.TYPES`.
+        checkpoint: The float checkpoint, whose widths are multiples of 256.
+        plan: Not read: the type decides.
+        out: Folder to write.
+        blocks: Token ids that the importance matrix is taken from, ``(tokens,)`` each.
+    """
+    from gguf import GGMLQuantizationType, dequantize
+
+    from benchmarks.llama_cpp import installed
+    from benchmarks.llama_tools import TYPES, quantized
+
+    if find_spec("llama_cpp") is None:
+        (site_packages,) = Path(installed()).parents[1].glob("lib/python*/site-packages")
+        sys.path.append(str(site_packages))
+    model = load_model(checkpoint, dtype=torch.float32)
+    stored: dict[str, Tensor] = {}
+    importance = _importance(model, blocks)
+    for layer in find_moe_layers(model):
+        for bank in layer.banks.values():
+            name = bank.weights[0].name
+            for expert in range(layer.num_experts):
+                matrix = bank.read(expert)
+                rows = quantized(kind, matrix.numpy(), importance[name][expert].numpy())
+                stored[f"{name}.{expert}"] = torch.from_numpy(rows)
+                matrix.copy_(torch.from_numpy(dequantize(rows, GGMLQuantizationType(TYPES[kind]))))
+    out.mkdir(parents=True)
+    model.config.save_pretrained(out)
+    save_file(stored, out / "model.safetensors")
+    _save_dequantized(out, _experts(model))
+
+
+@torch.inference_mode()
+def _importance(model: nn.Module, blocks: list[Tensor]) -> dict[str, Tensor]:
+    """Mean squares of the inputs of each expert's matrices, ``(E, in)`` by the name of a Mixtral's fused weight."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+
+    def count(name: str, experts: nn.Module, inputs: tuple[Any, ...]) -> None:
+        hidden, chosen = inputs[:2]
+        for expert in chosen.unique():
+            x = hidden[(chosen == expert).any(-1)]
+            gate, up = nn.functional.linear(x, experts.gate_up_proj[expert]).chunk(2, -1)
+            for weight, seen in (("gate_up_proj", x), ("down_proj", experts.act_fn(gate) * up)):
+                key, shape = f"{name}.{weight}", (len(experts.gate_up_proj), seen.shape[-1])
+                sums.setdefault(key, torch.zeros(shape))[expert] += seen.square().sum(0)
+                counts.setdefault(key, torch.zeros(shape[0], 1))[expert] += len(seen)
+
+    hooks = []
+    for layer in find_moe_layers(model):
+        module = model.get_submodule(layer.experts)
+        hooks.append(module.register_forward_pre_hook(partial(count, layer.experts)))
+    for block in blocks:
+        model(input_ids=block.unsqueeze(0))
+    for hook in hooks:
+        hook.remove()
+    assert all((one > 0).all() for one in counts.values()), "an expert saw no token"
+    return {name: total / counts[name] for name, total in sums.items()}
 
 
 def llm_compressor(checkpoint: Path, plan: PrecisionPlan, out: Path, blocks: list[Tensor]) -> None:

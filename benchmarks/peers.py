@@ -1,4 +1,4 @@
-"""Ours, AutoRound, GPTQModel, llm-compressor and HQQ on the demo's model, each by the real tool: KL and seconds.
+"""Ours, AutoRound, GPTQModel, llm-compressor, HQQ and llama.cpp on one model, each by the real tool: KL and seconds.
 
     python -m benchmarks.peers ours [--run runs/demo]
     INSTALL_ONLY=1 tests/export/real_tools/run.sh autoround gptqmodel llm_compressor
@@ -6,6 +6,8 @@
     .venv-exports/gptqmodel/bin/python -m benchmarks.peers gptqmodel
     .venv-exports/llm_compressor/bin/python -m benchmarks.peers llm_compressor
     pip install -e '.[benchmarks]' && python -m benchmarks.peers hqq
+    moe-precision fit --config pretrain_mixtral --trainer.default_root_dir runs/larger ...    # see docs/benchmarks.md
+    python -m benchmarks.peers llama_cpp --run runs/larger    # builds llama.cpp once, as benchmarks.llama_cpp does
 
 RUN may also be a folder of the study, such as runs/study/uneven/seed_0: then uniform widths alone are measured.
 All tune on the training split of the run's text. Stored bits are counted from the bytes of the files. Other text is
@@ -26,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.peer_tools import auto_round, gptqmodel, hqq, llm_compressor, loaded
+from benchmarks.peer_tools import auto_round, gptqmodel, hqq, llama_cpp, llm_compressor, loaded
 from benchmarks.studies.study_models import language_reference, merged
 from moe_precision import PrecisionPlan, allocate, distill_checkpoint, quantize_checkpoint
 from moe_precision.checkpoints import Checkpoint, load_model
@@ -104,6 +106,10 @@ def compare(tool: str, run: Path) -> None:
         ]
         for name, (what, tool) in TOOLS.items()
     } | {
+        "llama_cpp": [
+            (f"llama.cpp, {kind} with importance matrix", partial(uniform, 2), by(partial(llama_cpp, kind)))
+            for kind in ("iq2_xs", "iq2_s", "q2_K", "iq3_xxs", "q3_K")
+        ],
         "ours": [
             ("ours, 2 bits", partial(uniform, 2), ours),
             ("ours, 3 bits", partial(uniform, 3), ours),
@@ -141,7 +147,7 @@ def compare(tool: str, run: Path) -> None:
 def main() -> None:
     """Compares, or measures one checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tool", nargs="?", default="ours", choices=["ours", *TOOLS])
+    parser.add_argument("tool", nargs="?", default="ours", choices=["ours", *TOOLS, "llama_cpp"])
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of `make demo`")
     parser.add_argument("--measure", nargs=2, metavar=("FLOAT", "QUANTIZED"), help="only measure, and print JSON")
     options = parser.parse_args()

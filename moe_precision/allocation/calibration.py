@@ -24,11 +24,12 @@ from ..layers.module_tree import modes_kept, root_model
 from ..layers.moe_layers import MoELayer
 from ..plans.numbers import AllocationError
 from ..plans.widths import DROPPED
+from ..quantize.codec.fitting import at_a_time
 from ..quantize.codec.guided import fit_of
 from ..recording.batches import run_batch
 from ..recording.curvature import Curvature
 from ..recording.statistics import ExpertStatistics
-from .costs import Costs, check_plain, pricing, quantized_matrix
+from .costs import Costs, check_plain, pricing, quantized_matrices
 
 TOKENS = 4096
 _KEPT_BYTES = 2**29  # of log-probabilities
@@ -189,14 +190,14 @@ def calibrated_costs(
                 found = torch.zeros(len(live), len(widths), dtype=torch.float64)
                 try:
                     for index, bits in reversed(list(enumerate(widths))):  # 0 bits after fits, which try the moments
-                        if bits != 16:
-                            for expert, matrix in enumerate(kept):
-                                place = layer.name, name, expert
-                                fit = fit_of(*place, curvature, statistics)
-                                quantized = quantized_matrix(matrix, bits, group_size, fit, place)
-                                found[expert, index] = pricing(curvature, by, *place)(matrix, quantized)
+                        for experts in at_a_time(range(len(kept)), bank.shape) if bits != 16 else ():
+                            fit = fit_of(layer.name, name, experts, curvature, statistics)
+                            weights = torch.stack([kept[expert] for expert in experts])
+                            quantized = quantized_matrices(weights, bits, group_size, fit)
+                            for expert, *pair in zip(experts, weights, quantized, strict=True):
+                                found[expert, index] = pricing(curvature, by, layer.name, name, expert)(*pair)
                                 if bits != DROPPED:
-                                    live[expert].copy_(quantized)
+                                    live[expert].copy_(pair[1])
                         if bits not in (DROPPED, 16):
                             scale_to([found[:, index]], calibration.divergence())
                         bar.update()

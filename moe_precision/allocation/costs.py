@@ -7,7 +7,6 @@ count the errors of a row together, as they act on the output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from ..errors import MoEPrecisionError
 from ..layers.moe_layers import MoELayer
 from ..plans.widths import DROPPED
-from ..quantize.codec.fitting import Fit
+from ..quantize.codec.fitting import Fit, at_a_time
 from ..quantize.codec.guided import fit_of
 from ..quantize.kernels import scaled
 from ..recording.curvature import Curvature
@@ -29,7 +28,6 @@ class CostError(MoEPrecisionError, ValueError):
 
 
 Costs = dict[str, dict[str, Tensor]]  # layer -> projection -> (E, widths) float64
-Place = tuple[str, str, int]  # layer, projection, expert
 Price = Callable[[Tensor, Tensor], float]  # of a weight and what it becomes, both (out, in)
 
 
@@ -87,42 +85,39 @@ def costs_of_matrices(
         for layer in layers:
             costs[layer.name] = {}
             for name in layer.banks:
-                found = []
-                for expert, matrix in enumerate(read(layer, name)):
-                    place = layer.name, name, expert
-                    fit = fit_of(*place, curvature, statistics)
-                    found.append(_of_matrix(matrix, widths, group_size, fit, pricing(curvature, by, *place), place))
-                    bar.update()
-                costs[layer.name][name] = torch.stack(found)
+                found = torch.zeros(layer.num_experts, len(widths), dtype=torch.float64)
+                matrices = iter(read(layer, name))
+                for experts in at_a_time(range(layer.num_experts), layer.banks[name].shape):
+                    weights = torch.stack([next(matrices) for _ in experts])
+                    fit = fit_of(layer.name, name, experts, curvature, statistics)
+                    for index, bits in reversed(list(enumerate(widths))):  # 0 bits after fits, which try the moments
+                        if bits != 16:
+                            quantized = quantized_matrices(weights, bits, group_size, fit)
+                            for expert, *pair in zip(experts, weights, quantized, strict=True):
+                                found[expert, index] = pricing(curvature, by, layer.name, name, expert)(*pair)
+                    bar.update(len(experts))
+                costs[layer.name][name] = found
     return costs
 
 
-def _of_matrix(weight: Tensor, widths: Sequence[int], group_size: int, fit: Fit, price: Price, place: Place) -> Tensor:
-    at = partial(quantized_matrix, weight, group_size=group_size, fit=fit, place=place)
-    costs = [0.0 if bits == 16 else price(weight, at(bits)) for bits in reversed(widths)]  # 0 bits after a fit
-    return torch.tensor(costs[::-1], dtype=torch.float64)
-
-
-def quantized_matrix(weight: Tensor, bits: int, group_size: int, fit: Fit, place: Place) -> Tensor:
-    """What a matrix is at a width, ``(out, in)`` float32.
+def quantized_matrices(weights: Tensor, bits: int, group_size: int, fit: Fit) -> Tensor:
+    """What matrices are at a width, ``(N, out, in)`` float32.
 
     Args:
-        weight: ``(out, in)``.
+        weights: ``(N, out, in)``.
         bits: The width, below 16; at 0 nothing is left.
         group_size: Weights that share a scale and an offset.
         fit: As `fit_of` gives it.
-        place: Layer, projection and expert, for the error's message.
 
     Raises:
-        CostError: It cannot be quantized.
+        CostError: One cannot be quantized.
     """
     if bits == DROPPED:
-        return torch.zeros_like(weight, dtype=torch.float32)
-    layer, projection, expert = place
+        return torch.zeros_like(weights, dtype=torch.float32)
     try:
-        return scaled(*fit(weight, bits, group_size))
+        return scaled(*fit(weights, bits, group_size))
     except ValueError as error:
-        raise CostError(f"{projection!r} of expert {expert} in layer {layer!r}: {error}") from error
+        raise CostError(str(error)) from error
 
 
 def check_plain(layers: Iterable[MoELayer]) -> None:

@@ -18,6 +18,7 @@ from ..allocation.calibration import Calibration, calibrate_dropping, scale_to
 from ..allocation.costs import Costs, check_plain, pricing
 from ..layers.moe_layers import MoELayer
 from ..plans.widths import DROPPED
+from ..quantize.codec.fitting import Fit, Quantized, at_a_time
 from ..quantize.codec.guided import fit_of
 from ..quantize.kernels import scaled
 from ..recording.curvature import Curvature
@@ -64,18 +65,19 @@ class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
         with torch.no_grad(), tqdm(total=total, desc="quantizing", unit="matrix", leave=False, disable=None) as bar:
             for layer in layers:
                 for name, bank in layer.banks.items():
-                    for expert in range(layer.num_experts):
-                        matrix = (layer.name, name, expert)
-                        live = bank.read(expert)
-                        self._live[matrix], self._floats[matrix], self._now[matrix] = live, live.clone(), 16
-                        weights = None if curvature is None else curvature.fit_weights(*matrix)
+                    for experts in at_a_time(range(layer.num_experts), bank.shape):
+                        places = [(layer.name, name, expert) for expert in experts]
+                        for matrix in places:
+                            live = bank.read(matrix[2])
+                            self._live[matrix], self._floats[matrix], self._now[matrix] = live, live.clone(), 16
+                        weights = torch.stack([self._floats[matrix] for matrix in places])
+                        fit = fit_of(layer.name, name, experts, curvature, statistics)
+                        if quantizer is not None:
+                            fit = _one_by_one(quantizer, places, curvature)
                         for bits in self.widths:
-                            self._quantized[matrix, bits] = (
-                                fit_of(*matrix, curvature, statistics)(live, bits, group_size)
-                                if quantizer is None
-                                else quantizer(live, bits, group_size, weights)
-                            )
-                        bar.update()
+                            for matrix, *found in zip(places, *fit(weights, bits, group_size), strict=True):
+                                self._quantized[matrix, bits] = found[0], found[1], found[2]
+                        bar.update(len(experts))
 
     def __exit__(self, *error: Any) -> None:
         self.restore()
@@ -204,3 +206,15 @@ class SimulatedExperts(AbstractContextManager["SimulatedExperts"]):
             }
             for layer in self.layers
         }
+
+
+def _one_by_one(quantizer: Quantizer, matrices: Sequence[Matrix], curvature: Curvature | None) -> Fit:
+    """A fit that calls another quantizer for each matrix."""
+
+    def fit(weights: Tensor, bits: int, group_size: int) -> Quantized:
+        columns = [None if curvature is None else curvature.fit_weights(*matrix) for matrix in matrices]
+        each = [quantizer(weight, bits, group_size, of) for weight, of in zip(weights, columns, strict=True)]
+        codes, scales, offsets = (torch.stack(of) for of in zip(*each, strict=True))
+        return codes, scales, offsets
+
+    return fit

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..plans.widths import DROPPED
-from .codec.fitting import Fit, quantize_matrix
+from .codec.fitting import Fit, quantize_matrices
 from .matrices import DenseMatrices, PackedMatrices
 
 
@@ -21,8 +22,8 @@ class NoMatrices(nn.Module):
         super().__init__()
         self.shape = count, out, inp
 
-    def put(self, index: int, weight: Tensor, fit: Fit = quantize_matrix) -> None:
-        """Lets go of ``weight``."""
+    def put(self, indices: Sequence[int], weights: Tensor, fit: Fit = quantize_matrices) -> None:
+        """Lets go of ``weights``."""
 
     def weight(self, index: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix at ``index``, ``(out, in)``: 0, on the default device."""

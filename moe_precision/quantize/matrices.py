@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from ..compat import grouped_linear
 from . import kernels
-from .codec.fitting import Fit, quantize_matrix
+from .codec.fitting import Fit, quantize_matrices
 from .codec.packing import pack
 from .codec.scales import blocks_of
 from .kernels import Kernel, Matrices, grouped
@@ -48,16 +48,16 @@ class PackedMatrices(nn.Module):
         self.register_module("kernel", None)
         self._chosen_for: kernels.Request | None = None
 
-    def put(self, index: int, weight: Tensor, fit: Fit = quantize_matrix) -> None:
-        """Quantizes ``weight`` ``(out, in)`` into place ``index``.
+    def put(self, indices: Sequence[int], weights: Tensor, fit: Fit = quantize_matrices) -> None:
+        """Quantizes ``weights`` ``(N, out, in)`` into the places ``indices``.
 
         Raises:
             ValueError: The fit gives scales or offsets that cannot be stored as they are.
         """
         self.leave_kernel()
-        codes, scale, offset = fit(weight, self.bits, self.group_size)
+        codes, scale, offset = fit(weights, self.bits, self.group_size)
         for held, new in zip(self.held(), Matrices.of(pack(codes, self.bits), scale, offset), strict=True):
-            held[index] = new
+            held[list(indices)] = new
 
     def held(self) -> Matrices:
         """All matrices as the checkpoint holds them, where no kernel has another form of them."""
@@ -239,9 +239,9 @@ class DenseMatrices(nn.Module):
         self.shape = count, out, inp
         self.register_buffer("matrices", torch.empty(count, out, inp, dtype=dtype, device=device))
 
-    def put(self, index: int, weight: Tensor, fit: Fit = quantize_matrix) -> None:
-        """Copies ``weight`` ``(out, in)`` into place ``index``."""
-        self.matrices[index] = weight
+    def put(self, indices: Sequence[int], weights: Tensor, fit: Fit = quantize_matrices) -> None:
+        """Copies ``weights`` ``(N, out, in)`` into the places ``indices``."""
+        self.matrices[list(indices)] = weights.to(self.matrices.dtype)
 
     def weight(self, index: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix at ``index``, ``(out, in)``."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..compat import apply_gate, experts_implementation
 from .buckets import Bucket, bucket_of
-from .codec.fitting import Fit, quantize_matrix
+from .codec.fitting import Fits, at_a_time, quantize_matrices
 from .kernels import Kernel
 from .matrices import PackedMatrices, check_plain
 
@@ -52,10 +52,14 @@ class PackedProjection(nn.Module):
         """How many experts it holds."""
         return len(self._place)
 
-    def put(self, expert: int, weight: Tensor, fit: Fit = quantize_matrix) -> None:
-        """Quantizes ``weight`` ``(out, in)`` as the matrix of ``expert``."""
-        bucket, index = self._place[expert]
-        self.get_submodule(bucket).put(index, weight, fit)  # type: ignore[operator]
+    def fill(self, weights: Tensor, fits: Fits = lambda experts: quantize_matrices) -> None:
+        """Quantizes the matrices ``(E, out, in)`` of all experts; small ones of one width together."""
+        for name, held in self._experts.items():
+            bucket: Bucket = self.get_submodule(name)  # type: ignore[assignment]
+            for indices in at_a_time(range(len(held)), bucket.shape[1:]):
+                experts = held[indices[0] : indices[-1] + 1]
+                some = weights[experts[0]].unsqueeze(0) if len(experts) == 1 else weights[list(experts)]
+                bucket.put(indices, some, fits(experts))
 
     def place(self, expert: int) -> tuple[Bucket, int]:
         """Where the matrix of ``expert`` is held."""

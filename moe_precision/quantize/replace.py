@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +24,7 @@ from ..plans.plan import PrecisionPlan
 from ..plans.widths import check_group_size
 from ..recording.curvature import Curvature
 from ..recording.statistics import ExpertStatistics
-from .codec.fitting import Fit, quantize_matrix
+from .codec.fitting import Fit, Fits
 from .codec.grid import Grid
 from .codec.guided import fit_of, linear_fit_of
 from .modules import PackedLinear, PackedProjection, check_implementation, sentinel
@@ -42,16 +42,17 @@ class Target:
         parameter: Full name of the float parameter.
         bits: Width of each expert for a fused parameter ``(E, ...)``, or one width for a matrix.
         shape: ``(out, in)`` of each matrix.
+        fused: The parameter holds the matrices of all experts.
+        fits: How some of its matrices are quantized, by their index.
         transposed: The parameter holds ``(in, out)`` matrices.
-        fits: How each matrix is quantized, one per matrix.
     """
 
     parameter: str
     bits: list[int]
     shape: tuple[int, int]
     fused: bool
+    fits: Fits
     transposed: bool = False
-    fits: tuple[Fit, ...] = (quantize_matrix,)
 
     @property
     def module(self) -> str:
@@ -99,7 +100,7 @@ def find_targets(
             module = model.get_submodule(name)
             shape = int(module.weight.shape[0]), int(module.weight.shape[1])  # type: ignore[index]
             check_group_size(plan.group_size, name, {"weight": shape})
-            fits = (linear_fit_of(name, statistics),)
+            fits = partial(_always, linear_fit_of(name, statistics))
             targets.append(Target(f"{name}.weight", [non_expert_bits], shape, fused=False, fits=fits))
     return targets
 
@@ -122,7 +123,7 @@ def _expert_targets(
     layer: MoELayer,
     projection_bits: dict[str, list[int]],
     tied: set[int],
-    fit: Callable[[str, int], Fit],
+    fit: Callable[[str, Sequence[int]], Fit],
 ) -> list[Target]:
     container = layer.container()
     path = layer.experts
@@ -150,7 +151,7 @@ def _expert_targets(
                 shape,
                 fused=True,
                 transposed=layer.banks[name].transposed,
-                fits=tuple(fit(name, expert) for expert in range(layer.num_experts)),
+                fits=partial(fit, name),
             )
             for name, shape in layer.projections.items()
         ]
@@ -172,7 +173,7 @@ def _expert_targets(
                 )
             bits = projection_bits[projection][index]
             if bits < 16:
-                fits = (fit(projection, index),)
+                fits = partial(_always, fit(projection, [index]))
                 name = f"{path}.{names[id(expert)]}.{parameter}"
                 targets.append(Target(name, [bits], shape, fused=False, fits=fits))
     return targets
@@ -181,16 +182,21 @@ def _expert_targets(
 def _fit(
     layer: str,
     projection: str,
-    expert: int,
+    experts: Sequence[int],
     *,
     curvature: Curvature | None,
     grid: Grid | None,
     statistics: ExpertStatistics | None,
 ) -> Fit:
-    """How one expert matrix is quantized: on a given grid, or fitted by what is known of it."""
+    """How matrices of experts are quantized: on a given grid, or fitted by what is known of them."""
     if grid is not None:
-        return grid.fit_of(layer, projection, expert)
-    return fit_of(layer, projection, expert, curvature, statistics)
+        return grid.fit_of(layer, projection, experts)
+    return fit_of(layer, projection, experts, curvature, statistics)
+
+
+def _always(fit: Fit, indices: Sequence[int]) -> Fit:
+    """The fit of a parameter that is one matrix."""
+    return fit
 
 
 def non_expert_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
@@ -258,9 +264,7 @@ def _replace_fused(model: nn.Module, target: Target, group_size: int, weight: Te
     device = parameter.device if weight is None else weight.device
     packed = PackedProjection(target.bits, target.shape, group_size, parameter.dtype, device)
     if weight is not None:
-        for expert in range(len(target.bits)):
-            matrix = weight[expert].T if target.transposed else weight[expert]
-            packed.put(expert, matrix, target.fits[expert])
+        packed.fill(weight.mT if target.transposed else weight, target.fits)
     delattr(module, target.name)
     mark = sentinel(parameter.dtype, device)
     module.register_buffer(target.name, mark)
@@ -277,6 +281,6 @@ def _replace_linear(model: nn.Module, target: Target, group_size: int, weight: T
     assert isinstance(module, nn.Linear)
     linear = PackedLinear(module, target.bits[0], group_size, module.weight.device if weight is None else weight.device)
     if weight is not None:
-        linear.packed.put(0, weight, target.fits[0])
+        linear.packed.put([0], weight.unsqueeze(0), target.fits([0]))
     setattr(model.get_submodule(parent), leaf, linear)
     return list(linear.buffers())

@@ -63,8 +63,8 @@ class Matrix:
     @classmethod
     def fitted(cls, weight: Tensor, bits: int, group_size: int, fit: Fit) -> Matrix:
         """A float matrix ``(out, in)``, quantized."""
-        codes, scale, offset = fit(weight, bits, group_size)
-        return cls(bits, pack(codes, bits), scale.float(), offset.float())
+        codes, scale, offset = fit(weight.unsqueeze(0), bits, group_size)
+        return cls(bits, pack(codes[0], bits), scale[0].float(), offset[0].float())
 
     @property
     def codes(self) -> Tensor:
@@ -154,14 +154,14 @@ class TrainableScales:
         for bank in layer.banks.values():
             for place, weight in enumerate(bank.weights):
                 target, experts = targets.get(weight.name), range(layer.num_experts) if layer.fused else [place]
-                widths = [] if target is None else zip(experts, target.bits, target.fits, strict=True)
-                found[weight.name] = {
-                    expert if layer.fused else None: (
-                        None if bits == DROPPED else Matrix.fitted(bank.read(expert), bits, group_size, fit)
-                    )
-                    for expert, bits, fit in widths
-                    if bits != 16
-                }
+                found[weight.name] = {}
+                for expert, bits in [] if target is None else zip(experts, target.bits, strict=True):
+                    key = expert if layer.fused else None
+                    if bits == DROPPED:
+                        found[weight.name][key] = None
+                    elif bits != 16:
+                        fit = target.fits([expert])  # type: ignore[union-attr]
+                        found[weight.name][key] = Matrix.fitted(bank.read(expert), bits, group_size, fit)
         return cls(layer, found)
 
     @property

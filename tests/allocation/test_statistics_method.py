@@ -49,7 +49,7 @@ def test_costs_of_a_model(known):
     layers = find_moe_layers(model)
     costs = expert_costs(layers, (2, 16), 64, curvature, statistics, together=True)
     weight = model.get_parameter(f"{LAYER}.experts.down_proj")[3].detach()
-    error = scaled(*fit_of(LAYER, "down_proj", 3, curvature, statistics)(weight, 2, 64)) - weight
+    error = scaled(*fit_of(LAYER, "down_proj", [3], curvature, statistics)(weight[None], 2, 64))[0] - weight
     weights = curvature.fit_weights(LAYER, "down_proj", 3)
     moment = statistics.fit_moment(LAYER, "down_proj", 3, weights)
     rows, columns = (one[LAYER]["down_proj"][3] for one in (curvature.rows, curvature.columns))

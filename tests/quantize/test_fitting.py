@@ -115,7 +115,7 @@ def test_eight_bits_are_exact_over_the_range_of_real_weights(deviation):
 def test_chunks_do_not_change_the_result(monkeypatch):
     weight = torch.randn(40, 64)
     whole = quantize_matrix(weight, 3, 32)
-    monkeypatch.setattr(fitting, "_CHUNK", 64 * 7)
+    monkeypatch.setattr(fitting, "CHUNK", 64 * 7)
     for one, other in zip(whole, quantize_matrix(weight, 3, 32), strict=True):
         assert torch.equal(one, other)
 

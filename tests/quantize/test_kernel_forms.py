@@ -19,7 +19,7 @@ def test_the_form_follows_dtype_and_new_weights(monkeypatch, any_cpu):
     assert (matrices.linear(0, x) - first.float()).norm() / first.float().norm() < 0.01
     assert isinstance(matrices.kernel, Native)
     state = copy.deepcopy(matrices.state_dict())
-    matrices.put(0, torch.randn(48, 192))
+    matrices.put([0], torch.randn(1, 48, 192))
     assert not torch.equal(matrices.linear(0, x.bfloat16()), first)
     matrices.load_state_dict(state)
     assert torch.equal(matrices.linear(0, x.bfloat16()), first)
@@ -61,7 +61,7 @@ def test_what_is_made_in_inference_mode_outlives_it(kernel, monkeypatch, any_cpu
         before = matrices.linear(0, x).clone()
         state = copy.deepcopy(matrices.state_dict())
     matrices.load_state_dict(state)
-    matrices.put(1, torch.randn(48, 192))
+    matrices.put([1], torch.randn(1, 48, 192))
     assert torch.equal(matrices.linear(0, x), before)
 
 

@@ -187,8 +187,7 @@ def test_projection_places_experts_by_width():
         "bits_3": 2,
     }
     weights = torch.randn(4, 16, 32)
-    for expert, weight in enumerate(weights):
-        projection.put(expert, weight)
+    projection.fill(weights)
     assert torch.equal(projection.weight(3), weights[3])
     for expert, weight in enumerate(weights):
         assert (projection.weight(expert) - weight).norm() / weight.norm() < 0.5

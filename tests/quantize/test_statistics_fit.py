@@ -96,10 +96,10 @@ def test_no_tokens_is_the_fit_without_bit_for_bit(model):
     weight = find_moe_layers(model)[0].expert_weights(3)["down_proj"]
     for given in (None, curvature):
         columns = None if given is None else given.fit_weights(LAYER, "down_proj", 3)
-        found = fit_of(LAYER, "down_proj", 3, given, statistics)(weight, 2, 64)
+        found = fit_of(LAYER, "down_proj", [3], given, statistics)(weight[None], 2, 64)
         for one, other in zip(found, quantize_matrix(weight, 2, 64, columns), strict=True):
-            assert torch.equal(one, other)
-        assert not torch.equal(fit_of(LAYER, "down_proj", 4, given, statistics)(weight, 2, 64)[0], found[0])
+            assert torch.equal(one[0], other)
+        assert not torch.equal(fit_of(LAYER, "down_proj", [4], given, statistics)(weight[None], 2, 64)[0], found[0])
 
 
 def test_a_trained_model_loses_less(tmp_path):
@@ -143,9 +143,9 @@ def test_a_second_moment_that_is_none_names_its_expert_and_is_left_out(model):
     weight = find_moe_layers(model)[0].expert_weights(5)["gate_up_proj"]
     message = r"'gate_up_proj' of expert 5 in layer 'model\.layers\.0\.mlp' is fitted without statistics: .*eigenval"
     with pytest.warns(UserWarning, match=message):
-        found = fit_of(LAYER, "gate_up_proj", 5, None, statistics)(weight, 2, 64)
+        found = fit_of(LAYER, "gate_up_proj", [5], None, statistics)(weight[None], 2, 64)
     for one, other in zip(found, quantize_matrix(weight, 2, 64), strict=True):
-        assert torch.equal(one, other)
+        assert torch.equal(one[0], other)
     known = {"curvature": curvature, "bits": (0, 2, 3), "average_bits": 2.5, "group_size": 64, "min_tokens": 0}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is known by now

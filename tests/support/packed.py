@@ -48,8 +48,7 @@ def bucket(bits, group_size, count=2, out=48, inp=192):
 def mixed_projection():
     torch.manual_seed(0)
     projection = PackedProjection([3, 2, 16, 2, 8], (48, 64), 32, torch.float32)
-    for expert in range(5):
-        projection.put(expert, torch.randn(48, 64))
+    projection.fill(torch.randn(5, 48, 64))
     x, starts = torch.randn(12, 64), torch.tensor([0, 2, 2, 5, 8, 9])  # the last three rows belong to no expert
     expected = torch.zeros(12, 48)
     for expert, (first, last) in enumerate(itertools.pairwise(starts.tolist())):

@@ -10,20 +10,46 @@ is known, this fit is where `rounding` starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...errors import MoEPrecisionError
 from .rounding import round_by_moment
 from .scales import lost_in_float16, stored_scales
 
-Quantized = tuple[Tensor, Tensor, Tensor]  # codes (out, in) uint8, scales and offsets (out, in / group) float16
-Fit = Callable[[Tensor, int, int], Quantized]  # of a weight, a width and a group size
+Quantized = tuple[Tensor, Tensor, Tensor]  # codes (..., out, in) uint8, scales and offsets (..., in / group) float16
+Fit = Callable[[Tensor, int, int], Quantized]  # of matrices (N, out, in), a width and a group size
+Fits = Callable[[Sequence[int]], Fit]  # of some of a bank's matrices, by their index
 
 _ITERATIONS = 20
 _BETWEEN = 0.45  # of a step, from the nearest code
-_CHUNK = 1 << 18  # weights fitted at a time: bounds the memory and stays in cache
+CHUNK = 1 << 18  # weights fitted at a time: bounds the memory and stays in cache
+
+
+class FitError(MoEPrecisionError, ValueError):
+    """A matrix that codes and stored scales cannot hold.
+
+    Args:
+        weights: ``(N, out, in)``.
+        bits: Their width.
+        index: Which of them.
+    """
+
+    def __init__(self, weights: Tensor, bits: int, index: int) -> None:
+        self.index = index
+        super().__init__(
+            f"a weight of shape {tuple(weights.shape[1:])} has values that float16 scales cannot hold at {bits} bits: "
+            f"magnitudes up to {weights[index].abs().max().item():.3g}; leave it at 16 bits"
+        )
+
+
+def at_a_time(indices: Sequence[int], shape: tuple[int, int]) -> Iterator[Sequence[int]]:
+    """Cuts a list of matrices of one shape into parts that are fitted together: small ones are many at a time."""
+    step = max(1, CHUNK // (shape[0] * shape[1]))
+    return (indices[start : start + step] for start in range(0, len(indices), step))
 
 
 def least_squares_codes(groups: Tensor, bits: int, weights: Tensor | None = None) -> Tensor:
@@ -96,70 +122,113 @@ def quantize_matrix(
         `scales.compress` stores; the weight is ``scale * code + offset``.
 
     Raises:
-        ValueError: The weight is not finite, or too large or too small for stored scales; or the second moment is none.
+        FitError: The weight is not finite, or too large or too small for stored scales.
+        ValueError: The second moment is none.
     """
-    out, inp = weight.shape
-    codes = torch.empty(out, inp, dtype=torch.uint8, device=weight.device)
-    fitted_scale = torch.empty(out, inp // group_size, dtype=torch.float32, device=weight.device)
-    fitted_offset = torch.empty_like(fitted_scale)
+    weights = weight.unsqueeze(0)
+    first = first_fit(weights, bits, group_size, None if column_weights is None else column_weights.unsqueeze(0))
+    if second_moment is not None:
+        return round_by_moment(weight, first.scale[0], first.offset[0], bits, second_moment)
+    codes, scale, offset = as_stored(weights, first, bits)
+    return codes[0], scale[0], offset[0]
+
+
+def quantize_matrices(weights: Tensor, bits: int, group_size: int, column_weights: Tensor | None = None) -> Quantized:
+    """`quantize_matrix` of several matrices ``(N, out, in)``, with column weights ``(N, in)``, each on its own."""
+    return as_stored(weights, first_fit(weights, bits, group_size, column_weights), bits)
+
+
+class FirstFit(NamedTuple):
+    """A fit before anything is rounded to what is stored.
+
+    Attributes:
+        codes: ``(N, out, in)`` uint8.
+        scale: ``(N, out, in / group)`` float32.
+        offset: The same shape.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor
+
+
+def first_fit(weights: Tensor, bits: int, group_size: int, column_weights: Tensor | None = None) -> FirstFit:
+    """Fits codes, scales and offsets to matrices ``(N, out, in)``, with column weights ``(N, in)``.
+
+    Raises:
+        FitError: A weight is not finite, or too large or too small for stored scales.
+        ValueError: Column weights are none.
+    """
+    count, out, inp = weights.shape
     by_group = None
     if column_weights is not None:
-        by_group = column_weights.to(weight.device, torch.float32).reshape(-1, group_size)  # (in / group, group)
-        if by_group.numel() != inp or not (by_group.isfinite() & (by_group >= 0)).all():
-            raise ValueError(f"expected {inp} finite column weights of at least 0, got {tuple(column_weights.shape)}")
-        sums = by_group.mean(dim=1, keepdim=True)
-        by_group = torch.where(sums > 0, by_group / sums, 1.0)
-    rows = max(1, _CHUNK // inp)
-    for start in range(0, out, rows):
-        chunk = slice(start, start + rows)
-        groups = weight[chunk].float().reshape(-1, group_size)  # (rows * in / group, group)
+        by_group = column_weights.to(weights.device, torch.float32).reshape(count, -1, group_size)
+        if by_group.shape[1] * group_size != inp or not (by_group.isfinite() & (by_group >= 0)).all():
+            raise ValueError(
+                f"expected {inp} finite column weights of at least 0, got {tuple(column_weights.shape[1:])}"
+            )
+        sums = by_group.mean(dim=2, keepdim=True)
+        by_group = torch.where(sums > 0, by_group / sums, 1.0)  # (N, in / group, group)
+    rows = weights.reshape(-1, inp)  # (N * out, in)
+    codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
+    scales = torch.empty(len(rows), inp // group_size, dtype=torch.float32, device=rows.device)
+    offsets = torch.empty_like(scales)
+    step = max(1, CHUNK // inp)
+    for start in range(0, len(rows), step):
+        chunk = slice(start, start + step)
+        groups = rows[chunk].float().reshape(-1, group_size)  # (rows * in / group, group)
         mean = groups.mean(dim=1, keepdim=True)
         groups = groups - mean  # variances of centered groups lose no digits
-        weights = None if by_group is None else by_group.repeat(len(groups) // len(by_group), 1)
-        fitted = least_squares_codes(groups, bits, weights)
-        scale, offset = unbiased_scale(groups, fitted, weights)
-        fitted_scale[chunk] = scale.view(-1, inp // group_size)
-        fitted_offset[chunk] = (offset + mean).view(-1, inp // group_size)
+        weighted = None
+        if by_group is not None:
+            of_row = torch.arange(start, min(start + step, len(rows)), device=rows.device) // out
+            weighted = by_group[of_row].reshape(groups.shape)
+        fitted = least_squares_codes(groups, bits, weighted)
+        scale, offset = unbiased_scale(groups, fitted, weighted)
+        scales[chunk] = scale.view(-1, inp // group_size)
+        offsets[chunk] = (offset + mean).view(-1, inp // group_size)
         codes[chunk] = fitted.to(torch.uint8).view(-1, inp)
-    if lost_in_float16(fitted_scale, fitted_offset, 2**bits - 1):  # tiny, huge or NaN weights
-        raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} has values that float16 scales cannot hold at {bits} bits: "
-            f"magnitudes up to {weight.abs().max().item():.3g}; leave it at 16 bits"
-        )
-    if second_moment is not None:
-        return round_by_moment(weight, fitted_scale, fitted_offset, bits, second_moment)
-    scale, offset = stored_scales(fitted_scale, fitted_offset, bits)
+    found = FirstFit(*(one.view(count, out, -1) for one in (codes, scales, offsets)))
+    lost = lost_in_float16(found.scale, found.offset, 2**bits - 1)  # tiny, huge or NaN weights
+    if lost.any():
+        raise FitError(weights, bits, int(lost.int().argmax()))
+    return found
+
+
+def as_stored(weights: Tensor, first: FirstFit, bits: int) -> Quantized:
+    """What is stored of a first fit of matrices ``(N, out, in)``."""
+    codes, (scale, offset) = first.codes, stored_scales(first.scale, first.offset, bits)
     # where what is stored moves a code by more than half a step, code again on the stored scale
-    first = (offset - fitted_offset).abs()
-    last = (offset - fitted_offset + (scale - fitted_scale) * (2**bits - 1)).abs()
-    moved = torch.maximum(first, last) > fitted_scale / 2  # (out, in / group)
-    groups = weight.unflatten(1, (-1, group_size))[moved].float()  # (N, group)
+    begin = (offset - first.offset).abs()
+    end = (offset - first.offset + (scale - first.scale) * (2**bits - 1)).abs()
+    moved = torch.maximum(begin, end) > first.scale / 2  # (N, out, in / group)
+    groups = weights.unflatten(-1, (scale.shape[-1], -1))[moved].float()  # (moved, group)
     again = _round(groups, scale[moved].float().unsqueeze(1), offset[moved].float().unsqueeze(1), 2**bits - 1)
-    codes.view(*moved.shape, group_size)[moved] = again.to(torch.uint8)
+    codes.view(*moved.shape, -1)[moved] = again.to(torch.uint8)
     return codes, scale, offset
 
 
-def quantize_on_grid(weight: Tensor, bits: int, group_size: int, grid: tuple[Tensor, Tensor]) -> Quantized:
-    """The codes of a matrix that lies on a grid already, up to the rounding of its dtype.
+def quantize_on_grid(weights: Tensor, bits: int, group_size: int, grid: tuple[Tensor, Tensor]) -> Quantized:
+    """The codes of matrices that lie on a grid already, up to the rounding of their dtype.
 
     Args:
-        weight: ``(out, in)``, any float dtype.
+        weights: ``(..., out, in)``, any float dtype.
         bits: Width of a code.
         group_size: Weights that share a scale and an offset.
-        grid: Scales and offsets, ``(out, in / group)`` float16 each.
+        grid: Scales and offsets, ``(..., out, in / group)`` float16 each.
 
     Raises:
         ValueError: A weight lies between two codes, so that either could have been meant.
     """
-    scale, offset = (tensor.to(weight.device) for tensor in grid)
-    codes = codes_on_grid(weight, bits, scale, offset)
+    scale, offset = (tensor.to(weights.device) for tensor in grid)
+    codes = codes_on_grid(weights, bits, scale, offset)
     width, start = scale.float().unsqueeze(-1), offset.float().unsqueeze(-1)
-    away = (codes * width + start).sub_(weight.float().unflatten(-1, (scale.shape[-1], -1))).abs_()
+    away = (codes * width + start).sub_(weights.float().unflatten(-1, (scale.shape[-1], -1))).abs_()
     if (away > torch.where(width > 0, _BETWEEN * width, start.abs() / 128)).any():
         raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} lies between two codes of the {bits}-bit grid: the checkpoint "
-            "was saved before training ended on the grid (put SavePretrained after PrecisionAnneal), or in a dtype "
-            "that cannot hold it (save in float32)"
+            f"a weight of shape {tuple(weights.shape[-2:])} lies between two codes of the {bits}-bit grid: the "
+            "checkpoint was saved before training ended on the grid (put SavePretrained after PrecisionAnneal), or in "
+            "a dtype that cannot hold it (save in float32)"
         )
     return codes.to(torch.uint8).flatten(-2), scale, offset
 

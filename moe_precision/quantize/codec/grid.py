@@ -8,6 +8,7 @@ not the nearest.
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +30,7 @@ from ...recording.processes import of_first
 from ...recording.router_norms import check_same_weights
 from ...recording.statistics import ExpertStatistics
 from ..kernels import scaled
-from .fitting import Fit, Quantized, codes_on_grid, quantize_on_grid
+from .fitting import Fit, Fits, Quantized, at_a_time, codes_on_grid, quantize_on_grid
 from .guided import fit_of
 from .packing import unpack
 
@@ -93,26 +94,14 @@ class Grid:
                 grid.scales[layer.name], grid.offsets[layer.name] = {}, {}
                 for name, bank in layer.banks.items():
                     widths = plan.layers[layer.name].projection_bits[name]
-                    fitted: list[Quantized] = []
-                    placed: list[Tensor] = []
-                    for expert, matrix in enumerate(bank.matrices()):
-                        whole = matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
-                        if widths[expert] in (DROPPED, 16):  # nothing to fit
-                            none = torch.zeros(len(whole), whole.shape[1] // plan.group_size, dtype=torch.float16)
-                            fitted.append((whole[:0], none.to(whole.device), none.to(whole.device)))
-                            value = whole if widths[expert] else torch.zeros_like(whole)
-                        else:
-                            fit = fit_of(layer.name, name, expert, curvature, statistics)
-                            fitted.append(fit(whole, widths[expert], plan.group_size))
-                            value = scaled(*fitted[-1]).to(whole.dtype) if place else whole
-                        if place is not None:
-                            placed.append(value)
-                    _, scales, offsets = zip(*fitted, strict=True)
+                    fits = partial(fit_of, layer.name, name, curvature=curvature, statistics=statistics)
+                    scales, offsets, placed = _fitted(bank, widths, plan.group_size, fits, place is not None)
                     # a last bit that differs between processes would part their weights for good
-                    grid.scales[layer.name][name] = of_first(torch.stack(scales))
-                    grid.offsets[layer.name][name] = of_first(torch.stack(offsets))
+                    grid.scales[layer.name][name] = of_first(scales)
+                    grid.offsets[layer.name][name] = of_first(offsets)
                     if place is not None:
-                        place(bank, torch.stack(placed))
+                        assert placed is not None
+                        place(bank, placed)
         return grid
 
     def state_dict(self) -> dict[str, object]:
@@ -139,17 +128,19 @@ class Grid:
         nested = {name: change.keys(getattr(self, name)) for name in _NESTED if getattr(self, name)}
         return Grid(plan, router_norms=change.keys(self.router_norms), **nested)
 
-    def fit_of(self, layer: str, projection: str, expert: int) -> Fit:
-        """How one matrix is quantized: its codes are those that are held, or else the nearest."""
-        given = self.scales[layer][projection][expert], self.offsets[layer][projection][expert]
+    def fit_of(self, layer: str, projection: str, experts: Sequence[int]) -> Fit:
+        """How matrices of one width are quantized: their codes are those that are held, or else the nearest."""
+        held = list(experts)
+        given = self.scales[layer][projection][held], self.offsets[layer][projection][held]
         if not self.codes:
             return partial(quantize_on_grid, grid=given)
         layer_plan = self.plan.layers[layer]
         out, inp = layer_plan.shape.projections[projection]
         sizes = [0 if bits == 16 else out * inp * bits // 8 for bits in layer_plan.projection_bits[projection]]
-        start = sum(sizes[:expert])
-        packed = self.codes[layer][projection][start : start + sizes[expert]].view(out, -1)
-        return partial(_kept, packed, self.sums[layer][projection][expert], given)
+        starts = [sum(sizes[:expert]) for expert in held]
+        codes = self.codes[layer][projection]
+        packed = [codes[start : start + sizes[e]].view(out, -1) for e, start in zip(held, starts, strict=True)]
+        return partial(_kept, torch.stack(packed), self.sums[layer][projection][held], given)
 
     def check_router_norms(self, norms: dict[str, Tensor], what: str = "grid") -> None:
         """Raises `GridError` if router norms show that it belongs to other weights; see `check_same_weights`."""
@@ -194,23 +185,58 @@ class Grid:
         return cls(plan, router_norms=file.by_layer("router_norms", layers), **nested)
 
 
+def _fitted(
+    bank: Bank, widths: Sequence[int], group_size: int, fits: Fits, placed: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scales and offsets ``(E, out, in / group)`` of a bank, and if asked for its quantized values ``(E, out, in)``.
+
+    Matrices are read in their order, one at a time, and small ones of one width are fitted together.
+    """
+    out, inp = bank.shape
+    together = len(next(at_a_time(range(len(widths)), (out, inp))))
+    scales: list[Tensor] = [torch.zeros(out, inp // group_size, dtype=torch.float16)] * len(widths)  # nothing to fit
+    offsets, values = scales.copy(), dict[int, Tensor]()
+    waiting: dict[int, dict[int, Tensor]] = defaultdict(dict)
+
+    def fit(bits: int) -> None:
+        experts, matrices = zip(*waiting.pop(bits).items(), strict=True)
+        quantized = fits(experts)(torch.stack(matrices), bits, group_size)
+        for expert, *found in zip(experts, *quantized, strict=True):
+            scales[expert], offsets[expert] = found[1:]
+            if placed:
+                values[expert] = scaled(*found).to(matrices[0].dtype)
+
+    for expert, matrix in enumerate(bank.matrices()):
+        whole = matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+        if (bits := widths[expert]) in (DROPPED, 16):
+            values[expert] = whole if bits else torch.zeros_like(whole)
+            continue
+        waiting[bits][expert] = whole
+        if len(waiting[bits]) == together:
+            fit(bits)
+    for bits in list(waiting):
+        fit(bits)
+    of_scales, of_offsets = (torch.stack([one.to(whole.device) for one in of]) for of in (scales, offsets))
+    return of_scales, of_offsets, torch.stack([values[e] for e in range(len(widths))]) if placed else None
+
+
 def _kept(
-    packed: Tensor, sums: Tensor, grid: tuple[Tensor, Tensor], weight: Tensor, bits: int, group_size: int
+    packed: Tensor, sums: Tensor, grid: tuple[Tensor, Tensor], weights: Tensor, bits: int, group_size: int
 ) -> Quantized:
-    """Codes that are held, for the weight that they are of.
+    """Codes that are held, for the matrices ``(N, out, in)`` that they are of.
 
     Raises:
-        ValueError: The weight is another one.
+        ValueError: One is another.
     """
-    away = (weight.float().sum(1) - sums.to(weight.device)).abs()
-    if not (away <= _SAME * weight.float().norm(dim=1)).all():
+    away = (weights.float().sum(-1) - sums.to(weights.device)).abs()
+    if not (away <= _SAME * weights.float().norm(dim=-1)).all():
         raise ValueError(
-            f"the codes of a weight of shape {tuple(weight.shape)} are those of another one: the experts were changed "
-            "after their scales had been distilled. Leave that grid out (--grid none), and distill again "
+            f"the codes of a weight of shape {tuple(weights.shape[1:])} are those of another one: the experts were "
+            "changed after their scales had been distilled. Leave that grid out (--grid none), and distill again "
             "(--distill-steps)"
         )
-    scale, offset = (tensor.to(weight.device) for tensor in grid)
-    return unpack(packed, bits).to(weight.device), scale, offset
+    scale, offset = (tensor.to(weights.device) for tensor in grid)
+    return unpack(packed, bits).to(weights.device), scale, offset
 
 
 def on_grid(weight: Tensor, bits: Sequence[int], scale: Tensor, offset: Tensor, out: Tensor | None = None) -> Tensor:

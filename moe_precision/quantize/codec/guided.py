@@ -1,80 +1,112 @@
-"""How one expert matrix is fitted: by curvature and by statistics, where there are any."""
+"""How expert matrices are fitted: by curvature and by statistics, where there are any."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from ...recording.curvature import Curvature
 from ...recording.statistics import ExpertStatistics, StatisticsError
-from .fitting import Fit, Quantized, quantize_matrix
-from .rounding import IndefiniteError
+from .fitting import FirstFit, Fit, FitError, Quantized, as_stored, first_fit, quantize_matrices
+from .rounding import IndefiniteError, round_by_moment
 
 
 def fit_of(
     layer: str,
     projection: str,
-    expert: int,
+    experts: Sequence[int],
     curvature: Curvature | None = None,
     statistics: ExpertStatistics | None = None,
 ) -> Fit:
-    """The fit of one expert matrix.
+    """The fit of the matrices of some experts.
 
     Args:
         layer: Name of the layer.
-        projection: Name of the matrix.
-        expert: Its expert.
+        projection: Name of the matrices.
+        experts: Theirs.
         curvature: Weighs the errors of input columns.
         statistics: Give the second moment of the inputs, which is made when the matrix is fitted and not kept. One
             that has negative eigenvalues is left out with a warning, and remembered as ``indefinite``.
+
+    Returns:
+        A fit, whose errors name the matrix.
     """
-    weights = None if curvature is None else curvature.fit_weights(layer, projection, expert)
-    if statistics is None:
-        return partial(quantize_matrix, column_weights=weights)
-    return partial(_fit, statistics, layer, projection, expert, weights)
+    return partial(_fit, layer, projection, experts, curvature, statistics)
 
 
 def linear_fit_of(name: str, statistics: ExpertStatistics | None) -> Fit:
     """The fit of a linear layer outside of experts: under its inputs' second moment, where that is known."""
     if statistics is None or name not in statistics.linears.tokens:
-        return quantize_matrix
+        return quantize_matrices
     return partial(_fit_linear, statistics, name)
 
 
-def _fit_linear(statistics: ExpertStatistics, name: str, weight: Tensor, bits: int, group_size: int) -> Quantized:
+def _fit_linear(statistics: ExpertStatistics, name: str, weights: Tensor, bits: int, group_size: int) -> Quantized:
     moment = statistics.linears.fit_moment(name)
+    first = first_fit(weights, bits, group_size)
+    if moment is None:
+        return as_stored(weights, first, bits)
     try:
-        return quantize_matrix(weight, bits, group_size, None, moment)
+        return _stacked([round_by_moment(weights[0], first.scale[0], first.offset[0], bits, moment)])
     except IndefiniteError as error:
         del statistics.linears.tokens[name]  # for what comes
         _warn(f"linear layer {name!r}", error)
-        return quantize_matrix(weight, bits, group_size)
+        return as_stored(weights, first, bits)
     except ValueError as error:
         raise StatisticsError(f"linear layer {name!r}: {error}") from error
 
 
 def _fit(
-    statistics: ExpertStatistics,
     layer: str,
     projection: str,
-    expert: int,
-    column_weights: Tensor | None,
-    weight: Tensor,
+    experts: Sequence[int],
+    curvature: Curvature | None,
+    statistics: ExpertStatistics | None,
+    weights: Tensor,
     bits: int,
     group_size: int,
 ) -> Quantized:
-    moment = statistics.fit_moment(layer, projection, expert, column_weights)
-    what = f"{projection!r} of expert {expert} in layer {layer!r}"
+    columns = None
+    if curvature is not None:
+        columns = torch.stack([curvature.fit_weights(layer, projection, expert) for expert in experts])
     try:
-        return quantize_matrix(weight, bits, group_size, column_weights, moment)
-    except IndefiniteError as error:
-        statistics.indefinite.add((layer, projection, expert))
-        _warn(what, error)
-        return quantize_matrix(weight, bits, group_size, column_weights)
-    except ValueError as error:
-        raise StatisticsError(f"{what}: {error}") from error
+        first = first_fit(weights, bits, group_size, columns)
+    except FitError as error:
+        raise ValueError(f"{_name(layer, projection, experts[error.index])}: {error}") from error
+    if statistics is None:
+        return as_stored(weights, first, bits)
+    found: list[Quantized] = []
+    for index, expert in enumerate(experts):
+        of_column = None if columns is None else columns[index]
+        moment = statistics.fit_moment(layer, projection, expert, of_column)
+        try:
+            if moment is not None:
+                found.append(round_by_moment(weights[index], first.scale[index], first.offset[index], bits, moment))
+                continue
+        except IndefiniteError as error:
+            statistics.indefinite.add((layer, projection, expert))
+            _warn(_name(layer, projection, expert), error)
+        except ValueError as error:
+            raise StatisticsError(f"{_name(layer, projection, expert)}: {error}") from error
+        one = slice(index, index + 1)
+        codes, scale, offset = as_stored(weights[one], FirstFit(*(of[one] for of in first)), bits)
+        found.append((codes[0], scale[0], offset[0]))
+    return _stacked(found)
+
+
+def _stacked(found: list[Quantized]) -> Quantized:
+    if len(found) == 1:
+        return found[0][0].unsqueeze(0), found[0][1].unsqueeze(0), found[0][2].unsqueeze(0)
+    codes, scales, offsets = (torch.stack(of) for of in zip(*found, strict=True))
+    return codes, scales, offsets
+
+
+def _name(layer: str, projection: str, expert: int) -> str:
+    return f"{projection!r} of expert {expert} in layer {layer!r}"
 
 
 def _warn(what: str, error: IndefiniteError) -> None:

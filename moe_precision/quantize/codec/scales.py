@@ -77,13 +77,23 @@ def stored_scales(scale: Tensor, offset: Tensor, bits: int) -> tuple[Tensor, Ten
     return expand(*compress(needed, torch.ceil)), lower
 
 
-def lost_in_float16(scale: Tensor, offset: Tensor, top: int) -> bool:
-    """Whether the ends of a block's range, in float16, move the first or last code by more than half a step."""
+def lost_in_float16(scale: Tensor, offset: Tensor, top: int) -> Tensor:
+    """Whether the ends of a block's range, in float16, move the first or last code by more than half a step.
+
+    Args:
+        scale: ``(..., out, in / group)`` float32.
+        offset: The same shape.
+        top: The largest code.
+
+    Returns:
+        ``(...)`` bool: of each matrix.
+    """
     (low, high), (first, last) = (_blocks(values).aminmax(dim=-1) for values in (scale, offset))
     allowed = torch.maximum(high / 2, torch.maximum(first.abs(), last.abs()) / 1024 * (high == 0))
     moved = [top * (end - end.half()).abs() for end in (low, high)]
     moved += [(end - end.half()).abs() for end in (first, last)]
-    return not all(bool((one <= allowed).all()) for one in moved)
+    kept = torch.stack([one <= allowed for one in moved])  # (4, ..., blocks), False for NaN
+    return ~kept.all(dim=-1).all(dim=0)
 
 
 def blocks_of(out: int, groups: int) -> int:
