@@ -90,11 +90,12 @@ def costs_of_matrices(
                 for experts in at_a_time(range(layer.num_experts), layer.banks[name].shape):
                     weights = torch.stack([next(matrices) for _ in experts])
                     fit = fit_of(layer.name, name, experts, curvature, statistics)
+                    prices = [pricing(curvature, by, layer.name, name, expert) for expert in experts]
                     for index, bits in reversed(list(enumerate(widths))):  # 0 bits after fits, which try the moments
                         if bits != 16:
                             quantized = quantized_matrices(weights, bits, group_size, fit)
-                            for expert, *pair in zip(experts, weights, quantized, strict=True):
-                                found[expert, index] = pricing(curvature, by, layer.name, name, expert)(*pair)
+                            for expert, price, *pair in zip(experts, prices, weights, quantized, strict=True):
+                                found[expert, index] = price(*pair)
                     bar.update(len(experts))
                 costs[layer.name][name] = found
     return costs

@@ -6,8 +6,11 @@ from torch import Tensor
 
 from moe_precision.quantize.codec import fitting
 from moe_precision.quantize.codec.fitting import (
+    FitError,
+    at_a_time,
     least_squares_codes,
     least_squares_scale,
+    quantize_matrices,
     quantize_matrix,
     unbiased_scale,
 )
@@ -118,6 +121,37 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     monkeypatch.setattr(fitting, "CHUNK", 64 * 7)
     for one, other in zip(whole, quantize_matrix(weight, 3, 32), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_several_matrices_are_what_each_is_alone(bits, dtype, monkeypatch):
+    """One is done after two rounds, another is constant in part: neither changes the others."""
+    weights = (torch.randn(5, 24, 96) * torch.rand(5, 1, 96)).to(dtype)
+    weights[1] = weights[1].sign()
+    weights[2, :, :32] = 0.25
+    for columns in (None, torch.rand(5, 96)):
+        for chunk in (1 << 18, 96 * 7):  # the second ends within matrices
+            monkeypatch.setattr(fitting, "CHUNK", chunk)
+            together = quantize_matrices(weights, bits, 32, columns)
+            for index, one in enumerate(zip(*together, strict=True)):
+                alone = quantize_matrix(weights[index], bits, 32, None if columns is None else columns[index])
+                assert all(map(torch.equal, one, alone))
+
+
+def test_of_several_matrices_the_one_that_cannot_be_fitted_is_named():
+    weights = torch.randn(4, 8, 32)
+    weights[2, 3, 4] = float("inf")
+    with pytest.raises(FitError, match="magnitudes up to inf; leave it") as raised:
+        quantize_matrices(weights, 2, 32)
+    assert raised.value.index == 2
+
+
+def test_small_matrices_are_fitted_together_and_large_ones_alone():
+    assert [list(part) for part in at_a_time([7, 3, 5], (64, 128))] == [[7, 3, 5]]
+    assert [len(part) for part in at_a_time(range(70), (64, 128))] == [32, 32, 6]
+    assert [list(part) for part in at_a_time(range(3), (4096, 4096))] == [[0], [1], [2]]
+    assert list(at_a_time([], (64, 128))) == []
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe_precision import PlanQuantizationConfig, allocate, find_moe_layers, quantize_model
+from moe_precision.allocation.costs import CostError
 from moe_precision.present.plan_summary import plan_lines
 from moe_precision.quantize.codec.fitting import quantize_matrix
 from moe_precision.quantize.codec.guided import fit_of
@@ -171,3 +172,34 @@ def test_other_statistics_do_not_go_on_from_it(model, tmp_path, monkeypatch):
     quantize_checkpoint(tmp_path / "float", plan, tmp_path / "out", statistics=second)
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(packed), logits(quantize_model(model, plan, statistics=second)))
+
+
+def test_every_expert_is_rounded_under_its_own_moment(model):
+    """Several at once, one of which saw nothing and one of which has no moment: each is what it is alone."""
+    curvature = curvature_of(find_moe_layers(model), [trained_with(torch.optim.Adam, model)])
+    statistics = statistics_of(model)
+    statistics.tokens[LAYER][3] = 0
+    statistics.correlations[LAYER]["down_proj"][5] = -1
+    weights = model.get_parameter(f"{LAYER}.experts.down_proj").detach()
+    experts = [6, 3, 5, 0]
+    with pytest.warns(UserWarning, match="'down_proj' of expert 5 in layer"):
+        together = fit_of(LAYER, "down_proj", experts, curvature, statistics)(weights[experts], 2, 64)
+    for expert, *found in zip(experts, *together, strict=True):
+        alone = fit_of(LAYER, "down_proj", [expert], curvature, statistics)(weights[expert : expert + 1], 2, 64)
+        assert all(torch.equal(one, other[0]) for one, other in zip(found, alone, strict=True))
+        columns = curvature.fit_weights(LAYER, "down_proj", expert)
+        plain = quantize_matrix(weights[expert], 2, 64, columns)
+        assert torch.equal(found[0], plain[0]) == (expert in (3, 5))
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_an_expert_that_cannot_be_fitted_is_named(model, known):
+    statistics = statistics_of(model) if known else None
+    plan = plan_of(model)
+    with torch.no_grad():
+        model.get_parameter(f"{LAYER}.experts.down_proj")[5] *= 1e9
+    message = r"'down_proj' of expert 5 in layer 'model\.layers\.0\.mlp': .*; leave it at 16 bits"
+    with pytest.raises(CostError, match=message):
+        allocate(model, method="weight_error", average_bits=2.5, group_size=64)
+    with pytest.raises(ValueError, match=message):
+        quantize_model(model, plan, statistics=statistics)

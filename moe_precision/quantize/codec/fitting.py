@@ -33,17 +33,13 @@ class FitError(MoEPrecisionError, ValueError):
     """A matrix that codes and stored scales cannot hold.
 
     Args:
-        weights: ``(N, out, in)``.
-        bits: Their width.
-        index: Which of them.
+        message: What is wrong with it.
+        index: Which of several it is.
     """
 
-    def __init__(self, weights: Tensor, bits: int, index: int) -> None:
+    def __init__(self, message: str, index: int = 0) -> None:
         self.index = index
-        super().__init__(
-            f"a weight of shape {tuple(weights.shape[1:])} has values that float16 scales cannot hold at {bits} bits: "
-            f"magnitudes up to {weights[index].abs().max().item():.3g}; leave it at 16 bits"
-        )
+        super().__init__(message)
 
 
 def at_a_time(indices: Sequence[int], shape: tuple[int, int]) -> Iterator[Sequence[int]]:
@@ -191,7 +187,12 @@ def first_fit(weights: Tensor, bits: int, group_size: int, column_weights: Tenso
     found = FirstFit(*(one.view(count, out, -1) for one in (codes, scales, offsets)))
     lost = lost_in_float16(found.scale, found.offset, 2**bits - 1)  # tiny, huge or NaN weights
     if lost.any():
-        raise FitError(weights, bits, int(lost.int().argmax()))
+        index = int(lost.int().argmax())
+        raise FitError(
+            f"a weight of shape {(out, inp)} has values that float16 scales cannot hold at {bits} bits: "
+            f"magnitudes up to {weights[index].abs().max().item():.3g}; leave it at 16 bits",
+            index,
+        )
     return found
 
 

@@ -76,7 +76,7 @@ def _fit(
     try:
         first = first_fit(weights, bits, group_size, columns)
     except FitError as error:
-        raise ValueError(f"{_name(layer, projection, experts[error.index])}: {error}") from error
+        raise FitError(f"{_name(layer, projection, experts[error.index])}: {error}", error.index) from error
     if statistics is None:
         return as_stored(weights, first, bits)
     found: list[Quantized] = []
