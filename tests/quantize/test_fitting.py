@@ -155,7 +155,9 @@ def test_small_matrices_are_fitted_together_and_large_ones_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize(
+    "bits", [pytest.param(1, marks=pytest.mark.thorough), 2, pytest.param(3, marks=pytest.mark.thorough)]
+)
 def test_order_of_the_quantizers_by_loss(trained, bits):
     """Plain least squares has the least weight error; the unbiased fit has the least loss."""
     model, blocks = trained

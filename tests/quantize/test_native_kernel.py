@@ -1,7 +1,6 @@
-"""The kernel in C++: how it is compiled and checked, on which CPUs, and products that are hard to get right."""
+"""The kernel in C++: how it is checked, on which CPUs, and products that are hard to get right."""
 
 import platform
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,34 +49,6 @@ def test_a_kernel_that_miscalculates_is_not_taken(no_library, unoptimized, monke
     monkeypatch.setattr(native, "_SOURCE", wrong)
     with pytest.warns(UserWarning, match="wrong products at 1 bits"):
         assert native.library() is None
-
-
-@pytest.mark.slow
-def test_the_library_is_made_once(no_library, unoptimized, monkeypatch):
-    assert native.library() is not None
-    (made,) = no_library.glob("*.so")
-    native.library.cache_clear()
-    run = compiler._run
-    monkeypatch.setattr(compiler, "_run", lambda command: run(command) if "-E" in command else pytest.fail("compiled"))
-    assert native.library() is not None
-    assert list(no_library.glob("*.so")) == [made]
-
-
-@pytest.mark.slow
-def test_of_several_processes_one_compiles(no_library, unoptimized, monkeypatch):
-    """Threads here: each has its own lock on the file, as processes have."""
-    run, compiled = compiler._run, []
-
-    def count(command):
-        if "-E" not in command:
-            compiled.append(command)
-        return run(command)
-
-    monkeypatch.setattr(compiler, "_run", count)
-    with ThreadPoolExecutor(4) as pool:
-        libraries = list(pool.map(compiler.compiled, [native._SOURCE] * 4))
-    assert len(compiled) == 1
-    assert len({library._name for library in libraries}) == 1
 
 
 @pytest.mark.slow
@@ -132,18 +103,6 @@ def test_scales_that_are_no_numbers_stay_so(dtype, monkeypatch):
         assert not matrices.linear(0, torch.randn(3, 192).to(dtype)).isfinite().any()
 
 
-@pytest.mark.slow
-def test_a_damaged_library_is_made_anew(no_library, unoptimized):
-    assert native.library() is not None
-    (made,) = no_library.glob("*.so")
-    content = made.read_bytes()
-    made.unlink()  # the one in use stays as it is
-    made.write_bytes(content[: len(content) // 2])
-    native.library.cache_clear()
-    assert native.library() is not None
-    assert made.read_bytes() == content
-
-
 def test_without_a_home(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
@@ -151,12 +110,6 @@ def test_without_a_home(monkeypatch):
     with pytest.warns(UserWarning, match="no home; name a folder in XDG_CACHE_HOME"):
         assert native.library() is None
     native.library.cache_clear()
-
-
-@pytest.mark.slow
-def test_a_compiler_with_arguments(no_library, unoptimized, monkeypatch):
-    monkeypatch.setenv("CXX", "g++ -g0")
-    assert native.library() is not None
 
 
 def test_the_smallest_scales(monkeypatch):
