@@ -13,7 +13,7 @@ HEADER = """# Tables of the study of rounding
 Printed by `python -m benchmarks.studies.rounding_study --report`. KL is the mean divergence from the float model's
 predictions in nats per token, loss the increase over the float model's, *rare* that on the rarest tenth of the target
 tokens. *Other text* was not seen by the statistics, and not in the last training. Entries are means over seeds ± half
-of the 95 % interval, or ratios with their interval; of one seed, values alone.
+of the 95 % interval, or ratios of means with their interval; of one or two seeds, means and ratios alone.
 """
 
 Runs = list[dict[str, Any]]  # the results of one model, one per seed
@@ -26,8 +26,8 @@ def values(runs: Runs, plan: str, fit: str, text: str, key: str) -> list[float]:
 
 
 def _mean(numbers: list[float]) -> str:
-    """With its interval, where there are several seeds."""
-    return f"{numbers[0]:.5f}" if len(numbers) == 1 else of_runs(numbers, 5)
+    """With its interval, where there are three seeds or more."""
+    return f"{sum(numbers) / len(numbers):.5f}" if len(numbers) in (1, 2) else of_runs(numbers, 5)
 
 
 def report(study: dict[str, Any], root: Path) -> str:
@@ -66,7 +66,7 @@ def _ratios(study: dict[str, Any], found: dict[str, Runs]) -> str:
     def ratios(runs: Runs, plan: str, base: list[float], text: str) -> list[str]:
         fits = (ROUNDED, LAYERS, LOGITS)
         found = [ratio_of_runs(values(runs, plan, fit, text, "kl"), base) for fit in fits]
-        return [f"{ratio.value:.2f}" if len(runs) == 1 else between(ratio) for ratio in found]
+        return [f"{ratio.value:.2f}" if len(runs) < 3 else between(ratio) for ratio in found]
 
     rows = []
     for name, runs in found.items():
