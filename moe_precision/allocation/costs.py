@@ -86,9 +86,8 @@ def costs_of_matrices(
             costs[layer.name] = {}
             for name in layer.banks:
                 found = torch.zeros(layer.num_experts, len(widths), dtype=torch.float64)
-                matrices = iter(read(layer, name))
-                for experts in at_a_time(range(layer.num_experts), layer.banks[name].shape):
-                    weights = torch.stack([next(matrices) for _ in experts])
+                parts = at_a_time(range(layer.num_experts), layer.banks[name].shape)
+                for experts, weights in _stacked(read(layer, name), list(parts)):
                     fit = fit_of(layer.name, name, experts, curvature, statistics)
                     prices = [pricing(curvature, by, layer.name, name, expert) for expert in experts]
                     for index, bits in reversed(list(enumerate(widths))):  # 0 bits after fits, which try the moments
@@ -99,6 +98,17 @@ def costs_of_matrices(
                     bar.update(len(experts))
                 costs[layer.name][name] = found
     return costs
+
+
+def _stacked(matrices: Iterable[Tensor], parts: list[Sequence[int]]) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Matrices as they come, in stacks ``(N, out, in)``, each made while its last matrix is there to be read."""
+    left, waiting = iter(parts), list[Tensor]()
+    part = next(left)
+    for matrix in matrices:
+        waiting.append(matrix)
+        if len(waiting) == len(part):
+            yield part, torch.stack(waiting)
+            waiting, part = [], next(left, ())
 
 
 def quantized_matrices(weights: Tensor, bits: int, group_size: int, fit: Fit) -> Tensor:

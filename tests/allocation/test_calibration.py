@@ -9,7 +9,7 @@ from torch import nn
 from moe_precision import AllocationError, allocate, find_moe_layers, quantize_model, replan
 from moe_precision.allocation import calibration as module
 from moe_precision.allocation.calibration import Calibration, calibrated_costs, calibration_on
-from moe_precision.allocation.costs import CostError, expert_costs
+from moe_precision.allocation.costs import CostError, costs_of_matrices, expert_costs
 from tests.support.models import build
 
 
@@ -175,3 +175,25 @@ def test_autocast_around_it_keeps_no_weights_of_the_pass_before():
     with torch.autocast("cpu", torch.bfloat16):
         costs = calibrated_costs(find_moe_layers(model), (1,), 64, None, None, calibration_on(model, batches()))
     assert all(found.sum() > 0 for of in costs.values() for found in of.values())
+
+
+def test_matrices_are_read_while_their_layer_is_whole():
+    """Costs of gathered experts: what a layer has gathered is gone once all its matrices were given out."""
+    layers = find_moe_layers(build("mixtral", num_local_experts=5))
+    ends = []
+
+    def read(layer, projection):
+        gathered = [layer.banks[projection].read(expert).clone() for expert in range(5)]
+        try:
+            yield from gathered
+        finally:
+            ends.append((layer.name, projection))
+            for matrix in gathered:
+                matrix.fill_(float("nan"))
+
+    expected = expert_costs(layers, (2, 3), 64)
+    found = costs_of_matrices(layers, read, (2, 3), 64, None)
+    assert ends == [(layer.name, name) for layer in layers for name in layer.banks]
+    for layer in layers:
+        for name, costs in expected[layer.name].items():
+            assert torch.equal(found[layer.name][name], costs)
