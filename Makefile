@@ -1,6 +1,6 @@
 # make demo   train a small Mixtral, make its plan, quantize, reload, compare (minutes on two CPU cores)
 # make test   the whole test suite, on two cores; `make test WORKERS=8` takes more
-# make test-fast   the tests that take no time, under a minute
+# make test-fast   the tests that take no time: about a minute, most of it imports
 # make lint   ruff and mypy
 # make notebook   executes docs/first-hour.ipynb again, minutes
 # make docs   the documentation's site, in site/, with warnings as errors

@@ -161,6 +161,7 @@ def test_a_step_that_disturbs_its_batch_at_random_does_so_equally_each_time():
         Calibration(model, [lambda: model(input_ids=torch.randint(3, 128, ids.shape, generator=own))])
 
 
+@pytest.mark.slow
 def test_tokens_that_the_model_rules_out_have_no_part():
     model = build("mixtral")
     model.lm_head.register_forward_hook(
@@ -170,6 +171,7 @@ def test_tokens_that_the_model_rules_out_have_no_part():
     assert all(0 < found.sum() < torch.inf for of in costs.values() for found in of.values())
 
 
+@pytest.mark.slow
 def test_autocast_around_it_keeps_no_weights_of_the_pass_before():
     model = build("switch_transformers")  # its experts are linear layers, whose cast weights autocast keeps
     with torch.autocast("cpu", torch.bfloat16):

@@ -11,6 +11,7 @@ from tests.support.models import build
 from tests.support.optimizers import trained_with
 
 
+@pytest.mark.slow
 def test_curvature_lowers_the_loss(trained):
     """On a trained model: the fit at 2 bits, and the choice at 2.5, by loss on held-out text."""
     model, blocks = trained

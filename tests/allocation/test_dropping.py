@@ -97,6 +97,7 @@ def test_the_cost_of_absence_by_hand(known):
     assert (costs[LAYER]["down_proj"][:, 0] > costs[LAYER]["down_proj"][:, 1]).all()
 
 
+@pytest.mark.slow
 def test_calibrated_absence_is_that_of_the_cheaper_half(known):
     model, given, data = known
     layers = find_moe_layers(model)

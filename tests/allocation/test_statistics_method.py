@@ -44,6 +44,7 @@ def test_a_diagonal_moment_gives_the_cost_of_curvature():
     torch.testing.assert_close(by_statistics, curvature_cost(weight, quantized, rows, columns))
 
 
+@pytest.mark.slow
 def test_costs_of_a_model(known):
     model, curvature, statistics = known
     layers = find_moe_layers(model)

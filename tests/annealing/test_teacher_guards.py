@@ -86,6 +86,7 @@ def test_a_disk_that_is_full_for_the_teacher_does_not_fail_the_run(tmp_path):
     assert (tmp_path / "annealed_plan.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_saved_in_the_middle_of_the_teachers_pass_is_the_models():
     """Lightning saves one in the handler of SLURM's signal, whatever runs at that moment."""
     model, hooks, other = on_grid("mixtral", tie_word_embeddings=True)
@@ -120,6 +121,7 @@ def test_a_share_of_the_loss_is_that_of_what_the_model_makes_of_its_arguments(fa
     torch.testing.assert_close(model(**batch).loss.double(), plain.loss + 0.5 * change / tokens, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_the_labels_mean_cross_entropy_is_refused():
     def smoothed(logits, labels, vocab_size, **_):
         return F.cross_entropy(logits[:, :-1].mT, labels[:, 1:], label_smoothing=0.3)

@@ -188,6 +188,7 @@ def test_dropping_is_measured_beside_published_pruning(small, monkeypatch):
     assert "| mean output |" in text
 
 
+@pytest.mark.slow
 def test_what_stands_in_the_place_of_an_expert():
     model, _, data = observed("mixtral")
     layers = find_moe_layers(model)
@@ -217,6 +218,7 @@ def test_what_stands_in_the_place_of_an_expert():
     assert float(seen[layer].tokens.sum()) == 2 * 4 * 32 * 2  # tokens of two batches, two experts each
 
 
+@pytest.mark.slow
 def test_what_stands_in_the_place_of_a_switch_transformers_expert():
     model, _, data = observed("switch_transformers", batches=2)
     layers = find_moe_layers(model)

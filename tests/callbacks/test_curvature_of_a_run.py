@@ -36,6 +36,7 @@ def test_the_callback_writes_it_and_its_plan_is_that_of_the_file(tmp_path):
     assert set(plan.layers["model.0"].costs["0"]) == {1, 2, 3}
 
 
+@pytest.mark.slow
 def test_an_optimizer_without_second_moments_still_makes_the_papers_plan(tmp_path):
     class Plain(Module):
         def configure_optimizers(self):
@@ -71,6 +72,7 @@ def test_gradients_need_automatic_optimization(tmp_path):
         trainer(tmp_path, monitor(method="curvature", curvature_batches=2)).fit(TwoOptimizers(), data())
 
 
+@pytest.mark.slow
 def test_the_extra_batches_leave_the_model_as_it_was(tmp_path):
     class Normed(Module):
         def __init__(self):
@@ -93,6 +95,7 @@ def test_the_extra_batches_leave_the_model_as_it_was(tmp_path):
     assert not any(one._forward_pre_hooks for one in module.modules())
 
 
+@pytest.mark.slow
 def test_curvature_of_an_earlier_run_does_not_stay_beside_a_new_plan(tmp_path):
     class Plain(Module):
         def configure_optimizers(self):
@@ -104,6 +107,7 @@ def test_curvature_of_an_earlier_run_does_not_stay_beside_a_new_plan(tmp_path):
     assert not (tmp_path / "precision_plan.curvature.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_or_a_weight_without_scales_stop_nobody(tmp_path, monkeypatch):
     class Last(Callback):
         reached = False

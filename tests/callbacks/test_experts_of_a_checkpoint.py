@@ -59,6 +59,7 @@ def test_annealing_is_not_resumed_on_other_experts(tmp_path):
         train(tmp_path, PrecisionAnnealTrainerCallback(**settings), 4, str(tmp_path / "checkpoint-2"))
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_without_its_experts_is_reported(tmp_path, recwarn):
     model = train(
         tmp_path,
@@ -82,6 +83,7 @@ def test_the_best_checkpoint_without_its_experts_is_reported(tmp_path, recwarn):
     }
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_with_its_experts_is_not(tmp_path, recwarn):
     """A step at which nothing is learned: last and best experts are the same."""
     train(tmp_path, recorder(), eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, learning_rate=1e-3)
@@ -129,6 +131,7 @@ def test_lightning_without_strict_loading(tmp_path):
         fit(4, tmp_path / "last.ckpt")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_that_is_trained_on_in_memory_is_no_alarm(tmp_path):
     module, batches = Module(), data(2)
     first = trainer(tmp_path, monitor(), max_epochs=1)

@@ -99,6 +99,7 @@ def bridge(folder, callback, model, optimizer, start=0, until=STEPS, **split):
     callback.on_train_end(context)
 
 
+@pytest.mark.slow
 def test_megatron_bridge_goes_on_with_its_history(tmp_path):
     model = megatron()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -140,6 +141,7 @@ class TitanTrainer:
             self.train_step(iter(()))
 
 
+@pytest.mark.slow
 def test_torchtitan(tmp_path):
     trainer = TitanTrainer(tmp_path, torchtitan())
     TorchtitanRecorder(**SETTINGS).attach(trainer)

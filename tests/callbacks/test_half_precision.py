@@ -24,6 +24,7 @@ def half_by_default():
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_counts_every_token(tmp_path):
     """3 batches of 4 rows of 8 tokens, each sent to two experts."""
     callback = monitor(method="load", statistics_batches=0)

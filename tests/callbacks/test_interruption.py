@@ -88,6 +88,7 @@ def test_where_signals_are_ignored(tmp_path):
     assert RouterNormHistory.load(tmp_path / "terminated" / "precision_plan.history.safetensors").steps[:3] == [0, 2, 4]
 
 
+@pytest.mark.slow
 def test_max_time_exports(tmp_path):
     class Slow(Module):
         def training_step(self, batch, batch_idx):
@@ -100,6 +101,7 @@ def test_max_time_exports(tmp_path):
     assert PrecisionPlan.load(tmp_path / "precision_plan.json").last_step < 40
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
     """The plan cannot be written; the model still is, and the history is in memory and in the checkpoint."""
     callback = monitor(group_size=32)
@@ -142,6 +144,7 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_norm_that_is_not_finite_is_said_when_it_happens(tmp_path):
     class Diverges(Callback):
         def on_train_batch_end(self, trainer, module, *args):
@@ -153,6 +156,7 @@ def test_a_norm_that_is_not_finite_is_said_when_it_happens(tmp_path):
         trainer(tmp_path, Diverges(), monitor()).fit(Module(), data(6))
 
 
+@pytest.mark.slow
 def test_an_error_in_the_making_of_the_plan_costs_no_model(tmp_path, monkeypatch):
     """Whatever it is: it is raised once the others are done."""
 

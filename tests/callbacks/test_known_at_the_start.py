@@ -81,6 +81,7 @@ def test_plan_and_checkpoint_are_the_students(module, named, tmp_path):
     assert tokens == {8 * 8 * 2}  # of the student's forward passes
 
 
+@pytest.mark.slow
 def test_a_frozen_teacher_needs_no_name(tmp_path):
     recorded = monitor(group_size=64, statistics_batches=2)
     fit(tmp_path, Distill(), recorded, SavePretrained())
@@ -180,6 +181,7 @@ def test_a_method_that_reads_moments_and_an_optimizer_without(method, tmp_path):
     assert gradients.plan.method == "curvature"
 
 
+@pytest.mark.slow
 def test_auto_takes_gradients_of_its_own_where_an_optimizer_keeps_none(tmp_path, monkeypatch):
     """On a single process, with a loss that can be computed, and for experts that are not too many."""
     said = []
@@ -342,6 +344,7 @@ class PlainPair(Module):
         self.average.update_parameters(self.model)
 
 
+@pytest.mark.slow
 def test_a_frozen_part_is_asked_about_and_an_average_is_no_model(tmp_path):
     recorded = monitor()
     with pytest.warns(UserWarning, match=r"1 of 3 layers are frozen, 'teacher\.0' the first.*module='student'"):
@@ -352,6 +355,7 @@ def test_a_frozen_part_is_asked_about_and_an_average_is_no_model(tmp_path):
     assert list(named.plan.layers) == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_an_average_beside_the_model(tmp_path):
     class Averaged(Distill):
         def __init__(self):

@@ -143,6 +143,7 @@ class KeepsShadow(pytorch_lightning.Callback):
         pl_module.load_state_dict({name: (tensor + now[name]) / 2 for name, tensor in self.first.items()})
 
 
+@pytest.mark.slow
 def test_an_averaged_model_is_seen_when_training_starts(tmp_path):
     assert not averages_weights(KeepsShadow())
     with pytest.warns(UserWarning, match="KeepsAverage comes later"):

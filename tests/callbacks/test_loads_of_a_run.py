@@ -49,6 +49,7 @@ def loader(rows=12):
     return DataLoader(IDS[:rows], batch_size=2)
 
 
+@pytest.mark.slow
 def test_a_model_in_evaluation_mode_is_trained(tmp_path):
     callback = monitor(group_size=64, method="load")
     module = Evaluated()
@@ -76,6 +77,7 @@ class SamplesAfterwards(Callback):
         pl_module.loss(IDS[:5])
 
 
+@pytest.mark.slow
 def test_a_validation_in_training_mode(tmp_path):
     callback = monitor(group_size=64)
     trainer(tmp_path, callback, SamplesAfterwards(), val_check_interval=2).fit(Validated(), loader(), loader(4))

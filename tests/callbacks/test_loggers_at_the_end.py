@@ -42,6 +42,7 @@ class Finished(MemoryLogger):
         return None
 
 
+@pytest.mark.slow
 def test_other_loggers_and_the_model_get_what_is_theirs(tmp_path):
     wandb_logger = type("WandbLogger", (Finished,), {})()
     loggers = [Broken(), MemoryLogger(), wandb_logger]

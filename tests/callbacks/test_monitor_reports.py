@@ -48,6 +48,7 @@ def test_wandb_offline_run(tmp_path):
     assert any(record.WhichOneof("record_type") == "exit" for record in read_records(path))
 
 
+@pytest.mark.slow
 def test_a_wandb_logger_is_known_by_its_name(monkeypatch, tmp_path):
     """lightning.pytorch has a WandbLogger of its own, which is not pytorch_lightning's."""
     logged = []
@@ -142,6 +143,7 @@ def test_a_router_that_is_not_plain_is_said(tmp_path):
     assert plan.notes["router_caveats"] == {"model.0": "mlp", "model.1": "mlp"}
 
 
+@pytest.mark.slow
 def test_save_pretrained_refuses_adapters_before_the_first_step(tmp_path):
     adapted = peft.get_peft_model(build("mixtral"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     module = Module(adapted)
@@ -156,6 +158,7 @@ def test_save_pretrained_refuses_adapters_before_the_first_step(tmp_path):
     assert list(callback.plan.layers) == ["model.layers.0.mlp", "model.layers.1.mlp"]  # of the base model
 
 
+@pytest.mark.slow
 def test_the_share_of_experts_that_a_record_has_changed(tmp_path):
     callback, logger = monitor(every_n_steps=1), MemoryLogger()
     trainer(tmp_path, callback, logger=logger).fit(Module(), data(6))

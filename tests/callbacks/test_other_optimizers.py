@@ -53,6 +53,7 @@ def test_none_is_read_before_or_after(name, family):
         curvature_of(layers, [optimizer])
 
 
+@pytest.mark.slow
 def test_torchs_muon_takes_experts_that_are_modules_alone():
     model = build("switch_transformers")
     optimizer = torch.optim.Muon([p for p in model.parameters() if p.ndim == 2])

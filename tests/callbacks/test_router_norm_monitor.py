@@ -50,6 +50,7 @@ def callback_keys(logger):
     return [key for _, m in logger.calls if "router_norm/layer_00/expert_000" not in m for key in m]
 
 
+@pytest.mark.slow
 def test_never_in_the_progress_bar(tmp_path):
     run = trainer(tmp_path, monitor())
     run.fit(Module(), data())
@@ -153,6 +154,7 @@ def test_resume_without_our_state_is_said(tmp_path):
     assert callback.plan.baseline_step == 6
 
 
+@pytest.mark.slow
 def test_a_restored_run_with_other_routers_is_an_error(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
     trainer(tmp_path, monitor(), checkpoint, enable_checkpointing=True).fit(Module(), data())
@@ -236,6 +238,7 @@ def test_weight_averaging_behind_the_monitor_is_said(tmp_path):
         assert logger.records()[-1][1]["router_norm/layer_00/expert_001"] == pytest.approx(final[1].item())
 
 
+@pytest.mark.slow
 def test_two_monitors(tmp_path):
     two = monitor(export_to="plan_a.json"), monitor(export_to="plan_b.json", average_bits=2.0)
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
@@ -275,6 +278,7 @@ def test_an_exception_leaves_the_history(tmp_path):
     assert not (tmp_path / "precision_plan.json").exists()
 
 
+@pytest.mark.slow
 def test_names_are_the_checkpoints(tmp_path):
     """Layers are named relative to the transformers model, not to the LightningModule, and a compiled one too."""
 
@@ -322,6 +326,7 @@ def test_an_export_path_that_cannot_be_written_is_found_in_setup(tmp_path):
     assert not module.norms  # not one step was taken
 
 
+@pytest.mark.slow
 def test_bad_models_are_found_before_the_first_step(tmp_path):
     for model, settings, error, message in (
         (nn.Linear(32, 32), {}, MoELayerError, "no Mixture-of-Experts layer"),

@@ -52,6 +52,7 @@ def block_fp8(folder):
     _release(folder, tensors, {**quantization, "modules_to_not_convert": ["lm_head", "gate"]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", [gpt_oss, block_fp8])
 def test_what_is_saved_loads_with_the_same_weights(release, tmp_path):
     release(tmp_path / "release")

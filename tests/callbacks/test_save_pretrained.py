@@ -25,6 +25,7 @@ def tokenizer():
     return train_tokenizer(["some words and some more"], 300)
 
 
+@pytest.mark.slow
 def test_a_given_tokenizer_is_saved(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "elsewhere")
     for given in (tokenizer, str(tmp_path / "elsewhere")):

@@ -52,6 +52,7 @@ class Language(Module):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
+@pytest.mark.slow
 def test_a_saved_model_chooses_the_experts_of_the_trained_one(tmp_path):
     model = close_scores()
     tokens = DataLoader(torch.randint(3, 128, (4, 8)), batch_size=4)

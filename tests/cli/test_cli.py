@@ -26,6 +26,7 @@ def test_counts_are_positive(arguments, capsys):
     assert "expected a whole number of at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_callbacks_help_is_one_option_away(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--trainer.callbacks.help", "RouterNormMonitor"])

@@ -43,6 +43,7 @@ def test_without_a_compiler_the_reason_is_given_and_required_kernels_fail(monkey
     assert "C++: absent: needs a C++ compiler" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_broken(monkeypatch, tmp_path, capsys):
     compiler = tmp_path / "c++"
     compiler.write_text(

@@ -165,6 +165,7 @@ def test_a_dry_run_refuses_what_the_run_would(tmp_path, capsys):
     assert "--dry-run tells what our own format takes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_cannot_be_estimated_is_said_in_one_line(tmp_path, mixtral, capsys):
     def error(*arguments):
         assert main(["estimate", *map(str, arguments)]) == 2
@@ -189,6 +190,7 @@ def test_what_cannot_be_estimated_is_said_in_one_line(tmp_path, mixtral, capsys)
     assert "leave it out" in error(mixtral, "--plan", tmp_path / "plan.json", "--group-size", 32)
 
 
+@pytest.mark.slow
 def test_the_group_size_is_the_largest_that_fits_and_a_wrong_one_is_refused(tmp_path):
     model = model_of(config(tmp_path, model_type="gpt_oss"))  # 2880 = 45 * 64
     assert ModelSizes(model).group_size == 64
@@ -221,6 +223,7 @@ def test_a_model_on_the_meta_device_has_no_weights_to_plan_by():
             call()
 
 
+@pytest.mark.slow
 def test_the_dtype_is_that_of_the_config_else_of_the_weights_else_assumed_and_said(tmp_path, capsys):
     build("mixtral").save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())

@@ -12,6 +12,7 @@ from moe_precision.plans.widths import PlanError
 RECIPE = ["fit", "--config", "pretrain_mixtral"]
 
 
+@pytest.mark.slow
 def test_help_lists_recipes_and_options(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--help"])

@@ -78,6 +78,7 @@ def test_a_checkpoint_without_tokenizer_needs_one_by_name(held, tmp_path, capsys
     assert f"{tokens:,} tokens" in tables(capsys.readouterr().out)[0]
 
 
+@pytest.mark.slow
 def test_a_table_is_read_by_its_column(held, tmp_path, capsys):
     folder, tokens, _ = held
     rows = [json.dumps({"body": file.read_text(), "label": "no text"}) for file in folder.iterdir()]

@@ -46,6 +46,7 @@ def test_options_of_the_other_backend(float_model, tmp_path, capsys):
     assert "--non-expert-bits cannot be used with --backend auto-round" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused_before_any_work(float_model, tmp_path, installed, monkeypatch):
     monkeypatch.setattr(auto_round.subprocess, "run", lambda *_, **__: pytest.fail("started"))
     checkpoint, plan = float_model

@@ -254,6 +254,7 @@ def test_a_plan_that_does_not_say_where_its_experts_are():
             export(plan, to)
 
 
+@pytest.mark.slow
 def test_every_family_has_names():
     for family in CONFIGS:
         assert len(list(all_places(plan_of(family)))) >= 2
@@ -271,6 +272,7 @@ def test_layouts_that_only_a_pattern_finds_have_no_names():
         export(in_part, "autoround")
 
 
+@pytest.mark.slow
 def test_modules_beside_the_experts_are_left_alone_whatever_their_container_is_called():
     layers = plan_of("switch_transformers").layers
     moved = {
@@ -358,6 +360,7 @@ def test_words_that_mean_two_widths_are_refused(tmp_path):
         plan_of_checkpoint(tmp_path)
 
 
+@pytest.mark.slow
 def test_bytes_are_8_bits_only_where_nothing_else_is_named(tmp_path):
     def in_bytes(out: int, inp: int, bits: int) -> dict:
         return {"weight": ((out, inp), torch.int8), "weight_scale": ((out, 1), torch.bfloat16)}
@@ -397,6 +400,7 @@ def test_group_sizes_that_differ_are_all_told(tmp_path, capsys):
     assert "its files hold" in printed
 
 
+@pytest.mark.slow
 def test_packed_here(tmp_path, capsys):
     plan = by_expert()
     quantize_model(build("mixtral"), plan).save_pretrained(tmp_path / "packed")

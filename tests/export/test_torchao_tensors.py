@@ -46,6 +46,7 @@ def write(folder, of_expert, family: str = "switch_transformers") -> None:
     (folder / "config.json").write_text(json.dumps(written | {"quantization_config": CONFIG}))
 
 
+@pytest.mark.slow
 def test_every_expert_has_the_bits_of_its_tensors(tmp_path, capsys):
     group = {"block_size": [1, 64]}
     experts = [
@@ -100,6 +101,7 @@ def test_what_is_not_understood_is_refused(tmp_path, of_expert, message):
         plan_of_checkpoint(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_file_that_lost_its_metadata(tmp_path):
     write(tmp_path, lambda expert: intx(4))
     save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors", metadata={"format": "pt"})

@@ -125,6 +125,7 @@ def test_the_winner_is_no_control_and_the_sensitivity_ranks_itself(comparison):
     assert all(-1 <= value <= 1 for of in comparison.correlations.values() for value in of.values())
 
 
+@pytest.mark.slow
 def test_what_is_written_is_whole_json_and_the_picture_draws(comparison, tmp_path):
     data = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
     assert len(data["rows"]) == len(comparison.rows)
@@ -278,6 +279,7 @@ def test_plans_by_statistics_are_compared_as_they_are_made_and_packed(known):
     assert by_curvature[1] < by_curvature[0]  # the fit rounds under them
 
 
+@pytest.mark.slow
 def test_shuffled_costs_are_a_control_of_curvature(known):
     model, batches, counts, history = known
     curvature = Curvature.of(

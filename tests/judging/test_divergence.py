@@ -95,6 +95,7 @@ def expected(model, other, batches):
     return torch.cat(kls), torch.cat(agree).double().mean().item()
 
 
+@pytest.mark.slow
 def test_a_quantized_causal_model_by_an_independent_formula():
     model = build("mixtral", initializer_range=0.2)
     other, batches = quantized(model), causal_batches()
@@ -146,6 +147,7 @@ def chosen_by_routers(model, ids, experts):
     return seen
 
 
+@pytest.mark.slow
 def test_the_same_experts_are_those_that_the_routers_choose():
     model = build("mixtral", initializer_range=0.2)
     other, batches = quantized(model), causal_batches()
@@ -161,6 +163,7 @@ def test_the_same_experts_are_those_that_the_routers_choose():
     assert found.same_experts == pytest.approx(same / total)
 
 
+@pytest.mark.slow
 def test_tokens_of_an_encoder_count_for_themselves():
     model = build("switch_transformers", expert_capacity=64)
     other = copy.deepcopy(model)
@@ -204,6 +207,7 @@ def test_no_hook_is_left_and_no_target_is_an_error(mixtral):
     assert divergence(mixtral, mixtral, [empty, *batches]).tokens == 21
 
 
+@pytest.mark.slow
 def test_what_is_kept_gives_what_two_models_side_by_side_give():
     model = build("mixtral", initializer_range=0.2)
     other, batches = quantized(model), causal_batches()
@@ -213,6 +217,7 @@ def test_what_is_kept_gives_what_two_models_side_by_side_give():
     assert found.float_losses.equal(beside.float_losses)
 
 
+@pytest.mark.slow
 def test_beyond_the_bound_every_third_token_is_kept():
     model = build("mixtral", initializer_range=0.2)
     other, batches = quantized(model), causal_batches()

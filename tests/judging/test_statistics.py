@@ -45,6 +45,7 @@ def test_the_mean_of_runs_by_students_t():
     assert mean_of_runs([1.0]).low == 1.0
 
 
+@pytest.mark.slow
 def test_a_ratio_covers_the_truth_as_often_as_it_says():
     generator = torch.Generator().manual_seed(0)
     covered = 0

@@ -46,6 +46,7 @@ def refused_everywhere(model, plan, message):
     assert before == {name: id(parameter) for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_codes_of_bitsandbytes_at_8_bits(tmp_path):
     model, plan = (
         loaded("switch_transformers", tmp_path, BitsAndBytesConfig(load_in_8bit=True)),
@@ -67,6 +68,7 @@ def test_float_experts_beside_attention_at_4_bits(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_tensors_that_show_a_float_dtype_and_hold_codes(tmp_path):
     from torchao.quantization import Int8WeightOnlyConfig
 
@@ -121,6 +123,7 @@ def test_a_float_model_whose_config_names_a_quantizer():
     )
 
 
+@pytest.mark.slow
 def test_a_quantized_teacher_beside_a_float_student(tmp_path):
     both = nn.Module()
     both.student, both.teacher = build("mixtral"), loaded("olmoe", tmp_path, BitsAndBytesConfig(load_in_4bit=True))

@@ -88,6 +88,7 @@ def test_lora_norms_are_those_of_the_merged_model(settings):
     assert not torch.equal(torch.cat([v.flatten() for v in effective]), torch.cat([v.flatten() for v in untouched]))
 
 
+@pytest.mark.slow
 def test_lora_on_linear_experts_and_router():
     model = build("switch_transformers")
     plain = names(model)

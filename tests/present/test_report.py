@@ -78,6 +78,7 @@ def figures_of(path):
     return json.loads(unpacked(packed)), re.sub(r'(id="(figures|library)">)[^<]*', r"\1", text)
 
 
+@pytest.mark.slow
 def test_the_page_holds_what_the_files_hold(run):
     path = write_report(run)
     assert path == run / "report.html"
@@ -128,6 +129,7 @@ def test_commands_are_those_that_the_parser_takes(run):
     assert f"quantize CHECKPOINT '{run}/precision_plan.json' '{run}/quantized'" in lines[0]
 
 
+@pytest.mark.slow
 def test_every_figure_is_one_that_plotly_takes(run):
     import plotly.graph_objects as graphs
 

@@ -19,6 +19,7 @@ def history():
     return history
 
 
+@pytest.mark.slow
 def test_the_view_matches_what_is_logged(history):
     pytest.importorskip("wandb_workspaces", reason="not installed: pip install -e .[workspace]")
     workspace = workspace_of(list(history.layers), "team", "moe", trainer="transformers")

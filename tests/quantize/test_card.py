@@ -138,6 +138,7 @@ def test_the_name_on_the_hub_is_known_of_its_cache(made, tmp_path):
     assert "[some-org/Some-MoE](https://huggingface.co/some-org/Some-MoE)" in card.text
 
 
+@pytest.mark.slow
 def test_distilling_is_noted(made, tmp_path):
     source, plan, out = made
     quantize_checkpoint(source, plan, out)
@@ -154,6 +155,7 @@ def test_only_our_own_cards_are_added_to(tmp_path):
     assert (tmp_path / "README.md").read_text() == "another"
 
 
+@pytest.mark.slow
 def test_pushing_a_packed_model_uploads_what_loads_again(made, monkeypatch, tmp_path):
     """A stand-in for the Hub's API keeps the files; the card that is on the Hub already stays."""
     source, plan, out = made

@@ -108,6 +108,7 @@ def test_any_number_of_threads():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("compiler_is", "reason"), [("no-such-compiler", "no C"), ("false", "exit status 1")])
 def test_without_a_compiler_torch_rounds(compiler_is, reason, no_library, monkeypatch):
     monkeypatch.setenv("CXX", compiler_is)

@@ -56,6 +56,7 @@ def test_a_damaged_library_is_made_anew(source, compilations):
     assert made.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_another_source_and_other_flags_are_other_libraries(source, compilations):
     first = compiler.compiled(source)._name
     assert compiler.compiled(source, "-DOTHER")._name != first

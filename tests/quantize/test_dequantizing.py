@@ -62,6 +62,7 @@ def test_transformers_own_method_and_another_dtype(mixtral, tmp_path):
     assert torch.equal(find_moe_layers(half)[0].expert_weights(3)["down_proj"], weight.bfloat16())
 
 
+@pytest.mark.slow
 def test_a_users_own_model():
     model = PlainMoE()
     x = torch.randn(7, 32)
@@ -74,6 +75,7 @@ def test_a_users_own_model():
         dequantize_model(model)
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_experts_again(mixtral):
     quantize_model(mixtral, mixed_plan(mixtral))
     dequantize_model(mixtral).train()
@@ -82,6 +84,7 @@ def test_gradients_reach_the_experts_again(mixtral):
     assert mixtral.model.layers[0].mlp.experts.gate_up_proj.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_folders(mixtral, tmp_path, capsys):
     quantize_model(mixtral, mixed_plan(mixtral)).save_pretrained(tmp_path / "packed")
     (tmp_path / "packed" / "tokenizer.json").write_text("{}")

@@ -123,6 +123,7 @@ def test_chunks_do_not_change_the_result(monkeypatch):
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [1, 3, 8])
 def test_several_matrices_are_what_each_is_alone(bits, dtype, monkeypatch):

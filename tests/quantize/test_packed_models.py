@@ -66,6 +66,7 @@ def test_what_is_given_to_a_save_is_written(packed, tmp_path):
     assert torch.equal(load_model(tmp_path / "own").get_parameter(name), packed.get_parameter(name))
 
 
+@pytest.mark.slow
 def test_a_copy_saves_its_own_weights(packed, tmp_path):
     for number, again in enumerate((copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)))):
         again.model.norm.weight.data.fill_(2)

@@ -81,6 +81,7 @@ def test_the_ways_out_of_the_message_work(steps):
     quantize_model(load_model(best), uniform)
 
 
+@pytest.mark.slow
 def test_files_of_the_last_step_are_left_out_of_a_plan_for_another(steps, capsys):
     """Curvature and statistics beside the history belong to its last weights."""
     model = load_model(steps / "last", dtype="float32")

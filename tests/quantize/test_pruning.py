@@ -68,6 +68,7 @@ def test_the_experts_left_serve_all_tokens(run, tmp_path):
     assert logits(load_model(tmp_path / "packed")).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["mixtral"], indirect=True)
 def test_what_cannot_be_pruned(run, tmp_path):
     folder, model, plan = run
@@ -115,6 +116,7 @@ def test_only_the_number_of_experts_changes(tmp_path):
     assert (config.num_experts, config.expert_capacity) == (6, 8)
 
 
+@pytest.mark.slow
 def test_experts_that_are_picked_by_a_table(tmp_path):
     model = build_tiny("deepseek_v4")
     model.save_pretrained(tmp_path / "float")

@@ -118,6 +118,7 @@ def test_only_experts_change(mixtral):
     assert "model.layers.0.mlp.gate.weight" in before
 
 
+@pytest.mark.slow
 def test_generate(mixtral):
     quantize_model(mixtral, allocate(mixtral, group_size=64))
     out = mixtral.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
@@ -156,6 +157,7 @@ def test_non_expert_bits(tmp_path, mixtral):
         PlanQuantizationConfig(plan, non_expert_bits=3)
 
 
+@pytest.mark.slow
 def test_switch_router_is_kept_when_other_linears_are_packed():
     model = build("switch_transformers")
     quantize_model(model, allocate(model, group_size=32), non_expert_bits=8)

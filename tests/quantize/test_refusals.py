@@ -146,6 +146,7 @@ def test_fused_experts_outside_of_the_interface():
         quantize_model(model, allocate(model, group_size=32))
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints(tmp_path, mixtral):
     plan = allocate(mixtral, group_size=64)
     with pytest.raises(CheckpointError, match="no checkpoint folder"):

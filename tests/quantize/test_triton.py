@@ -36,6 +36,7 @@ def test_triton(dtype, bits, group_size):
         assert (y.float() - expected).norm() <= (1e-5 if dtype == torch.float32 else 1e-3) * expected.norm()
 
 
+@pytest.mark.slow
 def test_buckets_through_triton(monkeypatch):
     projection, x, starts, expected = mixed_projection()
     asked = []

@@ -134,6 +134,7 @@ def test_a_compiled_model_counts_too():
         assert load[0].sum() == 3 * 6 * 2
 
 
+@pytest.mark.slow
 def test_the_callback_counts_training_and_the_last_validation(tmp_path):
     class Validated(Module):
         def validation_step(self, batch, batch_idx):
@@ -152,6 +153,7 @@ def test_the_callback_counts_training_and_the_last_validation(tmp_path):
     assert all(1 <= share <= 4 for share in shares)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_counts_on_from_the_checkpoint(tmp_path):
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
     trainer(tmp_path, monitor(every_n_steps=4), saver, enable_checkpointing=True).fit(Module(), data(6))

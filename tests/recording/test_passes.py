@@ -17,6 +17,7 @@ from tests.recording.test_collecting import captured, inputs
 from tests.support.models import PlainMoE, build
 
 
+@pytest.mark.slow
 def test_several_passes_give_what_one_gives():
     model = build("deepseek_v3", num_hidden_layers=5)
     layers = find_moe_layers(model)
