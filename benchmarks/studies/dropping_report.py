@@ -79,5 +79,5 @@ def _row(runs: list[dict[str, Any]], plan: str, label: str, fit: str | None) -> 
         label,
         f"{size:.2f}",
         gone,
-        *(of_runs(of, 4) if len(of) > 2 else f"{sum(of) / len(of):.4f}" if of else "-" for of in numbers),
+        *map(of_runs, numbers),
     ]

@@ -25,11 +25,6 @@ def values(runs: Runs, plan: str, fit: str, text: str, key: str) -> list[float]:
     return [float(one[text][key]) for one in found]
 
 
-def _mean(numbers: list[float]) -> str:
-    """With its interval, where there are three seeds or more."""
-    return f"{sum(numbers) / len(numbers):.5f}" if len(numbers) in (1, 2) else of_runs(numbers, 5)
-
-
 def report(study: dict[str, Any], root: Path) -> str:
     """All tables as Markdown."""
     parts = [HEADER]
@@ -50,7 +45,7 @@ def report(study: dict[str, Any], root: Path) -> str:
                 if not values(runs, plan, fit, "own", "kl"):
                     continue
                 cells = [("own", "kl"), ("own", "loss"), ("own", "rare"), ("other", "kl"), ("other", "loss")]
-                numbers = [_mean(values(runs, plan, fit, *cell)) for cell in cells]
+                numbers = [of_runs(values(runs, plan, fit, *cell), 5) for cell in cells]
                 stored = next(one["stored_bits"] for one in runs[0]["results"] if one["plan"] == plan)
                 top1 = values(runs, plan, fit, "own", "top1")
                 rows.append([plan, f"{stored:.2f}", fit, *numbers, f"{sum(top1) / len(top1):.1%}"])

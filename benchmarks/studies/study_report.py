@@ -94,8 +94,10 @@ def between(interval: Interval) -> str:
 
 
 def of_runs(numbers: Sequence[float], digits: int = 4) -> str:
-    """Mean of one number per seed ± half of its interval; a dash where there is none."""
-    return plain(mean_of_runs(numbers), digits) if numbers else "-"
+    """Mean of one number per seed ± half of its interval; of one or two, the mean alone; a dash where there is none."""
+    if len(numbers) < 3:  # an interval of two says nothing
+        return f"{sum(numbers) / len(numbers):.{digits}f}" if numbers else "-"
+    return plain(mean_of_runs(numbers), digits)
 
 
 def markdown_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -52,7 +52,7 @@ def tables(study: Setting, root: Path, file: str, header: str, ways: Sequence[Wa
         for budget, way in ways:
             found = [one for run in runs for one in run if (one["budget"], one["way"]) == (budget, way)]
             cells = [[one[key] for one in found] for key in columns]
-            means = [of_runs(of, 4) if len(of) > 2 else f"{sum(of) / len(of):.4f}" for of in cells]
+            means = list(map(of_runs, cells))
             rows.append([f"{budget:g}", way, *means])
         title = f"{study['models'][name]['title']} ({'one seed' if len(runs) == 1 else f'{len(runs)} seeds'})"
         parts.append(markdown_table(title, ["bits", "how", *columns.values()], rows))

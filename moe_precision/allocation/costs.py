@@ -86,8 +86,7 @@ def costs_of_matrices(
             costs[layer.name] = {}
             for name in layer.banks:
                 found = torch.zeros(layer.num_experts, len(widths), dtype=torch.float64)
-                parts = at_a_time(range(layer.num_experts), layer.banks[name].shape)
-                for experts, weights in _stacked(read(layer, name), list(parts)):
+                for experts, weights in _stacked(read(layer, name), layer.num_experts, layer.banks[name].shape):
                     fit = fit_of(layer.name, name, experts, curvature, statistics)
                     prices = [pricing(curvature, by, layer.name, name, expert) for expert in experts]
                     for index, bits in reversed(list(enumerate(widths))):  # 0 bits after fits, which try the moments
@@ -100,15 +99,19 @@ def costs_of_matrices(
     return costs
 
 
-def _stacked(matrices: Iterable[Tensor], parts: list[Sequence[int]]) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Matrices as they come, in stacks ``(N, out, in)``, each made while its last matrix is there to be read."""
-    left, waiting = iter(parts), list[Tensor]()
-    part = next(left)
-    for matrix in matrices:
+def _stacked(matrices: Iterable[Tensor], count: int, shape: tuple[int, int]) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Experts and their matrices ``(N, out, in)``, stacked as they come: all are read to the end, and none is kept.
+
+    Raises:
+        ValueError: There are more or fewer than ``count`` of them.
+    """
+    parts = {part[-1]: part for part in at_a_time(range(count), shape)}  # by its last expert
+    waiting = []
+    for expert, matrix in zip(range(count), matrices, strict=True):
         waiting.append(matrix)
-        if len(waiting) == len(part):
-            yield part, torch.stack(waiting)
-            waiting, part = [], next(left, ())
+        if expert in parts:
+            yield parts[expert], torch.stack(waiting)
+            waiting = []
 
 
 def quantized_matrices(weights: Tensor, bits: int, group_size: int, fit: Fit) -> Tensor:

@@ -153,15 +153,16 @@ class TrainableScales:
         found: dict[str, OfExperts] = {}
         for bank in layer.banks.values():
             for place, weight in enumerate(bank.weights):
-                target, experts = targets.get(weight.name), range(layer.num_experts) if layer.fused else [place]
-                found[weight.name] = {}
-                for expert, bits in [] if target is None else zip(experts, target.bits, strict=True):
+                matrices: OfExperts = {}
+                found[weight.name] = matrices
+                if (target := targets.get(weight.name)) is None:
+                    continue
+                for expert, bits in zip(range(layer.num_experts) if layer.fused else [place], target.bits, strict=True):
                     key = expert if layer.fused else None
                     if bits == DROPPED:
-                        found[weight.name][key] = None
+                        matrices[key] = None
                     elif bits != 16:
-                        fit = target.fits([expert])  # type: ignore[union-attr]
-                        found[weight.name][key] = Matrix.fitted(bank.read(expert), bits, group_size, fit)
+                        matrices[key] = Matrix.fitted(bank.read(expert), bits, group_size, target.fits([expert]))
         return cls(layer, found)
 
     @property

@@ -199,3 +199,11 @@ def test_matrices_are_read_while_their_layer_is_whole():
     for layer in layers:
         for name, costs in expected[layer.name].items():
             assert torch.equal(found[layer.name][name], costs)
+
+
+@pytest.mark.parametrize("count", [4, 6])
+def test_matrices_that_are_missing_or_too_many_are_an_error(count):
+    """An expert without a matrix would cost nothing, and be given the fewest bits."""
+    layers = find_moe_layers(build("mixtral", num_local_experts=5))
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        costs_of_matrices(layers, lambda layer, projection: [torch.randn(256, 64)] * count, (2, 3), 64, None)

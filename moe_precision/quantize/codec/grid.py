@@ -194,8 +194,7 @@ def _fitted(
     """
     out, inp = bank.shape
     together = len(next(at_a_time(range(len(widths)), (out, inp))))
-    scales: list[Tensor] = [torch.zeros(out, inp // group_size, dtype=torch.float16)] * len(widths)  # nothing to fit
-    offsets, values = scales.copy(), dict[int, Tensor]()
+    scales, offsets, values = dict[int, Tensor](), dict[int, Tensor](), dict[int, Tensor]()
     waiting: dict[int, dict[int, Tensor]] = defaultdict(dict)
 
     def fit(bits: int) -> None:
@@ -208,7 +207,8 @@ def _fitted(
 
     for expert, matrix in enumerate(bank.matrices()):
         whole = matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
-        if (bits := widths[expert]) in (DROPPED, 16):
+        if (bits := widths[expert]) in (DROPPED, 16):  # nothing to fit
+            scales[expert] = offsets[expert] = whole.new_zeros(out, inp // group_size, dtype=torch.float16)
             values[expert] = whole if bits else torch.zeros_like(whole)
             continue
         waiting[bits][expert] = whole
@@ -216,8 +216,11 @@ def _fitted(
             fit(bits)
     for bits in list(waiting):
         fit(bits)
-    of_scales, of_offsets = (torch.stack([one.to(whole.device) for one in of]) for of in (scales, offsets))
-    return of_scales, of_offsets, torch.stack([values[e] for e in range(len(widths))]) if placed else None
+
+    def of_all(found: dict[int, Tensor]) -> Tensor:
+        return torch.stack([found[expert] for expert in range(len(widths))])
+
+    return of_all(scales), of_all(offsets), of_all(values) if placed else None
 
 
 def _kept(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -46,18 +46,8 @@ def linear_fit_of(name: str, statistics: ExpertStatistics | None) -> Fit:
 
 
 def _fit_linear(statistics: ExpertStatistics, name: str, weights: Tensor, bits: int, group_size: int) -> Quantized:
-    moment = statistics.linears.fit_moment(name)
-    first = first_fit(weights, bits, group_size)
-    if moment is None:
-        return as_stored(weights, first, bits)
-    try:
-        return _stacked([round_by_moment(weights[0], first.scale[0], first.offset[0], bits, moment)])
-    except IndefiniteError as error:
-        del statistics.linears.tokens[name]  # for what comes
-        _warn(f"linear layer {name!r}", error)
-        return as_stored(weights, first, bits)
-    except ValueError as error:
-        raise StatisticsError(f"linear layer {name!r}: {error}") from error
+    first, forget = first_fit(weights, bits, group_size), partial(statistics.linears.tokens.pop, name)
+    return _under(statistics.linears.fit_moment(name), weights, first, bits, f"linear layer {name!r}", forget)
 
 
 def _fit(
@@ -73,41 +63,45 @@ def _fit(
     columns = None
     if curvature is not None:
         columns = torch.stack([curvature.fit_weights(layer, projection, expert) for expert in experts])
+    names = [f"{projection!r} of expert {expert} in layer {layer!r}" for expert in experts]
     try:
         first = first_fit(weights, bits, group_size, columns)
     except FitError as error:
-        raise FitError(f"{_name(layer, projection, experts[error.index])}: {error}", error.index) from error
+        raise FitError(f"{names[error.index]}: {error}", error.index) from error
     if statistics is None:
         return as_stored(weights, first, bits)
-    found: list[Quantized] = []
-    for index, expert in enumerate(experts):
-        of_column = None if columns is None else columns[index]
-        moment = statistics.fit_moment(layer, projection, expert, of_column)
-        try:
-            if moment is not None:
-                found.append(round_by_moment(weights[index], first.scale[index], first.offset[index], bits, moment))
-                continue
-        except IndefiniteError as error:
-            statistics.indefinite.add((layer, projection, expert))
-            _warn(_name(layer, projection, expert), error)
-        except ValueError as error:
-            raise StatisticsError(f"{_name(layer, projection, expert)}: {error}") from error
-        one = slice(index, index + 1)
-        codes, scale, offset = as_stored(weights[one], FirstFit(*(of[one] for of in first)), bits)
-        found.append((codes[0], scale[0], offset[0]))
-    return _stacked(found)
-
-
-def _stacked(found: list[Quantized]) -> Quantized:
-    if len(found) == 1:
-        return found[0][0].unsqueeze(0), found[0][1].unsqueeze(0), found[0][2].unsqueeze(0)
-    codes, scales, offsets = (torch.stack(of) for of in zip(*found, strict=True))
+    found = []
+    for index, (expert, name) in enumerate(zip(experts, names, strict=True)):
+        moment = statistics.fit_moment(layer, projection, expert, None if columns is None else columns[index])
+        one, forget = slice(index, index + 1), partial(statistics.indefinite.add, (layer, projection, expert))
+        found.append(_under(moment, weights[one], FirstFit(*(of[one] for of in first)), bits, name, forget))
+    codes, scales, offsets = (torch.cat(of) for of in zip(*found, strict=True))
     return codes, scales, offsets
 
 
-def _name(layer: str, projection: str, expert: int) -> str:
-    return f"{projection!r} of expert {expert} in layer {layer!r}"
+def _under(
+    moment: Tensor | None, weight: Tensor, first: FirstFit, bits: int, name: str, forget: Callable[[], object]
+) -> Quantized:
+    """Rounds a first fit of one matrix ``(1, out, in)`` under its second moment, or as it is if that is none.
 
+    Args:
+        moment: ``(in, in)``, or None.
+        weight: The matrix.
+        first: Its fit.
+        bits: Width of a code.
+        name: Of the matrix, for messages.
+        forget: Called if the moment has negative eigenvalues, so that nobody takes it again.
 
-def _warn(what: str, error: IndefiniteError) -> None:
-    warnings.warn(f"{what} is fitted without statistics: {error}. Collect them again", stacklevel=3)
+    Raises:
+        StatisticsError: The moment is damaged.
+    """
+    try:
+        if moment is not None:
+            codes, scale, offset = round_by_moment(weight[0], first.scale[0], first.offset[0], bits, moment)
+            return codes.unsqueeze(0), scale.unsqueeze(0), offset.unsqueeze(0)
+    except IndefiniteError as error:
+        forget()
+        warnings.warn(f"{name} is fitted without statistics: {error}. Collect them again", stacklevel=4)
+    except ValueError as error:
+        raise StatisticsError(f"{name}: {error}") from error
+    return as_stored(weight, first, bits)
